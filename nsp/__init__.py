@@ -1,0 +1,1 @@
+"""Next-scale image generators from training to deployment."""

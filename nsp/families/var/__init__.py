@@ -1,0 +1,1 @@
+"""Visual autoregressive next-scale prediction (VAR), class- or text-conditional."""

@@ -1,0 +1,210 @@
+"""The multi-scale VQVAE: CNN encoder, residual quantizer, CNN decoder.
+
+Axes: B batch, C latent channels, H W pixels, h w latent grid, V codes, L tokens of one scale.
+Module and parameter names are the published state-dict names.
+Source: github.com/FoundationVision/VAR, models/vqvae.py and models/basic_vae.py (LDM's vq-f16).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsp.families.var.config import VaeConfig
+from nsp.families.var.quantizer import MultiScaleQuantizer
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation with statistics in float32, whatever the dtype of its input."""
+
+    def __init__(self, config: VaeConfig, channels: int) -> None:
+        super().__init__(config.norm_groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised tensor in the dtype of `x`."""
+        return super().forward(x.float()).to(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
+
+    def __init__(self, config: VaeConfig, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(config, channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = GroupNorm(config, channels_out)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        same = channels_in == channels_out
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, channels_out, h, w)."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        return self.nin_shortcut(x) + hidden
+
+
+class AttnBlock(nn.Module):
+    """x + proj(single-head attention over all positions of norm(x))."""
+
+    def __init__(self, config: VaeConfig, channels: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(config, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, channels, h, w)."""
+        B, C, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, h * w).unbind(1)
+        # The reference multiplies by C^-0.5 after the product; scaling q first keeps fp16 in range.
+        scores = (q * C**-0.5).transpose(1, 2) @ k
+        weights = scores.float().softmax(-1).to(x.dtype)
+        mixed = (v @ weights.transpose(1, 2)).reshape(B, C, h, w)
+        return x + self.proj_out(mixed)
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2, zero-padded on the right and the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, channels, h/2, w/2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, channels, 2h, 2w)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, attention after each at the lowest one."""
+
+    def __init__(
+        self, config: VaeConfig, channels_in: int, channels: int, num_blocks: int, *, lowest: bool
+    ) -> None:
+        super().__init__()
+        widths = [channels_in] + [channels] * (num_blocks - 1)
+        self.block = nn.ModuleList(ResBlock(config, width, channels) for width in widths)
+        self.attn = nn.ModuleList(AttnBlock(config, channels) for _ in widths if lowest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, channels, h, w)."""
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        return x
+
+
+def _mid(config: VaeConfig, channels: int) -> nn.Sequential:
+    """Return the blocks between encoder levels and latent."""
+    mid = nn.Sequential()
+    mid.add_module("block_1", ResBlock(config, channels, channels))
+    mid.add_module("attn_1", AttnBlock(config, channels))
+    mid.add_module("block_2", ResBlock(config, channels, channels))
+    return mid
+
+
+class Encoder(nn.Module):
+    """Image (B,3,H,W) in [-1,1] -> features (B,C,h,w)."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.base_channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            lowest = i == len(widths) - 1
+            width_in = widths[i - 1] if i else config.base_channels
+            level = Level(config, width_in, width, config.num_res_blocks, lowest=lowest)
+            if not lowest:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = _mid(config, widths[-1])
+        self.norm_out = GroupNorm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return (B, C, h, w)."""
+        x = self.conv_in(F.pixel_unshuffle(image, self.patch_size))
+        for level in self.down:
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latent (B,C,h,w) -> image (B,3,H,W), about [-1,1]."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = _mid(config, widths[-1])
+        # Index 0 is the finest level, as in the state dict; the forward pass starts from the last.
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            lowest = i == len(widths) - 1
+            width_in = width if lowest else widths[i + 1]
+            level = Level(config, width_in, width, config.num_res_blocks + 1, lowest=lowest)
+            if i:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = GroupNorm(config, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
+        self.patch_size = config.patch_size
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Return (B, 3, H, W)."""
+        x = self.mid(self.conv_in(latent))
+        for level in reversed(self.up):
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+
+
+class VQVAE(nn.Module):
+    """Image <-> token maps of every scale.
+
+    Trained with `objective.TokenizerObjective`; at inference only `quantize` and `decode` are used.
+    """
+
+    def __init__(self, config: VaeConfig, patch_nums: Sequence[int]) -> None:
+        super().__init__()
+        kernel, channels = config.quant_conv_kernel, config.latent_channels
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = MultiScaleQuantizer(config, patch_nums)
+        self.quant_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Return the latent f (B,C,h,w) of `image` (B,3,H,W) in [-1,1], before quantization."""
+        return self.quant_conv(self.encoder(image))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return the image (B,3,H,W) of `latent`, not clamped."""
+        return self.decoder(self.post_quant_conv(latent))
+
+    @torch.no_grad()
+    def tokenize(self, image: Tensor) -> list[Tensor]:
+        """Return the tokens (B,L) int64 of every scale."""
+        return self.quantize.tokenize(self.encode(image).float())[0]

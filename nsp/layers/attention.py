@@ -1,0 +1,69 @@
+"""Attention over a KV cache that is an argument and a result, never module state.
+
+Axes: G rows (conditional and null), L new tokens, P cached tokens, H heads, K head width.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KeyValue: TypeAlias = tuple[Tensor, Tensor]
+Attend: TypeAlias = Callable[..., tuple[Tensor, KeyValue]]
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Return `x` over its norm along the last axis, in float32: eps 1e-12 is zero in float16."""
+    return F.normalize(x.float(), dim=-1, eps=1e-12)
+
+
+def attend_delta(
+    q_GLHK: Tensor, k_GLHK: Tensor, v_GLHK: Tensor, past: KeyValue | None, *, scale: float
+) -> tuple[Tensor, KeyValue]:
+    """Return attention (G,L,H,K) over past and new tokens, and the *new* keys and values only.
+
+    The cache is token-major, (P,G,H,K): what is new is one contiguous slice of the arena, so an engine writes it in
+    place. Plain matrix products and a softmax, which every ONNX runtime and TensorRT parser takes.
+    """
+    new_k, new_v = k_GLHK.transpose(0, 1), v_GLHK.transpose(0, 1)
+    all_k, all_v = new_k, new_v
+    if past is not None:
+        all_k, all_v = torch.cat([past[0], new_k]), torch.cat([past[1], new_v])
+    mixed = F.scaled_dot_product_attention(
+        q_GLHK.transpose(1, 2), all_k.permute(1, 2, 0, 3), all_v.permute(1, 2, 0, 3), scale=scale
+    )
+    return mixed.transpose(1, 2), (new_k, new_v)
+
+
+def attend_present(
+    q_GLHK: Tensor, k_GLHK: Tensor, v_GLHK: Tensor, past: KeyValue, *, scale: float
+) -> tuple[Tensor, KeyValue]:
+    """Return attention (G,L,H,K), and *all* keys and values (G,H,P+L,K), joined inside one ONNX Attention operator.
+
+    Opset 23; fastest on the CPU of ONNX Runtime, refused by TensorRT's parsers.
+    """
+    mixed, present_k, present_v, _ = torch.onnx.ops.attention(
+        q_GLHK.transpose(1, 2),
+        k_GLHK.transpose(1, 2),
+        v_GLHK.transpose(1, 2),
+        past_key=past[0],
+        past_value=past[1],
+        scale=scale,
+    )
+    return mixed.transpose(1, 2), (present_k, present_v)
+
+
+def attend_masked(
+    q_GLHK: Tensor, k_GLHK: Tensor, v_GLHK: Tensor, past: Tensor | None, *, scale: float
+) -> tuple[Tensor, KeyValue]:
+    """Return attention (G,L,H,K) under an additive mask (L,L), given in place of a cache: training."""
+    mixed = F.scaled_dot_product_attention(
+        q_GLHK.transpose(1, 2),
+        k_GLHK.transpose(1, 2),
+        v_GLHK.transpose(1, 2),
+        attn_mask=None if past is None else past.to(q_GLHK.dtype),
+        scale=scale,
+    )
+    return mixed.transpose(1, 2), (k_GLHK, v_GLHK)

@@ -1,0 +1,1 @@
+"""Running exported stages: I/O declarations, engine folders, KV arena, pipeline, backends."""

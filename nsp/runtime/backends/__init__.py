@@ -1,0 +1,1 @@
+"""Backends: code that runs stages."""
