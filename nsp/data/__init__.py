@@ -1,0 +1,1 @@
+"""Captioned pictures: the embedded emoji set, tars, folders, and training's view of them."""
