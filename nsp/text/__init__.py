@@ -1,0 +1,1 @@
+"""How a prompt becomes numbers: `tokenizer` (no torch: engines use it) and `encoder` (torch)."""
