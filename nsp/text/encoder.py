@@ -1,0 +1,221 @@
+"""Token ids to text states: CLIP's text transformer as an exportable stage.
+
+The network is transformers' `CLIPTextModel` (Radford et al. 2021, arXiv:2103.00020): a causal
+transformer over the padded prompt; the state at the end token stands for the whole of it.
+
+Shapes: B batch, T prompt tokens, D width.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nsp.errors import CheckpointError, ConfigError, MissingExtraError
+from nsp.text.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
+# Early CLIP configs state this id, which no CLIP tokenizer uses for its end token; transformers
+# then takes the largest id in the prompt (huggingface/transformers pull request 24773).
+LEGACY_EOS_ID = 2
+TEXT_MODEL_TYPES = ("clip_text_model", "clip")  # the text half alone; both halves of CLIP
+
+
+class TextEncoderStage(nn.Module):
+    """The text encoder as a stage: token ids in, states and their summary out.
+
+    `CLIPTextModel.forward` up to two places that do not export well: the causal mask is a constant,
+    and the end token's state is picked by a product with a one-hot row.
+    """
+
+    causal_mask: Tensor
+    position_T: Tensor
+
+    def __init__(self, model: "CLIPTextModel") -> None:
+        """Wrap `model`, sharing its weights."""
+        super().__init__()
+        eos_id = model.config.eos_token_id
+        if not isinstance(eos_id, int):
+            raise CheckpointError(
+                f"text encoder config: eos_token_id is {eos_id!r}; one token id is needed"
+            )
+        # The boolean mask below means "add 1" to transformers' eager attention.
+        model.set_attn_implementation("sdpa")
+        self.model = model
+        self.eos_id = eos_id
+        max_tokens: int = model.config.max_position_embeddings
+        causal_mask = torch.ones(1, 1, max_tokens, max_tokens, dtype=torch.bool).tril()
+        self.register_buffer("causal_mask", causal_mask, persistent=False)
+        self.register_buffer("position_T", torch.arange(max_tokens), persistent=False)
+
+    def forward(self, token_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return text states (B, T, D) after the final norm and pooled text (B, D), both float32.
+
+        Pooled is the state at the first end token, as in `CLIPTextModel`. T is at most the length
+        the model was built for. Export with a batch of at least 2: 1 would be taken as a constant.
+        """
+        num_tokens = token_ids_BT.shape[1]
+        mask = self.causal_mask[:, :, :num_tokens, :num_tokens]
+        output = self.model(input_ids=token_ids_BT, attention_mask=mask)
+        states_BTD: Tensor = output.last_hidden_state.float()
+        chosen_BT = self._end_positions(token_ids_BT).to(states_BTD.dtype)
+        return states_BTD, (states_BTD * chosen_BT[:, :, None]).sum(dim=1)
+
+    def _end_positions(self, token_ids_BT: Tensor) -> Tensor:
+        """Return (B, T) booleans, true where the pooled state is: the first of the largest keys."""
+        if self.eos_id == LEGACY_EOS_ID:
+            key_BT = token_ids_BT
+        else:
+            key_BT = (token_ids_BT == self.eos_id).to(torch.int64)
+        # Integers, so that no reduced precision can merge neighbours; earlier positions win ties.
+        num_tokens = token_ids_BT.shape[1]
+        score_BT = key_BT * num_tokens - self.position_T[:num_tokens]
+        return score_BT == score_BT.amax(dim=1, keepdim=True)
+
+
+def build_text_encoder(
+    tokenizer: PromptTokenizer,
+    *,
+    width: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float = 4.0,
+) -> "CLIPTextModel":
+    """Return a randomly initialised text encoder that fits `tokenizer`, to be trained.
+
+    Weights are drawn from torch's generator by CLIP's rules. Raises ConfigError for sizes that make
+    no network.
+    """
+    if min(width, depth, num_heads) < 1 or width % num_heads or int(width * mlp_ratio) < 1:
+        raise ConfigError(
+            f"text encoder: width={width}, depth={depth}, num_heads={num_heads}, "
+            f"mlp_ratio={mlp_ratio}; all must be positive and width a multiple of num_heads"
+        )
+    transformers = _import_transformers()
+    config = transformers.CLIPTextConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=width,
+        intermediate_size=int(width * mlp_ratio),
+        projection_dim=width,
+        num_hidden_layers=depth,
+        num_attention_heads=num_heads,
+        max_position_embeddings=tokenizer.max_tokens,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )
+    model: CLIPTextModel = transformers.CLIPTextModel(config)
+    return model
+
+
+def load_text_encoder(folder: str | Path, *, subfolder: str | None = None) -> "CLIPTextModel":
+    """Return the pretrained text encoder in a Hugging Face folder, float32, in eval mode.
+
+    Reads `config.json` and safetensors weights: of a text encoder, of a whole CLIP, or of the
+    pipeline part that `subfolder` names ("text_encoder"). Nothing is downloaded or unpickled.
+    Raises CheckpointError when a file or a weight is missing, corrupt or does not fit.
+    """
+    root = Path(folder) / subfolder if subfolder else Path(folder)
+    variant = _check_folder(root)
+    transformers = _import_transformers()
+    try:
+        with _quiet(transformers):
+            model, report = transformers.CLIPTextModel.from_pretrained(
+                root,
+                variant=variant,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # so that the report names what does not fit
+                output_loading_info=True,
+            )
+    except Exception as error:  # config, file and header errors have no common base
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"text encoder {root} cannot be loaded: {reason}") from error
+    # transformers fills both kinds with random numbers and goes on.
+    for problem, keys in (
+        ("lacks", sorted(report["missing_keys"])),
+        ("has the wrong shape for", sorted(key for key, *_ in report["mismatched_keys"])),
+    ):
+        if keys:
+            raise CheckpointError(
+                f"text encoder {root} {problem} {len(keys)} weights, first {keys[0]}; "
+                "config.json and weights do not belong together, copy the folder again"
+            )
+    encoder: CLIPTextModel = model.eval()
+    return encoder
+
+
+def save_text_encoder(model: "CLIPTextModel", folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`; transformers reads the folder too."""
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
+        with _quiet(_import_transformers()):
+            model.save_pretrained(partial)
+        # The config goes last: a folder that has one is whole.
+        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, root / path.name)
+
+
+def _check_folder(root: Path) -> str | None:
+    """Return which weight files `root` has ("fp16", None for plain), or raise CheckpointError."""
+    if not root.is_dir():
+        raise CheckpointError(f"text encoder folder {root} does not exist; give a CLIP folder")
+    if not (root / "config.json").is_file():
+        nested = sorted(path.parent.name for path in root.glob("text_encoder*/config.json"))
+        hint = f"pass subfolder={nested[0]!r}" if nested else "give a CLIP text encoder folder"
+        raise CheckpointError(f"{root} holds no config.json; {hint}")
+    try:
+        model_type = json.loads((root / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{root / 'config.json'} is not a transformers config ({error!r}); copy it again"
+        ) from error
+    if model_type not in TEXT_MODEL_TYPES:
+        raise CheckpointError(
+            f"{root} holds a model of type {model_type!r}; one of "
+            f"{', '.join(TEXT_MODEL_TYPES)} is needed"
+        )
+    for variant, stem in ((None, "model"), ("fp16", "model.fp16")):
+        for name in (f"{stem}.safetensors", f"model.safetensors.index{stem[5:]}.json"):
+            if (root / name).is_file():
+                return variant
+    raise CheckpointError(
+        f"{root} holds no model.safetensors; pickled weights are not read: save the encoder again "
+        "with safe_serialization=True"
+    )
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """Keep transformers' progress bars and load tables off the terminal; errors are raised."""
+    library = transformers.utils.logging
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bar()
+
+
+def _import_transformers() -> ModuleType:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("transformers", "train") from error
+    module: ModuleType = transformers
+    return module
