@@ -1,0 +1,213 @@
+import logging
+from pathlib import Path
+
+import pytest
+from picture_files import encoded, write_files, write_tar
+
+from nsp.data.sources import EMOJI_TAR, open_source
+from nsp.errors import ConfigError, DataError
+
+HELDOUT_TSV = EMOJI_TAR.with_name("emoji_heldout.tsv")
+HELDOUT = [tuple(line.split("\t")) for line in HELDOUT_TSV.read_text("utf-8").splitlines()[1:]]
+PNG = encoded(".png")
+
+
+def _captions(spec: Path, **options: bool) -> dict[str, str]:
+    source = open_source(spec, **options)
+    return {sample.name: sample.caption for sample in source.samples}
+
+
+# The split
+
+
+def test_emoji_training_split_shows_no_heldout_codepoints_or_caption() -> None:
+    train = open_source("emoji")
+    names, captions = zip(*HELDOUT, strict=True)
+    assert len(HELDOUT) == 200
+    assert len(train) == 3789 - 200
+    assert not {sample.name for sample in train.samples} & set(names)
+    assert not {sample.caption for sample in train.samples} & set(captions)
+
+
+def test_emoji_heldout_split_is_exactly_the_list() -> None:
+    heldout = open_source("emoji", split="heldout")
+    assert {(sample.name, sample.caption) for sample in heldout.samples} == set(HELDOUT)
+    assert heldout.load(0).size == (64, 64)
+
+
+def test_a_heldout_caption_is_withheld_under_any_name_case_and_spacing(tmp_path: Path) -> None:
+    files = {"a.png": PNG, "a.txt": "red apple", "b.png": PNG, "b.txt": "Red  Apple"}
+    files |= {"c.png": PNG, "c.txt": "green apple", "__heldout__": "name\tcaption\na\tred apple\n"}
+    for spec in (write_files(tmp_path / "folder", files), write_tar(tmp_path / "t.tar", files)):
+        assert list(_captions(spec).values()) == ["green apple"]
+        assert len(open_source(spec, split="heldout")) == 2
+        assert len(open_source(spec, split="all")) == 3
+
+
+def test_heldout_split_of_a_set_without_a_list_says_how_to_make_one(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.png": PNG, "a.txt": "x"})
+    with pytest.raises(DataError, match="__heldout__"):
+        open_source(tmp_path, split="heldout")
+    with pytest.raises(ConfigError, match="train, heldout, all"):
+        open_source(tmp_path, split="test")  # type: ignore[arg-type]
+
+
+def test_a_heldout_list_that_names_nothing_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_files(tmp_path, {"a.png": PNG, "a.txt": "x", "__heldout__": "name\tcaption\nzz\tqq\n"})
+    assert len(open_source(tmp_path)) == 1
+    assert "held out but not among the samples: zz" in caplog.text
+    write_files(tmp_path, {"__heldout__": "name\tcaption\nno tab\n"})
+    with pytest.raises(DataError, match=r"__heldout__, line 2"):
+        open_source(tmp_path)
+
+
+# The layouts
+
+
+def test_captions_beside_the_pictures(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.png": PNG, "a.txt": "a cat\n", "s/b.JPG": encoded(".jpg")})
+    write_files(tmp_path, {"s/b.txt": "\ufeffein Hündchen"})
+    assert _captions(tmp_path) == {"a.png": "a cat", "s/b.JPG": "ein Hündchen"}
+    assert open_source(tmp_path).class_names == ()
+
+
+def test_metadata_file_wins_over_captions_beside_the_pictures(tmp_path: Path) -> None:
+    rows = '{"file_name": "s/a.png", "text": "from metadata"}\n\n'
+    write_files(tmp_path, {"metadata.jsonl": rows, "s/a.png": PNG, "s/a.txt": "beside"})
+    assert _captions(tmp_path) == {"s/a.png": "from metadata"}
+
+
+def test_class_folders_give_ids_in_sorted_order_and_names_as_captions(tmp_path: Path) -> None:
+    write_files(tmp_path, {"dog/1.png": PNG, "cat/2.webp": encoded(".webp"), ".git/x.png": "no"})
+    source = open_source(tmp_path)
+    assert source.class_names == ("cat", "dog")
+    assert [(s.name, s.caption, s.class_id) for s in source.samples] == [
+        ("cat/2.webp", "cat", 0),
+        ("dog/1.png", "dog", 1),
+    ]
+
+
+def test_tar_and_folder_of_tars(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"./a.png": PNG, "./a.txt": "first", "d/b.png": PNG})
+    write_tar(tmp_path / "1.tar", {"c.txt": "second", "c.jpg": encoded(".jpg"), "c.json": "{}"})
+    with pytest.raises(DataError, match=r"d/b \(no d/b.txt"):
+        open_source(tmp_path)
+    assert _captions(tmp_path, skip_bad_files=True) == {"a": "first", "c": "second"}
+    assert open_source(tmp_path / "1.tar").load(0).size == (24, 16)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{}, {"a.png": PNG}, {"notes.md": "x"}],
+    ids=["empty", "uncaptioned", "no picture"],
+)
+def test_a_folder_without_a_layout_says_which_are_accepted(
+    tmp_path: Path, files: dict[str, bytes | str]
+) -> None:
+    write_files(tmp_path, files)
+    with pytest.raises(DataError, match=r"metadata.jsonl .* \.txt .* class, or \.tar"):
+        open_source(tmp_path)
+
+
+def test_a_path_that_is_no_source_says_what_is(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not found; give 'emoji'"):
+        open_source(tmp_path / "nowhere")
+    write_files(tmp_path, {"a.zip": "x", "cut.tar": EMOJI_TAR.read_bytes()[:5000]})
+    with pytest.raises(DataError, match="neither a folder nor a"):
+        open_source(tmp_path / "a.zip")
+    with pytest.raises(DataError, match=r"cut.tar: not a whole, uncompressed tar"):
+        open_source(tmp_path / "cut.tar")
+
+
+# Bad files
+
+
+def _folder_of_bad_files(root: Path) -> Path:
+    jpg = encoded(".jpg", size=(64, 64))
+    files: dict[str, bytes | str] = {"good.png": PNG, "good.txt": "good"}
+    files |= {"truncated.jpg": jpg[: len(jpg) // 2], "truncated.txt": "x"}
+    files |= {"empty.png": b"", "empty.txt": "x"}
+    files |= {"text.png": "not a picture", "text.txt": "x"}
+    files |= {"broken.png": PNG[:60] + b"\0" * 40 + PNG[100:], "broken.txt": "x"}
+    files |= {"blank.png": PNG, "blank.txt": " \n", "latin.png": PNG, "latin.txt": b"caf\xe9"}
+    files |= {"alone.png": PNG, "orphan.txt": "x"}
+    return write_files(root, files)
+
+
+BAD = ["truncated.jpg", "empty.png", "text.png", "broken.png", "blank.png", "latin.png"]
+BAD += ["alone.png", "orphan.txt"]
+
+
+def test_every_bad_file_is_named_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(_folder_of_bad_files(tmp_path))
+    message = str(caught.value)
+    assert [name for name in BAD if name not in message] == []
+    assert "8 files cannot be used" in message
+    assert "good.png" not in message
+    assert "--skip-bad-files" in message
+    assert "\n" not in message
+
+
+def test_skipped_files_are_logged_by_name_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        source = open_source(_folder_of_bad_files(tmp_path), skip_bad_files=True)
+    assert [sample.name for sample in source.samples] == ["good.png"]
+    assert [name for name in BAD if f"left out {name}" not in caplog.text] == []
+
+
+def test_bad_metadata_rows_are_named(tmp_path: Path) -> None:
+    rows = [
+        '{"file_name": "gone.png", "text": "x"}',
+        '{"file_name": "../outside.png", "text": "x"}',
+        '{"file_name": "wordless.png"}',
+        '{"file_name": "blank.png", "text": ""}',
+        '{"file_name": "twice.png", "text": "x"}',
+        '{"file_name": "twice.png", "text": "y"}',
+        '{"text": "nameless"}',
+        "{cut",
+    ]
+    root = tmp_path / "set"
+    pictures = ("wordless.png", "blank.png", "twice.png", "unlisted.png", "../outside.png")
+    write_files(root, {"metadata.jsonl": "\n".join(rows), **dict.fromkeys(pictures, PNG)})
+    with pytest.raises(DataError) as caught:
+        open_source(root)
+    named = ["gone.png (in", "../outside.png (in", "wordless.png (no text", "blank.png (its"]
+    named += ["twice.png (2 rows", "metadata.jsonl:7 (the row", "metadata.jsonl:8 (not JSON"]
+    named += ["unlisted.png (no row"]
+    assert [what for what in named if what not in str(caught.value)] == []
+
+
+def test_a_picture_outside_the_class_folders_is_named(tmp_path: Path) -> None:
+    write_files(tmp_path, {"cat/1.png": PNG, "top.png": PNG, "cat/deep/2.png": PNG})
+    with pytest.raises(DataError, match=r"2 files .*cat/deep/2.png \(not directly.*top.png \(not"):
+        open_source(tmp_path)
+
+
+def test_ten_bad_files_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    write_files(tmp_path, {f"c/{number:02}.png": b"" for number in range(13)})
+    with pytest.raises(DataError, match=r"13 files .*c/09.png \(the file is empty\) and 3 more;"):
+        open_source(tmp_path)
+    with pytest.raises(DataError, match="no usable picture"):
+        open_source(tmp_path, skip_bad_files=True)
+
+
+def test_files_that_play_no_part_are_named_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_files(tmp_path, {"cat/1.png": PNG, "cat/notes.md": "x", ".DS_Store": "x"})
+    assert len(open_source(tmp_path)) == 1
+    assert "not used: cat/notes.md" in caplog.text
+    assert ".DS_Store" not in caplog.text
+
+
+def test_a_file_damaged_after_the_check_is_named(tmp_path: Path) -> None:
+    write_files(tmp_path, {"cat/1.png": PNG})
+    source = open_source(tmp_path)
+    (tmp_path / "cat/1.png").unlink()
+    with pytest.raises(DataError, match=r"cat/1.png .*restore the file"):
+        source.load(0)
