@@ -138,11 +138,14 @@ class MultiScaleQuantizer(nn.Module):
         return QuantizerOutput(f + (latents[-1] - f).detach(), loss, tokens)
 
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Return the transformer's input (B, sum of L after the first scale, C) for known tokens."""
+        """Return the transformer's input for the scales after the first, (B, L, C), from the tokens (B, L_s) of known scales.
+
+        `tokens` are those of scales 0 .. s-1 for an input of scales 1 .. s; at most all but the last.
+        """
         latent: Tensor | int = 0
         maps = []
-        for scale in range(len(self.patch_nums) - 1):
-            latent = latent + self.upsample(self.embedding(tokens[scale]), scale)
+        for scale, index_BL in enumerate(tokens):
+            latent = latent + self.upsample(self.embedding(index_BL), scale)
             maps.append(self.downsample(latent, scale + 1))
         return torch.cat(maps, 1)
 

@@ -1,0 +1,52 @@
+"""The registry of model families: one plain record each, everything behind it imported when asked for."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nsp.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where a family keeps its rooms, as "module:name"; the first three import no torch."""
+
+    name: str
+    config: str  # Config record of the model
+    stages_io: str  # (config, kv_layout, float dtype) -> {stage name: StageIO}
+    loop: str  # generator over scale steps
+    system: str  # torch: new_system(run config, source) -> module with all weights
+    objective: str  # torch: (phase name, settings, system, data) -> Objective
+    stages: str  # torch: (system, kv_layout) -> {stage name: module}
+    load_checkpoint: str  # torch: (folder, config dict) -> system
+    save_checkpoint: str  # torch: (folder, system, notes)
+
+    def get(self, room: str) -> Any:
+        """Return the object a field names, importing its module now."""
+        module, _, name = getattr(self, room).partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+_VAR = "nsp.families.var"
+
+FAMILIES: Mapping[str, Family] = {
+    "var": Family(
+        name="var",
+        config=f"{_VAR}.config:VarConfig",
+        stages_io=f"{_VAR}.io:stages_io",
+        loop=f"{_VAR}.loop:generate",
+        system=f"{_VAR}.training:new_system",
+        objective=f"{_VAR}.training:objective",
+        stages=f"{_VAR}.stages:build_stages",
+        load_checkpoint=f"{_VAR}.checkpoint:load_checkpoint",
+        save_checkpoint=f"{_VAR}.checkpoint:save_checkpoint",
+    )
+}
+
+
+def family(name: str) -> Family:
+    """Return the record of a family; raise ConfigError naming the known ones."""
+    if name not in FAMILIES:
+        raise ConfigError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]

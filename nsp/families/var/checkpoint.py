@@ -1,0 +1,53 @@
+"""Checkpoint folders of the family `var`.
+
+    config.json      {"family": "var", "config": VarConfig, ...}
+    predictor/       model.safetensors
+    vae/             model.safetensors
+    text_encoder/    a CLIPTextModel folder       (text-conditional models)
+    tokenizer/       its prompt tokenizer
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nsp.families.var.config import VarConfig
+from nsp.families.var.system import VarSystem
+from nsp.text.encoder import load_text_encoder, save_text_encoder
+from nsp.text.tokenizer import PromptTokenizer
+from nsp.weights import load_weights, save_weights, write_folder
+
+
+def save_checkpoint(folder: Path, system: VarSystem, *, notes: Mapping[str, Any]) -> None:
+    """Write `system` to `folder`, replacing what is there only once everything is on disk.
+
+    `notes` (JSON-ready) are kept in config.json under "notes": where the weights come from.
+    """
+    with write_folder(folder) as partial:
+        record = {"family": "var", "config": system.config.to_dict(), "notes": dict(notes)}
+        (partial / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+        save_weights(system.predictor, partial / "predictor")
+        save_weights(system.vae, partial / "vae")
+        if system.text_encoder is not None and system.prompt_tokenizer is not None:
+            save_text_encoder(system.text_encoder, partial / "text_encoder")
+            system.prompt_tokenizer.save(partial / "tokenizer")
+
+
+def load_checkpoint(folder: Path, config: Mapping[str, Any]) -> VarSystem:
+    """Return the model in `folder`, in float32 and eval mode; `config` is config.json's "config".
+
+    Raises CheckpointError naming a missing, extra, misshapen or non-finite tensor.
+    """
+    var_config = VarConfig.from_dict(config)
+    encoder: nn.Module | None = None
+    tokenizer: PromptTokenizer | None = None
+    if var_config.text is not None:
+        tokenizer = PromptTokenizer.load(folder / "tokenizer")
+        encoder = load_text_encoder(folder / "text_encoder")
+    system = VarSystem(var_config, text_encoder=encoder, prompt_tokenizer=tokenizer)
+    load_weights(system.predictor, folder / "predictor")
+    load_weights(system.vae, folder / "vae")
+    return system.eval()

@@ -1,0 +1,266 @@
+"""Training losses of the family `var`: tokenizer phase, then predictor phase.
+
+Axes: B batch, L tokens of all scales, T prompt tokens, V codes, Z latent channels.
+Source: arXiv:2404.02905; github.com/FoundationVision/VAR, trainer.py. The published tokenizer recipe is not public
+beyond its VQ loss: reconstruction here is L1 plus L1 of image gradients, without an adversary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nsp.config import Config
+from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.errors import ConfigError
+from nsp.families.var.model import Conditioning, NextScaleTransformer
+from nsp.families.var.quantizer import MultiScaleQuantizer
+from nsp.families.var.system import VarSystem
+from nsp.families.var.vqvae import VQVAE
+from nsp.training.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings(Config):
+    """Settings of the tokenizer phase."""
+
+    gradient_weight: float = 1.0  # of the L1 between image gradients: keeps edges sharp
+    vq_weight: float = 1.0
+    restart_every: int = 50  # steps between restarts of unused codes; 0: never
+    restart_until: float = 0.7  # fraction of the phase after which codes are left alone
+    restart_share: float = 0.03  # a code used less than this share of the average is unused
+
+
+class TokenizerObjective(Objective):
+    """Trains the VQVAE to reproduce pictures through its token maps."""
+
+    def __init__(self, system: VarSystem, data: ImageDataset, settings: TokenizerSettings) -> None:
+        super().__init__()
+        self.trained = system.vae
+        self.settings, self._data = settings, data
+        self._candidates: Tensor | None = None  # latents of the last batch, (N, Z)
+        self._hits: Tensor | None = None
+
+    def dataset(self) -> Dataset[Mapping[str, Any]]:
+        """Return the pictures."""
+        return self._data
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the loss, its parts, PSNR in dB and the number of codes in use."""
+        vae = self.trained
+        image = to_model_range(batch["image"])
+        quantized = vae.quantize(vae.encode(image))
+        rebuilt = vae.decode(quantized.latent_BChw)
+        pixel = F.l1_loss(rebuilt, image)
+        gradient = image_gradient_loss(rebuilt, image)
+        loss = pixel + self.settings.gradient_weight * gradient
+        if self.training:
+            self._count(quantized.tokens)
+            self._candidates = quantized.latent_BChw.detach().float().movedim(1, -1).flatten(0, 2)
+        mse = F.mse_loss(rebuilt.detach().clamp(-1, 1), image)
+        usage = vae.quantize.ema_vocab_hit_SV.mean(0)
+        return {
+            "loss": loss + self.settings.vq_weight * quantized.loss,
+            "l1": pixel.detach(),
+            "vq": quantized.loss.detach(),
+            "psnr_db": 10 * torch.log10(4 / mse),
+            "codes_used": (usage > 0.03 * usage.mean()).sum(),
+        }
+
+    def _count(self, tokens: Sequence[Tensor]) -> None:
+        """Update the moving usage per scale and code, as the published code does (models/quant.py)."""
+        table = self.trained.quantize.ema_vocab_hit_SV
+        for scale, index in enumerate(tokens):
+            hits = index.flatten().bincount(minlength=table.shape[1]).float()
+            table[scale].lerp_(hits, 0.1 if table[scale].any() else 1.0)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Move codes nobody uses onto latents of the last batch; report how many moved."""
+        settings = self.settings
+        if not settings.restart_every or (step + 1) % settings.restart_every:
+            return {}
+        quantize = self.trained.quantize
+        usage = quantize.ema_vocab_hit_SV.sum(0)
+        unused = (usage < settings.restart_share * usage.mean()).nonzero().flatten()
+        if self._candidates is None or len(unused) == 0:
+            return {"codes_restarted": 0.0}
+        picks = torch.randint(len(self._candidates), (len(unused),), device=unused.device)
+        # Residuals of late scales are small; a random size covers every scale.
+        size = torch.rand(len(unused), 1, device=unused.device)
+        with torch.no_grad():
+            quantize.embedding.weight[unused] = self._candidates[picks] * size
+            quantize.ema_vocab_hit_SV[:, unused] = usage.mean() / len(quantize.ema_vocab_hit_SV)
+        return {"codes_restarted": float(len(unused))}
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return False for biases, norms and the codebook."""
+        return parameter.ndim > 1 and "embedding" not in name
+
+    @torch.no_grad()
+    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Return pictures beside their reconstructions."""
+        rng = np.random.default_rng(seed)
+        picks = rng.choice(len(self._data), size=min(16, len(self._data)), replace=False)
+        items = [self._data[int(i)] for i in picks]
+        device = next(self.trained.parameters()).device
+        image = torch.stack([item["image"] for item in items]).to(device)
+        vae = self.trained
+        rebuilt = vae.decode(vae.quantize(vae.encode(to_model_range(image))).latent_BChw)
+        rebuilt = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        pairs = torch.stack([image, rebuilt], 1).flatten(0, 1).movedim(1, -1)
+        titles = [t for item in items for t in (item["caption"], "reconstruction")]
+        return pairs.cpu().numpy(), titles
+
+
+def image_gradient_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean absolute difference of horizontal and vertical finite differences."""
+    horizontal = F.l1_loss(a.diff(dim=-1), b.diff(dim=-1))
+    return horizontal + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorSettings(Config):
+    """Settings of the predictor phase; defaults as the published trainer's."""
+
+    label_smoothing: float = 0.0
+    sample_guidance_scale: float = 2.0
+
+
+class PredictorObjective(Objective):
+    """Trains the transformer (and the text encoder, if there is one) on the frozen tokenizer's tokens."""
+
+    def __init__(self, system: VarSystem, data: ImageDataset, settings: PredictorSettings) -> None:
+        super().__init__()
+        self.settings, self._data = settings, data
+        self.system = system.requires_grad_(False)
+        parts = {"predictor": system.predictor}
+        if system.text_encoder is not None:
+            parts["text_encoder"] = system.text_encoder
+        self.trained = nn.ModuleDict(parts).requires_grad_(True)
+
+    def dataset(self) -> Dataset[Mapping[str, Any]]:
+        """Return tokens and conditions: computed once where a picture always gives the same tokens."""
+        return TokenDataset(self.system, self._data)
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return cross-entropy (nats per token) and accuracy (%), over all tokens and the last scale's."""
+        system = self.system
+        condition_B = batch["condition"]
+        rate = system.config.predictor.cond_drop_rate if self.training else 0.0
+        dropped = torch.rand(len(condition_B), device=condition_B.device) < rate
+        if "tokens" in batch:
+            tokens_BL = batch["tokens"].long()
+        else:
+            tokens_BL = torch.cat(system.vae.tokenize(to_model_range(batch["image"])), 1)
+        return predictor_loss(
+            system.predictor,
+            system.vae.quantize,
+            system.condition(condition_B, dropped),
+            tokens_BL,
+            label_smoothing=self.settings.label_smoothing if self.training else 0.0,
+        )
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return the published rule: no decay for 1-D tensors, biases, tables and attention scales."""
+        tables = ("pos_1LC", "pos_start", "lvl_embed", "ada_gss", "scale_mul", "text_null")
+        if parameter.ndim <= 1 or name.endswith("bias"):
+            return False
+        return not any(table in name for table in tables)
+
+    @torch.no_grad()
+    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Return pictures generated for conditions of the data set, with their captions."""
+        from nsp.families.var.sampling import sample_grid
+
+        return sample_grid(self.system, self._data, seed, self.settings.sample_guidance_scale)
+
+
+def predictor_loss(
+    predictor: NextScaleTransformer,
+    quantize: MultiScaleQuantizer,
+    conditioning: Conditioning,
+    tokens_BL: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    num_scales: int | None = None,
+    newest_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """Return cross-entropy in nats and accuracy in percent: `loss`, and detached means over all and last-scale tokens.
+
+    The loss is the batch mean of the sum over tokens of CE / L, L being the tokens of the whole schedule. Progressive
+    training predicts the first `num_scales` scales only; the newest one's tokens then weigh `newest_weight` / L, and
+    weights are not renormalised.
+    """
+    sides = quantize.patch_nums
+    used = len(sides) if num_scales is None else num_scales
+    lengths = [side**2 for side in sides[:used]]
+    targets_BL = tokens_BL[:, : sum(lengths)]
+    maps = targets_BL.split(lengths, 1)
+    logits_BLV = predictor(conditioning, quantize.teacher_input(maps[: used - 1])).float()
+    per_token_BL = F.cross_entropy(
+        logits_BLV.transpose(1, 2), targets_BL, label_smoothing=label_smoothing, reduction="none"
+    )
+    weights_L = torch.full_like(per_token_BL[0], 1 / sum(side**2 for side in sides))
+    if used < len(sides):
+        weights_L[-lengths[-1] :] *= newest_weight
+    with torch.no_grad():
+        correct_BL = (logits_BLV.argmax(-1) == targets_BL).float() * 100
+        tail = per_token_BL[:, -lengths[-1] :].mean()
+    return {
+        "loss": (per_token_BL * weights_L).sum(1).mean(),
+        "ce": per_token_BL.detach().mean(),
+        "ce_last": tail,
+        "accuracy": correct_BL.mean(),
+        "accuracy_last": correct_BL[:, -lengths[-1] :].mean(),
+    }
+
+
+class TokenDataset(Dataset[Mapping[str, Any]]):
+    """Conditions with the tokens of their pictures, or the pictures where tokens differ from epoch to epoch."""
+
+    def __init__(self, system: VarSystem, data: ImageDataset, batch_size: int = 64) -> None:
+        self._data = data
+        if system.config.text is None:
+            classes = [sample.class_id for sample in data.source.samples]
+            if None in classes:
+                raise ConfigError(
+                    "a class-conditional model needs class folders; this data has only captions"
+                )
+            self._conditions = torch.tensor(classes)
+        else:
+            captions = [sample.caption for sample in data.source.samples]
+            self._conditions = torch.from_numpy(system.prompt_tokenizer.encode(captions))
+        self._tokens = None
+        if not (data.crop or data.flip):
+            self._tokens = self._tokenize(system.vae, batch_size)
+
+    def _tokenize(self, vae: VQVAE, batch_size: int) -> Tensor:
+        """Return the tokens (N, L) of all pictures, int16 where codes allow."""
+        device = next(vae.parameters()).device
+        rows = []
+        for start in range(0, len(self._data), batch_size):
+            stop = min(start + batch_size, len(self._data))
+            image = torch.stack([self._data[i]["image"] for i in range(start, stop)])
+            rows.append(torch.cat(vae.tokenize(to_model_range(image.to(device))), 1).cpu())
+        return torch.cat(rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose crops and flips come next."""
+        self._data.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `condition`, and `tokens` (L,) or `image` (3, H, W) uint8."""
+        condition = self._conditions[index]
+        if self._tokens is not None:
+            return {"condition": condition, "tokens": self._tokens[index]}
+        return {"condition": condition, "image": self._data[index]["image"]}

@@ -1,0 +1,65 @@
+"""All trainable parts of one `var` model together, as checkpoints hold them."""
+
+import torch
+from torch import Tensor, nn
+
+from nsp.errors import ConfigError
+from nsp.families.var.config import VarConfig
+from nsp.families.var.model import Conditioning, NextScaleTransformer
+from nsp.families.var.vqvae import VQVAE
+from nsp.text.encoder import TextEncoderStage
+from nsp.text.tokenizer import PromptTokenizer
+
+
+class VarSystem(nn.Module):
+    """Tokenizer, transformer and, for text, the CLIP encoder with its prompt tokenizer."""
+
+    def __init__(
+        self,
+        config: VarConfig,
+        *,
+        text_encoder: nn.Module | None = None,
+        prompt_tokenizer: PromptTokenizer | None = None,
+    ) -> None:
+        super().__init__()
+        if (config.text is None) != (text_encoder is None or prompt_tokenizer is None):
+            raise ConfigError(
+                "a text-conditional model needs a text encoder and a tokenizer, "
+                "a class-conditional one has neither"
+            )
+        self.config = config
+        self.vae = VQVAE(config.vae, config.patch_nums)
+        self.predictor = NextScaleTransformer(config)
+        self.text_encoder = text_encoder
+        self.prompt_tokenizer = prompt_tokenizer
+        self._check_text()
+
+    def _check_text(self) -> None:
+        """Check that the text encoder fits the configuration."""
+        text, tokenizer = self.config.text, self.prompt_tokenizer
+        if text is None or tokenizer is None or self.text_encoder is None:
+            return
+        width = self.text_encoder.config.hidden_size
+        if (width, tokenizer.max_tokens) != (text.text_width, text.max_tokens):
+            raise ConfigError(
+                f"text encoder of width {width} with {tokenizer.max_tokens} tokens does not fit "
+                f"text_width={text.text_width}, max_tokens={text.max_tokens}"
+            )
+
+    def condition(self, condition_B: Tensor, dropped_B: Tensor) -> Conditioning:
+        """Return the training conditioning of class ids (B,) or prompt token ids (B, T).
+
+        Rows where `dropped_B` (bool) holds get the null condition instead.
+        """
+        if self.config.text is None:
+            null = torch.full_like(condition_B, self.config.condition.num_classes)
+            return self.predictor.condition_on_class(torch.where(dropped_B, null, condition_B))
+        if self.config.text.null == "empty_prompt":
+            empty = torch.from_numpy(self.prompt_tokenizer.encode([""])).to(condition_B)
+            condition_B = torch.cat([condition_B, empty])
+        states, pooled = TextEncoderStage(self.text_encoder)(condition_B)
+        rows = torch.arange(len(dropped_B), device=dropped_B.device)
+        null_row = torch.full_like(rows, len(dropped_B))
+        return self.predictor.condition_on_text(
+            states, pooled, torch.where(dropped_B, null_row, rows)
+        )

@@ -1,0 +1,74 @@
+"""What a training run is made of: data, phases, optimizer settings. Stored with every checkpoint."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nsp.config import Config
+from nsp.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Config):
+    """AdamW and its schedules."""
+
+    lr: float  # peak, for the batch size as given
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None  # None: constant
+    schedule: str = "lin0"
+    warmup_steps: int = 0
+    warmup_start: float = 0.005
+    final_ratio: float = 0.01
+    grad_clip: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig(Config):
+    """One phase of a run: what the family trains under this name, for how long, and how."""
+
+    name: str
+    steps: int
+    batch_size: int
+    optimizer: OptimizerConfig
+    ema_decay: float = 0.0  # 0: no moving average
+    objective: dict[str, Any] = field(default_factory=dict)  # settings of the family's objective
+    sample_every: int = 500
+    checkpoint_every: int = 250
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        for name in ("steps", "batch_size", "sample_every", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"phase {self.name}: {name} must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"phase {self.name}: ema_decay must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Which pictures, at what size, with which augmentation."""
+
+    source: str = "emoji"  # 'emoji', a .tar, or a folder
+    crop: bool = False  # resize the short side to 1.125 x size, then crop at random
+    flip: bool = False
+    num_workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """A complete run: everything that decides its result."""
+
+    family: str
+    model: dict[str, Any]  # the family's configuration as a dictionary
+    text_encoder: dict[str, Any] = field(default_factory=dict)  # of a new text encoder
+    data: DataConfig = field(default_factory=DataConfig)
+    phases: tuple[PhaseConfig, ...]
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Check that phases have distinct names."""
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names) or not names:
+            raise ConfigError(f"phases must be one or more with distinct names, got {names}")

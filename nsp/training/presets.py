@@ -1,0 +1,82 @@
+"""Named training runs: small functions that return a RunConfig."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from nsp.errors import ConfigError
+from nsp.families.var.config import SIZES
+from nsp.training.config import OptimizerConfig, PhaseConfig, RunConfig
+
+
+def emoji() -> RunConfig:
+    """Return the default run: a text-conditional model of the embedded emoji set, sized for two CPU cores."""
+    tokenizer = PhaseConfig(
+        name="tokenizer",
+        steps=2400,
+        batch_size=32,
+        optimizer=OptimizerConfig(
+            lr=1e-3, weight_decay=0.0, schedule="cos", warmup_steps=50, final_ratio=0.02, grad_clip=1.0
+        ),
+        sample_every=400,
+    )
+    predictor = PhaseConfig(
+        name="predictor",
+        steps=6000,
+        batch_size=64,
+        optimizer=OptimizerConfig(
+            lr=1e-3, schedule="lin0", warmup_steps=100, final_ratio=0.02, grad_clip=2.0
+        ),
+        ema_decay=0.995,
+        sample_every=500,
+    )
+    return RunConfig(
+        family="var",
+        model=SIZES["emoji"].to_dict(),
+        text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
+        phases=(tokenizer, predictor),
+    )
+
+
+def quick() -> RunConfig:
+    """Return a run of a few minutes on two CPU cores: every part works, pictures are rough."""
+    return _shortened(emoji(), {"tokenizer": 120, "predictor": 120})
+
+
+def smoke() -> RunConfig:
+    """Return a run of seconds, for tests: the tiny model at 16 px, four steps a phase."""
+    run = _shortened(emoji(), {"tokenizer": 4, "predictor": 4})
+    phases = tuple(
+        dataclasses.replace(phase, batch_size=8, checkpoint_every=2, sample_every=2, log_every=1)
+        for phase in run.phases
+    )
+    return dataclasses.replace(
+        run,
+        model=SIZES["tiny"].to_dict(),
+        text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
+        phases=phases,
+    )
+
+
+def _shortened(run: RunConfig, steps: Mapping[str, int]) -> RunConfig:
+    """Return the run with other step counts, warm-up and samples in proportion."""
+    phases = []
+    for phase in run.phases:
+        count = steps[phase.name]
+        optimizer = dataclasses.replace(phase.optimizer, warmup_steps=max(count // 20, 1))
+        every = max(count // 3, 1)
+        phases.append(
+            dataclasses.replace(
+                phase, steps=count, optimizer=optimizer, sample_every=every, checkpoint_every=every
+            )
+        )
+    return dataclasses.replace(run, phases=tuple(phases))
+
+
+PRESETS: Mapping[str, Callable[[], RunConfig]] = {"emoji": emoji, "quick": quick, "smoke": smoke}
+
+
+def preset(name: str) -> RunConfig:
+    """Return the named run; raise ConfigError naming the known ones."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,46 @@
+"""Contact sheets: pictures in a grid with a title under each."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN_PX = 8
+_LINE_PX = 12
+_MIN_CELL_PX = 96
+
+
+def contact_sheet(
+    pictures: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
+    titles: Sequence[str],
+    *,
+    columns: int | None = None,
+    lines: int = 2,
+) -> Image.Image:
+    """Return one image with all pictures (N of (H, W, 3)) in rows of `columns`, titles wrapped below them.
+
+    Pictures under 96 px are enlarged without smoothing, so that what is seen is what was made.
+    """
+    count = len(pictures)
+    columns = columns or min(8, max(1, math.ceil(math.sqrt(count))))
+    side = max(pictures[0].shape[:2])
+    zoom = max(1, math.ceil(_MIN_CELL_PX / side))
+    cell = side * zoom
+    step_x, step_y = cell + _MARGIN_PX, cell + _MARGIN_PX + lines * _LINE_PX
+    rows = math.ceil(count / columns)
+    sheet = Image.new("RGB", (columns * step_x + _MARGIN_PX, rows * step_y + _MARGIN_PX), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for index, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        x = _MARGIN_PX + index % columns * step_x
+        y = _MARGIN_PX + index // columns * step_y
+        tile = Image.fromarray(picture).resize(
+            (picture.shape[1] * zoom, picture.shape[0] * zoom), Image.Resampling.NEAREST
+        )
+        sheet.paste(tile, (x, y))
+        wrapped = textwrap.wrap(title, max(cell // 6, 8))[:lines]
+        for number, line in enumerate(wrapped):
+            draw.text((x, y + cell + 2 + number * _LINE_PX), line, fill="black", font=font)
+    return sheet
