@@ -25,7 +25,9 @@ class Config:
             raise ConfigError(f"{cls.__name__}: expected a JSON object, got {values!r}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
-            raise ConfigError(f"{cls.__name__}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
+            raise ConfigError(
+                f"{cls.__name__}: unknown key {unknown[0]!r}; known: {', '.join(fields)}"
+            )
         hints = typing.get_type_hints(cls)
         parsed = {
             name: _parse(hints[name], value, f"{cls.__name__}.{name}")
@@ -57,10 +59,14 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         return hint.from_dict(value)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_parse(arguments[0], item, where) for item in value)
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
     if origin is typing.Literal:
         accepted = value in arguments
-    elif origin is dict or hint is dict:
-        accepted = isinstance(value, Mapping)
+    elif origin in (dict, tuple):
+        accepted = False
     elif hint is float:
         accepted = isinstance(value, int | float) and not isinstance(value, bool)
     else:

@@ -1,10 +1,6 @@
-"""Safetensors folders and the one way files reach the disk: a temporary name, then a rename."""
+"""Weights as safetensors folders, and the checks made when they are read."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,30 +13,12 @@ from nsp.errors import CheckpointError
 WEIGHTS_NAME = "model.safetensors"
 
 
-@contextmanager
-def write_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that takes its name when the block ends without an error.
-
-    After an error nothing is left of it and `folder` is as it was.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        old = partial.with_name(partial.name + ".old")
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def save_weights(module: nn.Module, folder: Path) -> None:
     """Write the state dict of `module` to folder/model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
     save_file(state, folder / WEIGHTS_NAME)
 
 
@@ -71,25 +49,19 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         for name in own.keys() & state.keys()
         if own[name].shape != state[name].shape
     ]
-    for problem, names in (("missing", missing), ("extra", extra), ("misshapen", sorted(misshapen))):
+    for problem, names in (
+        ("missing", missing),
+        ("extra", extra),
+        ("misshapen", sorted(misshapen)),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source}: {problem} tensor {names[0]}{more}")
     for name, tensor in state.items():
         # -inf is legitimate in a mask buffer, which is no parameter.
-        if name in dict(module.named_parameters()) and not bool(torch.isfinite(tensor.float()).all()):
+        if name in dict(module.named_parameters()) and not bool(
+            torch.isfinite(tensor.float()).all()
+        ):
             raise CheckpointError(f"{source}: tensor {name} holds NaN or infinity")
     cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
     module.load_state_dict(cast)
-
-
-@contextmanager
-def write_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its name when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

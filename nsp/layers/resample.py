@@ -4,7 +4,7 @@ Both filters are separable and linear, so Y = R X C^T with a row matrix R and a 
 computes the same numbers in PyTorch, ONNX Runtime and TensorRT; a Resize operator does not.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 _BICUBIC_A = -0.75  # the coefficient of torch.nn.functional.interpolate
 
 
-@lru_cache(maxsize=None)
+@cache
 def area_matrix(size_in: int, size_out: int) -> NDArray[np.float32]:
     """Return the (size_out, size_in) matrix of adaptive average pooling along one axis.
 
@@ -27,7 +27,7 @@ def area_matrix(size_in: int, size_out: int) -> NDArray[np.float32]:
     return _frozen(matrix)
 
 
-@lru_cache(maxsize=None)
+@cache
 def bicubic_matrix(size_in: int, size_out: int) -> NDArray[np.float32]:
     """Return the (size_out, size_in) matrix of bicubic resizing along one axis.
 

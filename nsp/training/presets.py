@@ -15,7 +15,12 @@ def emoji() -> RunConfig:
         steps=2400,
         batch_size=32,
         optimizer=OptimizerConfig(
-            lr=1e-3, weight_decay=0.0, schedule="cos", warmup_steps=50, final_ratio=0.02, grad_clip=1.0
+            lr=1e-3,
+            weight_decay=0.0,
+            schedule="cos",
+            warmup_steps=50,
+            final_ratio=0.02,
+            grad_clip=1.0,
         ),
         sample_every=400,
     )

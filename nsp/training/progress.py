@@ -80,5 +80,9 @@ class Progress:
             left = (self.config.steps - step) / max(values["steps_per_s"], 1e-9)
             logger.info(
                 "%s %d/%d  %s  %.0f s left",
-                self.config.name, step, self.config.steps, "  ".join(shown), left,
+                self.config.name,
+                step,
+                self.config.steps,
+                "  ".join(shown),
+                left,
             )

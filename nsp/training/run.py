@@ -13,9 +13,9 @@ from nsp.data.dataset import ImageDataset
 from nsp.data.sources import open_source
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.registry import family
+from nsp.files import write_file
 from nsp.training.config import RunConfig
 from nsp.training.trainer import Phase, shipped_weights
-from nsp.weights import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ class RunResult:
 def resolve_precision(requested: str) -> str:
     """Return accelerate's word for the precision; "auto" is bf16 on a GPU that has it, else fp32."""
     if requested == "auto":
-        requested = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        requested = (
+            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        )
     if requested == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision fp16 needs a CUDA device; use fp32 or bf16")
     return "no" if requested == "fp32" else requested
@@ -71,13 +73,15 @@ def train(
     )
     logger.info(
         "%s on %s (%s): %d pictures, run folder %s",
-        config.family, accelerator.device, accelerator.mixed_precision, len(data), folder,
+        config.family,
+        accelerator.device,
+        accelerator.mixed_precision,
+        len(data),
+        folder,
     )
     finished, steps = True, {}
     for phase_config in config.phases:
-        objective = record.get("objective")(
-            phase_config.name, phase_config.objective, system, data
-        )
+        objective = record.get("objective")(phase_config.name, phase_config.objective, system, data)
         phase = Phase(
             phase_config,
             objective,
@@ -111,7 +115,9 @@ def _claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
     """Record the run's configuration in `folder`, or check it against the one there."""
     path = folder / "run.json"
     if path.exists() and not resume:
-        raise ConfigError(f"{folder} holds a run already; continue it with --resume or choose --output-dir")
+        raise ConfigError(
+            f"{folder} holds a run already; continue it with --resume or choose --output-dir"
+        )
     if resume and not path.exists():
         raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start one")
     with write_file(path) as partial:

@@ -16,12 +16,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 
 from nsp.errors import CheckpointError, ConfigError
+from nsp.files import write_file
 from nsp.training.config import OptimizerConfig, PhaseConfig
 from nsp.training.objective import Objective
 from nsp.training.progress import Progress
-from nsp.training.sheet import contact_sheet
 from nsp.training.schedules import lr_ratio, weight_decay
-from nsp.weights import write_file
+from nsp.training.sheet import contact_sheet
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,9 @@ class StepSampler(Sampler[list[int]]):
 
     def __init__(self, size: int, batch_size: int, steps: int, *, start: int, seed: int) -> None:
         if batch_size > size:
-            raise ConfigError(f"batch_size={batch_size} exceeds the {size} pictures of the data set")
+            raise ConfigError(
+                f"batch_size={batch_size} exceeds the {size} pictures of the data set"
+            )
         self.size, self.batch_size, self.steps = size, batch_size, steps
         self.start, self.seed = start, seed
 
@@ -213,7 +215,9 @@ class Phase:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete it to start this phase again") from error
+            raise CheckpointError(
+                f"{path} is damaged ({error}); delete it to start this phase again"
+            ) from error
         saved = PhaseConfig.from_dict(json.loads(state["config"]))
         if dataclasses.replace(saved, steps=self.config.steps) != self.config:
             raise ConfigError(
@@ -227,7 +231,7 @@ class Phase:
         torch.set_rng_state(state["rng"])
 
 
-class shipped_weights:  # noqa: N801 - reads as a statement
+class shipped_weights:
     """Context in which the trained modules carry the weights to ship; the live ones come back after it."""
 
     def __init__(self, phase: Phase) -> None:
@@ -245,7 +249,9 @@ class shipped_weights:  # noqa: N801 - reads as a statement
         average = self.phase.average
         if average is None:
             return
-        pairs = zip(self.phase.objective.trained.parameters(), average.module.parameters(), strict=True)
+        pairs = zip(
+            self.phase.objective.trained.parameters(), average.module.parameters(), strict=True
+        )
         with torch.no_grad():
             for live, averaged in pairs:
                 kept = live.clone()

@@ -1,10 +1,10 @@
 """Checkpoint folders of the family `var`.
 
-    config.json      {"family": "var", "config": VarConfig, ...}
-    predictor/       model.safetensors
-    vae/             model.safetensors
-    text_encoder/    a CLIPTextModel folder       (text-conditional models)
-    tokenizer/       its prompt tokenizer
+config.json      {"family": "var", "config": VarConfig, ...}
+predictor/       model.safetensors
+vae/             model.safetensors
+text_encoder/    a CLIPTextModel folder       (text-conditional models)
+tokenizer/       its prompt tokenizer
 """
 
 import json
@@ -16,9 +16,10 @@ from torch import nn
 
 from nsp.families.var.config import VarConfig
 from nsp.families.var.system import VarSystem
+from nsp.files import write_folder
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.weights import load_weights, save_weights, write_folder
+from nsp.weights import load_weights, save_weights
 
 
 def save_checkpoint(folder: Path, system: VarSystem, *, notes: Mapping[str, Any]) -> None:

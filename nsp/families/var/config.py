@@ -41,7 +41,13 @@ class VaeConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("vocab_size", "latent_channels", "base_channels", "num_res_blocks", "patch_size"):
+        for name in (
+            "vocab_size",
+            "latent_channels",
+            "base_channels",
+            "num_res_blocks",
+            "patch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"vae: {name} must be at least 1, got {getattr(self, name)}")
         if self.base_channels % self.norm_groups:
@@ -117,9 +123,7 @@ class PredictorConfig(Config):
                 f"predictor: width={self.width} must be a multiple of num_heads={self.num_heads}"
             )
         if not 0 <= self.cond_drop_rate < 1:
-            raise ConfigError(
-                f"predictor: cond_drop_rate={self.cond_drop_rate} must be in [0, 1)"
-            )
+            raise ConfigError(f"predictor: cond_drop_rate={self.cond_drop_rate} must be in [0, 1)")
 
     @property
     def head_width(self) -> int:
@@ -241,4 +245,3 @@ def size(name: str) -> VarConfig:
 def with_condition(config: VarConfig, condition: ClassCondition | TextCondition) -> VarConfig:
     """Return the configuration with another condition (d16 with text, say)."""
     return dataclasses.replace(config, condition=condition)
-

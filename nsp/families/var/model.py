@@ -54,7 +54,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """Return (G, L, C) and the keys and values `attend` hands back."""
         dtype = self.mat_qkv.weight.dtype
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(dtype)
         qkv = F.linear(x_GLC.to(dtype), self.mat_qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if self.l2_norm:
@@ -296,7 +296,11 @@ class NextScaleTransformer(nn.Module):
 
 
 def initialize(
-    model: NextScaleTransformer, *, adaln: float = 0.5, adaln_gamma: float = 1e-3, head: float = 0.02
+    model: NextScaleTransformer,
+    *,
+    adaln: float = 0.5,
+    adaln_gamma: float = 1e-3,
+    head: float = 0.02,
 ) -> None:
     """Fill the parameters as the published trainer does (models/var.py, init_weights).
 

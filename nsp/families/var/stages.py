@@ -1,0 +1,205 @@
+"""The stages of the family `var` as torch modules: what is exported, and what the `torch` backend runs.
+
+Each takes the tensors its StageIO declares, in order, and returns a tuple in order. Axes as in io.py.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsp.families.var.io import KVLayout
+from nsp.families.var.model import Conditioning
+from nsp.families.var.quantizer import Phi
+from nsp.families.var.system import VarSystem
+from nsp.layers.attention import attend_delta, attend_present
+from nsp.layers.sampling import apply_guidance, filter_logits, sample_by_inverse_cdf
+from nsp.text.encoder import TextEncoderStage
+
+
+def build_stages(system: VarSystem, kv_layout: KVLayout) -> Mapping[str, nn.Module]:
+    """Return the stages of `system`, sharing its weights."""
+    stages: dict[str, nn.Module] = {}
+    if system.text_encoder is not None:
+        stages["text_encoder"] = TextEncoderStage(system.text_encoder)
+    stages |= {
+        "condition": TextConditionStage(system)
+        if system.config.text
+        else ClassConditionStage(system),
+        "step": StepStage(system, kv_layout),
+        "select": SelectStage(system),
+        "select_smooth": SelectSmoothStage(system),
+        "accumulate": AccumulateStage(system),
+        "decoder": DecoderStage(system),
+    }
+    return {name: stage.eval() for name, stage in stages.items()}
+
+
+class ClassConditionStage(nn.Module):
+    """Class ids -> start tokens and AdaLN modulations."""
+
+    def __init__(self, system: VarSystem) -> None:
+        super().__init__()
+        self.predictor = system.predictor
+
+    def forward(self, class_ids_G: Tensor) -> tuple[Tensor, ...]:
+        """Return x, modulation, head_modulation."""
+        c = self.predictor.condition_on_class(class_ids_G)
+        return c.x_GLC, c.modulation_IG6C, c.head_modulation_G2C
+
+
+class TextConditionStage(nn.Module):
+    """Encoded prompts -> start tokens, AdaLN modulations, text keys and values."""
+
+    def __init__(self, system: VarSystem) -> None:
+        super().__init__()
+        self.predictor = system.predictor
+
+    def forward(
+        self, text_states_NTD: Tensor, text_pooled_ND: Tensor, rows_G: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Return x, modulation, head_modulation, text_k, text_v."""
+        c = self.predictor.condition_on_text(text_states_NTD, text_pooled_ND, rows_G)
+        return c.x_GLC, c.modulation_IG6C, c.head_modulation_G2C, c.text_k_IGTHK, c.text_v_IGTHK
+
+
+class StepStage(nn.Module):
+    """One scale step of the transformer."""
+
+    def __init__(self, system: VarSystem, kv_layout: KVLayout) -> None:
+        super().__init__()
+        self.predictor = system.predictor
+        self.has_text = system.config.text is not None
+        self.attend = attend_delta if kv_layout == "delta" else attend_present
+
+    def forward(
+        self,
+        x_GLC: Tensor,
+        positions_L: Tensor,
+        modulation_IG6C: Tensor,
+        head_modulation_G2C: Tensor,
+        *text_and_past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return logits, then new keys and values of every block."""
+        num_text = 2 if self.has_text else 0
+        text, past = text_and_past[:num_text], text_and_past[num_text:]
+        conditioning = Conditioning(x_GLC, modulation_IG6C, head_modulation_G2C, *text)
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        logits, caches = self.predictor.step(x_GLC, positions_L, conditioning, pairs, self.attend)
+        return logits, *(tensor for cache in caches for tensor in cache)
+
+
+class SelectStage(nn.Module):
+    """Guidance, filtering, one draw per token, codebook lookup; all in float32."""
+
+    def __init__(self, system: VarSystem) -> None:
+        super().__init__()
+        self.embedding = system.vae.quantize.embedding
+
+    def forward(
+        self,
+        logits_GLV: Tensor,
+        uniforms_BL: Tensor,
+        forced_BL: Tensor,
+        guidance: Tensor,
+        temperature: Tensor,
+        top_p: Tensor,
+        ranks_R: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return tokens, codes, guided."""
+        guided = apply_guidance(logits_GLV, uniforms_BL.shape[0], guidance)
+        filtered = filter_logits(guided / temperature, ranks_R.shape[0], top_p)
+        tokens = sample_by_inverse_cdf(filtered, uniforms_BL)
+        taken = torch.where(forced_BL >= 0, forced_BL, tokens)
+        return tokens, self.embedding(taken), guided
+
+
+class SelectSmoothStage(nn.Module):
+    """As SelectStage, but codes are mixed by a Gumbel softmax that sharpens over the scales (`more_smooth`).
+
+    Source: github.com/FoundationVision/VAR, models/var.py, autoregressive_infer_cfg. Not for measuring FID.
+    """
+
+    def __init__(self, system: VarSystem) -> None:
+        super().__init__()
+        self.embedding = system.vae.quantize.embedding
+
+    def forward(
+        self,
+        logits_GLV: Tensor,
+        uniforms_BL: Tensor,
+        forced_BL: Tensor,
+        guidance: Tensor,
+        temperature: Tensor,
+        top_p: Tensor,
+        ranks_R: Tensor,
+        gumbel_BLV: Tensor,
+        ratio: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return tokens, codes, guided."""
+        guided = apply_guidance(logits_GLV, uniforms_BL.shape[0], guidance)
+        filtered = filter_logits(guided / temperature, ranks_R.shape[0], top_p)
+        tokens = sample_by_inverse_cdf(filtered, uniforms_BL)
+        tau = (0.27 * (1 - 0.95 * ratio)).clamp_min(0.005)
+        weights = ((filtered * (1 + ratio) + gumbel_BLV) / tau).softmax(-1)
+        mixed = weights @ self.embedding.weight
+        exact = self.embedding(forced_BL.clamp_min(0))
+        return tokens, torch.where((forced_BL >= 0)[..., None], exact, mixed), guided
+
+
+class AccumulateStage(nn.Module):
+    """f_hat += phi(bicubic(codes)); the next scale's input is the area-averaged f_hat. All in float32.
+
+    One graph serves every scale: the resizing matrices are inputs, and all phis are applied as one convolution of which
+    one slice is taken (a few MFLOP), so that the weights stay constants of the graph.
+    """
+
+    def __init__(self, system: VarSystem) -> None:
+        super().__init__()
+        quantize = system.vae.quantize
+        phis = [module for module in quantize.quant_resi.modules() if isinstance(module, Phi)]
+        self.word_embed = system.predictor.word_embed
+        self.strength = phis[0].strength if phis else 0.0
+        self.num_phis = len(phis)
+        if phis:
+            self.register_buffer("weight", torch.cat([phi.weight.detach() for phi in phis]))
+            self.register_buffer("bias", torch.cat([phi.bias.detach() for phi in phis]))
+
+    def forward(
+        self,
+        codes_BpqZ: Tensor,
+        latent_BZhw: Tensor,
+        up_rows: Tensor,
+        up_cols: Tensor,
+        down_rows: Tensor,
+        down_cols: Tensor,
+        phi: Tensor,
+        rows_G: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return new_latent, x."""
+        added = up_rows @ codes_BpqZ.permute(0, 3, 1, 2) @ up_cols.transpose(0, 1)
+        if self.num_phis:
+            smoothed = F.conv2d(added, self.weight, self.bias, padding=1)
+            smoothed = smoothed.unflatten(1, (self.num_phis, -1)).index_select(1, phi.reshape(1))
+            added = (1 - self.strength) * added + self.strength * smoothed.squeeze(1)
+        latent = latent_BZhw + added
+        next_map = down_rows @ latent @ down_cols.transpose(0, 1)
+        tokens = self.word_embed(next_map.flatten(2).transpose(1, 2))
+        return latent, tokens.index_select(0, rows_G)
+
+
+class DecoderStage(nn.Module):
+    """Latent -> pixels."""
+
+    def __init__(self, system: VarSystem) -> None:
+        super().__init__()
+        self.vae = nn.ModuleDict(
+            {"post_quant_conv": system.vae.post_quant_conv, "decoder": system.vae.decoder}
+        )
+
+    def forward(self, latent_BZhw: Tensor) -> tuple[Tensor]:
+        """Return the image (B, 3, H, W) in [0, 1]."""
+        latent = latent_BZhw.to(self.vae["post_quant_conv"].weight.dtype)
+        image = self.vae["decoder"](self.vae["post_quant_conv"](latent))
+        return ((image.float().clamp(-1, 1) + 1) * 0.5,)

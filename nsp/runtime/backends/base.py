@@ -1,0 +1,55 @@
+"""What a backend is: it runs stages on named arrays and owns the memory they live in."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.runtime.io import Shape, StageIO
+from nsp.runtime.kv_arena import ARENAS, Array, KVArena, KVShape
+
+
+class Backend(ABC):
+    """Stages loaded for one device.
+
+    Arrays are the backend's own kind (NumPy, torch, device memory): callers only slice and reshape them. Outputs belong
+    to the caller until it drops them; those named in `outputs` are written into the arrays given there.
+    """
+
+    name: ClassVar[str]
+    kv_layout: str
+
+    def __init__(self, stages_io: Mapping[str, StageIO]) -> None:
+        self.stages_io = stages_io
+
+    @abstractmethod
+    def run(
+        self, stage: str, feeds: Mapping[str, Array], outputs: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """Return all outputs of `stage`; raise FeedError for wrong feeds and BackendError when it fails."""
+
+    @abstractmethod
+    def upload(self, array: NDArray[Any]) -> Array:
+        """Return `array` on the device of this backend."""
+
+    @abstractmethod
+    def download(self, array: Array) -> NDArray[Any]:
+        """Return a NumPy copy of an array that later steps will not overwrite."""
+
+    @abstractmethod
+    def allocate(self, shape: Shape, dtype: str) -> Array:
+        """Return uninitialised memory."""
+
+    def arena(self, shape: KVShape) -> KVArena:
+        """Return an empty arena in this backend's layout."""
+        return ARENAS[self.kv_layout](shape, self.allocate)
+
+    def kv_dtype(self) -> str:
+        """Return the dtype of keys and values."""
+        return self.stages_io["step"].inputs["past_k_0"].dtype
+
+    def scalar(self, value: float, dtype: str = "float32") -> Array:
+        """Return a zero-dimensional array."""
+        return self.upload(np.array(value, dtype))

@@ -1,0 +1,172 @@
+"""StageIO: the one declaration of a stage's tensors, from which everything about shapes follows.
+
+Axes are written as words: an integer is fixed, a name is free ("B", "L"), and outputs may use sums and products of
+both ("P+L", "16*h"). ONNX names, dynamic axes, engine profiles, buffers and input checks are computed from it.
+"""
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.errors import ConfigError, FeedError
+
+Shape: TypeAlias = tuple[int, ...]
+Sizes: TypeAlias = Mapping[str, int]
+
+DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """One tensor: its axes as words ("B 3 16*h 16*w"; "" is a scalar) and its dtype."""
+
+    axes: str
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Check the dtype and that every axis parses."""
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for word in self.words:
+            _parse_axis(word)
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The axes, one word each."""
+        return tuple(self.axes.split())
+
+    def shape(self, sizes: Sizes) -> Shape:
+        """Return the shape for given sizes of the free axes; KeyError names a missing one."""
+        return tuple(_evaluate(_parse_axis(word), sizes) for word in self.words)
+
+
+@cache
+def _parse_axis(word: str) -> ast.expr:
+    """Return the expression of one axis; raise ConfigError when it is not made of names, integers, + and *."""
+    try:
+        expression = ast.parse(word, mode="eval").body
+        _evaluate(expression, _AnySize())
+    except (SyntaxError, TypeError) as error:
+        raise ConfigError(
+            f"axis {word!r} is not a name, an integer, or a sum or product of them"
+        ) from error
+    return expression
+
+
+class _AnySize(dict[str, int]):
+    """Sizes in which every name is 1: for checking an expression's form."""
+
+    def __missing__(self, key: str) -> int:
+        return 1
+
+
+def _evaluate(node: ast.expr, sizes: Sizes) -> int:
+    match node:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name):
+            return sizes[name]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _evaluate(left, sizes) + _evaluate(right, sizes)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _evaluate(left, sizes) * _evaluate(right, sizes)
+    raise TypeError(ast.dump(node))
+
+
+@dataclass(frozen=True)
+class StageIO:
+    """Named inputs and outputs of one stage, in order."""
+
+    inputs: Mapping[str, Axes]
+    outputs: Mapping[str, Axes]
+
+    @cached_property
+    def free_axes(self) -> tuple[str, ...]:
+        """Names of the free axes, in order of appearance in the inputs."""
+        words = (word for spec in self.inputs.values() for word in spec.words)
+        return tuple(dict.fromkeys(word for word in words if word.isidentifier()))
+
+    def input_shapes(self, sizes: Sizes) -> dict[str, Shape]:
+        """Return the shape of every input."""
+        return {name: spec.shape(sizes) for name, spec in self.inputs.items()}
+
+    def output_shapes(self, sizes: Sizes) -> dict[str, Shape]:
+        """Return the shape of every output."""
+        return {name: spec.shape(sizes) for name, spec in self.outputs.items()}
+
+    def check(self, feeds: Mapping[str, Any], stage: str) -> dict[str, int]:
+        """Return the sizes of the free axes found in `feeds` (arrays with shape and dtype).
+
+        Raises FeedError naming the tensor that is missing, unknown, or of another shape or dtype than declared.
+        """
+        if feeds.keys() != self.inputs.keys():
+            odd = sorted(feeds.keys() ^ self.inputs.keys())[0]
+            state = "unknown" if odd in feeds else "missing"
+            raise FeedError(f"{stage}: {state} input {odd!r}; inputs are {', '.join(self.inputs)}")
+        sizes: dict[str, int] = {}
+        for name, spec in self.inputs.items():
+            shape = tuple(feeds[name].shape)
+            if len(shape) == len(spec.words):
+                for word, size in zip(spec.words, shape, strict=True):
+                    if word.isidentifier():
+                        sizes.setdefault(word, size)
+            if len(shape) != len(spec.words) or shape != spec.shape(sizes):
+                known = " ".join(f"{k}={v}" for k, v in sizes.items() if k in spec.words)
+                raise FeedError(
+                    f"{stage}: {name} has shape {shape}; expected ({spec.axes}) with {known}"
+                )
+            dtype = str(feeds[name].dtype).removeprefix("torch.")
+            if dtype != spec.dtype:
+                raise FeedError(f"{stage}: {name} is {dtype}; expected {spec.dtype}")
+        return sizes
+
+    def profile(self, sizes: Sequence[Sizes]) -> dict[str, tuple[Shape, Shape, Shape]]:
+        """Return (min, opt, max) shapes of every input over several sizes; the last one given is the optimum."""
+        shapes = [self.input_shapes(each) for each in sizes]
+        return {
+            name: (
+                tuple(map(min, zip(*(s[name] for s in shapes), strict=True))),
+                shapes[-1][name],
+                tuple(map(max, zip(*(s[name] for s in shapes), strict=True))),
+            )
+            for name in self.inputs
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries for a manifest."""
+        return {
+            side: {name: [spec.axes, spec.dtype] for name, spec in getattr(self, side).items()}
+            for side in ("inputs", "outputs")
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the declaration written by `to_dict`; raise ConfigError when it is not one."""
+        try:
+            inputs, outputs = (
+                {name: Axes(axes, dtype) for name, (axes, dtype) in values[side].items()}
+                for side in ("inputs", "outputs")
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"not a stage declaration: {values!r}") from error
+        return cls(inputs, outputs)
+
+
+def sample_arrays(io: StageIO, sizes: Sizes, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Return arrays of the declared shapes: normal floats, zero integers. For shape checks, never for parity."""
+    rng = np.random.default_rng(seed)
+    result: dict[str, NDArray[Any]] = {}
+    for name, spec in io.inputs.items():
+        shape = spec.shape(sizes)
+        if spec.dtype in ("int64", "bool"):
+            result[name] = np.zeros(shape, spec.dtype)
+        else:
+            result[name] = rng.standard_normal(shape).astype(
+                "float32" if spec.dtype == "bfloat16" else spec.dtype
+            )
+    return result

@@ -1,0 +1,120 @@
+"""The KV arena: keys and values of all scale steps in buffers allocated once per image batch.
+
+A step reads the past as a prefix view and its new keys and values are written in place; nothing is joined on the host.
+Axes: S tokens of the whole schedule, P cached, L new, G rows, H heads, K head width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from nsp.runtime.io import Shape
+
+
+class Array(Protocol):
+    """What the runtime asks of a backend's arrays: views, nothing more."""
+
+    @property
+    def shape(self) -> Any:
+        """The shape."""
+
+    def __getitem__(self, key: Any) -> Self:
+        """Return a view of a slice of the first axis."""
+
+    def reshape(self, shape: Any) -> Self:
+        """Return a view of another shape."""
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Sizes of a cache."""
+
+    num_layers: int
+    num_tokens: int  # S, of the whole schedule
+    rows: int  # G
+    num_heads: int
+    head_width: int
+    dtype: str
+
+
+class KVArena(ABC):
+    """Hands out the past and room for what is new; `advance` after every step."""
+
+    def __init__(self, shape: KVShape) -> None:
+        self.shape, self.length = shape, 0
+
+    @abstractmethod
+    def past(self) -> dict[str, Array]:
+        """Return the `past_*` inputs of the next step."""
+
+    @abstractmethod
+    def new(self, num_tokens: int) -> dict[str, Array]:
+        """Return the buffers for the `new_*` outputs of a step of `num_tokens`."""
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens of a finished step as cached."""
+        self.length += num_tokens
+
+    def _names(self, prefix: str) -> list[str]:
+        layers = range(self.shape.num_layers)
+        return [f"{prefix}_{kind}_{i}" for i in layers for kind in ("k", "v")]
+
+
+Allocate = Callable[[Shape, str], Array]
+
+
+class DeltaArena(KVArena):
+    """Token-major (S, G, H, K) buffers: the past is the head of each, what is new lands right behind it."""
+
+    def __init__(self, shape: KVShape, allocate: Allocate) -> None:
+        super().__init__(shape)
+        full = (shape.num_tokens, shape.rows, shape.num_heads, shape.head_width)
+        self._buffers = [allocate(full, shape.dtype) for _ in range(2 * shape.num_layers)]
+
+    def past(self) -> dict[str, Array]:
+        """Return views (P, G, H, K)."""
+        views = (buffer[: self.length] for buffer in self._buffers)
+        return dict(zip(self._names("past"), views, strict=True))
+
+    def new(self, num_tokens: int) -> dict[str, Array]:
+        """Return views (L, G, H, K)."""
+        views = (buffer[self.length : self.length + num_tokens] for buffer in self._buffers)
+        return dict(zip(self._names("new"), views, strict=True))
+
+
+class PresentArena(KVArena):
+    """Two flat buffers per tensor, (G, H, P, K) packed: the operator reads one and writes past and new into the other."""
+
+    def __init__(self, shape: KVShape, allocate: Allocate) -> None:
+        super().__init__(shape)
+        size = shape.num_tokens * shape.rows * shape.num_heads * shape.head_width
+        count = 2 * shape.num_layers
+        self._pair = [[allocate((size,), shape.dtype) for _ in range(count)] for _ in range(2)]
+        self._current = 0
+
+    def past(self) -> dict[str, Array]:
+        """Return packed views (G, H, P, K) of the current buffers."""
+        return self._views("past", self._current, self.length)
+
+    def new(self, num_tokens: int) -> dict[str, Array]:
+        """Return packed views (G, H, P + L, K) of the other buffers."""
+        return self._views("new", 1 - self._current, self.length + num_tokens)
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the new tokens as cached and swap the buffers."""
+        super().advance(num_tokens)
+        self._current = 1 - self._current
+
+    def _views(self, prefix: str, which: int, length: int) -> dict[str, Array]:
+        kv = self.shape
+        packed = (kv.rows, kv.num_heads, length, kv.head_width)
+        size = kv.rows * kv.num_heads * length * kv.head_width
+        views = (buffer[:size].reshape(packed) for buffer in self._pair[which])
+        return dict(zip(self._names(prefix), views, strict=True))
+
+
+ARENAS: dict[str, type[DeltaArena] | type[PresentArena]] = {
+    "delta": DeltaArena,
+    "present": PresentArena,
+}

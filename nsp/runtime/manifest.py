@@ -1,0 +1,128 @@
+"""The manifest of an engine folder: what was built, from what, for which device, and how well it matches.
+
+engines/
+  manifest.json
+  tokenizer/                              the prompt tokenizer of a text-conditional model
+  step/onnxruntime-fp32/model.onnx        one folder per stage, one folder per variant in it
+  step/tensorrt_rtx-fp16/engine.plan
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from nsp.config import Config
+from nsp.errors import ConfigError, EngineError
+from nsp.files import write_file
+from nsp.runtime.io import StageIO
+
+SCHEMA = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_DIR = "tokenizer"
+
+Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
+PRECISION_DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(Config):
+    """One stage compiled for one backend in one precision."""
+
+    backend: str  # "onnxruntime", "tensorrt_rtx" or "tensorrt"
+    precision: Precision
+    kv_layout: str  # layout of the cache its `step` was exported with
+    opset: int
+    io: dict[str, Any]  # StageIO.to_dict()
+    files: dict[
+        str, str
+    ]  # path relative to the engine folder -> SHA-256; the first is the one to load
+    profiles: tuple[
+        dict[str, Any], ...
+    ] = ()  # static engines: {input: [min, opt, max]} per profile
+    max_batch: int | None = None  # images per batch; None: any
+    precision_map: dict[str, str] = field(default_factory=dict)  # module or tensor -> dtype kept
+    tools: dict[str, str] = field(default_factory=dict)  # package -> version that built it
+    device: dict[str, str] = field(default_factory=dict)  # what it was built for
+    parity: dict[str, Any] = field(default_factory=dict)  # measured at export
+    build_seconds: float = 0.0
+    fingerprint: str  # of everything that decides its content
+
+    @property
+    def stage_io(self) -> StageIO:
+        """The declaration it was built from."""
+        return StageIO.from_dict(self.io)
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its folder in the stage's folder."""
+        return f"{self.backend}-{self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Config):
+    """Everything an engine folder says about itself."""
+
+    schema: int
+    family: str
+    config: dict[str, Any]  # the family's configuration
+    model_hash: str  # SHA-256 over the weights
+    source: str  # where the weights came from, in words
+    sampling: dict[str, Any] = field(default_factory=dict)  # settings that suit this model
+    files: dict[str, str] = field(default_factory=dict)  # shared files (tokenizer) -> SHA-256
+    stages: dict[str, tuple[Variant, ...]]
+
+    def backends(self) -> tuple[str, ...]:
+        """Return the backends for which every stage has a variant."""
+        names = {v.backend for variants in self.stages.values() for v in variants}
+        return tuple(sorted(n for n in names if all(self.variants(s, n) for s in self.stages)))
+
+    def variants(self, stage: str, backend: str) -> list[Variant]:
+        """Return the variants of a stage for a backend."""
+        return [v for v in self.stages[stage] if v.backend == backend]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of an engine folder; raise EngineError when it is missing, damaged or of another schema."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise EngineError(
+            f"{folder} is no engine folder: {MANIFEST_NAME} is missing; run: nsp export --engine-dir {folder}"
+        )
+    try:
+        values = json.loads(path.read_text())
+        schema = values["schema"]
+        if schema != SCHEMA:
+            raise EngineError(
+                f"{path} has schema {schema}, this nsp reads {SCHEMA}; run: nsp export --engine-dir {folder}"
+            )
+        return Manifest.from_dict(values)
+    except (json.JSONDecodeError, UnicodeDecodeError, ConfigError, KeyError, TypeError) as error:
+        raise EngineError(
+            f"{path} is damaged ({error}); run: nsp export --engine-dir {folder}"
+        ) from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json in one move."""
+    with write_file(folder / MANIFEST_NAME) as partial:
+        partial.write_text(json.dumps(manifest.to_dict(), indent=1) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Raise EngineError naming the first file that is missing or does not have its recorded SHA-256."""
+    for name, digest in files.items():
+        path = folder / name
+        repair = f"run: nsp export --engine-dir {folder}"
+        if not path.is_file():
+            raise EngineError(f"{path} is missing though the manifest lists it; {repair}")
+        if file_sha256(path) != digest:
+            raise EngineError(f"{path} differs from what was exported (SHA-256); {repair}")

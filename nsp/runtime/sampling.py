@@ -1,0 +1,97 @@
+"""How tokens are drawn: settings, guidance over the scales, and all random numbers of an image.
+
+Every random number comes from a NumPy Philox stream keyed by (seed, image number), so an image does not depend on the
+batch it is generated in or on the backend.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.config import Config
+from nsp.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Config):
+    """Settings of one generate call."""
+
+    guidance_scale: float = 2.0  # 1.0: off. The published code's cfg c is 1 + c here
+    guidance_schedule: Literal["ramp", "constant", "interval"] = "ramp"
+    guidance_interval: tuple[float, ...] = (0.0, 1.0)  # of the schedule, for "interval"
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1.0: off
+    temperature: float = 1.0
+    more_smooth: bool = False  # Gumbel-softmax mix of codes instead of one code
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.guidance_scale < 0 or not np.isfinite(self.guidance_scale):
+            raise ConfigError(
+                f"guidance_scale={self.guidance_scale} must be at least 0; 1.0 is off"
+            )
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k} must be at least 0; 0 is off")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be in (0, 1]; 1.0 is off")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature={self.temperature} must be positive; top_k=1 is greedy")
+        if len(self.guidance_interval) != 2:
+            raise ConfigError(f"guidance_interval={self.guidance_interval} must be two fractions")
+
+    def guidance_per_scale(self, num_scales: int) -> list[float]:
+        """Return the guidance of every scale.
+
+        "ramp" grows linearly from 1 (off) at the first scale to `guidance_scale` at the last, as the published code does;
+        "interval" applies it where the scale's ratio s/(S-1) lies in `guidance_interval`, 1 elsewhere (Kynkäänniemi et
+        al. 2024, arXiv:2404.07724, with scales for noise levels).
+        """
+        ratios = scale_ratios(num_scales)
+        if self.guidance_schedule == "ramp":
+            return [1 + (self.guidance_scale - 1) * ratio for ratio in ratios]
+        if self.guidance_schedule == "constant":
+            return [self.guidance_scale] * num_scales
+        low, high = self.guidance_interval
+        return [self.guidance_scale if low <= ratio <= high else 1.0 for ratio in ratios]
+
+    def num_ranks(self, vocab_size: int) -> int:
+        """Return how many of the largest logits must be ranked."""
+        if self.top_k:
+            return min(self.top_k, vocab_size)
+        return vocab_size if self.top_p < 1 else 1
+
+    @property
+    def nucleus(self) -> float:
+        """The stage's `top_p`: 2 where neither filter is on, which keeps everything."""
+        return self.top_p if self.top_p < 1 or self.top_k else 2.0
+
+
+def scale_ratios(num_scales: int) -> list[float]:
+    """Return s / (S - 1) for every scale; [0.0] for a single one."""
+    return [scale / max(num_scales - 1, 1) for scale in range(num_scales)]
+
+
+def draw_uniforms(seed: int, batch: int, num_tokens: int) -> NDArray[np.float32]:
+    """Return uniform numbers (B, L) in [0, 1): image i of the batch has the stream (seed, i)."""
+    rows = [_stream(seed, image).random(num_tokens, np.float32) for image in range(batch)]
+    return np.stack(rows)
+
+
+def draw_gumbel(seed: int, batch: int, num_tokens: int, vocab_size: int) -> NDArray[np.float32]:
+    """Return standard Gumbel noise (B, L, V), from streams apart from those of the uniforms."""
+    tiny = np.finfo(np.float32).tiny
+    rows = [
+        _stream(seed, image, purpose=1).random((num_tokens, vocab_size), np.float32)
+        for image in range(batch)
+    ]
+    uniform = np.maximum(np.stack(rows), tiny)
+    noise: NDArray[Any] = -np.log(-np.log(uniform))
+    return np.minimum(noise, np.float32(50)).astype(np.float32)
+
+
+def _stream(seed: int, image: int, purpose: int = 0) -> np.random.Generator:
+    key = np.array([seed, image], np.uint64)
+    counter = np.array([0, 0, 0, purpose], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
