@@ -1,1 +1,9 @@
-"""Next-scale image generators from training to deployment."""
+"""Next-scale image generators from training to deployment.
+
+    pipe = nsp.load_pipeline("engines/")
+    images = pipe.generate(prompts=["red apple"], seed=0).images
+"""
+
+from nsp.runtime.pipeline import Pipeline, load_pipeline
+
+__all__ = ["Pipeline", "load_pipeline"]

@@ -16,6 +16,7 @@ class Family:
     config: str  # Config record of the model
     stages_io: str  # (config, kv_layout, float dtype) -> {stage name: StageIO}
     loop: str  # generator over scale steps
+    request: str  # record of one batch for the loop
     system: str  # torch: new_system(run config, source) -> module with all weights
     objective: str  # torch: (phase name, settings, system, data) -> Objective
     stages: str  # torch: (system, kv_layout) -> {stage name: module}
@@ -36,6 +37,7 @@ FAMILIES: Mapping[str, Family] = {
         config=f"{_VAR}.config:VarConfig",
         stages_io=f"{_VAR}.io:stages_io",
         loop=f"{_VAR}.loop:generate",
+        request=f"{_VAR}.loop:Request",
         system=f"{_VAR}.training:new_system",
         objective=f"{_VAR}.training:objective",
         stages=f"{_VAR}.stages:build_stages",

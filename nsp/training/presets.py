@@ -12,7 +12,7 @@ def emoji() -> RunConfig:
     """Return the default run: a text-conditional model of the embedded emoji set, sized for two CPU cores."""
     tokenizer = PhaseConfig(
         name="tokenizer",
-        steps=2400,
+        steps=1600,
         batch_size=32,
         optimizer=OptimizerConfig(
             lr=1e-3,
@@ -26,7 +26,7 @@ def emoji() -> RunConfig:
     )
     predictor = PhaseConfig(
         name="predictor",
-        steps=6000,
+        steps=3000,
         batch_size=64,
         optimizer=OptimizerConfig(
             lr=1e-3, schedule="lin0", warmup_steps=100, final_ratio=0.02, grad_clip=2.0

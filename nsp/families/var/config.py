@@ -216,7 +216,7 @@ SIZES: Mapping[str, VarConfig] = {
     "emoji": VarConfig(
         patch_nums=(1, 2, 3, 5, 8),
         vae=EMOJI_VAE,
-        predictor=PredictorConfig(depth=6, width=256, num_heads=4, shared_aln=True),
+        predictor=PredictorConfig(depth=6, width=192, num_heads=3, shared_aln=True),
         condition=TextCondition(text_width=128, max_tokens=16),
     ),
     "tiny": VarConfig(

@@ -1,0 +1,66 @@
+"""Checkpoint folders of any family: config.json says which family reads the rest."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsp.errors import CheckpointError
+from nsp.families.registry import Family, family
+from nsp.runtime.manifest import file_sha256
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """What config.json says."""
+
+    folder: Path
+    family: Family
+    config: Mapping[str, Any]
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # settings that suit this model
+    notes: Mapping[str, Any] = field(default_factory=dict)  # where the weights come from
+
+    def load(self) -> Any:
+        """Return the model with its weights (torch), in float32 and eval mode."""
+        return self.family.get("load_checkpoint")(self.folder, self.config)
+
+    def weights_hash(self) -> str:
+        """Return the SHA-256 over config.json's model part and every weight file, in name order."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        files = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
+        for path in files:
+            name = str(path.relative_to(self.folder))
+            if name != CONFIG_NAME:  # its notes may change without the model
+                digest.update(name.encode() + file_sha256(path).encode())
+        return digest.hexdigest()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether `folder` holds a checkpoint's config.json."""
+    return (folder / CONFIG_NAME).is_file()
+
+
+def read_checkpoint(folder: Path) -> CheckpointRecord:
+    """Return the record of a checkpoint folder.
+
+    Raises CheckpointError when config.json is missing or damaged, ConfigError for an unknown family.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no checkpoint folder: {CONFIG_NAME} is missing")
+    try:
+        values = json.loads(path.read_text())
+        name, config = values["family"], values["config"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); write the checkpoint again") from error
+    return CheckpointRecord(
+        folder=folder,
+        family=family(name),
+        config=config,
+        sampling=values.get("sampling", {}),
+        notes=values.get("notes", {}),
+    )

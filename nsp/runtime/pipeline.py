@@ -1,0 +1,278 @@
+"""The pipeline: prompts or class ids in, images out, from an engine folder or a checkpoint folder."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.checkpoint import is_checkpoint, read_checkpoint
+from nsp.errors import ConfigError
+from nsp.families.registry import Family
+from nsp.runtime.backends.base import Backend
+from nsp.runtime.engine_dir import open_engine_dir
+from nsp.runtime.sampling import SamplingConfig, draw_gumbel, draw_uniforms
+from nsp.text.tokenizer import PromptTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened on the way: one entry per scale."""
+
+    tokens: list[NDArray[np.int64]]  # (B, L_s) sampled
+    logits: list[NDArray[np.float32]]  # (B, L_s, V) guided, before temperature and filters
+    latents: list[NDArray[np.float32]]  # (B, C, h, w) f_hat after the scale
+    image: NDArray[np.float32]  # (B, 3, H, W) in [0, 1]
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Images of one call."""
+
+    images: NDArray[np.uint8]  # (B, H, W, 3)
+    seed: int
+    prompts: tuple[str, ...] = ()
+    class_ids: tuple[int, ...] = ()
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True)
+class StreamStep:
+    """State after one scale step; `decode` turns its latent into pictures."""
+
+    scale: int
+    num_scales: int
+    tokens: NDArray[np.int64]  # (B, L_s)
+    _pipeline: "Pipeline" = field(repr=False)
+    _step: Any = field(repr=False)
+
+    @property
+    def latent(self) -> NDArray[np.float32]:
+        """f_hat so far, (B, C, h, w)."""
+        return self._pipeline.backend.download(self._step.latent)
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """Guided logits (B, L_s, V)."""
+        return self._pipeline.backend.download(self._step.guided)
+
+    def decode(self) -> NDArray[np.float32]:
+        """Return the picture of the latent so far, (B, 3, H, W) in [0, 1]."""
+        return self._pipeline.decode(self._step.latent)
+
+
+class Pipeline:
+    """A loaded model. Not safe for use from several threads at once; load one each."""
+
+    def __init__(
+        self,
+        family: Family,
+        config: Any,
+        backend: Backend,
+        *,
+        tokenizer: PromptTokenizer | None = None,
+        sampling: SamplingConfig | None = None,
+        model_hash: str = "",
+        max_batch: int | None = None,
+    ) -> None:
+        self.family, self.config, self.backend = family, config, backend
+        self.tokenizer = tokenizer
+        self.sampling = sampling or SamplingConfig()
+        self.model_hash, self.max_batch = model_hash, max_batch
+        self._loop = family.get("loop")
+        self._request = family.get("request")
+
+    def generate(
+        self,
+        *,
+        prompts: Sequence[str] | None = None,
+        class_ids: Sequence[int] | None = None,
+        seed: int = 0,
+        trace: bool = False,
+        uniforms: NDArray[np.float32] | None = None,
+        forced_tokens: NDArray[np.int64] | None = None,
+        gumbel: NDArray[np.float32] | None = None,
+        **sampling: Any,
+    ) -> GenerateResult:
+        """Return one image per prompt or class id.
+
+        `sampling` overrides the model's SamplingConfig (guidance_scale, top_k, top_p, temperature, ...). `uniforms`
+        (B, L of all scales) replaces the numbers drawn from `seed`; `forced_tokens` (same shape, -1 = free) replaces
+        sampled tokens. Raises ConfigError for a bad request.
+        """
+        tokens, logits, latents, last = [], [], [], None
+        for last in self.stream(
+            prompts=prompts,
+            class_ids=class_ids,
+            seed=seed,
+            uniforms=uniforms,
+            forced_tokens=forced_tokens,
+            gumbel=gumbel,
+            **sampling,
+        ):
+            if trace:
+                tokens.append(last.tokens)
+                logits.append(last.logits)
+                latents.append(last.latent)
+        assert last is not None  # a schedule has at least one scale
+        image = last.decode()
+        return GenerateResult(
+            images=to_uint8(image),
+            seed=seed,
+            prompts=tuple(prompts or ()),
+            class_ids=tuple(int(c) for c in (() if class_ids is None else class_ids)),
+            trace=Trace(tokens, logits, latents, image) if trace else None,
+        )
+
+    def stream(
+        self,
+        *,
+        prompts: Sequence[str] | None = None,
+        class_ids: Sequence[int] | None = None,
+        seed: int = 0,
+        uniforms: NDArray[np.float32] | None = None,
+        forced_tokens: NDArray[np.int64] | None = None,
+        gumbel: NDArray[np.float32] | None = None,
+        **sampling: Any,
+    ) -> Iterator[StreamStep]:
+        """Yield a StreamStep after every scale; arguments as for `generate`, checked before the first step."""
+        settings = SamplingConfig.from_dict({**self.sampling.to_dict(), **sampling})
+        conditions = self._conditions(prompts, class_ids)
+        batch = len(next(iter(conditions.values())))
+        if self.max_batch is not None and batch > self.max_batch:
+            raise ConfigError(
+                f"batch of {batch} is outside the engine's 1..{self.max_batch}; "
+                f"generate fewer at once or rebuild with --max-batch {batch}"
+            )
+        length = self.config.num_tokens
+        if uniforms is None:
+            uniforms = draw_uniforms(seed, batch, length)
+        _check_shape("uniforms", uniforms, (batch, length), np.float32)
+        if forced_tokens is not None:
+            _check_shape("forced_tokens", forced_tokens, (batch, length), np.int64)
+        if settings.more_smooth and gumbel is None:
+            gumbel = draw_gumbel(seed, batch, length, self.config.vae.vocab_size)
+        request = self._request(
+            sampling=settings,
+            uniforms=uniforms,
+            forced_tokens=forced_tokens,
+            gumbel=gumbel,
+            null_token_ids=self._null_prompt(),
+            **conditions,
+        )
+        return self._steps(request)
+
+    def _steps(self, request: Any) -> Iterator[StreamStep]:
+        for step in self._loop(self.backend, self.config, request):
+            tokens = self.backend.download(step.tokens)
+            yield StreamStep(step.scale, step.num_scales, tokens, self, step)
+
+    def _conditions(
+        self, prompts: Sequence[str] | None, class_ids: Sequence[int] | None
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the request's condition arrays; raise ConfigError for what this model does not take."""
+        if self.tokenizer is not None:
+            if class_ids is not None or prompts is None or len(prompts) == 0:
+                raise ConfigError("this model is text-conditional: give one or more prompts")
+            if empty := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
+                raise ConfigError(f"prompt {empty[0] + 1} is empty; write what the image should show")
+            return {"token_ids": self.tokenizer.encode(prompts)}
+        if prompts is not None or class_ids is None or len(class_ids) == 0:
+            raise ConfigError("this model is class-conditional: give one or more class ids")
+        ids = np.asarray(class_ids, np.int64)
+        count = self.config.condition.num_classes
+        if bad := [int(i) for i in ids if not 0 <= i <= count]:
+            raise ConfigError(
+                f"class id {bad[0]} is outside 0..{count - 1} ({count} is the null class)"
+            )
+        return {"class_ids": ids}
+
+    def _null_prompt(self) -> NDArray[np.int64] | None:
+        return None if self.tokenizer is None else self.tokenizer.encode([""])
+
+    def decode(self, latent: Any) -> NDArray[np.float32]:
+        """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
+        image = self.backend.run("decoder", {"latent": latent})["image"]
+        return self.backend.download(image)
+
+
+def to_uint8(image_B3HW: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return (B, H, W, 3) uint8 pixels of an image in [0, 1], rounded to nearest."""
+    pixels = np.rint(np.clip(image_B3HW, 0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def _check_shape(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> None:
+    if array.shape != shape or array.dtype != dtype:
+        raise ConfigError(
+            f"{name} is {array.dtype} {array.shape}; expected {np.dtype(dtype)} {shape}"
+        )
+
+
+def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pipeline:
+    """Return the model in `path`: an engine folder, or a checkpoint folder (PyTorch).
+
+    `backend` is "auto" (the fastest that works here; logged with the reason) or a name from
+    `nsp.runtime.backends.registry`. Raises EngineError, CheckpointError or BackendError with what to do.
+    """
+    folder = Path(path)
+    if is_checkpoint(folder):
+        if backend not in ("auto", "torch"):
+            raise ConfigError(
+                f"{folder} is a checkpoint, which only the torch backend runs; "
+                f"run: nsp export --checkpoint {folder}"
+            )
+        return _load_checkpoint(folder, **options)
+    engines = open_engine_dir(folder, backend, **options)
+    manifest = engines.manifest
+    record = engines.family
+    return Pipeline(
+        record,
+        record.get("config").from_dict(manifest.config),
+        engines.backend,
+        tokenizer=engines.tokenizer,
+        sampling=SamplingConfig.from_dict(manifest.sampling),
+        model_hash=manifest.model_hash,
+        max_batch=engines.max_batch,
+    )
+
+
+def _load_checkpoint(folder: Path, *, device: str | None = None) -> Pipeline:
+    """Return the PyTorch pipeline of a checkpoint folder."""
+    record = read_checkpoint(folder)
+    logger.info("%s: backend torch, because it is a checkpoint", folder)
+    pipeline = torch_pipeline(record.family, record.load(), device=device, sampling=record.sampling)
+    pipeline.model_hash = record.weights_hash()
+    return pipeline
+
+
+def torch_pipeline(
+    family: Family,
+    system: Any,
+    *,
+    kv_layout: str = "delta",
+    device: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> Pipeline:
+    """Return a pipeline that runs the modules of `system`, sharing their weights."""
+    import torch
+
+    from nsp.runtime.backends.torch import TorchBackend
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    stages = family.get("stages")(system, kv_layout)
+    stages_io = family.get("stages_io")(system.config, kv_layout, "float32")
+    backend = TorchBackend(stages, stages_io, kv_layout=kv_layout, device=device)
+    return Pipeline(
+        family,
+        system.config,
+        backend,
+        tokenizer=system.prompt_tokenizer,
+        sampling=SamplingConfig.from_dict(sampling or {}),
+    )
