@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from picture_files import encoded, write_files
+from tests.data.picture_files import encoded, write_files
 from torch.utils.data import DataLoader
 
 from nsp.data.dataset import ImageDataset, to_model_range

@@ -2,7 +2,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from picture_files import encoded, write_files, write_tar
+from tests.data.picture_files import encoded, write_files, write_tar
 
 from nsp.data.sources import EMOJI_TAR, open_source
 from nsp.errors import ConfigError, DataError
