@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from nsp.errors import CheckpointError, ConfigError
 from nsp.files import write_file
+from nsp.sheet import contact_sheet
 from nsp.training.config import OptimizerConfig, PhaseConfig
 from nsp.training.objective import Objective
 from nsp.training.progress import Progress
 from nsp.training.schedules import lr_ratio, weight_decay
-from nsp.training.sheet import contact_sheet
 
 logger = logging.getLogger(__name__)
 
