@@ -22,6 +22,7 @@ class Family:
     stages: str  # torch: (system, kv_layout) -> {stage name: module}
     load_checkpoint: str  # torch: (folder, config dict) -> system
     save_checkpoint: str  # torch: (folder, system, notes)
+    convert: str  # torch: published weights -> checkpoint folder
 
     def get(self, room: str) -> Any:
         """Return the object a field names, importing its module now."""
@@ -43,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
         stages=f"{_VAR}.stages:build_stages",
         load_checkpoint=f"{_VAR}.checkpoint:load_checkpoint",
         save_checkpoint=f"{_VAR}.checkpoint:save_checkpoint",
+        convert=f"{_VAR}.published:convert",
     )
 }
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.training.schedules import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,14 @@ class OptimizerConfig(Config):
     warmup_start: float = 0.005
     final_ratio: float = 0.01
     grad_clip: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the schedule's name."""
+        if not SCHEDULES.fullmatch(self.schedule):
+            raise ConfigError(
+                f"schedule {self.schedule!r} is unknown; known: constant, cos, lin, lin0, lin00, "
+                "exp, and lin<fraction> such as lin0.4"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

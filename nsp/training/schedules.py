@@ -4,9 +4,9 @@ Source: github.com/FoundationVision/VAR, utils/lr_control.py.
 """
 
 import math
-from typing import Literal, TypeAlias
+import re
 
-ScheduleKind: TypeAlias = Literal["constant", "cos", "lin", "lin0", "lin00", "exp"]
+SCHEDULES = re.compile(r"constant|cos|lin|lin0|lin00|exp|lin0\.\d+")
 
 # Fraction of the steps after warm-up during which the rate stays at its peak.
 _FLAT = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15}
@@ -23,8 +23,9 @@ def lr_ratio(
 ) -> float:
     """Return the learning rate of `step` (0 .. num_steps - 1) over its peak.
 
-    Linear warm-up from `warmup_start` over `warmup_steps`, then `kind` down to `end`. `lin<f>` (such as "lin0.4")
-    stays flat for the fraction f, then falls linearly; "lin", "lin0" and "lin00" are f = 0.15, 0.05 and 0.
+    Linear warm-up from `warmup_start` over `warmup_steps`, then `kind` down to `end`: "cos"; "lin",
+    "lin0", "lin00" and "exp" stay at the peak for 15, 5, 0 and 15 % of the rest, then fall;
+    "lin<f>" (such as "lin0.4") falls slowly for the fraction f, then faster; "constant".
     """
     warmup = round(warmup_steps)
     if step < warmup:
@@ -34,12 +35,22 @@ def lr_ratio(
         return 1.0
     if kind == "cos":
         return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * passed))
-    flat = _FLAT[kind] if kind in _FLAT else float(kind.removeprefix("lin"))
+    if kind not in _FLAT:
+        return _linear_with_knee(passed, float(kind.removeprefix("lin")), end)
+    flat = _FLAT[kind]
     if passed < flat:
         return 1.0
     if kind == "exp":
         return math.exp((passed - flat) / (1 - flat) * math.log(end))
     return end + (1 - end) * (1 - passed) / (1 - flat)
+
+
+def _linear_with_knee(passed: float, knee: float, end: float) -> float:
+    """Return two straight lines that meet at `knee`, halfway between 1 and a straight fall to `end`."""
+    middle = (1 + end + (1 - end) * (1 - knee)) / 2
+    if passed < knee:
+        return 1 + (middle - 1) * passed / knee
+    return end + (middle - end) * (1 - passed) / (1 - knee)
 
 
 def weight_decay(step: int, num_steps: int, *, start: float, end: float) -> float:

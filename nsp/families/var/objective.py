@@ -167,11 +167,8 @@ class PredictorObjective(Objective):
         )
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return the published rule: no decay for 1-D tensors, biases, tables and attention scales."""
-        tables = ("pos_1LC", "pos_start", "lvl_embed", "ada_gss", "scale_mul", "text_null")
-        if parameter.ndim <= 1 or name.endswith("bias"):
-            return False
-        return not any(table in name for table in tables)
+        """Return the published rule."""
+        return decays(name, parameter)
 
     @torch.no_grad()
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
@@ -179,6 +176,17 @@ class PredictorObjective(Objective):
         from nsp.families.var.sampling import sample_grid
 
         return sample_grid(self.system, self._data, seed, self.settings.sample_guidance_scale)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Return whether weight decay applies: not to 1-D tensors, biases, tables, attention scales.
+
+    The class embedding is decayed. Source: github.com/FoundationVision/VAR, utils/lr_control.py.
+    """
+    tables = ("pos_1LC", "pos_start", "lvl_embed", "ada_gss", "scale_mul", "text_null")
+    if parameter.ndim <= 1 or name.endswith("bias"):
+        return False
+    return not any(table in name for table in tables)
 
 
 def predictor_loss(

@@ -1,0 +1,32 @@
+"""Small real models shared by the whole suite."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.models import new_tiny_checkpoint
+from tests.goldens.var_tiny.fixtures import GOLDEN_DIR
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-conditional checkpoint folder: tiny size, 16 px, random weights that matter everywhere."""
+    return new_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_class_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional checkpoint folder: the public implementation's fixture model, converted."""
+    import json
+
+    from nsp.families.var.published import convert
+
+    folder = tmp_path_factory.mktemp("class") / "checkpoint"
+    config = json.loads((GOLDEN_DIR / "config.json").read_text())
+    convert(
+        tokenizer=GOLDEN_DIR / "weights_vae.safetensors",
+        predictor=GOLDEN_DIR / "weights_var.safetensors",
+        config=config,
+        output_dir=folder,
+    )
+    return folder

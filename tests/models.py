@@ -1,0 +1,41 @@
+"""Builds small models for tests."""
+
+from pathlib import Path
+
+CAPTIONS = (
+    "red apple",
+    "green apple",
+    "woman firefighter medium-dark skin tone",
+    "smiling cat with heart-eyes",
+    "snow-capped mountain",
+    "person in lotus position",
+)
+
+
+def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -> Path:
+    """Write a text-conditional model of the tiny size to `folder` and return it.
+
+    The published initialisation makes logits almost constant; larger weights make parity mean something.
+    """
+    import dataclasses
+
+    import torch
+
+    from nsp.data.sources import ImageSource, Sample
+    from nsp.families.var.checkpoint import save_checkpoint
+    from nsp.families.var.config import SIZES
+    from nsp.families.var.training import new_system
+
+    torch.manual_seed(seed)
+    config = SIZES["tiny"]
+    config = dataclasses.replace(config, condition=dataclasses.replace(config.condition, null=null))
+    samples = tuple(Sample(name=c, caption=c, class_id=None) for c in CAPTIONS)
+    source = ImageSource(samples, (), ())
+    text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
+    system = new_system(config.to_dict(), text_encoder, source)
+    with torch.no_grad():
+        system.predictor.head.weight.mul_(100)
+        for block in system.predictor.blocks:
+            block.ada_lin[1].weight.mul_(10)
+    save_checkpoint(folder, system, notes={"made_by": "tests"})
+    return folder
