@@ -32,6 +32,8 @@ from nsp.text.clip_bpe import (
 
 log = logging.getLogger(__name__)
 
+_NUM_NAMED = 5  # truncated prompts of one call that get a line of their own
+
 MIN_TOKENS = 3  # start, end and one token between them
 MIN_VOCAB_SIZE = 2 * 256 + 2  # each byte inside and at the end of a word, start and end token
 
@@ -132,21 +134,28 @@ class PromptTokenizer:
     def encode(self, prompts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Return token ids (B, T): start, prompt, end, padding.
 
-        A prompt that does not fit loses its tail, not its end token; a warning names both.
+        A prompt that does not fit loses its tail, not its end token; a warning names both (of many
+        such prompts, the first few and their number).
         """
         if isinstance(prompts, str):
             raise TypeError(f"encode takes a list of prompts: encode([{prompts[:20]!r}])")
         token_ids_BT = np.full((len(prompts), self.max_tokens), self.pad_id, dtype=np.int64)
+        num_cut = 0
         for row_T, prompt in zip(token_ids_BT, prompts, strict=True):
             ids, tail = self._fit(prompt)
             row_T[: len(ids) + 2] = [self.bos_id, *ids, self.eos_id]
-            if tail is not None:
+            if tail is None:
+                continue
+            num_cut += 1
+            if num_cut <= _NUM_NAMED:
                 log.warning(
                     "prompt %r is longer than %d tokens; dropped %r",
                     _shortened(prompt, 60),
                     self.max_tokens - 2,
                     _shortened(tail, 200),
                 )
+        if num_cut > _NUM_NAMED:
+            log.warning("and %d more prompts of %d", num_cut - _NUM_NAMED, len(prompts))
         return token_ids_BT
 
     def truncated(self, prompt: str) -> str | None:
