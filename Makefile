@@ -1,0 +1,35 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both are idempotent.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENGINES ?= engines
+OUTPUTS ?= outputs
+
+.PHONY: demo test lint clean
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nsp needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.*"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[all]"
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/nsp export --fp16 --engine-dir $(ENGINES)
+	$(BIN)/nsp generate --engine-dir $(ENGINES) --output-dir $(OUTPUTS) \
+	    --prompt "red apple" --prompt "grinning cat" --prompt "woman firefighter medium-dark skin tone" \
+	    --prompt "rocket" --prompt "pizza" --prompt "blue heart"
+	$(BIN)/nsp bench --quick --engine-dir $(ENGINES) --output-dir $(OUTPUTS)/bench
+	@echo "images: $(OUTPUTS)/contact_sheet.png"
+	@echo "report: $(OUTPUTS)/bench/bench.md"
+
+test: $(VENV)/.ready lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
