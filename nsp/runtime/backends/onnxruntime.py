@@ -1,0 +1,237 @@
+"""The `onnxruntime` backend: ONNX stages on a CPU, or on an NVIDIA GPU with onnxruntime-gpu.
+
+Arrays are NumPy arrays in host memory. Inputs are read and outputs written where they lie: nothing
+is copied on a CPU. With the CUDA provider ONNX Runtime copies every stage's inputs and outputs
+between host and device; that is correct and simple, but the cache crosses the bus at every step.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.errors import BackendError, EngineError, FeedError, MissingExtraError
+from nsp.runtime.backends.base import Backend
+from nsp.runtime.cores import usable_cores
+from nsp.runtime.io import Shape, StageIO
+
+logger = logging.getLogger(__name__)
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_ONNX_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "bool": "tensor(bool)",
+}
+# Sizes repeat from image to image; the number of distinct ones is that of scales times batch sizes.
+_MAX_KNOWN_FEEDS = 4096
+
+
+class OnnxRuntimeBackend(Backend):
+    """Runs one ONNX Runtime session per stage.
+
+    Sessions are created in the background, in the order given, so that the first stage can run
+    while the last one loads. Weights are read from the files and never held by Python.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+
+    def __init__(
+        self,
+        stage_files: Mapping[str, Path],
+        stages_io: Mapping[str, StageIO],
+        *,
+        kv_layout: str,
+        providers: Sequence[str] | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        """Start loading `stage_files`, one ONNX model per stage.
+
+        `providers`: ONNX Runtime's names, best first; None is CUDA where the installed package has
+        it, else the CPU. `num_threads`: None is every physical core this process may use. Raises
+        MissingExtraError without onnxruntime, BackendError for an absent provider and EngineError
+        for a tensor type it cannot hold; a model that does not load is reported by `wait` or `run`.
+        """
+        super().__init__(stages_io)
+        ort = import_onnxruntime()
+        self._ort, self.kv_layout = ort, kv_layout
+        self.providers = choose_providers(ort.get_available_providers(), providers)
+        self.num_threads = num_threads or usable_cores()
+        self._errors = _error_types(ort)
+        self._known_feeds: dict[Any, dict[str, Shape]] = {}
+        for stage, io in stages_io.items():
+            _check_types(stage, io)
+        loader = ThreadPoolExecutor(max_workers=2, thread_name_prefix="nsp-load")
+        self._sessions: dict[str, Future[Any]] = {
+            stage: loader.submit(self._load, stage, path) for stage, path in stage_files.items()
+        }
+        loader.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Return when every session is loaded; raise EngineError or BackendError if one is not."""
+        for session in self._sessions.values():
+            session.result()
+
+    def run(
+        self, stage: str, feeds: Mapping[str, Any], outputs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return all outputs, each in the array given for it or in a new one the caller owns."""
+        results = self._result_arrays(stage, feeds, outputs or {})
+        session = self._sessions[stage].result()
+        value = self._ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
+        try:
+            binding = session.io_binding()  # one per call (2 us): it keeps no array alive
+            for argument in session.get_inputs():
+                binding.bind_cpu_input(argument.name, feeds[argument.name])
+            for name, array in results.items():
+                binding.bind_ortvalue_output(name, value(array))
+            session.run_with_iobinding(binding)
+        except self._errors as error:
+            raise BackendError(f"onnxruntime: {_failure(stage, error)}") from error
+        return results
+
+    def _result_arrays(
+        self, stage: str, feeds: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return where each output goes, having checked feeds and given arrays."""
+        io = self.stages_io[stage]
+        # Checking twenty tensors takes 0.3 ms, finding their shapes and dtypes again 5 us.
+        key = (stage, *((name, a.shape, a.dtype) for name, a in feeds.items()))
+        shapes = self._known_feeds.get(key)
+        if shapes is None:
+            shapes = io.output_shapes(io.check(feeds, stage))
+            if len(self._known_feeds) < _MAX_KNOWN_FEEDS:
+                self._known_feeds[key] = shapes
+        if unknown := given.keys() - shapes.keys():
+            raise FeedError(f"{stage}: no output {min(unknown)!r}; outputs are {', '.join(shapes)}")
+        results = {}
+        for name, shape in shapes.items():
+            array, dtype = given.get(name), io.outputs[name].dtype
+            if array is None:
+                array = self.allocate(shape, dtype)
+            elif array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+                raise FeedError(
+                    f"{stage}: the array for {name} is {array.dtype} {array.shape}; "
+                    f"expected {dtype} {shape}, contiguous"
+                )
+            results[name] = array
+        return results
+
+    def upload(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return `array`, contiguous; it is not copied when it already is."""
+        return np.asarray(array, order="C")
+
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return a copy."""
+        return np.array(array)
+
+    def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
+        """Return uninitialised host memory; raise BackendError when there is not enough."""
+        try:
+            return np.empty(shape, dtype)
+        except MemoryError as error:
+            raise BackendError(
+                f"onnxruntime: out of memory ({error}); use a smaller --batch-size"
+            ) from error
+
+    def _load(self, stage: str, path: Path) -> Any:
+        """Return the session of one stage."""
+        ort = self._ort
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = self.num_threads
+        options.inter_op_num_threads = 1  # stages are chains: nothing to run side by side
+        # Otherwise the workers of one stage's pool spin through the next stage and take its cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Failures are raised here; ONNX Runtime would also print them.
+        options.log_severity_level = 2 if logger.isEnabledFor(logging.DEBUG) else 4
+        try:
+            session = ort.InferenceSession(path, options, providers=list(self.providers))
+        except self._errors as error:
+            raise EngineError(
+                f"{path} cannot be loaded by onnxruntime {ort.__version__} ({_first_line(error)}); "
+                "run nsp export again"
+            ) from error
+        if session.get_providers()[0] != self.providers[0]:
+            raise BackendError(
+                f"onnxruntime: {self.providers[0]} is installed but does not start here (driver, "
+                f"CUDA or cuDNN); run nsp doctor, or load with providers=['{CPU}']"
+            )
+        self._check_signature(stage, path, session)
+        return session
+
+    def _check_signature(self, stage: str, path: Path, session: Any) -> None:
+        """Raise EngineError where a model's inputs and outputs are not the declared ones.
+
+        A model may lack an input: one the computation does not need is dropped by the exporter.
+        """
+        io = self.stages_io[stage]
+        found_inputs, found_outputs = (
+            {argument.name: argument.type for argument in arguments}
+            for arguments in (session.get_inputs(), session.get_outputs())
+        )
+        inputs = {name: _ONNX_TYPES[spec.dtype] for name, spec in io.inputs.items()}
+        outputs = {name: _ONNX_TYPES[spec.dtype] for name, spec in io.outputs.items()}
+        differing = (found_inputs.items() - inputs.items()) | (
+            found_outputs.items() ^ outputs.items()
+        )
+        if differing:
+            name = min(differing)[0]
+            raise EngineError(
+                f"{path}: tensor {name!r} of stage {stage} is not as the manifest declares it; "
+                "run nsp export again"
+            )
+
+
+def import_onnxruntime() -> Any:
+    """Return the module; raise MissingExtraError when absent, BackendError when broken."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("onnxruntime", "gpu") from error
+    except ImportError as error:
+        raise BackendError(f"onnxruntime is installed but does not load: {error}") from error
+    return onnxruntime
+
+
+def choose_providers(available: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the providers to use, the CPU last; raise BackendError naming an absent one."""
+    if wanted is None:
+        wanted = [CUDA] if CUDA in available else [CPU]
+    if missing := [name for name in wanted if name not in available]:
+        known = ", ".join(available)
+        raise BackendError(f"onnxruntime has no provider {missing[0]} here; it has {known}")
+    return tuple(dict.fromkeys([*wanted, CPU]))
+
+
+def _check_types(stage: str, io: StageIO) -> None:
+    for name, spec in {**io.inputs, **io.outputs}.items():
+        if spec.dtype not in _ONNX_TYPES:
+            raise EngineError(
+                f"{stage}: {name} is {spec.dtype}, which the onnxruntime backend cannot hold "
+                f"({', '.join(_ONNX_TYPES)}); export with --fp16 or --fp32"
+            )
+
+
+def _error_types(ort: Any) -> tuple[type[Exception], ...]:
+    """Return what ONNX Runtime raises: its own classes (no common base) and pybind11's."""
+    native = vars(ort.capi.onnxruntime_pybind11_state).values()
+    own = [kind for kind in native if isinstance(kind, type) and issubclass(kind, Exception)]
+    return (*own, RuntimeError, ValueError)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].strip()
+
+
+def _failure(stage: str, error: Exception) -> str:
+    """Return one line about a failed run."""
+    text = str(error)
+    if any(hint in text for hint in ("allocate memory", "bad allocation", "bad_alloc")):
+        return f"out of memory in stage {stage}; use a smaller --batch-size"
+    return f"stage {stage} failed: {_first_line(error)}"
