@@ -66,11 +66,11 @@ class _AnySize(dict[str, int]):
 
 
 def _evaluate(node: ast.expr, sizes: Sizes) -> int:
+    if isinstance(node, ast.Name):  # the two common cases first, without the cost of patterns
+        return sizes[node.id]
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
     match node:
-        case ast.Constant(value=int(value)):
-            return value
-        case ast.Name(id=name):
-            return sizes[name]
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return _evaluate(left, sizes) + _evaluate(right, sizes)
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
@@ -117,10 +117,9 @@ class StageIO:
                         sizes.setdefault(word, size)
             if len(shape) != len(spec.words) or shape != spec.shape(sizes):
                 known = " ".join(f"{k}={v}" for k, v in sizes.items() if k in spec.words)
-                raise FeedError(
-                    f"{stage}: {name} has shape {shape}; expected ({spec.axes}) with {known}"
-                )
-            dtype = str(feeds[name].dtype).removeprefix("torch.")
+                given = f" with {known}" if known else ""
+                raise FeedError(f"{stage}: {name} has shape {shape}; expected ({spec.axes}){given}")
+            dtype = _dtype_name(feeds[name].dtype)
             if dtype != spec.dtype:
                 raise FeedError(f"{stage}: {name} is {dtype}; expected {spec.dtype}")
         return sizes
@@ -155,6 +154,12 @@ class StageIO:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"not a stage declaration: {values!r}") from error
         return cls(inputs, outputs)
+
+
+@cache  # NumPy takes 3 us to spell a dtype, and this runs for every tensor of every stage call
+def _dtype_name(dtype: Any) -> str:
+    """Return the name of a NumPy or torch dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def sample_arrays(io: StageIO, sizes: Sizes, seed: int = 0) -> dict[str, NDArray[Any]]:
