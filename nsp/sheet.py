@@ -20,9 +20,10 @@ def contact_sheet(
     columns: int | None = None,
     lines: int = 2,
 ) -> Image.Image:
-    """Return one image with all pictures (N of (H, W, 3)) in rows of `columns`, titles wrapped below them.
+    """Return one image with all pictures (N of (H, W, 3)) in rows of `columns`, titled below.
 
-    Pictures under 96 px are enlarged without smoothing, so that what is seen is what was made.
+    Titles are wrapped to `lines` lines and cut there. Pictures under 96 px are enlarged without
+    smoothing, so that what is seen is what was made.
     """
     count = len(pictures)
     columns = columns or min(8, max(1, math.ceil(math.sqrt(count))))

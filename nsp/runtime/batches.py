@@ -1,0 +1,130 @@
+"""A run of many images, cut into batches; no image depends on how it is cut.
+
+planned = plan_images(prompts=["red apple"], seed=0, num_images=8)
+for batch in cut_batches(planned, 4):
+    for step in stream_batch(pipeline, batch):
+        ...
+    pictures = to_uint8(step.decode())
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nsp.errors import ConfigError
+from nsp.runtime.pipeline import Pipeline, StreamStep
+from nsp.runtime.sampling import draw_gumbel, draw_uniforms
+
+DEFAULT_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    """One image of a run. Its condition and seed alone decide what it shows."""
+
+    index: int  # in the run
+    seed: int
+    prompt: str | None = None
+    class_id: int | None = None
+
+    @property
+    def title(self) -> str:
+        """What it should show, in words."""
+        return self.prompt if self.prompt is not None else f"class {self.class_id}"
+
+
+def plan_images(
+    *,
+    prompts: Sequence[str] = (),
+    class_ids: Sequence[int] = (),
+    seed: int = 0,
+    num_images: int = 1,
+) -> list[PlannedImage]:
+    """Return `num_images` images for every prompt, or for every class id, in order.
+
+    The k-th image of the same condition has seed `seed` + k, so an image can be made again alone,
+    and does not change when other prompts join the run. Raises ConfigError unless exactly one kind
+    of condition is given, or when a prompt is empty.
+    """
+    if prompts and class_ids:
+        raise ConfigError("prompts and class ids are both given; a model takes one kind: choose")
+    if not prompts and not class_ids:
+        raise ConfigError("nothing to generate: give at least one prompt or class id")
+    if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
+        raise ConfigError(f"prompt {empty[0]} is empty; write what the image should show")
+    made: Counter[tuple[str | None, int | None]] = Counter()
+    planned: list[PlannedImage] = []
+    for condition in [*((p, None) for p in prompts), *((None, c) for c in class_ids)]:
+        for _ in range(num_images):
+            planned.append(PlannedImage(len(planned), seed + made[condition], *condition))
+            made[condition] += 1
+    return planned
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the prompts of a text file (UTF-8, one per line, blank lines left out).
+
+    Raises ConfigError when it holds none or is not text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ConfigError(f"{path} holds no prompts; write one per line")
+    return prompts
+
+
+def choose_batch_size(pipeline: Pipeline, requested: int | None) -> int:
+    """Return how many images to make at once; raise ConfigError for more than the engines take."""
+    limit = pipeline.max_batch
+    if requested is None:
+        return DEFAULT_BATCH_SIZE if limit is None else min(DEFAULT_BATCH_SIZE, limit)
+    if limit is not None and requested > limit:
+        raise ConfigError(
+            f"batch size {requested} is outside the engine's 1..{limit}; "
+            f"use --batch-size {limit} or rebuild with: nsp export --max-batch {requested}"
+        )
+    return requested
+
+
+def check_images(pipeline: Pipeline, planned: Sequence[PlannedImage]) -> None:
+    """Raise ConfigError if any condition is not for this model, before time goes into others."""
+    first_of = {(image.prompt, image.class_id): image for image in reversed(planned)}
+    for image in first_of.values():
+        pipeline.stream(**_conditions([image]), more_smooth=False)  # checks now, runs when iterated
+
+
+def cut_batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[PlannedImage]]:
+    """Yield the images in order, `batch_size` at a time."""
+    for start in range(0, len(planned), batch_size):
+        yield list(planned[start : start + batch_size])
+
+
+def stream_batch(
+    pipeline: Pipeline, batch: Sequence[PlannedImage], **sampling: Any
+) -> Iterator[StreamStep]:
+    """Return the scale steps of one batch, with the random numbers of its images."""
+    config = pipeline.config
+    length, vocab_size = config.num_tokens, config.vae.vocab_size
+    gumbel = None
+    if sampling.get("more_smooth", pipeline.sampling.more_smooth):
+        gumbel = np.concatenate([draw_gumbel(i.seed, 1, length, vocab_size) for i in batch])
+    return pipeline.stream(
+        **_conditions(batch),
+        uniforms=np.concatenate([draw_uniforms(i.seed, 1, length) for i in batch]),
+        gumbel=gumbel,
+        **sampling,
+    )
+
+
+def _conditions(batch: Sequence[PlannedImage]) -> dict[str, Any]:
+    """Return `Pipeline.stream`'s argument for the conditions of a batch."""
+    prompts = [image.prompt for image in batch if image.prompt is not None]
+    class_ids = [image.class_id for image in batch if image.class_id is not None]
+    return {"prompts": prompts} if prompts else {"class_ids": class_ids}

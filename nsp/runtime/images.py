@@ -1,0 +1,47 @@
+"""Pictures as files: PNGs that say what made them, under names that say what they show."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from nsp.files import write_file
+
+_SLUG_BYTES = 60  # leaves room for the rest of a name below the usual limit of 255
+
+
+def slug(text: str) -> str:
+    """Return `text` as part of a file name: lower-case letters, digits (any script) and "-"."""
+    words = re.sub(r"[\W_]+", "-", text.lower()).strip("-")
+    short = words.encode("utf-8", "ignore")[:_SLUG_BYTES].decode("utf-8", "ignore").rstrip("-")
+    return short or "image"
+
+
+def write_png(
+    path: Path, pixels_HW3: NDArray[np.uint8], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a PNG with `metadata` in its text chunks: all of it, or nothing when it fails.
+
+    Text outside Latin-1 goes into the PNG's international chunks, as the format asks.
+    """
+    write_image(path, Image.fromarray(pixels_HW3), metadata)
+
+
+def write_image(path: Path, image: Image.Image, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a Pillow image as `write_png` does."""
+    text = PngInfo()
+    for key, value in (metadata or {}).items():
+        text.add_text(key, value)
+    with write_file(path) as partial:
+        image.save(partial, format="PNG", pnginfo=text)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the text chunks of a PNG."""
+    with Image.open(path) as image:
+        image.load()  # text may follow the pixels
+        return {key: str(value) for key, value in getattr(image, "text", {}).items()}

@@ -1,0 +1,51 @@
+import pytest
+
+from nsp.errors import ConfigError
+from nsp.runtime.batches import cut_batches, plan_images, read_prompts
+
+
+def test_the_kth_image_of_a_condition_has_seed_plus_k():
+    planned = plan_images(prompts=["a", "b", "a"], seed=5, num_images=2)
+    assert [(p.prompt, p.seed) for p in planned] == [
+        ("a", 5),
+        ("a", 6),
+        ("b", 5),
+        ("b", 6),
+        ("a", 7),
+        ("a", 8),
+    ]
+    assert [p.index for p in planned] == list(range(6))
+
+
+def test_cutting_keeps_every_image_and_the_order():
+    planned = plan_images(class_ids=range(7))
+    batches = list(cut_batches(planned, 3))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert [image for batch in batches for image in batch] == planned
+
+
+@pytest.mark.parametrize(
+    ("prompts", "class_ids", "words"),
+    [
+        ((), (), "nothing to generate"),
+        (("a",), (1,), "both"),
+        (("a", " \t"), (), "prompt 2 is empty"),
+    ],
+)
+def test_a_plan_needs_one_kind_of_condition(prompts, class_ids, words):
+    with pytest.raises(ConfigError, match=words):
+        plan_images(prompts=prompts, class_ids=class_ids)
+
+
+def test_prompts_files_may_have_a_byte_order_mark_blank_lines_and_windows_line_ends(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffred apple\r\n\r\n  café \r\n".encode())
+    assert read_prompts(path) == ("red apple", "café")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00a"])
+def test_a_prompts_file_without_prompts_is_an_error(tmp_path, content):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"prompts\.txt"):
+        read_prompts(path)
