@@ -4,11 +4,13 @@ import dataclasses
 import json
 import logging
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -158,9 +160,17 @@ class Phase:
         prepared: DataLoader[Mapping[str, Any]] = self.accelerator.prepare(loader)
         return prepared
 
+    def _step_seed(self) -> int:
+        """Return the seed of this step on this process."""
+        phase = zlib.crc32(self.config.name.encode())
+        key = (self.seed, phase, self.step, self.accelerator.process_index)
+        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
     def _train_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
         """Make one optimizer step; return the metrics to report."""
         self.module.train()
+        # What is random in a step depends on the step alone, so a resumed run needs no random state.
+        torch.manual_seed(self._step_seed())
         rate = set_rates(self.optimizer, self.config.optimizer, self.step, self.config.steps)
         with self.accelerator.autocast():
             metrics = self.module(batch)
@@ -193,7 +203,7 @@ class Phase:
         contact_sheet(pictures, titles).save(path)
 
     def save(self) -> None:
-        """Write state.pt: weights, average, optimizer, step and random state."""
+        """Write state.pt: weights, average, optimizer and step."""
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -202,7 +212,6 @@ class Phase:
             "trained": self.objective.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "rng": torch.get_rng_state(),
         }
         with write_file(self.folder / "state.pt") as partial:
             torch.save(state, partial)
@@ -228,7 +237,6 @@ class Phase:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        torch.set_rng_state(state["rng"])
 
 
 class shipped_weights:

@@ -1,0 +1,162 @@
+"""Promises of a training run: it resumes exactly, an interrupted one leaves a checkpoint, errors name the fix."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nsp.checkpoint import read_checkpoint
+from nsp.data.sources import open_source
+from nsp.errors import CheckpointError, ConfigError
+from nsp.runtime.pipeline import load_pipeline
+from nsp.training.config import RunConfig
+from nsp.training.presets import PRESETS, preset
+from nsp.training.run import train
+from nsp.training.trainer import StepSampler
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve 16 px pictures with captions beside them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        pixels = np.full((16, 16, 3), rng.integers(0, 256, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"colour number {index}")
+    return folder
+
+
+@pytest.fixture
+def config(pictures: Path) -> RunConfig:
+    run = preset("smoke")
+    data = dataclasses.replace(run.data, source=str(pictures))
+    return dataclasses.replace(run, data=data)
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    parts = ("vae", "predictor", "text_encoder")
+    return {
+        f"{part}/{name}": tensor
+        for part in parts
+        for name, tensor in load_file(
+            run_folder / "checkpoint" / part / "model.safetensors"
+        ).items()
+    }
+
+
+def test_resumed_run_equals_an_uninterrupted_one(config: RunConfig, tmp_path: Path) -> None:
+    whole = train(config, tmp_path / "whole")
+    assert whole.finished
+    train(config, tmp_path / "parts", last_phase="tokenizer")
+    _stop_after(config, tmp_path / "parts", steps=2)
+    train(config, tmp_path / "parts", resume=True)
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert first.keys() == second.keys()
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not differing
+
+
+def _stop_after(config: RunConfig, folder: Path, *, steps: int) -> None:
+    """Interrupt the predictor phase after `steps` steps, as Ctrl-C does."""
+    from nsp.training import trainer
+
+    advance: Callable[..., None] = trainer.Progress.advance
+
+    def interrupted(self: trainer.Progress, step: int, metrics: dict[str, float]) -> None:
+        advance(self, step, metrics)
+        if step == steps:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Progress, "advance", interrupted)
+        assert not train(config, folder, resume=True).finished
+
+
+def test_checkpoint_of_a_run_generates(config: RunConfig, tmp_path: Path) -> None:
+    result = train(config, tmp_path / "run")
+    assert (tmp_path / "run/tokenizer/samples/step000004.png").is_file()
+    assert (tmp_path / "run/predictor/samples/step000004.png").is_file()
+    record = read_checkpoint(result.checkpoint)
+    assert record.notes["steps"] == {"tokenizer": 4, "predictor": 4}
+    images = load_pipeline(result.checkpoint).generate(prompts=["colour number 3"]).images
+    assert images.shape == (1, 16, 16, 3)
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "--preset", "smoke", "--steps", "100000"]
+    command += ["--data", str(pictures), "--output-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run/tokenizer/log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "--resume" in err
+    assert load_pipeline(tmp_path / "run/checkpoint").generate(prompts=["x"]).images.any()
+    assert "checkpoint:" in out
+
+
+def test_a_used_folder_is_not_overwritten(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(ConfigError, match="--resume"):
+        train(config, tmp_path / "run")
+
+
+def test_resume_without_a_run_says_so(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no run to resume"):
+        train(config, tmp_path / "nothing", resume=True)
+
+
+def test_damaged_state_is_named(config: RunConfig, tmp_path: Path) -> None:
+    train(config, tmp_path / "run", last_phase="tokenizer")
+    state = tmp_path / "run/tokenizer/state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size=5 exceeds the 4"):
+        StepSampler(4, 5, 10, start=0, seed=0)
+
+
+def test_steps_from_the_middle_see_what_they_would_have_seen() -> None:
+    whole = list(StepSampler(10, 3, 12, start=0, seed=1))
+    assert list(StepSampler(10, 3, 12, start=5, seed=1)) == whole[5:]
+    first_epoch = [index for batch in whole[:3] for index in batch]
+    assert len(set(first_epoch)) == 9
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_round_trip_and_never_see_held_out_captions(name: str) -> None:
+    run = preset(name)
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    assert run.data.source == "emoji"
+
+
+def test_emoji_training_split_excludes_every_held_out_caption() -> None:
+    trained = {sample.caption for sample in open_source("emoji", split="train").samples}
+    held_out = {sample.caption for sample in open_source("emoji", split="heldout").samples}
+    assert len(held_out) == 200
+    assert not trained & held_out
