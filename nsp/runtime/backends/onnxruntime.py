@@ -5,19 +5,23 @@ is copied on a CPU. With the CUDA provider ONNX Runtime copies every stage's inp
 between host and device; that is correct and simple, but the cache crosses the bus at every step.
 """
 
+import contextlib
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.errors import BackendError, EngineError, FeedError, MissingExtraError
+from nsp.errors import BackendError, EngineError, FeedError
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.cores import usable_cores
 from nsp.runtime.io import Shape, StageIO
+from nsp.runtime.nvidia import find_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,11 @@ _ONNX_TYPES = {
     "int64": "tensor(int64)",
     "bool": "tensor(bool)",
 }
+# y = Relu(x), float[1], opset 13, as an ONNX file.
+_ONE_NODE = (
+    b'\x08\x08:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
 # Sizes repeat from image to image; the number of distinct ones is that of scales times batch sizes.
 _MAX_KNOWN_FEEDS = 4096
 
@@ -52,20 +61,20 @@ class OnnxRuntimeBackend(Backend):
     ) -> None:
         """Start loading `stage_files`, one ONNX model per stage.
 
-        `providers`: ONNX Runtime's names, best first; None is CUDA where the installed package has
-        it, else the CPU. `num_threads`: None is every physical core this process may use. Raises
-        MissingExtraError without onnxruntime, BackendError for an absent provider and EngineError
-        for a tensor type it cannot hold; a model that does not load is reported by `wait` or `run`.
+        `providers`: ONNX Runtime's names, best first; None is CUDA where it starts, else the CPU.
+        `num_threads`: None is every physical core this process may use. Raises BackendError
+        without onnxruntime or a wanted provider and EngineError for a tensor type it cannot hold;
+        a model that does not load is reported by `wait` or `run`.
         """
         super().__init__(stages_io)
         ort = import_onnxruntime()
         self._ort, self.kv_layout = ort, kv_layout
-        self.providers = choose_providers(ort.get_available_providers(), providers)
+        self.providers = choose_providers(ort, providers)
         self.num_threads = num_threads or usable_cores()
         self._errors = _error_types(ort)
         self._known_feeds: dict[Any, dict[str, Shape]] = {}
-        for stage, io in stages_io.items():
-            _check_types(stage, io)
+        for stage, declared in stages_io.items():
+            _check_types(stage, declared)
         loader = ThreadPoolExecutor(max_workers=2, thread_name_prefix="nsp-load")
         self._sessions: dict[str, Future[Any]] = {
             stage: loader.submit(self._load, stage, path) for stage, path in stage_files.items()
@@ -99,19 +108,19 @@ class OnnxRuntimeBackend(Backend):
         self, stage: str, feeds: Mapping[str, Any], given: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return where each output goes, having checked feeds and given arrays."""
-        io = self.stages_io[stage]
+        declared = self.stages_io[stage]
         # Checking twenty tensors takes 0.3 ms, finding their shapes and dtypes again 5 us.
         key = (stage, *((name, a.shape, a.dtype) for name, a in feeds.items()))
         shapes = self._known_feeds.get(key)
         if shapes is None:
-            shapes = io.output_shapes(io.check(feeds, stage))
+            shapes = declared.output_shapes(declared.check(feeds, stage))
             if len(self._known_feeds) < _MAX_KNOWN_FEEDS:
                 self._known_feeds[key] = shapes
         if unknown := given.keys() - shapes.keys():
             raise FeedError(f"{stage}: no output {min(unknown)!r}; outputs are {', '.join(shapes)}")
         results = {}
         for name, shape in shapes.items():
-            array, dtype = given.get(name), io.outputs[name].dtype
+            array, dtype = given.get(name), declared.outputs[name].dtype
             if array is None:
                 array = self.allocate(shape, dtype)
             elif array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
@@ -170,13 +179,13 @@ class OnnxRuntimeBackend(Backend):
 
         A model may lack an input: one the computation does not need is dropped by the exporter.
         """
-        io = self.stages_io[stage]
+        declared = self.stages_io[stage]
         found_inputs, found_outputs = (
             {argument.name: argument.type for argument in arguments}
             for arguments in (session.get_inputs(), session.get_outputs())
         )
-        inputs = {name: _ONNX_TYPES[spec.dtype] for name, spec in io.inputs.items()}
-        outputs = {name: _ONNX_TYPES[spec.dtype] for name, spec in io.outputs.items()}
+        inputs = {name: _ONNX_TYPES[spec.dtype] for name, spec in declared.inputs.items()}
+        outputs = {name: _ONNX_TYPES[spec.dtype] for name, spec in declared.outputs.items()}
         differing = (found_inputs.items() - inputs.items()) | (
             found_outputs.items() ^ outputs.items()
         )
@@ -188,29 +197,71 @@ class OnnxRuntimeBackend(Backend):
             )
 
 
+def load_engines(
+    stage_files: Mapping[str, Path],
+    stages_io: Mapping[str, StageIO],
+    *,
+    kv_layout: str,
+    device: str,
+    num_threads: int | None = None,
+) -> OnnxRuntimeBackend:
+    """Return the backend of an engine folder's stages, on the "cpu" or on "cuda"."""
+    return OnnxRuntimeBackend(
+        stage_files,
+        stages_io,
+        kv_layout=kv_layout,
+        providers=(CUDA,) if device == "cuda" else (CPU,),
+        num_threads=num_threads,
+    )
+
+
 def import_onnxruntime() -> Any:
-    """Return the module; raise MissingExtraError when absent, BackendError when broken."""
+    """Return the module; raise BackendError when it is absent or broken."""
     try:
         import onnxruntime
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("onnxruntime", "gpu") from error
     except ImportError as error:
-        raise BackendError(f"onnxruntime is installed but does not load: {error}") from error
+        raise BackendError(
+            f"onnxruntime does not load ({_first_line(error)}); "
+            "run: pip install onnxruntime (for an NVIDIA GPU onnxruntime-gpu; never both)"
+        ) from error
     return onnxruntime
 
 
-def choose_providers(available: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+def choose_providers(ort: Any, wanted: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return the providers to use, the CPU last; raise BackendError naming an absent one."""
     if wanted is None:
-        wanted = [CUDA] if CUDA in available else [CPU]
+        return (CUDA, CPU) if cuda_starts(ort) else (CPU,)
+    available = ort.get_available_providers()
     if missing := [name for name in wanted if name not in available]:
         known = ", ".join(available)
         raise BackendError(f"onnxruntime has no provider {missing[0]} here; it has {known}")
     return tuple(dict.fromkeys([*wanted, CPU]))
 
 
-def _check_types(stage: str, io: StageIO) -> None:
-    for name, spec in {**io.inputs, **io.outputs}.items():
+@cache
+def cuda_starts(ort: Any) -> bool:
+    """Return whether the CUDA provider runs here.
+
+    Being compiled in does not mean that it starts: driver, CUDA and cuDNN are found at run time,
+    and ONNX Runtime quietly uses the CPU without them. So a one-node model is loaded.
+    """
+    if CUDA not in ort.get_available_providers() or find_gpu() is None:
+        return False
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        ort.preload_dlls()  # from the nvidia-* packages, which the loader does not search
+    if printed.getvalue():
+        logger.info("onnxruntime: %s", printed.getvalue().strip())
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(_ONE_NODE, options, providers=[CUDA, CPU])
+    except _error_types(ort):
+        return False
+    return bool(session.get_providers()[0] == CUDA)
+
+
+def _check_types(stage: str, declared: StageIO) -> None:
+    for name, spec in {**declared.inputs, **declared.outputs}.items():
         if spec.dtype not in _ONNX_TYPES:
             raise EngineError(
                 f"{stage}: {name} is {spec.dtype}, which the onnxruntime backend cannot hold "

@@ -1,0 +1,204 @@
+"""The registry of backends: one plain record each, and whether each works on this machine."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal, TypeAlias
+
+from nsp.errors import ConfigError
+from nsp.runtime.nvidia import find_gpu
+
+Device: TypeAlias = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend works here, in words for a user."""
+
+    works: bool
+    reason: str  # what it runs on, or why it does not work
+    install: str | None = None  # the command that would make it work, or work better
+    device: Device | None = None  # where it would run
+    detail: Mapping[str, str] = field(default_factory=dict)  # versions and the like
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendRecord:
+    """One backend."""
+
+    name: str
+    runs: Literal["checkpoints", "engines"]
+    module: str  # the optional package it needs
+    distributions: tuple[str, ...]  # names under which pip knows that package
+    install: str  # the command that installs it
+    needs: str  # in words
+    probe: Callable[["BackendRecord"], Availability]
+    # "module:name" of (stage files, stages' I/O, kv_layout, device, num_threads) -> Backend;
+    # None: no engines, or this version of nsp builds them and does not run them.
+    loader: str | None
+    # Which precision of a stage to prefer; fp16 is computed through casts on a CPU.
+    precisions: Mapping[Device, tuple[str, ...]] = field(
+        default_factory=lambda: {"cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32")}
+    )
+    portable: bool = True  # False: engines fit one GPU architecture, library version and OS
+    build_needs_gpu: bool = False
+
+    def load(self) -> Any:
+        """Return the function that loads engines, importing its module now."""
+        assert self.loader is not None
+        module, _, name = self.loader.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def version(self) -> str | None:
+        """Return the version of the installed package, or None; nothing is imported."""
+        if importlib.util.find_spec(self.module) is None:
+            return None
+        return next((found for name in self.distributions if (found := _version(name))), "unknown")
+
+
+def backend_record(name: str) -> BackendRecord:
+    """Return the record of a backend ("tensorrt-rtx" and "tensorrt_rtx" are the same one).
+
+    Raises ConfigError naming the known ones.
+    """
+    try:
+        return BACKENDS[name.replace("-", "_")]
+    except KeyError:
+        raise ConfigError(f"unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}") from None
+
+
+def availability(name: str) -> Availability:
+    """Return whether a backend works on this machine; never raises."""
+    try:
+        record = backend_record(name)
+    except ConfigError as error:
+        return Availability(False, str(error))
+    try:
+        if record.version() is None:
+            needs = f"{record.module} is not installed; {record.needs}"
+            return Availability(False, needs, record.install)
+        return record.probe(record)
+    except Exception as error:  # whatever a broken installation raises while it is imported
+        reason = f"{record.module} is installed but does not load: {type(error).__name__}: {error}"
+        return Availability(False, " ".join(reason.split()), record.install)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _probe_torch(record: BackendRecord) -> Availability:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    detail = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+    where = f"GPU {torch.cuda.get_device_name()}" if cuda else "CPU"
+    install = None
+    if not cuda and (gpu := find_gpu()) is not None:
+        install = "pip install --force-reinstall 'torch==2.13.*'"
+        where += f"; {gpu.name} is here, but this build of torch does not use it"
+    device: Device = "cuda" if cuda else "cpu"
+    return Availability(True, f"runs checkpoints on the {where}", install, device, detail)
+
+
+def _probe_onnxruntime(record: BackendRecord) -> Availability:
+    from nsp.runtime.backends.onnxruntime import CUDA, cuda_starts, import_onnxruntime
+
+    ort = import_onnxruntime()
+    built_for_cuda = CUDA in ort.get_available_providers()
+    cuda, gpu = cuda_starts(ort), find_gpu()
+    detail = {
+        "onnxruntime": ort.__version__,
+        "providers": ", ".join(ort.get_available_providers()),
+    }
+    device: Device = "cuda" if cuda else "cpu"
+    reason = f"runs engines on the GPU {gpu.name}" if cuda and gpu else "runs engines on the CPU"
+    install = None
+    if all(_version(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+        # Both own the folder onnxruntime/: the one installed last wins, and removing either breaks
+        # the other.
+        reason += "; onnxruntime and onnxruntime-gpu are both installed and overwrite each other"
+        install = _only_one("onnxruntime-gpu" if gpu else "onnxruntime")
+    elif gpu and not cuda:
+        if built_for_cuda:
+            reason += f"; its CUDA provider does not start on {gpu.name} (CUDA or cuDNN missing?)"
+            install = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        else:
+            reason += f"; {gpu.name} is here, but onnxruntime without -gpu does not use it"
+            install = _only_one("onnxruntime-gpu")
+    return Availability(True, reason, install, device, detail)
+
+
+def _only_one(package: str) -> str:
+    return f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install {package}"
+
+
+def _probe_tensorrt(record: BackendRecord) -> Availability:
+    """Report what can be built; the module is not imported (0.6 s, and 500 MB of libraries)."""
+    gpu = find_gpu()
+    detail = {record.module: record.version() or "unknown"}
+    if gpu is not None:
+        detail |= {"gpu": gpu.name, "compute_capability": gpu.compute_capability}
+    builds = not record.build_needs_gpu or gpu is not None
+    can = "builds engines here" if builds else "cannot build engines here"
+    if gpu is None:
+        return Availability(False, f"{can}, cannot run them: no NVIDIA driver", None, None, detail)
+    later = "this version of nsp does not run them yet; use the onnxruntime backend"
+    return Availability(False, f"{can}; {later}", None, "cuda", detail)
+
+
+# In order of preference for `--backend auto`.
+BACKENDS: Mapping[str, BackendRecord] = {
+    record.name: record
+    for record in (
+        BackendRecord(
+            name="tensorrt",
+            runs="engines",
+            module="tensorrt",
+            distributions=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
+            install="pip install 'nsp[tensorrt]'",
+            needs="it needs an NVIDIA GPU to build and to run engines",
+            probe=_probe_tensorrt,
+            loader=None,
+            portable=False,
+            build_needs_gpu=True,
+        ),
+        BackendRecord(
+            name="tensorrt_rtx",
+            runs="engines",
+            module="tensorrt_rtx",
+            distributions=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+            install="pip install 'nsp[tensorrt-rtx]'",
+            needs="it builds engines on any machine and needs an NVIDIA RTX GPU to run them",
+            probe=_probe_tensorrt,
+            loader=None,
+            portable=False,
+        ),
+        BackendRecord(
+            name="onnxruntime",
+            runs="engines",
+            module="onnxruntime",
+            distributions=("onnxruntime-gpu", "onnxruntime"),
+            install="pip install onnxruntime",
+            needs="it runs on any CPU, and on NVIDIA GPUs as onnxruntime-gpu",
+            probe=_probe_onnxruntime,
+            loader="nsp.runtime.backends.onnxruntime:load_engines",
+            precisions={"cpu": ("fp32", "fp16"), "cuda": ("fp16", "fp32")},
+        ),
+        BackendRecord(
+            name="torch",
+            runs="checkpoints",
+            module="torch",
+            distributions=("torch",),
+            install="pip install 'nsp[export]'",
+            needs="it runs checkpoints, on a CPU or a GPU",
+            probe=_probe_torch,
+            loader=None,
+        ),
+    )
+}
