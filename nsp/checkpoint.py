@@ -47,7 +47,8 @@ def is_checkpoint(folder: Path) -> bool:
 def read_checkpoint(folder: Path) -> CheckpointRecord:
     """Return the record of a checkpoint folder.
 
-    Raises CheckpointError when config.json is missing or damaged, ConfigError for an unknown family.
+    Raises CheckpointError when config.json is missing or damaged, ConfigError for an unknown
+    family.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -56,7 +57,9 @@ def read_checkpoint(folder: Path) -> CheckpointRecord:
         values = json.loads(path.read_text())
         name, config = values["family"], values["config"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); write the checkpoint again") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error!r}); write the checkpoint again"
+        ) from error
     return CheckpointRecord(
         folder=folder,
         family=family(name),

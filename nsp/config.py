@@ -12,7 +12,9 @@ from nsp.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of all configuration records: `to_dict` and `from_dict` are inverses, an unknown key is an error."""
+    """Base of all configuration records: `to_dict` and `from_dict` are inverses, an unknown key
+    is an error.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain dictionaries, lists, numbers and strings (JSON-ready)."""
@@ -20,7 +22,9 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the record described by `values`; raise ConfigError on unknown, missing or mistyped keys."""
+        """Return the record described by `values`; raise ConfigError on unknown, missing or
+        mistyped keys.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.__name__}: expected a JSON object, got {values!r}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -77,7 +81,9 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
 
 
 def _parse_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Return `value` as the first option that takes it; records are told apart by their Literal fields."""
+    """Return `value` as the first option that takes it; records are told apart by their Literal
+    fields.
+    """
     if value is None and types.NoneType in options:
         return None
     problems = []

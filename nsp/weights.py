@@ -23,12 +23,16 @@ def save_weights(module: nn.Module, folder: Path) -> None:
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Load folder/model.safetensors into `module`; floats become the dtype of the parameter they fill."""
+    """Load folder/model.safetensors into `module`; floats become the dtype of the parameter they
+    fill.
+    """
     load_state(module, read_safetensors(folder / WEIGHTS_NAME), str(folder))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file; raise CheckpointError when it is missing or damaged."""
+    """Return all tensors of a safetensors file; raise CheckpointError when it is missing or
+    damaged.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, write it again")
     try:
@@ -40,7 +44,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load `state` into `module`, every name and shape matching.
 
-    Raises CheckpointError naming the first missing, extra, misshapen or non-finite tensor and how many there are.
+    Raises CheckpointError naming the first missing, extra, misshapen or non-finite tensor and how
+    many there are.
     """
     own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

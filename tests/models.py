@@ -15,7 +15,8 @@ CAPTIONS = (
 def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -> Path:
     """Write a text-conditional model of the tiny size to `folder` and return it.
 
-    The published initialisation makes logits almost constant; larger weights make parity mean something.
+    The published initialisation makes logits almost constant; larger weights make parity mean
+    something.
     """
     import dataclasses
 

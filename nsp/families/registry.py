@@ -1,4 +1,6 @@
-"""The registry of model families: one plain record each, everything behind it imported when asked for."""
+"""The registry of model families: one plain record each, everything behind it imported when
+asked for.
+"""
 
 import importlib
 from collections.abc import Mapping

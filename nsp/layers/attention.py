@@ -24,8 +24,9 @@ def attend_delta(
 ) -> tuple[Tensor, KeyValue]:
     """Return attention (G,L,H,K) over past and new tokens, and the *new* keys and values only.
 
-    The cache is token-major, (P,G,H,K): what is new is one contiguous slice of the arena, so an engine writes it in
-    place. Plain matrix products and a softmax, which every ONNX runtime and TensorRT parser takes.
+    The cache is token-major, (P,G,H,K): what is new is one contiguous slice of the arena, so an
+    engine writes it in place. Plain matrix products and a softmax, which every ONNX runtime and
+    TensorRT parser takes.
     """
     new_k, new_v = k_GLHK.transpose(0, 1), v_GLHK.transpose(0, 1)
     all_k, all_v = new_k, new_v
@@ -40,7 +41,8 @@ def attend_delta(
 def attend_present(
     q_GLHK: Tensor, k_GLHK: Tensor, v_GLHK: Tensor, past: KeyValue, *, scale: float
 ) -> tuple[Tensor, KeyValue]:
-    """Return attention (G,L,H,K), and *all* keys and values (G,H,P+L,K), joined inside one ONNX Attention operator.
+    """Return attention (G,L,H,K), and *all* keys and values (G,H,P+L,K), joined inside one ONNX
+    Attention operator.
 
     Opset 23; fastest on the CPU of ONNX Runtime, refused by TensorRT's parsers.
     """
@@ -58,7 +60,9 @@ def attend_present(
 def attend_masked(
     q_GLHK: Tensor, k_GLHK: Tensor, v_GLHK: Tensor, past: Tensor | None, *, scale: float
 ) -> tuple[Tensor, KeyValue]:
-    """Return attention (G,L,H,K) under an additive mask (L,L), given in place of a cache: training."""
+    """Return attention (G,L,H,K) under an additive mask (L,L), given in place of a cache:
+    training.
+    """
     mixed = F.scaled_dot_product_attention(
         q_GLHK.transpose(1, 2),
         k_GLHK.transpose(1, 2),

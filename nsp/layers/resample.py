@@ -1,7 +1,8 @@
 """Area and bicubic resizing of token maps as constant matrices.
 
-Both filters are separable and linear, so Y = R X C^T with a row matrix R and a column matrix C. One matrix product
-computes the same numbers in PyTorch, ONNX Runtime and TensorRT; a Resize operator does not.
+Both filters are separable and linear, so Y = R X C^T with a row matrix R and a column matrix C. One
+matrix product computes the same numbers in PyTorch, ONNX Runtime and TensorRT; a Resize operator
+does not.
 """
 
 from functools import cache
@@ -16,8 +17,8 @@ _BICUBIC_A = -0.75  # the coefficient of torch.nn.functional.interpolate
 def area_matrix(size_in: int, size_out: int) -> NDArray[np.float32]:
     """Return the (size_out, size_in) matrix of adaptive average pooling along one axis.
 
-    Output i averages inputs floor(i n/p) .. ceil((i+1) n/p) - 1; windows overlap where p does not divide n.
-    Equals `torch.nn.functional.interpolate(mode="area")` to 1e-6.
+    Output i averages inputs floor(i n/p) .. ceil((i+1) n/p) - 1; windows overlap where p does not
+    divide n. Equals `torch.nn.functional.interpolate(mode="area")` to 1e-6.
     """
     matrix = np.zeros((size_out, size_in), np.float64)
     for i in range(size_out):
@@ -31,8 +32,8 @@ def area_matrix(size_in: int, size_out: int) -> NDArray[np.float32]:
 def bicubic_matrix(size_in: int, size_out: int) -> NDArray[np.float32]:
     """Return the (size_out, size_in) matrix of bicubic resizing along one axis.
 
-    Half-pixel centres, a = -0.75, clamped border, no antialiasing; the identity where the sizes agree.
-    Equals `torch.nn.functional.interpolate(mode="bicubic")` to 1e-6.
+    Half-pixel centres, a = -0.75, clamped border, no antialiasing; the identity where the sizes
+    agree. Equals `torch.nn.functional.interpolate(mode="bicubic")` to 1e-6.
     """
     matrix = np.zeros((size_out, size_in), np.float64)
     for i in range(size_out):

@@ -1,7 +1,8 @@
 """StageIO: the one declaration of a stage's tensors, from which everything about shapes follows.
 
-Axes are written as words: an integer is fixed, a name is free ("B", "L"), and outputs may use sums and products of
-both ("P+L", "16*h"). ONNX names, dynamic axes, engine profiles, buffers and input checks are computed from it.
+Axes are written as words: an integer is fixed, a name is free ("B", "L"), and outputs may use sums
+and products of both ("P+L", "16*h"). ONNX names, dynamic axes, engine profiles, buffers and input
+checks are computed from it.
 """
 
 import ast
@@ -47,7 +48,9 @@ class Axes:
 
 @cache
 def _parse_axis(word: str) -> ast.expr:
-    """Return the expression of one axis; raise ConfigError when it is not made of names, integers, + and *."""
+    """Return the expression of one axis; raise ConfigError when it is not made of names,
+    integers, + and *.
+    """
     try:
         expression = ast.parse(word, mode="eval").body
         _evaluate(expression, _AnySize())
@@ -102,7 +105,8 @@ class StageIO:
     def check(self, feeds: Mapping[str, Any], stage: str) -> dict[str, int]:
         """Return the sizes of the free axes found in `feeds` (arrays with shape and dtype).
 
-        Raises FeedError naming the tensor that is missing, unknown, or of another shape or dtype than declared.
+        Raises FeedError naming the tensor that is missing, unknown, or of another shape or dtype
+        than declared.
         """
         if feeds.keys() != self.inputs.keys():
             odd = sorted(feeds.keys() ^ self.inputs.keys())[0]
@@ -125,7 +129,9 @@ class StageIO:
         return sizes
 
     def profile(self, sizes: Sequence[Sizes]) -> dict[str, tuple[Shape, Shape, Shape]]:
-        """Return (min, opt, max) shapes of every input over several sizes; the last one given is the optimum."""
+        """Return (min, opt, max) shapes of every input over several sizes; the last one given is
+        the optimum.
+        """
         shapes = [self.input_shapes(each) for each in sizes]
         return {
             name: (
@@ -163,7 +169,9 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def sample_arrays(io: StageIO, sizes: Sizes, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Return arrays of the declared shapes: normal floats, zero integers. For shape checks, never for parity."""
+    """Return arrays of the declared shapes: normal floats, zero integers. For shape checks,
+    never for parity.
+    """
     rng = np.random.default_rng(seed)
     result: dict[str, NDArray[Any]] = {}
     for name, spec in io.inputs.items():

@@ -1,7 +1,8 @@
 """The KV arena: keys and values of all scale steps in buffers allocated once per image batch.
 
-A step reads the past as a prefix view and its new keys and values are written in place; nothing is joined on the host.
-Axes: S tokens of the whole schedule, P cached, L new, G rows, H heads, K head width.
+A step reads the past as a prefix view and its new keys and values are written in place; nothing is
+joined on the host. Axes: S tokens of the whole schedule, P cached, L new, G rows, H heads, K head
+width.
 """
 
 from abc import ABC, abstractmethod
@@ -65,7 +66,9 @@ Allocate = Callable[[Shape, str], Array]
 
 
 class DeltaArena(KVArena):
-    """Token-major (S, G, H, K) buffers: the past is the head of each, what is new lands right behind it."""
+    """Token-major (S, G, H, K) buffers: the past is the head of each, what is new lands right
+    behind it.
+    """
 
     def __init__(self, shape: KVShape, allocate: Allocate) -> None:
         super().__init__(shape)
@@ -84,7 +87,9 @@ class DeltaArena(KVArena):
 
 
 class PresentArena(KVArena):
-    """Two flat buffers per tensor, (G, H, P, K) packed: the operator reads one and writes past and new into the other."""
+    """Two flat buffers per tensor, (G, H, P, K) packed: the operator reads one and writes past
+    and new into the other.
+    """
 
     def __init__(self, shape: KVShape, allocate: Allocate) -> None:
         super().__init__(shape)

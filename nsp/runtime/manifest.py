@@ -1,4 +1,5 @@
-"""The manifest of an engine folder: what was built, from what, for which device, and how well it matches.
+"""The manifest of an engine folder: what was built, from what, for which device, and how well it
+matches.
 
 engines/
   manifest.json
@@ -85,18 +86,22 @@ class Manifest(Config):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of an engine folder; raise EngineError when it is missing, damaged or of another schema."""
+    """Return the manifest of an engine folder; raise EngineError when it is missing, damaged or
+    of another schema.
+    """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise EngineError(
-            f"{folder} is no engine folder: {MANIFEST_NAME} is missing; run: nsp export --engine-dir {folder}"
+            f"{folder} is no engine folder: {MANIFEST_NAME} is missing; "
+            f"run: nsp export --engine-dir {folder}"
         )
     try:
         values = json.loads(path.read_text())
         schema = values["schema"]
         if schema != SCHEMA:
             raise EngineError(
-                f"{path} has schema {schema}, this nsp reads {SCHEMA}; run: nsp export --engine-dir {folder}"
+                f"{path} has schema {schema}, this nsp reads {SCHEMA}; "
+                f"run: nsp export --engine-dir {folder}"
             )
         return Manifest.from_dict(values)
     except (json.JSONDecodeError, UnicodeDecodeError, ConfigError, KeyError, TypeError) as error:
@@ -118,7 +123,9 @@ def file_sha256(path: Path) -> str:
 
 
 def check_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Raise EngineError naming the first file that is missing or does not have its recorded SHA-256."""
+    """Raise EngineError naming the first file that is missing or does not have its recorded
+    SHA-256.
+    """
     for name, digest in files.items():
         path = folder / name
         repair = f"run: nsp export --engine-dir {folder}"

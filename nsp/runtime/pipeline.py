@@ -1,4 +1,6 @@
-"""The pipeline: prompts or class ids in, images out, from an engine folder or a checkpoint folder."""
+"""The pipeline: prompts or class ids in, images out, from an engine folder or a checkpoint
+folder.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,9 +103,10 @@ class Pipeline:
     ) -> GenerateResult:
         """Return one image per prompt or class id.
 
-        `sampling` overrides the model's SamplingConfig (guidance_scale, top_k, top_p, temperature, ...). `uniforms`
-        (B, L of all scales) replaces the numbers drawn from `seed`; `forced_tokens` (same shape, -1 = free) replaces
-        sampled tokens. Raises ConfigError for a bad request.
+        `sampling` overrides the model's SamplingConfig (guidance_scale, top_k, top_p, temperature,
+        ...). `uniforms` (B, L of all scales) replaces the numbers drawn from `seed`;
+        `forced_tokens` (same shape, -1 = free) replaces sampled tokens. Raises ConfigError for a
+        bad request.
         """
         tokens, logits, latents, last = [], [], [], None
         for last in self.stream(
@@ -140,7 +143,9 @@ class Pipeline:
         gumbel: NDArray[np.float32] | None = None,
         **sampling: Any,
     ) -> Iterator[StreamStep]:
-        """Yield a StreamStep after every scale; arguments as for `generate`, checked before the first step."""
+        """Yield a StreamStep after every scale; arguments as for `generate`, checked before the
+        first step.
+        """
         settings = SamplingConfig.from_dict({**self.sampling.to_dict(), **sampling})
         conditions = self._conditions(prompts, class_ids)
         batch = len(next(iter(conditions.values())))
@@ -175,12 +180,16 @@ class Pipeline:
     def _conditions(
         self, prompts: Sequence[str] | None, class_ids: Sequence[int] | None
     ) -> dict[str, NDArray[np.int64]]:
-        """Return the request's condition arrays; raise ConfigError for what this model does not take."""
+        """Return the request's condition arrays; raise ConfigError for what this model does not
+        take.
+        """
         if self.tokenizer is not None:
             if class_ids is not None or prompts is None or len(prompts) == 0:
                 raise ConfigError("this model is text-conditional: give one or more prompts")
             if empty := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
-                raise ConfigError(f"prompt {empty[0] + 1} is empty; write what the image should show")
+                raise ConfigError(
+                    f"prompt {empty[0] + 1} is empty; write what the image should show"
+                )
             return {"token_ids": self.tokenizer.encode(prompts)}
         if prompts is not None or class_ids is None or len(class_ids) == 0:
             raise ConfigError("this model is class-conditional: give one or more class ids")
@@ -218,7 +227,8 @@ def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pi
     """Return the model in `path`: an engine folder, or a checkpoint folder (PyTorch).
 
     `backend` is "auto" (the fastest that works here; logged with the reason) or a name from
-    `nsp.runtime.backends.registry`. Raises EngineError, CheckpointError or BackendError with what to do.
+    `nsp.runtime.backends.registry`. Raises EngineError, CheckpointError or BackendError with what
+    to do.
     """
     folder = Path(path)
     if is_checkpoint(folder):

@@ -1,11 +1,11 @@
 """How tokens are drawn: settings, guidance over the scales, and all random numbers of an image.
 
-Every random number comes from a NumPy Philox stream keyed by (seed, image number), so an image does not depend on the
-batch it is generated in or on the backend.
+Every random number comes from a NumPy Philox stream keyed by (seed, image number), so an image does
+not depend on the batch it is generated in or on the backend.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,17 +36,20 @@ class SamplingConfig(Config):
             raise ConfigError(f"top_k={self.top_k} must be at least 0; 0 is off")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be in (0, 1]; 1.0 is off")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature={self.temperature} must be positive; top_k=1 is greedy")
+        if not 0 < self.temperature < np.inf:
+            raise ConfigError(
+                f"temperature={self.temperature} must be positive and finite; top_k=1 is greedy"
+            )
         if len(self.guidance_interval) != 2:
             raise ConfigError(f"guidance_interval={self.guidance_interval} must be two fractions")
 
     def guidance_per_scale(self, num_scales: int) -> list[float]:
         """Return the guidance of every scale.
 
-        "ramp" grows linearly from 1 (off) at the first scale to `guidance_scale` at the last, as the published code does;
-        "interval" applies it where the scale's ratio s/(S-1) lies in `guidance_interval`, 1 elsewhere (Kynkäänniemi et
-        al. 2024, arXiv:2404.07724, with scales for noise levels).
+        "ramp" grows linearly from 1 (off) at the first scale to `guidance_scale` at the last, as
+        the published code does; "interval" applies it where the scale's ratio s/(S-1) lies in
+        `guidance_interval`, 1 elsewhere (Kynkäänniemi et al. 2024, arXiv:2404.07724, with scales
+        for noise levels).
         """
         ratios = scale_ratios(num_scales)
         if self.guidance_schedule == "ramp":
@@ -87,11 +90,13 @@ def draw_gumbel(seed: int, batch: int, num_tokens: int, vocab_size: int) -> NDAr
         for image in range(batch)
     ]
     uniform = np.maximum(np.stack(rows), tiny)
-    noise: NDArray[Any] = -np.log(-np.log(uniform))
-    return np.minimum(noise, np.float32(50)).astype(np.float32)
+    noise: NDArray[np.float32] = np.minimum(-np.log(-np.log(uniform)), np.float32(50))
+    return noise
 
 
 def _stream(seed: int, image: int, purpose: int = 0) -> np.random.Generator:
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed={seed} must be between 0 and 2**64 - 1")
     key = np.array([seed, image], np.uint64)
     counter = np.array([0, 0, 0, purpose], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

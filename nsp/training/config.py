@@ -1,4 +1,6 @@
-"""What a training run is made of: data, phases, optimizer settings. Stored with every checkpoint."""
+"""What a training run is made of: data, phases, optimizer settings. Stored with every
+checkpoint.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 class Objective(nn.Module, ABC):
     """A loss over one batch, and all the trainer must know about the modules behind it.
 
-    `trained` holds the modules that learn; frozen ones may hang beside it. The trainer never looks further in.
+    `trained` holds the modules that learn; frozen ones may hang beside it. The trainer never looks
+    further in.
     """
 
     trained: nn.Module

@@ -9,7 +9,9 @@ from nsp.training.config import OptimizerConfig, PhaseConfig, RunConfig
 
 
 def emoji() -> RunConfig:
-    """Return the default run: a text-conditional model of the embedded emoji set, sized for two CPU cores."""
+    """Return the default run: a text-conditional model of the embedded emoji set, sized for two
+    CPU cores.
+    """
     tokenizer = PhaseConfig(
         name="tokenizer",
         steps=1600,
@@ -26,13 +28,13 @@ def emoji() -> RunConfig:
     )
     predictor = PhaseConfig(
         name="predictor",
-        steps=3000,
-        batch_size=64,
+        steps=2800,
+        batch_size=32,
         optimizer=OptimizerConfig(
-            lr=1e-3, schedule="lin0", warmup_steps=100, final_ratio=0.02, grad_clip=2.0
+            lr=1.2e-3, schedule="lin0", warmup_steps=100, final_ratio=0.02, grad_clip=2.0
         ),
         ema_decay=0.995,
-        sample_every=500,
+        sample_every=400,
     )
     return RunConfig(
         family="var",

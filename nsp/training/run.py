@@ -31,7 +31,9 @@ class RunResult:
 
 
 def resolve_precision(requested: str) -> str:
-    """Return accelerate's word for the precision; "auto" is bf16 on a GPU that has it, else fp32."""
+    """Return accelerate's word for the precision; "auto" is bf16 on a GPU that has it, else
+    fp32.
+    """
     if requested == "auto":
         requested = (
             "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
@@ -51,8 +53,9 @@ def train(
 ) -> RunResult:
     """Train every phase of `config` up to `last_phase` in `folder` and write `folder`/checkpoint.
 
-    Ctrl-C ends the run early with a checkpoint of what has been learnt; `resume` continues such a run (or any that
-    died) at its last saved step. Raises ConfigError when `folder` holds a run and `resume` is not given.
+    Ctrl-C ends the run early with a checkpoint of what has been learnt; `resume` continues such a
+    run (or any that died) at its last saved step. Raises ConfigError when `folder` holds a run and
+    `resume` is not given.
     """
     names = [phase.name for phase in config.phases]
     if last_phase is not None and last_phase not in names:

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 class StepSampler(Sampler[list[int]]):
     """Batches of indices for steps `start` .. `steps` - 1; batch k depends on (seed, k) alone.
 
-    Every epoch is a new permutation, cut into whole batches, so a run resumed at step k sees what it would have seen.
+    Every epoch is a new permutation, cut into whole batches, so a run resumed at step k sees what
+    it would have seen.
     """
 
     def __init__(self, size: int, batch_size: int, steps: int, *, start: int, seed: int) -> None:
@@ -90,7 +91,9 @@ def set_rates(
 
 @dataclass
 class Phase:
-    """One phase under way. Build it, `run` it; `weights` are then those to ship (averaged, if EMA is on)."""
+    """One phase under way. Build it, `run` it; `weights` are then those to ship (averaged, if
+    EMA is on).
+    """
 
     config: PhaseConfig
     objective: Objective
@@ -146,7 +149,9 @@ class Phase:
         )
 
     def adopt_average(self) -> None:
-        """Leave the averaged weights in the trained modules: later phases build on what is shipped."""
+        """Leave the averaged weights in the trained modules: later phases build on what is
+        shipped.
+        """
         if self.average is not None:
             self.objective.trained.load_state_dict(self.average.module.state_dict())
 
@@ -169,7 +174,8 @@ class Phase:
     def _train_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
         """Make one optimizer step; return the metrics to report."""
         self.module.train()
-        # What is random in a step depends on the step alone, so a resumed run needs no random state.
+        # What is random in a step depends on the step alone, so a resumed run needs no random
+        # state.
         torch.manual_seed(self._step_seed())
         rate = set_rates(self.optimizer, self.config.optimizer, self.step, self.config.steps)
         with self.accelerator.autocast():
@@ -185,7 +191,8 @@ class Phase:
             self.average.update_parameters(self.objective.trained)
         if not torch.isfinite(metrics["loss"]):
             raise CheckpointError(
-                f"phase {self.config.name}: the loss is {metrics['loss'].item()} at step {self.step}; "
+                f"phase {self.config.name}: the loss is {metrics['loss'].item()} "
+                f"at step {self.step}; "
                 f"lower the learning rate ({self.config.optimizer.lr}) and start again"
             )
         detached = {name: value.detach() for name, value in metrics.items()}
@@ -230,7 +237,8 @@ class Phase:
         saved = PhaseConfig.from_dict(json.loads(state["config"]))
         if dataclasses.replace(saved, steps=self.config.steps) != self.config:
             raise ConfigError(
-                f"{path} belongs to a run with other settings; use the same preset or another --output-dir"
+                f"{path} belongs to a run with other settings; "
+                "use the same preset or another --output-dir"
             )
         self.step = state["step"]
         self.objective.trained.load_state_dict(state["trained"])
@@ -240,7 +248,9 @@ class Phase:
 
 
 class shipped_weights:
-    """Context in which the trained modules carry the weights to ship; the live ones come back after it."""
+    """Context in which the trained modules carry the weights to ship; the live ones come back
+    after it.
+    """
 
     def __init__(self, phase: Phase) -> None:
         self.phase = phase

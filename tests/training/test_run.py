@@ -1,4 +1,6 @@
-"""Promises of a training run: it resumes exactly, an interrupted one leaves a checkpoint, errors name the fix."""
+"""Promises of a training run: it resumes exactly, an interrupted one leaves a checkpoint, errors
+name the fix.
+"""
 
 import dataclasses
 import json
@@ -101,7 +103,12 @@ def test_ctrl_c_leaves_a_usable_checkpoint(pictures: Path, tmp_path: Path) -> No
     command += ["--data", str(pictures), "--output-dir", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     log = tmp_path / "run/tokenizer/log.jsonl"
     deadline = time.monotonic() + 120

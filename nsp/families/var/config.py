@@ -1,4 +1,5 @@
-"""Configuration of the family `var`: multi-scale VQVAE, next-scale transformer, condition, named sizes.
+"""Configuration of the family `var`: multi-scale VQVAE, next-scale transformer, condition, named
+sizes.
 
 Source of the numbers: Tian et al. 2024, arXiv:2404.02905, and github.com/FoundationVision/VAR.
 """
@@ -70,8 +71,9 @@ class VaeConfig(Config):
     def phi_indices(self, num_scales: int) -> tuple[int, ...]:
         """Return which phi each scale uses.
 
-        Two ticks are often equally near in exact arithmetic; the published models were trained with the outcome of
-        float64 rounding, so this must stay NumPy float64 (float32 picks other convolutions for K=4, S=10).
+        Two ticks are often equally near in exact arithmetic; the published models were trained with
+        the outcome of float64 rounding, so this must stay NumPy float64 (float32 picks other
+        convolutions for K=4, S=10).
         """
         count = self.num_phis(num_scales)
         if count == 1:
@@ -93,7 +95,9 @@ class ClassCondition(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TextCondition(Config):
-    """CLIP text: token states by cross-attention in every block, the pooled embedding through AdaLN."""
+    """CLIP text: token states by cross-attention in every block, the pooled embedding through
+    AdaLN.
+    """
 
     text_width: int
     max_tokens: int
@@ -103,7 +107,9 @@ class TextCondition(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorConfig(Config):
-    """The next-scale transformer. Width C, H heads, no rotary tables: absolute positions and scale levels."""
+    """The next-scale transformer. Width C, H heads, no rotary tables: absolute positions and
+    scale levels.
+    """
 
     depth: int
     width: int
@@ -194,8 +200,8 @@ def _published(depth: int, image_size_px: int = 256, *, shared_aln: bool = False
     )
 
 
-# 64 px to 8x8 latents, 103 tokens in five scale steps. Two pixels are folded into channels first: on a CPU
-# the full-resolution level would cost more than all others together.
+# 64 px to 8x8 latents, 103 tokens in five scale steps. Two pixels are folded into channels first:
+# on a CPU the full-resolution level would cost more than all others together.
 EMOJI_VAE = VaeConfig(
     vocab_size=1024,
     latent_channels=16,

@@ -1,8 +1,9 @@
 """The stages of the family `var` and their tensors.
 
-Free axes: B images, G transformer rows (B, or 2B with the null condition behind the condition), N encoded prompts,
-L tokens of this scale, P cached tokens, R ranks that top-k keeps, p q this scale's grid, r c the next scale's grid.
-Fixed numbers in the declarations come from the configuration: width, heads, blocks, codes, latent channels.
+Free axes: B images, G transformer rows (B, or 2B with the null condition behind the condition), N
+encoded prompts, L tokens of this scale, P cached tokens, R ranks that top-k keeps, p q this scale's
+grid, r c the next scale's grid. Fixed numbers in the declarations come from the configuration:
+width, heads, blocks, codes, latent channels.
 """
 
 from typing import Literal, TypeAlias
@@ -14,7 +15,9 @@ KVLayout: TypeAlias = Literal["delta", "present"]
 
 
 def stages_io(config: VarConfig, kv_layout: KVLayout, dtype: str) -> dict[str, StageIO]:
-    """Return the declaration of every stage, in data-path order; `dtype` is that of keys and values."""
+    """Return the declaration of every stage, in data-path order; `dtype` is that of keys and
+    values.
+    """
     stages = {
         "condition": _condition(config, dtype),
         "step": _step(config, kv_layout, dtype),
@@ -49,7 +52,9 @@ def _conditioning(config: VarConfig, dtype: str) -> dict[str, Axes]:
 
 
 def _condition(config: VarConfig, dtype: str) -> StageIO:
-    """Class ids, or rows of encoded prompts (row N is a learned null condition) -> all that is computed once."""
+    """Class ids, or rows of encoded prompts (row N is a learned null condition) -> all that is
+    computed once.
+    """
     inputs = {"class_ids": Axes("G", "int64")}
     if config.text is not None:
         tokens, width = config.text.max_tokens, config.text.text_width
@@ -63,7 +68,9 @@ def _condition(config: VarConfig, dtype: str) -> StageIO:
 
 
 def _step(config: VarConfig, kv_layout: KVLayout, dtype: str) -> StageIO:
-    """Tokens of one scale and the cache -> logits and what the cache grows by (delta) or becomes (present)."""
+    """Tokens of one scale and the cache -> logits and what the cache grows by (delta) or becomes
+    (present).
+    """
     predictor = config.predictor
     heads, head_width = predictor.num_heads, predictor.head_width
     delta = kv_layout == "delta"
@@ -87,7 +94,8 @@ def _step(config: VarConfig, kv_layout: KVLayout, dtype: str) -> StageIO:
 def _select(config: VarConfig, *, smooth: bool) -> StageIO:
     """Logits and one uniform number per token -> tokens and their code vectors.
 
-    `forced` holds a token to take instead of the sampled one, or -1; `tokens` reports the sampled ones.
+    `forced` holds a token to take instead of the sampled one, or -1; `tokens` reports the sampled
+    ones.
     """
     codes, channels = config.vae.vocab_size, config.vae.latent_channels
     inputs = {
@@ -110,7 +118,9 @@ def _select(config: VarConfig, *, smooth: bool) -> StageIO:
 
 
 def _accumulate(config: VarConfig) -> StageIO:
-    """Code vectors of one scale and the running latent -> the new latent and the next scale's input tokens."""
+    """Code vectors of one scale and the running latent -> the new latent and the next scale's
+    input tokens.
+    """
     channels, side = config.vae.latent_channels, config.latent_side
     latent = Axes(f"B {channels} {side} {side}")
     return StageIO(

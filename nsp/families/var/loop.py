@@ -1,7 +1,7 @@
 """The scale loop of the family `var`: prompt -> condition -> scale steps -> latent, on any backend.
 
-It does no arithmetic on tensors: it hands over views and advances counters. It is a generator and yields after every
-scale step, so the caller owns progress, previews and early stop.
+It does no arithmetic on tensors: it hands over views and advances counters. It is a generator and
+yields after every scale step, so the caller owns progress, previews and early stop.
 """
 
 from collections.abc import Iterator
@@ -82,7 +82,9 @@ def generate(backend: Backend, config: VarConfig, request: Request) -> Iterator[
 def _condition(
     backend: Backend, config: VarConfig, request: Request, *, guided: bool
 ) -> dict[str, Array]:
-    """Return the outputs of `condition` for the batch, and for the null condition behind it when guided."""
+    """Return the outputs of `condition` for the batch, and for the null condition behind it when
+    guided.
+    """
     if config.text is None:
         ids = request.class_ids
         assert ids is not None
@@ -101,7 +103,8 @@ def _unique_prompts(
 
     Row N is the null condition: a learned one inside the stage, else "" encoded as the last prompt.
     """
-    assert request.token_ids is not None and config.text is not None
+    assert request.token_ids is not None
+    assert config.text is not None
     prompts, rows = np.unique(request.token_ids, axis=0, return_inverse=True)
     rows = rows.reshape(-1).astype(np.int64)
     if not guided:
@@ -127,7 +130,9 @@ def _kv_shape(backend: Backend, config: VarConfig, rows: int) -> KVShape:
 
 
 class _ScalePlan:
-    """Everything the scales need that is known beforehand, uploaded once: positions, random numbers, matrices."""
+    """Everything the scales need that is known beforehand, uploaded once: positions, random
+    numbers, matrices.
+    """
 
     def __init__(self, backend: Backend, config: VarConfig, request: Request) -> None:
         self.backend, self.config, self.request = backend, config, request
@@ -176,7 +181,9 @@ class _ScalePlan:
         return self.backend.run("select_smooth", feeds)
 
     def resize(self, scale: int) -> dict[str, Array]:
-        """Return the matrices and the phi of one scale; the last has no next grid and gets the first one's."""
+        """Return the matrices and the phi of one scale; the last has no next grid and gets the
+        first one's.
+        """
         sides = self.config.patch_nums
         following = sides[(scale + 1) % len(sides)]
         upload = self.backend.upload

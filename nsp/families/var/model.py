@@ -1,9 +1,10 @@
 """The next-scale transformer, class- or text-conditional.
 
-Axes: B batch, G rows of the transformer (the batch, then the same images under the null condition), L new tokens,
-P cached tokens, T prompt tokens, C width, D text width, H heads, K head width, V codes, Z latent channels.
-Module and parameter names are the published state-dict names; the text variant adds `text_*` and `blocks.i.cross`.
-Source: arXiv:2404.02905; github.com/FoundationVision/VAR, models/var.py and models/basic_var.py.
+Axes: B batch, G rows of the transformer (the batch, then the same images under the null condition),
+L new tokens, P cached tokens, T prompt tokens, C width, D text width, H heads, K head width, V
+codes, Z latent channels. Module and parameter names are the published state-dict names; the text
+variant adds `text_*` and `blocks.i.cross`. Source: arXiv:2404.02905;
+github.com/FoundationVision/VAR, models/var.py and models/basic_var.py.
 """
 
 import math
@@ -66,7 +67,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of image tokens to the prompt's tokens, whose keys and values are computed once per image."""
+    """Attention of image tokens to the prompt's tokens, whose keys and values are computed once
+    per image.
+    """
 
     def __init__(self, config: VarConfig, text: TextCondition) -> None:
         super().__init__()
@@ -112,9 +115,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the prompt if there is one, feed-forward; AdaLN around the first and last.
+    """Self-attention, cross-attention to the prompt if there is one, feed-forward; AdaLN around the
+    first and last.
 
-    The residual stream keeps the dtype it arrives in (float32 at inference), whatever the weights' dtype.
+    The residual stream keeps the dtype it arrives in (float32 at inference), whatever the weights'
+    dtype.
     """
 
     def __init__(self, config: VarConfig, drop_path: float) -> None:
@@ -179,7 +184,8 @@ class HeadNorm(nn.Module):
 class NextScaleTransformer(nn.Module):
     """Predicts all tokens of a scale from the scales before it and a condition.
 
-    `condition` once per image, then `step` per scale; `forward` is both, teacher-forced, for training.
+    `condition` once per image, then `step` per scale; `forward` is both, teacher-forced, for
+    training.
     """
 
     def __init__(self, config: VarConfig) -> None:
@@ -228,7 +234,8 @@ class NextScaleTransformer(nn.Module):
     ) -> Conditioning:
         """Return the conditioning of G rows picked from N encoded prompts.
 
-        With a learned null condition row N is the null row; otherwise the caller encodes "" among the prompts.
+        With a learned null condition row N is the null row; otherwise the caller encodes "" among
+        the prompts.
         """
         if self.config.text is not None and self.config.text.null == "learned":
             states_NTD = torch.cat([states_NTD, self.text_null_states[None].to(states_NTD.dtype)])
@@ -270,7 +277,9 @@ class NextScaleTransformer(nn.Module):
         past: Sequence[KeyValue | Tensor | None],
         attend: Attend,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Return logits (G, L, V) float32 for tokens at `positions_L`, and each block's keys and values."""
+        """Return logits (G, L, V) float32 for tokens at `positions_L`, and each block's keys and
+        values.
+        """
         x = x_GLC + self.positions()[positions_L]
         caches = []
         for i, block in enumerate(self.blocks):
@@ -283,7 +292,8 @@ class NextScaleTransformer(nn.Module):
         return self.head(normed.to(self.head.weight.dtype)).float(), caches
 
     def forward(self, conditioning: Conditioning, teacher_BLZ: Tensor) -> Tensor:
-        """Return the logits (B, L, V) of all scales from the tokenizer's `teacher_input`, block-causally masked.
+        """Return the logits (B, L, V) of all scales from the tokenizer's `teacher_input`,
+        block-causally masked.
 
         `teacher_BLZ` may stop after any scale: progressive training sees a prefix of the schedule.
         """
@@ -304,8 +314,8 @@ def initialize(
 ) -> None:
     """Fill the parameters as the published trainer does (models/var.py, init_weights).
 
-    Truncated normal of std sqrt(1/(3C)); residual projections over sqrt(2 depth); AdaLN rows of gamma times
-    `adaln_gamma`, its other rows times `adaln`; head weight times `head`.
+    Truncated normal of std sqrt(1/(3C)); residual projections over sqrt(2 depth); AdaLN rows of
+    gamma times `adaln_gamma`, its other rows times `adaln`; head weight times `head`.
     """
     width, depth = model.config.predictor.width, model.config.predictor.depth
     std = math.sqrt(1 / width / 3)

@@ -1,8 +1,9 @@
 """Training losses of the family `var`: tokenizer phase, then predictor phase.
 
 Axes: B batch, L tokens of all scales, T prompt tokens, V codes, Z latent channels.
-Source: arXiv:2404.02905; github.com/FoundationVision/VAR, trainer.py. The published tokenizer recipe is not public
-beyond its VQ loss: reconstruction here is L1 plus L1 of image gradients, without an adversary.
+Source: arXiv:2404.02905; github.com/FoundationVision/VAR, trainer.py. The published tokenizer
+recipe is not public beyond its VQ loss: reconstruction here is L1 plus L1 of image gradients,
+without an adversary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,9 @@ class TokenizerObjective(Objective):
         }
 
     def _count(self, tokens: Sequence[Tensor]) -> None:
-        """Update the moving usage per scale and code, as the published code does (models/quant.py)."""
+        """Update the moving usage per scale and code, as the published code does
+        (models/quant.py).
+        """
         table = self.trained.quantize.ema_vocab_hit_SV
         for scale, index in enumerate(tokens):
             hits = index.flatten().bincount(minlength=table.shape[1]).float()
@@ -133,7 +136,9 @@ class PredictorSettings(Config):
 
 
 class PredictorObjective(Objective):
-    """Trains the transformer (and the text encoder, if there is one) on the frozen tokenizer's tokens."""
+    """Trains the transformer (and the text encoder, if there is one) on the frozen tokenizer's
+    tokens.
+    """
 
     def __init__(self, system: VarSystem, data: ImageDataset, settings: PredictorSettings) -> None:
         super().__init__()
@@ -145,11 +150,15 @@ class PredictorObjective(Objective):
         self.trained = nn.ModuleDict(parts).requires_grad_(True)
 
     def dataset(self) -> Dataset[Mapping[str, Any]]:
-        """Return tokens and conditions: computed once where a picture always gives the same tokens."""
+        """Return tokens and conditions: computed once where a picture always gives the same
+        tokens.
+        """
         return TokenDataset(self.system, self._data)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return cross-entropy (nats per token) and accuracy (%), over all tokens and the last scale's."""
+        """Return cross-entropy (nats per token) and accuracy (%), over all tokens and the last
+        scale's.
+        """
         system = self.system
         condition_B = batch["condition"]
         rate = system.config.predictor.cond_drop_rate if self.training else 0.0
@@ -199,11 +208,12 @@ def predictor_loss(
     num_scales: int | None = None,
     newest_weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Return cross-entropy in nats and accuracy in percent: `loss`, and detached means over all and last-scale tokens.
+    """Return cross-entropy in nats and accuracy in percent: `loss`, and detached means over all and
+    last-scale tokens.
 
-    The loss is the batch mean of the sum over tokens of CE / L, L being the tokens of the whole schedule. Progressive
-    training predicts the first `num_scales` scales only; the newest one's tokens then weigh `newest_weight` / L, and
-    weights are not renormalised.
+    The loss is the batch mean of the sum over tokens of CE / L, L being the tokens of the whole
+    schedule. Progressive training predicts the first `num_scales` scales only; the newest one's
+    tokens then weigh `newest_weight` / L, and weights are not renormalised.
     """
     sides = quantize.patch_nums
     used = len(sides) if num_scales is None else num_scales
@@ -230,7 +240,9 @@ def predictor_loss(
 
 
 class TokenDataset(Dataset[Mapping[str, Any]]):
-    """Conditions with the tokens of their pictures, or the pictures where tokens differ from epoch to epoch."""
+    """Conditions with the tokens of their pictures, or the pictures where tokens differ from
+    epoch to epoch.
+    """
 
     def __init__(self, system: VarSystem, data: ImageDataset, batch_size: int = 64) -> None:
         self._data = data

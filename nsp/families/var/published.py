@@ -1,7 +1,8 @@
 """Reads published VAR weights: official state dicts in, a checkpoint folder out.
 
-What shapes tell is inferred; the rest comes from the constructor arguments of the public code, where they are given.
-Source of names: github.com/FoundationVision/VAR, models/var.py, models/vqvae.py, models/quant.py.
+What shapes tell is inferred; the rest comes from the constructor arguments of the public code,
+where they are given. Source of names: github.com/FoundationVision/VAR, models/var.py,
+models/vqvae.py, models/quant.py.
 """
 
 import pickle
@@ -18,7 +19,6 @@ from nsp.families.var.checkpoint import save_checkpoint
 from nsp.families.var.config import ClassCondition, VarConfig
 from nsp.families.var.system import VarSystem
 from nsp.weights import load_state, read_safetensors
-
 
 # Constructor argument of the public code -> our field; None: has no effect on inference.
 _VAE_ARGUMENTS = {
@@ -98,7 +98,9 @@ def read_state(path: Path, *, part: str) -> dict[str, Tensor]:
     if isinstance(state, Mapping) and isinstance(state.get("trainer"), Mapping):
         state = state["trainer"].get(part)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} holds no state dict (names to tensors), nor one under trainer/{part}")
+        raise CheckpointError(
+            f"{path} holds no state dict (names to tensors), nor one under trainer/{part}"
+        )
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
 
 
@@ -189,7 +191,9 @@ def _renamed(
 ) -> dict[str, Any]:
     """Return our fields for constructor arguments; raise ConfigError for an unknown one."""
     if unknown := sorted(set(arguments) - set(table)):
-        raise ConfigError(f"--config: {where}.{unknown[0]} is no argument; known: {', '.join(table)}")
+        raise ConfigError(
+            f"--config: {where}.{unknown[0]} is no argument; known: {', '.join(table)}"
+        )
     return {field: arguments[name] for name, field in table.items() if field and name in arguments}
 
 
@@ -204,5 +208,3 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """Return one more than the largest index `pattern` captures; 0 without a match."""
     found = (re.match(pattern, name) for name in state)
     return max((int(match[1]) + 1 for match in found if match), default=0)
-
-

@@ -138,9 +138,11 @@ class MultiScaleQuantizer(nn.Module):
         return QuantizerOutput(f + (latents[-1] - f).detach(), loss, tokens)
 
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Return the transformer's input for the scales after the first, (B, L, C), from the tokens (B, L_s) of known scales.
+        """Return the transformer's input for the scales after the first, (B, L, C), from the tokens
+        (B, L_s) of known scales.
 
-        `tokens` are those of scales 0 .. s-1 for an input of scales 1 .. s; at most all but the last.
+        `tokens` are those of scales 0 .. s-1 for an input of scales 1 .. s; at most all but the
+        last.
         """
         latent: Tensor | int = 0
         maps = []

@@ -14,7 +14,9 @@ _NUM_SAMPLES = 24
 def sample_grid(
     system: VarSystem, data: ImageDataset, seed: int, guidance_scale: float
 ) -> tuple[NDArray[np.uint8], list[str]]:
-    """Return greedy samples (N, H, W, 3) for conditions picked from the data set by `seed`, and their captions."""
+    """Return greedy samples (N, H, W, 3) for conditions picked from the data set by `seed`, and
+    their captions.
+    """
     rng = np.random.default_rng(seed)
     picks = rng.choice(len(data), size=min(_NUM_SAMPLES, len(data)), replace=False)
     samples = [data.source.samples[int(i)] for i in picks]
@@ -23,9 +25,7 @@ def sample_grid(
     titles = [sample.caption for sample in samples]
     if system.config.text is None:
         ids = [int(sample.class_id) for sample in samples if sample.class_id is not None]
-        result = pipeline.generate(
-            class_ids=ids, seed=seed, guidance_scale=guidance_scale, top_k=1
-        )
+        result = pipeline.generate(class_ids=ids, seed=seed, guidance_scale=guidance_scale, top_k=1)
     else:
         result = pipeline.generate(
             prompts=titles, seed=seed, guidance_scale=guidance_scale, top_k=1

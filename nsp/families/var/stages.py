@@ -1,6 +1,8 @@
-"""The stages of the family `var` as torch modules: what is exported, and what the `torch` backend runs.
+"""The stages of the family `var` as torch modules: what is exported, and what the `torch` backend
+runs.
 
-Each takes the tensors its StageIO declares, in order, and returns a tuple in order. Axes as in io.py.
+Each takes the tensors its StageIO declares, in order, and returns a tuple in order. Axes as in
+io.py.
 """
 
 from collections.abc import Mapping
@@ -116,9 +118,11 @@ class SelectStage(nn.Module):
 
 
 class SelectSmoothStage(nn.Module):
-    """As SelectStage, but codes are mixed by a Gumbel softmax that sharpens over the scales (`more_smooth`).
+    """As SelectStage, but codes are mixed by a Gumbel softmax that sharpens over the scales
+    (`more_smooth`).
 
-    Source: github.com/FoundationVision/VAR, models/var.py, autoregressive_infer_cfg. Not for measuring FID.
+    Source: github.com/FoundationVision/VAR, models/var.py, autoregressive_infer_cfg. Not for
+    measuring FID.
     """
 
     def __init__(self, system: VarSystem) -> None:
@@ -149,10 +153,12 @@ class SelectSmoothStage(nn.Module):
 
 
 class AccumulateStage(nn.Module):
-    """f_hat += phi(bicubic(codes)); the next scale's input is the area-averaged f_hat. All in float32.
+    """f_hat += phi(bicubic(codes)); the next scale's input is the area-averaged f_hat. All in
+    float32.
 
-    One graph serves every scale: the resizing matrices are inputs, and all phis are applied as one convolution of which
-    one slice is taken (a few MFLOP), so that the weights stay constants of the graph.
+    One graph serves every scale: the resizing matrices are inputs, and all phis are applied as one
+    convolution of which one slice is taken (a few MFLOP), so that the weights stay constants of the
+    graph.
     """
 
     def __init__(self, system: VarSystem) -> None:

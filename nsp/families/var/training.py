@@ -30,10 +30,11 @@ PHASES: Mapping[str, tuple[type, type]] = {
 def new_system(
     config: Mapping[str, Any], text_encoder: Mapping[str, Any], source: ImageSource
 ) -> VarSystem:
-    """Return a freshly initialised model; draws from torch's global generator, which the caller seeds.
+    """Return a freshly initialised model; draws from torch's global generator, which the caller
+    seeds.
 
-    A text-conditional model gets a prompt tokenizer trained on the captions of `source` and a new CLIP encoder;
-    `text_encoder` holds `vocab_size`, `depth` and `num_heads` of both.
+    A text-conditional model gets a prompt tokenizer trained on the captions of `source` and a new
+    CLIP encoder; `text_encoder` holds `vocab_size`, `depth` and `num_heads` of both.
     """
     var_config = VarConfig.from_dict(config)
     encoder, tokenizer = None, None

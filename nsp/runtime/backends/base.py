@@ -14,8 +14,9 @@ from nsp.runtime.kv_arena import ARENAS, Array, KVArena, KVShape
 class Backend(ABC):
     """Stages loaded for one device.
 
-    Arrays are the backend's own kind (NumPy, torch, device memory): callers only slice and reshape them. Outputs belong
-    to the caller until it drops them; those named in `outputs` are written into the arrays given there.
+    Arrays are the backend's own kind (NumPy, torch, device memory): callers only slice and reshape
+    them. Outputs belong to the caller until it drops them; those named in `outputs` are written
+    into the arrays given there.
     """
 
     name: ClassVar[str]
@@ -28,7 +29,9 @@ class Backend(ABC):
     def run(
         self, stage: str, feeds: Mapping[str, Array], outputs: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
-        """Return all outputs of `stage`; raise FeedError for wrong feeds and BackendError when it fails."""
+        """Return all outputs of `stage`; raise FeedError for wrong feeds and BackendError when
+        it fails.
+        """
 
     @abstractmethod
     def upload(self, array: NDArray[Any]) -> Array:

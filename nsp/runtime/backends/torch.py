@@ -1,4 +1,6 @@
-"""The `torch` backend: the definition of correct, on CPU or GPU, straight from a checkpoint's modules."""
+"""The `torch` backend: the definition of correct, on CPU or GPU, straight from a checkpoint's
+modules.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,4 +1,6 @@
-"""The tokenizer computes what the public implementation computes (fixtures: tests/goldens/var_tiny)."""
+"""The tokenizer computes what the public implementation computes (fixtures:
+tests/goldens/var_tiny).
+"""
 
 import pytest
 import torch
@@ -64,9 +66,7 @@ def test_phi_of_every_scale_follows_float64_ties(case: str) -> None:
     ],
 )
 def test_phi_ties_of_other_schedules(count: int, scales: int, expected: tuple[int, ...]) -> None:
-    config = VaeConfig(
-        vocab_size=8, latent_channels=4, base_channels=32, share_quant_resi=count
-    )
+    config = VaeConfig(vocab_size=8, latent_channels=4, base_channels=32, share_quant_resi=count)
     assert config.phi_indices(scales) == expected
 
 

@@ -1,6 +1,7 @@
 """The transformer and its loop compute what the public implementation computes.
 
-Tolerances: 1e-4 absolute in float32, as the fixtures' README suggests; tokens are well separated and must be equal.
+Tolerances: 1e-4 absolute in float32, as the fixtures' README suggests; tokens are well separated
+and must be equal.
 """
 
 from collections.abc import Callable
@@ -168,7 +169,9 @@ def test_smooth_trace_matches_with_recorded_noise(pipeline: Pipeline) -> None:
 
 
 def test_recorded_noise_draws_the_recorded_tokens() -> None:
-    """The published sampler is argmax(p / Exp(1)); it and ours draw from the same filtered distribution."""
+    """The published sampler is argmax(p / Exp(1)); it and ours draw from the same filtered
+    distribution.
+    """
     io = part(tensors("io"), "ar_sample/")
     for scale in SCALES:
         probabilities = io[f"logits_filtered/{scale}"].softmax(-1)

@@ -1,0 +1,141 @@
+"""What an engine folder or a checkpoint folder says about itself."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nsp.checkpoint import CONFIG_NAME, is_checkpoint, read_checkpoint
+from nsp.errors import EngineError
+from nsp.runtime.manifest import MANIFEST_NAME, read_manifest
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_MAX_TEXT = 160  # characters of a note shown; --json has all of them
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Return the manifest of an engine folder, or the configuration of a checkpoint, JSON-ready.
+
+    "sizes" holds the bytes of every file, null for one that is missing. Raises EngineError or
+    CheckpointError when it is neither or is damaged.
+    """
+    if is_checkpoint(folder):
+        return _describe_checkpoint(folder)
+    if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
+        raise EngineError(
+            f"{folder} is neither an engine folder ({MANIFEST_NAME}) "
+            f"nor a checkpoint folder ({CONFIG_NAME})"
+        )
+    manifest = read_manifest(folder)
+    stages = manifest.stages.values()
+    names = [*manifest.files, *(f for variants in stages for v in variants for f in v.files)]
+    sizes = {name: _size(folder / name) for name in names}
+    return {"kind": "engines", "folder": str(folder), **manifest.to_dict(), "sizes": sizes}
+
+
+def _describe_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the record of a checkpoint folder with its files."""
+    record = read_checkpoint(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        "kind": "checkpoint",
+        "folder": str(folder),
+        "family": record.family.name,
+        "config": dict(record.config),
+        "model_hash": record.weights_hash(),
+        "sampling": dict(record.sampling),
+        "notes": dict(record.notes),
+        "sizes": {str(path.relative_to(folder)): _size(path) for path in files},
+    }
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def render_folder(found: Mapping[str, Any]) -> list["RenderableType"]:
+    """Return tables of `describe_folder`'s facts, to be printed one after another."""
+    head = _plain_table()
+    head.add_row(found["kind"], found["folder"])
+    head.add_row("family", found["family"])
+    head.add_row("model", found["model_hash"])
+    for name in ("source", "config", "sampling", "notes"):
+        value = found.get(name)
+        for key, text in _lines(name, value) if isinstance(value, Mapping) else [(name, value)]:
+            if text:
+                head.add_row(key, str(text))
+    if found["kind"] == "checkpoint":
+        return [head, _files_table(found["sizes"], found["sizes"])]
+    tables: list[RenderableType] = [head]
+    if found["files"]:
+        tables.append(_files_table(found["files"], found["sizes"]))
+    for stage, variants in found["stages"].items():
+        tables.append(f"\n{stage}")
+        tables.extend(_variant_table(variant, found["sizes"]) for variant in variants)
+    return tables
+
+
+def _variant_table(variant: Mapping[str, Any], sizes: Mapping[str, int | None]) -> "RenderableType":
+    """Return everything about one compiled stage."""
+    from rich.padding import Padding
+
+    table = _plain_table()
+    table.add_row(variant["backend"], variant["precision"])
+    table.add_row("cache layout", variant["kv_layout"])
+    table.add_row("opset", str(variant["opset"]))
+    for name, digest in variant["files"].items():
+        table.add_row("file", f"{name}  {_readable(sizes[name])}  sha256 {digest[:12]}")
+    limit = variant["max_batch"]
+    table.add_row("max batch", "any" if limit is None else str(limit))
+    for side in ("inputs", "outputs"):
+        tensors = variant["io"].get(side, {}).items()
+        table.add_row(side, _shortened(", ".join(f"{n} ({a}) {d}" for n, (a, d) in tensors)))
+    for number, profile in enumerate(variant["profiles"]):
+        table.add_row(f"profile {number}", _shortened(_compact(profile)))
+    for name in ("precision_map", "parity", "tools", "device"):
+        for key, text in _lines(name.replace("_", " "), variant[name]):
+            table.add_row(key, _shortened(text))
+    table.add_row("built in", f"{variant['build_seconds']:.1f} s")
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _plain_table() -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _files_table(names: Mapping[str, Any], sizes: Mapping[str, int | None]) -> "Table":
+    table = _plain_table()
+    for name in names:
+        table.add_row(name, _readable(sizes[name]))
+    return table
+
+
+def _lines(name: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (heading, text) for plain values together and for each nested mapping alone."""
+    plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+    nested = {k: v for k, v in values.items() if isinstance(v, Mapping)}
+    lines = [(name, _compact(plain))] if plain else []
+    return lines + [(f"{name}.{key}", _shortened(_compact(value))) for key, value in nested.items()]
+
+
+def _compact(values: Mapping[str, Any]) -> str:
+    return "  ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
+
+
+def _readable(size: int | None) -> str:
+    """Return a size in words."""
+    if size is None:
+        return "missing"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
