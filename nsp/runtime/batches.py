@@ -58,11 +58,16 @@ def plan_images(
         raise ConfigError(f"prompt {empty[0]} is empty; write what the image should show")
     made: Counter[tuple[str | None, int | None]] = Counter()
     planned: list[PlannedImage] = []
-    for condition in [*((p, None) for p in prompts), *((None, c) for c in class_ids)]:
+    for condition in [*((_text(p), None) for p in prompts), *((None, c) for c in class_ids)]:
         for _ in range(num_images):
             planned.append(PlannedImage(len(planned), seed + made[condition], *condition))
             made[condition] += 1
     return planned
+
+
+def _text(prompt: str) -> str:
+    """Return `prompt` with half surrogates (bad bytes of a command line) as U+FFFD, to be UTF-8."""
+    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

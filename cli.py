@@ -1,0 +1,226 @@
+"""`nsp …`: every verb is a thin function: parse, configuration, library call, report."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nsp.command_line import (
+    COUNT,
+    FILE,
+    FOLDER,
+    Program,
+    checkpoint_option,
+    engine_dir_option,
+    given_precisions,
+    json_option,
+    output_dir_option,
+    precision_options,
+    print_json,
+    read_json,
+    verbose_option,
+)
+from nsp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nsp.runtime.pipeline import Pipeline
+
+
+def _print_tables(tables: Iterable[Any]) -> None:
+    from nsp.terminal import results_console
+
+    console = results_console()
+    for table in tables:
+        console.print(table)
+
+
+@click.group(
+    "nsp",
+    cls=Program,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="nsp", message="%(prog)s %(version)s")
+@verbose_option
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Export, run and measure next-scale image generators. Train one with: python train.py."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@main.command()
+@engine_dir_option
+@checkpoint_option("Run this checkpoint folder with PyTorch instead of engines.")
+@click.option("--prompt", "prompts", multiple=True, help="What to show. Repeatable.")
+@click.option("--prompts-file", type=FILE, help="Text file with one prompt per line.")
+@click.option("--class-id", "class_ids", type=int, multiple=True, help="Class. Repeatable.")
+@click.option(
+    "--num-images", type=COUNT, default=1, show_default=True, help="Images for each prompt."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Same seed and backend, same image. The k-th image of a prompt has seed SEED + k.",
+)
+@click.option("--batch-size", type=COUNT, help="Images made at once; changes none of them.")
+@click.option("--guidance-scale", type=float, help="Strength of guidance; 1 is off.")
+@click.option(
+    "--guidance-schedule",
+    type=click.Choice(["ramp", "constant", "interval"]),
+    help="How guidance changes over the scales.",
+)
+@click.option(
+    "--guidance-interval",
+    type=float,
+    nargs=2,
+    metavar="FROM TO",
+    help="Where `interval` guides: fractions of the schedule.",
+)
+@click.option("--top-k", type=int, help="Draw from the K likeliest codes; 0 is off, 1 greedy.")
+@click.option("--top-p", type=float, help="Draw from the likeliest codes of mass P; 1 is off.")
+@click.option("--temperature", type=float, help="Divides the logits; below 1 is safer.")
+@click.option("--more-smooth/--no-more-smooth", default=None, help="Mix codes (Gumbel softmax).")
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="auto (the fastest that works here), torch, onnxruntime, tensorrt or tensorrt-rtx.",
+)
+@precision_options("Run {} engines instead of what suits the device.")
+@click.option("--save-intermediates", is_flag=True, help="Save the picture after every scale.")
+@output_dir_option("outputs", "Where the images go.")
+@json_option
+@verbose_option
+def generate(
+    *,
+    engine_dir: Path | None,
+    checkpoint: Path | None,
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    class_ids: tuple[int, ...],
+    num_images: int,
+    seed: int,
+    batch_size: int | None,
+    backend: str,
+    save_intermediates: bool,
+    output_dir: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make images with exported engines, or with a checkpoint."""
+    from nsp.runtime.batches import choose_batch_size, plan_images, read_prompts
+    from nsp.runtime.gallery import generate_gallery
+    from nsp.terminal import gallery_progress
+
+    prompts += read_prompts(prompts_file) if prompts_file else ()
+    planned = plan_images(prompts=prompts, class_ids=class_ids, seed=seed, num_images=num_images)
+    precisions = given_precisions(options)
+    sampling = {name: value for name, value in options.items() if value is not None}
+    pipeline = _load(engine_dir, checkpoint, backend, precisions)
+    with gallery_progress() as show:
+        gallery = generate_gallery(
+            pipeline,
+            planned,
+            output_dir,
+            batch_size=choose_batch_size(pipeline, batch_size),
+            save_intermediates=save_intermediates,
+            on_step=show,
+            **sampling,
+        )
+    if as_json:
+        print_json({"backend": pipeline.backend.name, **gallery.to_dict()})
+        return
+    for image in gallery.images:
+        click.echo(f"{image.path}  {image.ms:.1f} ms")
+    click.echo(f"contact sheet: {gallery.contact_sheet}")
+
+
+def _load(
+    engine_dir: Path | None, checkpoint: Path | None, backend: str, precisions: tuple[str, ...]
+) -> "Pipeline":
+    """Return the model of the folder given; each option takes its own kind of folder only."""
+    from nsp.checkpoint import is_checkpoint, read_checkpoint
+    from nsp.runtime.pipeline import load_pipeline
+
+    if engine_dir is not None and checkpoint is not None:
+        raise ConfigError("--engine-dir and --checkpoint are both given; choose one")
+    if len(precisions) > 1:
+        raise ConfigError(f"--{precisions[0]} and --{precisions[1]} are both given; choose one")
+    if checkpoint is not None:
+        if precisions:
+            raise ConfigError(f"--{precisions[0]} is for engines; a checkpoint runs in fp32")
+        return load_pipeline(read_checkpoint(checkpoint).folder, backend)
+    folder = engine_dir or Path("engines")
+    if is_checkpoint(folder):
+        raise ConfigError(f"{folder} is a checkpoint; use: --checkpoint {folder}")
+    return load_pipeline(folder, backend, precision=precisions[0] if precisions else None)
+
+
+@main.command()
+@click.option("--family", "family_name", required=True, help="Model family of the weights: var.")
+@click.option("--tokenizer", type=FILE, required=True, help="Weights of the image tokenizer.")
+@click.option("--predictor", type=FILE, required=True, help="Weights of the transformer.")
+@click.option(
+    "--config", type=FILE, help="JSON with constructor arguments that shapes do not tell."
+)
+@click.option("--output-dir", type=FOLDER, required=True, help="Checkpoint folder to write.")
+@verbose_option
+def convert(
+    *,
+    family_name: str,
+    tokenizer: Path,
+    predictor: Path,
+    config: Path | None,
+    output_dir: Path,
+) -> None:
+    """Turn published weights into a checkpoint folder."""
+    from nsp.families.registry import family
+
+    record = family(family_name)
+    values = None if config is None else read_json(config)
+    record.get("convert")(
+        tokenizer=tokenizer, predictor=predictor, config=values, output_dir=output_dir
+    )
+    click.echo(f"checkpoint: {output_dir}")
+    click.echo(f"next: nsp export --checkpoint {output_dir}")
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@json_option
+@verbose_option
+def inspect(*, folder: Path, as_json: bool) -> None:
+    """Show what an engine or checkpoint folder says about itself."""
+    from nsp.inspection import describe_folder, render_folder
+
+    found = describe_folder(folder)
+    if as_json:
+        print_json(found)
+    else:
+        _print_tables(render_folder(found))
+
+
+@main.command()
+@json_option
+@verbose_option
+def doctor(*, as_json: bool) -> None:
+    """Say what works on this machine and what to install.
+
+    Lists every backend with the reason why it does or does not work, and what optional packages
+    are missing. Changes nothing.
+    """
+    from nsp.doctor import examine, render_findings
+
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        _print_tables(render_findings(found))
+
+
+if __name__ == "__main__":
+    main()

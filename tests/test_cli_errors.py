@@ -1,0 +1,192 @@
+"""Bad input gets one clear line and exit code 1 or 2, and leaves nothing half-written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cli import main
+from tests.disk import largest_file
+
+PROMPT = ("--prompt", "red apple")
+
+
+def nsp(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def assert_one_line(result: Result, code: int, *words: str) -> None:
+    """Check the exit code, and that the last line on stderr is the error, once, with its words."""
+    assert result.exit_code == code, result.output
+    *logs, line = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert not any(log.startswith(("error", "Traceback", "Usage")) for log in logs)
+    for word in words:
+        assert word in line
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("frobnicate",), ("frobnicate", "nsp --help")),
+        (("--frobnicate",), ("--frobnicate",)),
+        (("generate", "--frobnicate"), ("--frobnicate", "generate --help")),
+        (("generate", *PROMPT, "--seed", "x"), ("--seed", "x")),
+        (("generate", *PROMPT, "--seed", "1.5"), ("--seed", "1.5")),
+        (("generate", *PROMPT, "--seed", "-1"), ("--seed", "-1")),
+        (("generate", *PROMPT, "--batch-size", "0"), ("--batch-size", "0")),
+        (("generate", *PROMPT, "--num-images", "0"), ("--num-images", "0")),
+        (("generate", *PROMPT, "--guidance-schedule", "up"), ("up", "ramp", "interval")),
+        (("generate", *PROMPT, "--class-id", "1"), ("both given",)),
+        (("generate",), ("nothing to generate",)),
+        (("generate", "--prompt", " "), ("prompt 1 is empty",)),
+        (("generate", "--prompts-file", "no-such.txt"), ("no-such.txt", "does not exist")),
+        (("generate", *PROMPT, "--engine-dir", "a", "--checkpoint", "b"), ("choose one",)),
+        (("inspect",), ("FOLDER",)),
+        (("convert", "--family", "var"), ("--tokenizer",)),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_wrong_usage_is_one_line_and_exit_2(args, words):
+    assert_one_line(nsp(*args), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--guidance-scale", "-2"), ("guidance_scale=-2.0", "1.0 is off")),
+        (("--guidance-scale", "nan"), ("guidance_scale=nan",)),
+        (("--top-p", "0"), ("top_p=0.0",)),
+        (("--top-k", "-1"), ("top_k=-1",)),
+        (("--temperature", "0"), ("temperature=0.0", "greedy")),
+        (("--backend", "onnxruntime"), ("checkpoint", "nsp export --checkpoint")),
+        (("--fp16",), ("--fp16", "checkpoint")),
+        (("--fp16", "--fp32"), ("--fp16", "--fp32", "choose one")),
+        (("--backend", "frobnicate"), ("checkpoint", "torch")),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_value_that_is_not_allowed_is_one_line_and_exit_2(
+    tiny_checkpoint, tmp_path, options, words
+):
+    where = ("--checkpoint", tiny_checkpoint, "--output-dir", tmp_path / "out")
+    assert_one_line(nsp("generate", *where, *PROMPT, *options), 2, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_wrong_kind_of_condition_is_named(tiny_checkpoint, tiny_class_checkpoint, tmp_path):
+    def generate(checkpoint: Path, *condition: object) -> Result:
+        return nsp("generate", "--checkpoint", checkpoint, "--output-dir", tmp_path, *condition)
+
+    assert_one_line(generate(tiny_checkpoint, "--class-id", 1), 2, "text-conditional")
+    assert_one_line(generate(tiny_class_checkpoint, *PROMPT), 2, "class-conditional")
+    assert_one_line(generate(tiny_class_checkpoint, "--class-id", 99), 2, "class id 99", "0..9")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_the_wrong_kind_are_told_apart(tiny_checkpoint, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    absent = tmp_path / "absent"
+    for folder in (empty, absent):
+        result = nsp("generate", "--engine-dir", folder, *PROMPT)
+        assert_one_line(result, 1, str(folder), "manifest.json", "nsp export --engine-dir")
+        result = nsp("generate", "--checkpoint", folder, *PROMPT)
+        assert_one_line(result, 1, str(folder), "config.json")
+        assert_one_line(nsp("inspect", folder), 1, str(folder), "manifest.json")
+    result = nsp("generate", "--engine-dir", tiny_checkpoint, *PROMPT)
+    assert_one_line(result, 2, "is a checkpoint", "--checkpoint")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"family": "var"}', '{"family": 3, "config": {}}', "\x00\xff"]
+)
+def test_a_damaged_checkpoint_record_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    for args in (("inspect", tmp_path), ("generate", "--checkpoint", tmp_path, *PROMPT)):
+        result = nsp(*args)
+        assert result.exit_code in (1, 2)
+        assert_one_line(result, result.exit_code)
+
+
+def test_damaged_weights_are_named(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    weights = folder / "predictor/model.safetensors"
+    whole = weights.read_bytes()
+    options = ("--checkpoint", folder, "--output-dir", tmp_path / "out", *PROMPT)
+    for damaged in (b"", whole[:7], whole[: len(whole) // 2]):
+        weights.write_bytes(damaged)
+        assert_one_line(nsp("generate", *options), 1, "predictor")
+    weights.unlink()
+    assert_one_line(nsp("generate", *options), 1, "predictor")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_family_is_named(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**record, "family": "frob"}))
+    assert_one_line(nsp("inspect", folder), 2, "'frob'", "var")
+    weights = folder / "vae/model.safetensors"
+    options = ("--tokenizer", weights, "--predictor", weights, "--output-dir", tmp_path / "out")
+    assert_one_line(nsp("convert", "--family", "frob", *options), 2, "'frob'", "var")
+
+
+@pytest.mark.parametrize("manifest", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}', "\x00\xff"])
+def test_a_damaged_manifest_is_named_with_the_command_that_repairs_it(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest, encoding="latin-1")
+    for args in (("inspect", tmp_path), ("generate", "--engine-dir", tmp_path, *PROMPT)):
+        assert_one_line(nsp(*args), 1, str(tmp_path), f"nsp export --engine-dir {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("vae.pth", b"no weights", ("vae.pth",)),
+        ("vae.safetensors", b"no weights", ("vae.safetensors",)),
+    ],
+)
+def test_convert_names_a_file_that_holds_no_weights(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    files = ("--tokenizer", tmp_path / name, "--predictor", tmp_path / name)
+    result = nsp("convert", "--family", "var", *files, "--output-dir", tmp_path / "out")
+    assert_one_line(result, 1, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
+def test_convert_names_a_configuration_that_is_no_json_object(tmp_path, content):
+    config = tmp_path / "config.json"
+    config.write_bytes(content)
+    files = ("--tokenizer", config, "--predictor", config, "--config", config)
+    result = nsp("convert", "--family", "var", *files, "--output-dir", tmp_path / "out")
+    assert_one_line(result, 2, "config.json")
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tiny_checkpoint, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file/out", "/proc/out"):
+        options = ("--checkpoint", tiny_checkpoint, "--output-dir", folder)
+        assert_one_line(nsp("generate", *options, *PROMPT), 1, str(folder))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_half_written_picture(tiny_checkpoint, tmp_path):
+    options = ("--checkpoint", tiny_checkpoint, "--output-dir", tmp_path / "out")
+    with largest_file(100):
+        result = nsp("generate", *options, *PROMPT)
+    assert_one_line(result, 1, "File too large")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_verbose_adds_the_traceback_before_the_line(tmp_path):
+    for args in (("--verbose", "inspect", tmp_path), ("inspect", tmp_path, "--verbose")):
+        result = nsp(*args)
+        assert result.exit_code == 1
+        assert "Traceback" in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("error: ")
