@@ -23,7 +23,7 @@ class Family:
     objective: str  # torch: (phase name, settings, system, data) -> Objective
     stages: str  # torch: (system, kv_layout) -> {stage name: module}
     load_checkpoint: str  # torch: (folder, config dict) -> system
-    save_checkpoint: str  # torch: (folder, system, notes)
+    save_checkpoint: str  # torch: (folder, system, notes, sampling)
     convert: str  # torch: published weights -> checkpoint folder
 
     def get(self, room: str) -> Any:

@@ -75,6 +75,7 @@ class RunConfig(Config):
     text_encoder: dict[str, Any] = field(default_factory=dict)  # of a new text encoder
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[PhaseConfig, ...]
+    sampling: dict[str, Any] = field(default_factory=dict)  # SamplingConfig that suits the model
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 

@@ -41,6 +41,7 @@ def emoji() -> RunConfig:
         model=SIZES["emoji"].to_dict(),
         text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
         phases=(tokenizer, predictor),
+        sampling={"guidance_scale": 2.0, "top_k": 1},
     )
 
 

@@ -111,7 +111,7 @@ def train(
 def _save(folder: Path, system: torch.nn.Module, config: RunConfig, steps: dict[str, int]) -> None:
     """Write the checkpoint folder."""
     notes = {"steps": steps, "run": config.to_dict()}
-    family(config.family).get("save_checkpoint")(folder / CHECKPOINT_NAME, system, notes=notes)
+    family(config.family).get("save_checkpoint")(folder / CHECKPOINT_NAME, system, notes=notes, sampling=config.sampling)
 
 
 def _claim(folder: Path, config: RunConfig, *, resume: bool) -> None:

@@ -22,13 +22,25 @@ from nsp.text.tokenizer import PromptTokenizer
 from nsp.weights import load_weights, save_weights
 
 
-def save_checkpoint(folder: Path, system: VarSystem, *, notes: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path,
+    system: VarSystem,
+    *,
+    notes: Mapping[str, Any],
+    sampling: Mapping[str, Any] | None = None,
+) -> None:
     """Write `system` to `folder`, replacing what is there only once everything is on disk.
 
-    `notes` (JSON-ready) are kept in config.json under "notes": where the weights come from.
+    `notes` (JSON-ready) say where the weights come from; `sampling` are SamplingConfig fields that
+    suit this model. Both are kept in config.json.
     """
     with write_folder(folder) as partial:
-        record = {"family": "var", "config": system.config.to_dict(), "notes": dict(notes)}
+        record = {
+            "family": "var",
+            "config": system.config.to_dict(),
+            "sampling": dict(sampling or {}),
+            "notes": dict(notes),
+        }
         (partial / "config.json").write_text(json.dumps(record, indent=1) + "\n")
         save_weights(system.predictor, partial / "predictor")
         save_weights(system.vae, partial / "vae")
