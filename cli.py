@@ -11,6 +11,7 @@ from nsp.command_line import (
     FILE,
     FOLDER,
     Program,
+    backend_option,
     checkpoint_option,
     engine_dir_option,
     given_precisions,
@@ -19,6 +20,7 @@ from nsp.command_line import (
     precision_options,
     print_json,
     read_json,
+    seed_option,
     verbose_option,
 )
 from nsp.errors import ConfigError
@@ -59,13 +61,7 @@ def main(context: click.Context) -> None:
 @click.option(
     "--num-images", type=COUNT, default=1, show_default=True, help="Images for each prompt."
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Same seed and backend, same image. The k-th image of a prompt has seed SEED + k.",
-)
+@seed_option("Same seed and backend, same image. The k-th image of a prompt has seed SEED + k.")
 @click.option("--batch-size", type=COUNT, help="Images made at once; changes none of them.")
 @click.option("--guidance-scale", type=float, help="Strength of guidance; 1 is off.")
 @click.option(
@@ -84,12 +80,7 @@ def main(context: click.Context) -> None:
 @click.option("--top-p", type=float, help="Draw from the likeliest codes of mass P; 1 is off.")
 @click.option("--temperature", type=float, help="Divides the logits; below 1 is safer.")
 @click.option("--more-smooth/--no-more-smooth", default=None, help="Mix codes (Gumbel softmax).")
-@click.option(
-    "--backend",
-    default="auto",
-    show_default=True,
-    help="auto (the fastest that works here), torch, onnxruntime, tensorrt or tensorrt-rtx.",
-)
+@backend_option
 @precision_options("Run {} engines instead of what suits the device.")
 @click.option("--save-intermediates", is_flag=True, help="Save the picture after every scale.")
 @output_dir_option("outputs", "Where the images go.")
@@ -114,21 +105,21 @@ def generate(
     """Make images with exported engines, or with a checkpoint."""
     from nsp.runtime.batches import choose_batch_size, plan_images, read_prompts
     from nsp.runtime.gallery import generate_gallery
-    from nsp.terminal import gallery_progress
+    from nsp.terminal import progress_bar
 
     prompts += read_prompts(prompts_file) if prompts_file else ()
     planned = plan_images(prompts=prompts, class_ids=class_ids, seed=seed, num_images=num_images)
     precisions = given_precisions(options)
     sampling = {name: value for name, value in options.items() if value is not None}
     pipeline = _load(engine_dir, checkpoint, backend, precisions)
-    with gallery_progress() as show:
+    with progress_bar() as show:
         gallery = generate_gallery(
             pipeline,
             planned,
             output_dir,
             batch_size=choose_batch_size(pipeline, batch_size),
             save_intermediates=save_intermediates,
-            on_step=show,
+            on_step=lambda step: show(step.activity, step.scale, step.num_scales),
             **sampling,
         )
     if as_json:
@@ -187,6 +178,40 @@ def convert(
     )
     click.echo(f"checkpoint: {output_dir}")
     click.echo(f"next: nsp export --checkpoint {output_dir}")
+
+
+@main.command()
+@engine_dir_option
+@checkpoint_option("Baseline to compare with.  [default: what the engines were exported from]")
+@backend_option
+@click.option("--quick", is_flag=True, help="Fewer rounds: a first impression in a minute.")
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=COUNT,
+    multiple=True,
+    default=(1, 4),
+    show_default=True,
+    help="Images per call. Repeatable.",
+)
+@click.option("--rounds", type=COUNT, help="Measured calls of each side per batch size.")
+@seed_option("Seed of the images made.")
+@output_dir_option("outputs/bench", "Where bench.json and bench.md go.")
+@json_option
+@verbose_option
+def bench(*, engine_dir: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure speed, memory and parity of engines beside PyTorch."""
+    from benchmarks.bench import BenchOptions, run
+    from nsp.terminal import progress_bar, results_console
+
+    bench_options = BenchOptions(engine_dir=engine_dir or Path("engines"), **options)
+    with progress_bar() as show:
+        report = run(bench_options, on_event=lambda e: show(e.activity, e.done, e.total))
+    if not as_json:
+        report.render(results_console())
+        click.echo(f"report: {report.markdown_path}")
+        click.echo(f"data: {report.json_path}")
+    click.echo(report.summary_json())
 
 
 @main.command()

@@ -96,6 +96,20 @@ engine_dir_option = click.option(
 )
 
 
+backend_option = click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="auto (the fastest that works here), torch, onnxruntime, tensorrt or tensorrt-rtx.",
+)
+
+
+def seed_option(help_text: str) -> Callable[[_F], _F]:
+    """Return the option --seed: what NumPy's Philox generators take."""
+    seed = click.IntRange(0, 2**63 - 1)
+    return click.option("--seed", type=seed, default=0, show_default=True, help=help_text)
+
+
 PRECISIONS = ("fp16", "bf16", "fp32")
 
 

@@ -2,16 +2,17 @@
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
 from rich.console import Console
-
-from nsp.runtime.gallery import GalleryProgress
+from rich.markup import escape
 
 _OURS = ("nsp", "export", "benchmarks")  # the packages whose information is shown
 _WIDE = 200  # columns of a table that no terminal limits
+_DRAW_SECONDS = 0.1  # drawing a bar takes about a millisecond
 
 logger = logging.getLogger(__name__)
 
@@ -60,37 +61,53 @@ def logs_on_stderr(*, verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
-def gallery_progress() -> Iterator[Callable[[GalleryProgress], None]]:
-    """Yield what shows a gallery's progress: a bar over scales, or a line per finished batch."""
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield `show(activity, done, total)`: a bar on a terminal, a line per activity elsewhere.
+
+    Nothing is drawn between its calls: what is measured there is not disturbed.
+    """
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield _log_batch
+        yield _ActivityLines()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (
+    with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("scales"),
-    )
-    with Progress(*columns, console=console, redirect_stdout=False, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
+        console=console,
+        auto_refresh=False,
+        redirect_stdout=False,
+        transient=True,
+    ) as bar:
+        task, drawn = bar.add_task("", total=None, visible=False), 0.0
 
-        def show(progress: GalleryProgress) -> None:
-            first, last = progress.images_done + 1, progress.images_done + progress.batch
+        def show(activity: str, done: int, total: int) -> None:
+            nonlocal drawn
+            now = time.monotonic()
+            due = done == total or now - drawn > _DRAW_SECONDS
+            drawn = now if due else drawn
             bar.update(
                 task,
-                description=f"images {first}-{last} of {progress.images}",
-                completed=progress.scale,
-                total=progress.num_scales,
+                description=escape(activity),
+                completed=done,
+                total=total,
+                visible=True,
+                refresh=due,
             )
 
         yield show
 
 
-def _log_batch(progress: GalleryProgress) -> None:
-    """Log a batch whose last scale is done."""
-    if progress.scale == progress.num_scales:
-        done = progress.images_done + progress.batch
-        logger.info("generated %d of %d images", done, progress.images)
+class _ActivityLines:
+    """Logs every activity once."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, activity: str, done: int, total: int) -> None:
+        """Log `activity` when it is another one."""
+        if activity != self._last:
+            logger.info("%s", activity)
+        self._last = activity

@@ -42,6 +42,13 @@ class GalleryProgress:
     scale: int  # finished scales of this batch
     num_scales: int
 
+    @property
+    def activity(self) -> str:
+        """What is being made."""
+        first, last = self.images_done + 1, self.images_done + self.batch
+        which = str(first) if first == last else f"{first}-{last}"
+        return f"image {which} of {self.images}: scales"
+
 
 @dataclass(frozen=True)
 class WrittenImage:
