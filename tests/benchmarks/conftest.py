@@ -1,0 +1,65 @@
+"""A tiny model as two pipelines, and one small benchmark of them, shared by the tests."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.bench import BenchEvent, BenchOptions, Effort, measure
+from benchmarks.flops import TextEncoderSize
+from benchmarks.memory import Source
+from benchmarks.results import BenchResult
+from benchmarks.subject import Side, Subject
+from nsp.checkpoint import read_checkpoint
+from nsp.runtime.pipeline import Pipeline, load_pipeline, torch_pipeline
+
+SMALL = Effort(
+    rounds=3,
+    warmup=1,
+    seconds_per_batch=60,
+    candidate_processes=0,
+    baseline_processes=1,
+    gemm_side=64,
+    num_conditions=3,
+)
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_checkpoint: Path) -> Pipeline:
+    return load_pipeline(tiny_checkpoint, "torch", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_system(tiny_checkpoint: Path) -> Any:
+    return read_checkpoint(tiny_checkpoint).load()
+
+
+@pytest.fixture(scope="session")
+def subject(tiny_checkpoint: Path, tiny_system: Any, reference: Pipeline) -> Subject:
+    """The same weights in both cache layouts, in place of engines and PyTorch."""
+    candidate = torch_pipeline(reference.family, tiny_system, kv_layout="present", device="cpu")
+    sides = [
+        Side(source=Source(name=name, path=tiny_checkpoint, backend="torch"), pipeline=pipeline)
+        for name, pipeline in (("engines", candidate), ("torch", reference))
+    ]
+    return Subject(
+        candidate=sides[0],
+        baseline=sides[1],
+        text_encoder=TextEncoderSize.read(tiny_checkpoint),
+        weights_mib={"engines": 1.0, "torch": 2.0},
+    )
+
+
+@pytest.fixture(scope="session")
+def events() -> list[BenchEvent]:
+    return []
+
+
+@pytest.fixture(scope="session")
+def result(
+    subject: Subject, events: list[BenchEvent], tmp_path_factory: pytest.TempPathFactory
+) -> BenchResult:
+    """Everything `measure` finds, one fresh process included."""
+    folder = tmp_path_factory.mktemp("bench")
+    options = BenchOptions(engine_dir=folder, output_dir=folder, batch_sizes=(1, 2), threads=1)
+    return measure(subject, options, SMALL, threads=1, on_event=events.append)
