@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+
+from benchmarks.timing import Contestant, interleaved, percentiles
+from nsp.runtime.pipeline import Pipeline
+
+REQUEST = {"prompts": ["red apple"], "seed": 3}
+
+
+def test_percentiles_are_those_of_the_sorted_values() -> None:
+    found = percentiles([float(value) for value in reversed(range(1, 102))])
+    assert (found.count, found.min, found.max) == (101, 1, 101)
+    assert (found.p10, found.p50, found.p90, found.p99) == (11, 51, 91, 100)
+    assert found.spread == pytest.approx(80 / 51)
+
+
+def test_percentiles_of_one_value_are_that_value() -> None:
+    found = percentiles([2.5])
+    assert {found.min, found.p10, found.p50, found.p90, found.p99, found.max} == {2.5}
+    assert found.spread == 0
+
+
+def test_contestants_take_turns_and_the_first_to_run_changes_every_round(
+    reference: Pipeline,
+) -> None:
+    contestants = [Contestant("a", reference), Contestant("b", reference)]
+    seen = list(interleaved(contestants, REQUEST, rounds=2, warmup=2, pause_s=0))
+    assert [(each.round, each.place, each.contestant) for each in seen] == [
+        (-2, 0, "a"),
+        (-2, 1, "b"),
+        (-1, 0, "b"),
+        (-1, 1, "a"),
+        (0, 0, "a"),
+        (0, 1, "b"),
+        (1, 0, "b"),
+        (1, 1, "a"),
+    ]
+    assert [each.warmup for each in seen] == [True] * 4 + [False] * 4
+
+
+def test_no_round_starts_after_the_time_is_up_but_the_least_number_is_measured(
+    reference: Pipeline,
+) -> None:
+    contestants = [Contestant("a", reference)]
+    seen = interleaved(
+        contestants, REQUEST, rounds=9, warmup=1, min_rounds=2, max_seconds=0, pause_s=0
+    )
+    assert [each.round for each in seen] == [-1, 0, 1]
+
+
+def test_every_stage_call_is_timed_and_lies_within_the_whole(reference: Pipeline) -> None:
+    observation = Contestant("a", reference).observe(REQUEST, number=0, place=0)
+    num_scales = reference.config.num_scales
+    assert {stage: len(calls) for stage, calls in observation.stage_ms.items()} == {
+        "text_encoder": 1,
+        "condition": 1,
+        "step": num_scales,
+        "select": num_scales,
+        "accumulate": num_scales,
+        "decoder": 1,
+    }
+    assert 0 < observation.outside_ms < observation.wall_ms
+
+
+def test_the_clock_does_not_change_images_and_the_pipeline_is_left_as_it_was(
+    reference: Pipeline,
+) -> None:
+    backend = reference.backend
+    contestant = Contestant("a", reference)
+    assert reference.backend is backend
+    timed = contestant._pipeline.generate(**REQUEST)
+    assert np.array_equal(timed.images, reference.generate(**REQUEST).images)
+
+
+def test_stage_calls_tell_the_sizes_of_every_scale(reference: Pipeline) -> None:
+    calls = Contestant("a", reference).stage_calls(REQUEST)
+    lengths = [side**2 for side in reference.config.patch_nums]
+    steps = [call.sizes for call in calls if call.stage == "step"]
+    assert [sizes["L"] for sizes in steps] == lengths
+    assert [sizes["P"] for sizes in steps] == [sum(lengths[:i]) for i in range(len(lengths))]
+    assert {sizes["G"] for sizes in steps} == {2}  # guidance is on
