@@ -1,0 +1,325 @@
+"""`nsp bench`: an engine folder measured beside the PyTorch model it was made from.
+
+    load both -> parity -> interleaved rounds per batch size -> fresh processes -> report
+
+The ceilings of the machine are measured before and after, so that a change of its speed is noticed.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from benchmarks.machine import Ceilings, Environment, OtherWork, measure_ceilings
+from benchmarks.memory import ColdRun, cold_run
+from benchmarks.parity import Parity, compare
+from benchmarks.report import BenchReport, write_report
+from benchmarks.results import SCHEMA, BatchResult, BenchResult, batch_result, call_costs
+from benchmarks.subject import Subject, load_subject
+from benchmarks.timing import Contestant, interleaved
+from nsp.errors import ConfigError
+from nsp.runtime.cores import usable_cores
+
+logger = logging.getLogger(__name__)
+
+NOISE_SPREAD = 0.25  # of the median, from p10 to p90
+NOISE_DRIFT = 0.15  # of the ceilings, from before to after
+NOISE_WORK = 0.1  # of all cores, by other processes
+PARITY_BATCH = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to measure. None where the benchmark decides."""
+
+    engine_dir: Path
+    output_dir: Path
+    checkpoint: Path | None = None  # of the baseline; None: where the manifest says
+    backend: str = "auto"
+    quick: bool = False
+    batch_sizes: tuple[int, ...] = (1, 4)
+    rounds: int | None = None
+    warmup: int | None = None
+    seed: int = 0
+    threads: int | None = None  # None: every physical core
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ConfigError(f"batch sizes {list(self.batch_sizes)}: give positive numbers")
+        for name, least in (("rounds", 1), ("warmup", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is measured."""
+
+    rounds: int
+    warmup: int
+    seconds_per_batch: float  # no further round starts after this
+    candidate_processes: int
+    baseline_processes: int
+    gemm_side: int
+    num_conditions: int  # for parity
+
+    @classmethod
+    def of(cls, options: BenchOptions) -> Self:
+        """Return a minute's work (small model) for `quick`, else what a 99th percentile needs."""
+        effort = QUICK if options.quick else FULL
+        given = {"rounds": options.rounds, "warmup": options.warmup}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**effort, **chosen})
+
+
+QUICK: dict[str, Any] = {
+    "rounds": 12,
+    "warmup": 1,
+    "seconds_per_batch": 8.0,
+    "candidate_processes": 2,
+    "baseline_processes": 1,
+    "gemm_side": 1024,
+    "num_conditions": 4,
+}
+FULL: dict[str, Any] = {
+    "rounds": 100,
+    "warmup": 3,
+    "seconds_per_batch": 300.0,
+    "candidate_processes": 5,
+    "baseline_processes": 3,
+    "gemm_side": 2048,
+    "num_conditions": 8,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEvent:
+    """Progress: what is going on, and how much of it is done."""
+
+    activity: str
+    done: int
+    total: int
+
+
+OnEvent = Callable[[BenchEvent], None]
+
+
+def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchReport:
+    """Return the report, written to `output_dir` once everything is measured.
+
+    Raises EngineError, CheckpointError or BackendError for what cannot be loaded, ParityError for
+    engines that do not give finite numbers, ConfigError for a batch the engines do not take.
+    """
+    threads = options.threads or usable_cores()
+    emit = on_event or _ignore
+    emit(BenchEvent(activity="loading", done=0, total=1))
+    subject = load_subject(
+        options.engine_dir,
+        checkpoint=options.checkpoint,
+        backend=options.backend,
+        threads=threads,
+    )
+    result = measure(subject, options, Effort.of(options), threads=threads, on_event=emit)
+    report = write_report(result, options.output_dir)
+    logger.info("benchmark took %.0f s: %s", result.seconds, report.markdown_path)
+    return report
+
+
+def measure(
+    subject: Subject,
+    options: BenchOptions,
+    effort: Effort,
+    *,
+    threads: int,
+    on_event: OnEvent,
+) -> BenchResult:
+    """Return everything measured about a loaded subject."""
+    _check_batch_sizes(subject, options)
+    began, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    environment = Environment.read(threads=threads)
+    before = _ceilings(subject, effort, threads, on_event)
+    with _torch_threads(subject, threads):
+        parity = _parity(subject, options, effort, on_event)
+        other_work = OtherWork()
+        batches = tuple(
+            _batch(subject, options, effort, batch, on_event) for batch in options.batch_sizes
+        )
+        other_cores = other_work.cores()
+    cold_runs = tuple(_cold_runs(subject, options, effort, threads, on_event))
+    after = _ceilings(subject, effort, threads, on_event)
+    ceilings = before.joined(after) if before and after else None
+    return BenchResult(
+        schema_version=SCHEMA,
+        created=created,
+        seconds=time.perf_counter() - began,
+        options={**_plain(options), **_plain(effort)},
+        environment=environment,
+        ceilings=ceilings,
+        model=subject.model(),
+        candidate=subject.candidate.name,
+        baseline=subject.baseline.name if subject.baseline else None,
+        baseline_missing=subject.baseline_missing,
+        batches=batches,
+        parity=parity,
+        cold_runs=cold_runs,
+        other_work_cores=other_cores,
+        warnings=tuple(_warnings(environment, other_cores, ceilings, batches)),
+    )
+
+
+def _check_batch_sizes(subject: Subject, options: BenchOptions) -> None:
+    limit, largest = subject.candidate.pipeline.max_batch, max(options.batch_sizes)
+    if limit is not None and largest > limit:
+        raise ConfigError(
+            f"batch size {largest} is outside the engine's 1..{limit}; "
+            f"leave it out or rebuild with: nsp export --max-batch {largest}"
+        )
+
+
+def _ceilings(subject: Subject, effort: Effort, threads: int, on_event: OnEvent) -> Ceilings | None:
+    """Return the ceilings of the processor, or None where the engines run on a GPU."""
+    if subject.device != "cpu":
+        return None
+    on_event(BenchEvent(activity="ceilings", done=0, total=1))
+    return measure_ceilings(threads=threads, gemm_side=effort.gemm_side)
+
+
+def _parity(
+    subject: Subject, options: BenchOptions, effort: Effort, on_event: OnEvent
+) -> Parity | None:
+    """Return the parity with the baseline, or None without one."""
+    if subject.baseline is None:
+        return None
+    on_event(BenchEvent(activity="parity", done=0, total=1))
+    limit = subject.candidate.pipeline.max_batch
+    return compare(
+        subject.baseline.pipeline,
+        subject.candidate.pipeline,
+        subject.conditions(effort.num_conditions),
+        names=(subject.baseline.name, subject.candidate.name),
+        seed=options.seed,
+        max_batch=min(PARITY_BATCH, limit or PARITY_BATCH),
+    )
+
+
+def _batch(
+    subject: Subject, options: BenchOptions, effort: Effort, batch: int, on_event: OnEvent
+) -> BatchResult:
+    """Return the times of one batch size."""
+    request = {**subject.conditions(batch), "seed": options.seed}
+    contestants = [Contestant(side.name, side.pipeline) for side in subject.sides]
+    pipeline = subject.candidate.pipeline
+    costs = call_costs(
+        contestants[0].stage_calls(request),
+        pipeline.backend.stages_io,
+        family=pipeline.family.name,
+        config=pipeline.config,
+        weight_dtype=pipeline.backend.kv_dtype(),
+        text_encoder=subject.text_encoder,
+    )
+    observations = []
+    total = (effort.warmup + effort.rounds) * len(contestants)
+    for observation in interleaved(
+        contestants,
+        request,
+        rounds=effort.rounds,
+        warmup=effort.warmup,
+        max_seconds=effort.seconds_per_batch,
+    ):
+        observations.append(observation)
+        on_event(BenchEvent(activity=f"batch {batch}", done=len(observations), total=total))
+    return batch_result(
+        observations,
+        costs,
+        batch=batch,
+        candidate=subject.candidate.name,
+        baseline=subject.baseline.name if subject.baseline else None,
+        scale_names=[f"{side}x{side}" for side in pipeline.config.patch_nums],
+    )
+
+
+def _cold_runs(
+    subject: Subject, options: BenchOptions, effort: Effort, threads: int, on_event: OnEvent
+) -> Iterator[ColdRun]:
+    """Yield what fresh processes measured, with batch 1, the sides taking turns."""
+    request = {**subject.conditions(1), "seed": options.seed}
+    counts = [effort.candidate_processes, effort.baseline_processes]
+    planned = [
+        side
+        for turn in range(max(counts))
+        for side, count in zip(subject.sides, counts, strict=False)
+        if turn < count
+    ]
+    for done, side in enumerate(planned):
+        on_event(BenchEvent(activity="fresh processes", done=done, total=len(planned)))
+        yield cold_run(side.source, request, batch=1, threads=threads)
+
+
+@contextmanager
+def _torch_threads(subject: Subject, threads: int) -> Iterator[None]:
+    """Give PyTorch as many threads as the engines have, for as long as the block lasts."""
+    if subject.baseline is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _warnings(
+    environment: Environment,
+    other_cores: float | None,
+    ceilings: Ceilings | None,
+    batches: tuple[BatchResult, ...],
+) -> Iterator[str]:
+    """Yield what makes the numbers doubtful."""
+    cores = environment.logical_cores
+    if other_cores is not None and other_cores > NOISE_WORK * cores:
+        yield (
+            f"other processes kept {other_cores:.1f} of {cores} cores busy; "
+            "run again on an idle machine"
+        )
+    if ceilings is not None and ceilings.drift > NOISE_DRIFT:
+        yield (
+            f"the machine's speed changed by {100 * ceilings.drift:.0f} % during the benchmark; "
+            "fractions of the roof are doubtful"
+        )
+    for batch in batches:
+        for name, times in (
+            ("the engines", batch.end_to_end.candidate),
+            ("the baseline", batch.end_to_end.baseline),
+        ):
+            if times is not None and times.spread > NOISE_SPREAD:
+                yield (
+                    f"batch {batch.batch}: the times of {name} spread by "
+                    f"{100 * times.spread:.0f} % from p10 to p90; run again on an idle machine"
+                )
+
+
+def _plain(record: BenchOptions | Effort) -> dict[str, Any]:
+    """Return the fields, JSON-ready."""
+    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return {
+        name: str(value)
+        if isinstance(value, Path)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for name, value in values.items()
+    }
+
+
+def _ignore(event: BenchEvent) -> None:
+    """Take an event nobody waits for."""

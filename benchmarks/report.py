@@ -1,0 +1,115 @@
+"""What a benchmark leaves: tables on the screen, bench.md, bench.json, one line for programs."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.results import BatchResult, BenchResult
+from benchmarks.tables import sections
+from nsp.files import write_file
+
+JSON_NAME, MARKDOWN_NAME = "bench.json", "bench.md"
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """A result and where it was written."""
+
+    result: BenchResult
+    json_path: Path
+    markdown_path: Path
+
+    def render(self, console: Console) -> None:
+        """Print the tables."""
+        for section in sections(self.result):
+            table = Table(title=section.title, title_justify="left", title_style="bold", box=None)
+            for index, name in enumerate(section.header):
+                right = index > 0 and section.numbers
+                table.add_column(name, justify="right" if right else "left", overflow="fold")
+            for row in section.rows:
+                table.add_row(*(Text(cell) for cell in row))
+            console.print(table)
+            for note in section.notes:
+                console.print(Text(note, style="dim"))
+            console.print()
+
+    def summary_json(self) -> str:
+        """Return one JSON line for programs: the end-to-end figures of every batch size."""
+        return json.dumps(summary(self), allow_nan=False)
+
+
+def summary(report: BenchReport) -> dict[str, Any]:
+    """Return the end-to-end figures, JSON-ready."""
+    result = report.result
+    cold = [run for run in result.cold_runs if run.contestant == result.candidate]
+    return {
+        "command": "bench",
+        "schema_version": result.schema_version,
+        "backend": result.model.backend,
+        "precision": result.model.precision,
+        "model_hash": result.model.model_hash,
+        "batches": [_batch_summary(result, batch) for batch in result.batches],
+        "token_agreement": result.parity.token_agreement if result.parity else None,
+        "max_relative_error": result.parity.max_relative_error if result.parity else None,
+        "baseline": result.baseline,
+        "baseline_missing": result.baseline_missing,
+        "cold_first_step_ms": _median([run.first_step_ms for run in cold]),
+        "cold_image_ms": _median([run.image_ms for run in cold]),
+        "peak_mib": _median([run.peak_mib for run in cold]),
+        "warnings": list(result.warnings),
+        "json": str(report.json_path),
+        "markdown": str(report.markdown_path),
+    }
+
+
+def _batch_summary(result: BenchResult, batch: BatchResult) -> dict[str, Any]:
+    row = batch.end_to_end
+    return {
+        "batch": batch.batch,
+        "p50_ms": row.candidate.p50,
+        "p90_ms": row.candidate.p90,
+        "p99_ms": row.candidate.p99,
+        "images_per_s": batch.images_per_s,
+        "baseline_p50_ms": row.baseline.p50 if row.baseline else None,
+        "speedup": row.speedup,
+        "of_gemm_roof": row.of_roof(result.ceilings),
+    }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def write_report(result: BenchResult, output_dir: Path) -> BenchReport:
+    """Write bench.json and bench.md into `output_dir`, each in one move, and return the report."""
+    report = BenchReport(result, output_dir / JSON_NAME, output_dir / MARKDOWN_NAME)
+    with write_file(report.json_path) as partial:
+        partial.write_text(json.dumps(result.to_dict(), allow_nan=False) + "\n", encoding="utf-8")
+    with write_file(report.markdown_path) as partial:
+        partial.write_text(markdown(result), encoding="utf-8")
+    return report
+
+
+def markdown(result: BenchResult) -> str:
+    """Return all sections as GitHub-flavoured Markdown."""
+    lines = ["# nsp bench", ""]
+    for section in sections(result):
+        lines += [f"## {section.title}", ""]
+        lines.append("| " + " | ".join(section.header) + " |")
+        rule = " ---: |" if section.numbers else " --- |"
+        lines.append("| --- |" + rule * (len(section.header) - 1))
+        lines += ["| " + " | ".join(map(_escaped, row)) + " |" for row in section.rows]
+        lines += [line for note in section.notes for line in ("", note)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")

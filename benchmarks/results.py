@@ -1,0 +1,239 @@
+"""What a benchmark found, as records: the content of bench.json.
+
+Rows are computed from raw observations and counted work; nothing here runs a model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.flops import TextEncoderSize, stage_work
+from benchmarks.machine import Ceilings, Environment
+from benchmarks.memory import ColdRun
+from benchmarks.parity import Parity
+from benchmarks.timing import Observation, Percentiles, StageCall, percentiles
+from nsp.config import Config
+from nsp.errors import ConfigError
+from nsp.runtime.io import StageIO
+
+SCHEMA = 1
+OUTSIDE = "outside stages"
+END_TO_END = "end to end"
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(Config):
+    """What a part of generating has to do, whoever does it."""
+
+    gflop: float
+    mib: float  # weights, inputs and outputs, each moved once per call
+
+    def roof_ms(self, ceilings: Ceilings) -> float:
+        """Return the time the operations take at the measured GEMM peak."""
+        return 1e3 * self.gflop / ceilings.gemm_peak_gflops
+
+    def memory_ms(self, ceilings: Ceilings) -> float:
+        """Return the time the bytes take at the measured bandwidth; caches can be faster."""
+        return 1e3 * self.mib * 2**20 / (1e9 * ceilings.bandwidth_gb_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Config):
+    """One part of generating a batch: a stage, one scale of a stage, what is outside, or all."""
+
+    name: str
+    calls: int
+    candidate: Percentiles
+    baseline: Percentiles | None
+    cost: Cost | None  # None: not counted for this family or stage
+
+    @property
+    def speedup(self) -> float | None:
+        """Median of the baseline over the median of the candidate."""
+        if self.baseline is None:
+            return None
+        return self.baseline.p50 / self.candidate.p50
+
+    def of_roof(self, ceilings: Ceilings | None) -> float | None:
+        """Return the fraction of the GEMM peak that the median reaches, None where unknown."""
+        if ceilings is None or self.cost is None or not self.cost.gflop:
+            return None
+        return self.cost.roof_ms(ceilings) / self.candidate.p50
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchResult(Config):
+    """Everything measured with one batch size."""
+
+    batch: int
+    rounds: int  # measured; warm-up is apart
+    rows: tuple[Row, ...]  # stages in order, what is outside them, end to end
+    scale_rows: tuple[Row, ...]  # the `step` stage, scale by scale
+    observations: tuple[Observation, ...]  # raw, warm-up included
+
+    @property
+    def end_to_end(self) -> Row:
+        """The row of whole batches."""
+        return self.rows[-1]
+
+    @property
+    def images_per_s(self) -> float:
+        """Throughput of the candidate at its median."""
+        return 1e3 * self.batch / self.end_to_end.candidate.p50
+
+    @property
+    def baseline_images_per_s(self) -> float | None:
+        """Throughput of the baseline at its median."""
+        baseline = self.end_to_end.baseline
+        return None if baseline is None else 1e3 * self.batch / baseline.p50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Config):
+    """What was run."""
+
+    family: str
+    model_hash: str
+    backend: str
+    device: str  # of the candidate and of the baseline
+    precision: str
+    kv_dtype: str
+    kv_layout: str
+    schedule: tuple[int, ...]  # grid side of every scale
+    num_tokens: int
+    image_size_px: int
+    sampling: dict[str, Any]
+    weights_mib: dict[str, float]  # on disk, per contestant
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult(Config):
+    """The content of bench.json."""
+
+    schema_version: int
+    created: str  # UTC, ISO 8601
+    seconds: float  # the whole benchmark
+    options: dict[str, Any]
+    environment: Environment
+    ceilings: Ceilings | None  # of the CPU; None for engines on another device
+    model: Model
+    candidate: str
+    baseline: str | None
+    baseline_missing: str | None  # why there is none
+    other_work_cores: float | None  # kept busy by other processes during the rounds, on average
+    batches: tuple[BatchResult, ...]
+    parity: Parity | None
+    cold_runs: tuple[ColdRun, ...]
+    warnings: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check the schema."""
+        if self.schema_version != SCHEMA:
+            raise ConfigError(
+                f"benchmark result has schema_version {self.schema_version}, "
+                f"this nsp reads {SCHEMA}; run: nsp bench"
+            )
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """The work of one stage call."""
+
+    stage: str
+    cost: Cost | None
+
+
+def call_costs(
+    calls: Sequence[StageCall],
+    stages_io: Mapping[str, StageIO],
+    *,
+    family: str,
+    config: Any,
+    weight_dtype: str,
+    text_encoder: TextEncoderSize | None,
+) -> list[CallCost]:
+    """Return the cost of every stage call of one `generate`, in order."""
+    costs = []
+    for call in calls:
+        work = stage_work(family, config, call.stage, call.sizes, text_encoder)
+        cost = None
+        if work is not None:
+            weights = work.weights * _DTYPE_BYTES[weight_dtype]
+            moved = weights + _tensor_bytes(stages_io[call.stage], call.sizes)
+            cost = Cost(gflop=1e-9 * work.flops, mib=moved / 2**20)
+        costs.append(CallCost(call.stage, cost))
+    return costs
+
+
+def _tensor_bytes(io: StageIO, sizes: Mapping[str, int]) -> int:
+    """Return the bytes of all inputs and outputs of a call."""
+    total = 0
+    for spec in (*io.inputs.values(), *io.outputs.values()):
+        count = _DTYPE_BYTES[spec.dtype]
+        for size in spec.shape(sizes):
+            count *= size
+        total += count
+    return total
+
+
+def batch_result(
+    observations: Sequence[Observation],
+    costs: Sequence[CallCost],
+    *,
+    batch: int,
+    candidate: str,
+    baseline: str | None,
+    scale_names: Sequence[str],
+) -> BatchResult:
+    """Return the rows of one batch size; observations of warm-up rounds are only kept."""
+    measured = [each for each in observations if not each.warmup]
+    ours = [each for each in measured if each.contestant == candidate]
+    theirs = [each for each in measured if each.contestant == baseline]
+
+    def row(
+        name: str, of: Callable[[Observation], float], calls: int, parts: Sequence[CallCost]
+    ) -> Row:
+        return Row(
+            name=name,
+            calls=calls,
+            candidate=percentiles([of(each) for each in ours]),
+            baseline=percentiles([of(each) for each in theirs]) if theirs else None,
+            cost=_total(parts),
+        )
+
+    rows = []
+    for stage in dict.fromkeys(each.stage for each in costs):
+        parts = [each for each in costs if each.stage == stage]
+        rows.append(row(stage, _stage_total(stage), len(parts), parts))
+    rows.append(row(OUTSIDE, lambda o: o.outside_ms, 1, ()))
+    rows.append(row(END_TO_END, lambda o: o.wall_ms, 1, costs))
+    steps = [each for each in costs if each.stage == "step"]
+    scale_rows = []
+    if len(steps) == len(scale_names):
+        for index, (name, part) in enumerate(zip(scale_names, steps, strict=True)):
+            scale_rows.append(row(name, _step_call(index), 1, [part]))
+    return BatchResult(
+        batch=batch,
+        rounds=len(ours),
+        rows=tuple(rows),
+        scale_rows=tuple(scale_rows),
+        observations=tuple(observations),
+    )
+
+
+def _stage_total(stage: str) -> Callable[[Observation], float]:
+    return lambda observation: observation.stage_total_ms(stage)
+
+
+def _step_call(index: int) -> Callable[[Observation], float]:
+    return lambda observation: observation.stage_ms["step"][index]
+
+
+def _total(parts: Sequence[CallCost]) -> Cost | None:
+    """Return the sum of all costs; None when there are none or one is unknown."""
+    costs = [each.cost for each in parts]
+    known = [cost for cost in costs if cost is not None]
+    if not known or len(known) < len(costs):
+        return None
+    return Cost(gflop=sum(c.gflop for c in known), mib=sum(c.mib for c in known))

@@ -1,0 +1,175 @@
+"""What a benchmark runs on: an engine folder and, beside it, the PyTorch model it was made from."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.flops import TextEncoderSize
+from benchmarks.memory import Source
+from benchmarks.results import Model
+from nsp.checkpoint import is_checkpoint, read_checkpoint
+from nsp.errors import BackendError, CheckpointError
+from nsp.runtime.backends.registry import availability
+from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, read_manifest
+from nsp.runtime.pipeline import Pipeline, load_pipeline
+
+logger = logging.getLogger(__name__)
+
+BASELINE = "torch"
+
+# Captions of the embedded data set, short and long.
+CAPTIONS = (
+    "red apple",
+    "grinning face",
+    "basketball",
+    "woman firefighter medium-dark skin tone",
+    "dove",
+    "beating heart",
+    "person swimming medium-light skin tone",
+    "couple with heart woman man dark skin tone medium-dark skin tone",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the two that are compared: loaded here, and loadable again by a fresh process."""
+
+    source: Source
+    pipeline: Pipeline
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.source.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Both sides. Exactly one of `baseline` and `baseline_missing` is None."""
+
+    candidate: Side
+    baseline: Side | None
+    device: str = "cpu"  # of both
+    baseline_missing: str | None = None  # why there is none
+    text_encoder: TextEncoderSize | None = None
+    weights_mib: Mapping[str, float]  # on disk, per side
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Those that are there, the candidate first."""
+        return (self.candidate,) if self.baseline is None else (self.candidate, self.baseline)
+
+    def conditions(self, count: int) -> dict[str, list[Any]]:
+        """Return `count` prompts, or class ids over all classes, as `generate` takes them."""
+        pipeline = self.candidate.pipeline
+        if (tokenizer := pipeline.tokenizer) is not None:
+            whole = [text for text in CAPTIONS if tokenizer.truncated(text) is None] or CAPTIONS
+            return {"prompts": [whole[i % len(whole)] for i in range(count)]}
+        classes = pipeline.config.condition.num_classes
+        return {"class_ids": [i * classes // count for i in range(count)]}
+
+    def model(self) -> Model:
+        """Return what bench.json says about the candidate's model."""
+        pipeline = self.candidate.pipeline
+        config, backend = pipeline.config, pipeline.backend
+        return Model(
+            family=pipeline.family.name,
+            model_hash=pipeline.model_hash,
+            backend=backend.name,
+            device=self.device,
+            precision=_precision(pipeline),
+            kv_dtype=backend.kv_dtype(),
+            kv_layout=backend.kv_layout,
+            schedule=tuple(config.patch_nums),
+            num_tokens=config.num_tokens,
+            image_size_px=config.image_size_px,
+            sampling=pipeline.sampling.to_dict(),
+            weights_mib=dict(self.weights_mib),
+        )
+
+
+def load_subject(
+    engine_dir: Path, *, checkpoint: Path | None, backend: str, threads: int
+) -> Subject:
+    """Return the engines of `engine_dir` and their PyTorch model, both loaded.
+
+    Without `checkpoint` the model is looked for where the manifest says its weights come from, and
+    may be missing. Raises EngineError or BackendError for engines that cannot be loaded, and
+    CheckpointError or BackendError for a `checkpoint` that cannot be the baseline.
+    """
+    manifest = read_manifest(engine_dir)
+    options = {"num_threads": threads}
+    pipeline = load_pipeline(engine_dir, backend, **options)
+    name = pipeline.backend.name
+    device = availability(name).device or "cpu"
+    candidate = Side(
+        source=Source(name=name, path=engine_dir, backend=name, options=options), pipeline=pipeline
+    )
+    weights = {name: _engines_mib(manifest, engine_dir, pipeline)}
+    try:
+        folder = checkpoint or Path(manifest.source)
+        baseline = _load_baseline(folder, manifest.model_hash, device=device)
+    except (CheckpointError, BackendError) as error:
+        if checkpoint is not None:
+            raise
+        logger.warning("no PyTorch baseline: %s", error)
+        return Subject(
+            candidate=candidate,
+            baseline=None,
+            baseline_missing=str(error),
+            device=device,
+            weights_mib=weights,
+        )
+    return Subject(
+        candidate=candidate,
+        baseline=baseline,
+        device=device,
+        text_encoder=TextEncoderSize.read(folder),
+        weights_mib={**weights, BASELINE: _mib(folder.rglob("*.safetensors"))},
+    )
+
+
+def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:
+    """Return the PyTorch model; the error says why there is none and what to do."""
+    if not is_checkpoint(folder):
+        raise CheckpointError(
+            f"no checkpoint at {folder}; "
+            "give the one the engines were exported from with --checkpoint"
+        )
+    found = read_checkpoint(folder).weights_hash()
+    if found != model_hash:
+        raise CheckpointError(
+            f"{folder} holds model {found[:12]}, the engines were made from {model_hash[:12]}; "
+            "give that one with --checkpoint, or run nsp export again"
+        )
+    state = availability(BASELINE)
+    if state.device != device:
+        fix = f"; run: {state.install}" if state.install else ""
+        raise BackendError(f"torch does not run on the engines' {device}: {state.reason}{fix}")
+    options = {"device": device}
+    source = Source(name=BASELINE, path=folder, backend=BASELINE, options=options)
+    return Side(source=source, pipeline=load_pipeline(folder, BASELINE, **options))
+
+
+def _precision(pipeline: Pipeline) -> str:
+    dtype = pipeline.backend.kv_dtype()
+    return next(name for name, kv_dtype in PRECISION_DTYPES.items() if kv_dtype == dtype)
+
+
+def _engines_mib(manifest: Manifest, folder: Path, pipeline: Pipeline) -> float:
+    """Return the size of the engine files that were loaded."""
+    precision = _precision(pipeline)
+    files = {
+        name
+        for stage in manifest.stages
+        for variant in manifest.variants(stage, pipeline.backend.name)
+        if variant.precision == precision
+        for name in variant.files
+    }
+    return _mib(folder / name for name in files)
+
+
+def _mib(paths: Iterable[Path]) -> float:
+    return sum(path.stat().st_size for path in paths) / 2**20

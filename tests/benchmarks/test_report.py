@@ -1,0 +1,150 @@
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.bench import BenchEvent, BenchOptions, Effort, measure
+from benchmarks.report import markdown, write_report
+from benchmarks.results import BenchResult
+from benchmarks.subject import Subject
+from benchmarks.tables import sections
+from nsp.errors import ConfigError
+from tests.benchmarks.conftest import SMALL
+
+
+def test_a_small_benchmark_measures_everything(result: BenchResult, subject: Subject) -> None:
+    stages = ["text_encoder", "condition", "step", "select", "accumulate", "decoder"]
+    config = subject.candidate.pipeline.config
+    assert [batch.batch for batch in result.batches] == [1, 2]
+    for batch in result.batches:
+        names = [row.name for row in batch.rows]
+        assert names == [*stages, "outside stages", "end to end"]
+        assert [row.name for row in batch.scale_rows] == [f"{n}x{n}" for n in config.patch_nums]
+        assert len(batch.observations) == 2 * (SMALL.rounds + SMALL.warmup)
+        assert all(row.baseline is not None for row in batch.rows)
+        assert batch.end_to_end.cost is not None
+    assert result.parity is not None
+    assert result.parity.token_agreement == 1
+    assert result.ceilings is not None
+    assert len(result.ceilings.copy_gb_s) == 2  # before and after
+    assert result.model.schedule == config.patch_nums
+    assert result.baseline_missing is None
+
+
+def test_progress_of_every_activity_is_told(result: BenchResult, events: list[BenchEvent]) -> None:
+    assert list(dict.fromkeys(event.activity for event in events)) == [
+        "ceilings",
+        "parity",
+        "batch 1",
+        "batch 2",
+        "fresh processes",
+    ]
+    done = [event.done for event in events if event.activity == "batch 1"]
+    assert done == list(range(1, 2 * (SMALL.rounds + SMALL.warmup) + 1))
+
+
+def test_json_on_disk_is_the_result_and_holds_no_nan(result: BenchResult, tmp_path: Path) -> None:
+    report = write_report(result, tmp_path / "new" / "folder")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    values = json.loads(report.json_path.read_text(), parse_constant=refuse)
+    assert values["schema_version"] == 1
+    assert BenchResult.from_dict(values) == result
+
+
+def test_another_schema_is_refused(result: BenchResult) -> None:
+    with pytest.raises(ConfigError, match="schema_version 2"):
+        BenchResult.from_dict({**result.to_dict(), "schema_version": 2})
+
+
+def test_markdown_holds_every_row_of_every_table(result: BenchResult) -> None:
+    lines = markdown(result).splitlines()
+    tables = list(sections(result))
+    assert len(tables) >= 8
+    for section in tables:
+        assert f"## {section.title}" in lines
+        for row in section.rows:
+            assert "| " + " | ".join(row) + " |" in lines
+            assert len(row) == len(section.header)
+        for note in section.notes:
+            assert note in lines
+
+
+def test_the_screen_shows_every_table(result: BenchResult, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    write_report(result, tmp_path).render(console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for section in sections(result):
+        assert section.title in shown
+        for row in section.rows:
+            assert row[0] in shown
+
+
+def test_the_summary_is_one_json_line_that_leads_to_the_files(
+    result: BenchResult, tmp_path: Path
+) -> None:
+    report = write_report(result, tmp_path)
+    line = report.summary_json()
+    assert "\n" not in line
+    values = json.loads(line)
+    assert Path(values["json"]).is_file()
+    assert Path(values["markdown"]).is_file()
+    assert [batch["batch"] for batch in values["batches"]] == [1, 2]
+    assert values["batches"][0]["p50_ms"] == result.batches[0].end_to_end.candidate.p50
+    assert values["token_agreement"] == 1
+
+
+def test_a_missing_baseline_is_said_with_its_reason(subject: Subject, tmp_path: Path) -> None:
+    alone = dataclasses.replace(subject, baseline=None, baseline_missing="torch is not installed")
+    effort = dataclasses.replace(SMALL, rounds=1, baseline_processes=0)
+    options = BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, batch_sizes=(1,))
+    found = measure(alone, options, effort, threads=1, on_event=lambda event: None)
+    assert found.baseline is None
+    assert found.parity is None
+    assert "No PyTorch baseline: torch is not installed" in markdown(found)
+    values = json.loads(write_report(found, tmp_path).summary_json())
+    assert values["baseline_missing"] == "torch is not installed"
+    assert values["batches"][0]["speedup"] is None
+    assert BenchResult.from_dict(json.loads((tmp_path / "bench.json").read_text())) == found
+
+
+def test_what_the_engines_do_not_take_is_refused_before_anything_is_measured(
+    subject: Subject, tmp_path: Path
+) -> None:
+    limited = dataclasses.replace(subject)
+    events: list[BenchEvent] = []
+    limited.candidate.pipeline.max_batch = 2
+    try:
+        options = BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, batch_sizes=(1, 3))
+        with pytest.raises(ConfigError, match=r"batch size 3 is outside the engine's 1\.\.2"):
+            measure(limited, options, SMALL, threads=1, on_event=events.append)
+    finally:
+        limited.candidate.pipeline.max_batch = None
+    assert events == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_sizes": ()}, "batch sizes"),
+        ({"batch_sizes": (0,)}, "batch sizes"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BenchOptions(engine_dir=Path(), output_dir=Path(), **changes)  # type: ignore[arg-type]
+
+
+def test_given_rounds_and_warm_up_win_over_quick() -> None:
+    options = BenchOptions(engine_dir=Path(), output_dir=Path(), quick=True, rounds=7, warmup=0)
+    effort = Effort.of(options)
+    assert (effort.rounds, effort.warmup) == (7, 0)
+    assert effort.seconds_per_batch < 20
