@@ -47,7 +47,7 @@ def emoji() -> RunConfig:
 
 def quick() -> RunConfig:
     """Return a run of a few minutes on two CPU cores: every part works, pictures are rough."""
-    return _shortened(emoji(), {"tokenizer": 120, "predictor": 120})
+    return _shortened(emoji(), {"tokenizer": 100, "predictor": 100})
 
 
 def smoke() -> RunConfig:

@@ -208,8 +208,9 @@ class NextScaleTransformer(nn.Module):
         )
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.vae.vocab_size)
-        sides = torch.tensor(config.patch_nums)
-        levels = torch.arange(config.num_scales).repeat_interleave(sides**2)
+        levels = torch.cat(
+            [torch.full((side**2,), s) for s, side in enumerate(config.patch_nums)]
+        )
         self.register_buffer("lvl_1L", levels[None])
         mask = torch.where(levels[:, None] >= levels[None, :], 0.0, -torch.inf)
         self.register_buffer("attn_bias_for_masking", mask[None, None])
@@ -332,8 +333,6 @@ def initialize(
                 nn.init.normal_(getattr(model, name))
         model.head.weight.mul_(head)
         model.head_nm.ada_lin[1].weight.mul_(adaln)
-        if model.config.predictor.shared_aln:
-            _initialize_adaln(model.shared_ada_lin[1].weight.view(6, width, width), adaln, 1.0)
         for block in model.blocks:
             for projection in _residual_projections(block):
                 projection.weight.div_(math.sqrt(2 * depth))

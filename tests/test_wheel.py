@@ -1,0 +1,53 @@
+"""A wheel built from the checkout installs and runs outside it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed wheel and nothing else of the project."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run(build, check=True, cwd=folder)
+    (wheel,) = folder.glob("nsp-*.whl")
+    target = folder / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    return target
+
+
+def run(site: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=site.parent,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_help_works_outside_the_checkout(site: Path) -> None:
+    code = "import cli, sys; assert 'site' in cli.__file__, cli.__file__; cli.main()"
+    result = run(site, code, "--help")
+    assert result.returncode == 0, result.stderr
+    for verb in ("export", "generate", "bench", "inspect", "doctor", "convert"):
+        assert verb in result.stdout
+
+
+def test_everything_a_run_needs_is_in_the_wheel(site: Path) -> None:
+    code = (
+        "import nsp, export, benchmarks, train\n"
+        "from nsp.data.sources import EMOJI_TAR\n"
+        "assert EMOJI_TAR.is_file(), EMOJI_TAR\n"
+        "assert all(str(m.__file__).startswith(sys.argv[1]) for m in (nsp, export, benchmarks))"
+    )
+    result = run(site, "import sys\n" + code, str(site))
+    assert result.returncode == 0, result.stderr
+    assert (site / "nsp" / "py.typed").is_file()
