@@ -1,0 +1,173 @@
+"""What the registry promises: an answer for every backend on every machine, never an exception."""
+
+import importlib.util
+import sys
+import types
+
+import pytest
+
+from nsp.errors import ConfigError
+from nsp.runtime.backends import onnxruntime, registry
+from nsp.runtime.backends.registry import BACKENDS, availability, backend_record
+from nsp.runtime.nvidia import Gpu
+
+H200 = Gpu(name="NVIDIA H200", compute_capability="9.0", driver_cuda="13.0")
+
+
+class Machine:
+    """Pretends that other packages and another GPU are here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.installed: dict[str, str] = {}
+        monkeypatch.setattr(registry, "_version", self.installed.get)
+        self.set_gpu(None)
+
+    def set_gpu(self, gpu: Gpu | None) -> None:
+        self.monkeypatch.setattr(registry, "find_gpu", lambda: gpu)
+        self.monkeypatch.setattr(onnxruntime, "find_gpu", lambda: gpu)
+
+    def install(self, module: str, **distributions: str) -> None:
+        """Pretend that `module` is there under the given pip names (with _ for -)."""
+        self.installed |= {name.replace("_", "-"): v for name, v in distributions.items()}
+        found = importlib.util.find_spec
+
+        def find_spec(name: str) -> object:
+            return object() if name == module else found(name)
+
+        self.monkeypatch.setattr(registry.importlib.util, "find_spec", find_spec)
+
+    def install_onnxruntime(self, *, providers: list[str], starts: bool = False) -> None:
+        module = types.ModuleType("onnxruntime")
+        module.__version__ = "1.31.1"  # type: ignore[attr-defined]
+        module.get_available_providers = lambda: providers  # type: ignore[attr-defined]
+        self.monkeypatch.setitem(sys.modules, "onnxruntime", module)
+        self.monkeypatch.setattr(onnxruntime, "cuda_starts", lambda ort: starts)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_has_an_answer_here(name: str) -> None:
+    found = availability(name)
+    assert found.reason
+    assert "\n" not in found.reason
+    if found.works:
+        assert found.device in ("cpu", "cuda")
+        assert found.detail
+
+
+def test_an_unknown_backend_is_an_answer_too() -> None:
+    found = availability("openvino")
+    assert not found.works
+    assert "unknown backend 'openvino'" in found.reason
+    with pytest.raises(ConfigError, match="known: auto, tensorrt, tensorrt_rtx, onnxruntime"):
+        backend_record("openvino")
+
+
+def test_both_spellings_name_one_backend() -> None:
+    assert backend_record("tensorrt-rtx") is backend_record("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_absent_package_comes_with_the_command_that_installs_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, BACKENDS[name].module, None)
+    found = availability(name)
+    assert not found.works
+    assert "is not installed" in found.reason
+    assert found.install is not None
+    assert found.install.startswith("pip install")
+
+
+@pytest.mark.parametrize("error", [ImportError("libfoo.so.1 is missing"), OSError(8, "bad ELF")])
+def test_a_broken_package_is_a_reason_not_an_error(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(record: object) -> None:
+        raise error
+
+    broken = registry.BackendRecord(
+        **{**vars(BACKENDS["onnxruntime"]), "probe": fail}  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr(registry, "BACKENDS", {"onnxruntime": broken})
+    found = availability("onnxruntime")
+    assert not found.works
+    assert "does not load" in found.reason
+    assert found.install == "pip install onnxruntime"
+
+
+def test_tensorrt_rtx_without_a_driver_builds_and_does_not_run(machine: Machine) -> None:
+    machine.install("tensorrt_rtx", tensorrt_rtx_cu13="1.7.1.116")
+    found = availability("tensorrt-rtx")
+    assert not found.works
+    assert found.reason == "builds engines here, cannot run them: no NVIDIA driver"
+    assert found.detail["tensorrt_rtx"] == "1.7.1.116"
+    assert "tensorrt_rtx" not in sys.modules  # 0.6 s and 500 MB of libraries for one sentence
+
+
+def test_tensorrt_with_a_gpu_says_plainly_that_it_is_not_run_yet(machine: Machine) -> None:
+    machine.install("tensorrt", tensorrt_cu13="11.4.0")
+    machine.set_gpu(H200)
+    found = availability("tensorrt")
+    assert not found.works
+    assert "this version of nsp does not run them yet" in found.reason
+    assert found.detail["compute_capability"] == "9.0"
+
+
+def test_tensorrt_without_a_gpu_cannot_even_build(machine: Machine) -> None:
+    machine.install("tensorrt", tensorrt_cu13="11.4.0")
+    assert availability("tensorrt").reason.startswith("cannot build engines here")
+
+
+def test_onnxruntime_beside_onnxruntime_gpu_is_reported_with_the_fix(machine: Machine) -> None:
+    machine.install("onnxruntime", onnxruntime="1.31.1", onnxruntime_gpu="1.31.1")
+    machine.install_onnxruntime(providers=[onnxruntime.CPU])
+    found = availability("onnxruntime")
+    assert found.works
+    assert "both installed" in found.reason
+    fix = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"
+    assert found.install == fix
+    machine.set_gpu(H200)
+    assert availability("onnxruntime").install == f"{fix}-gpu"
+
+
+def test_onnxruntime_for_the_cpu_on_a_machine_with_a_gpu_says_how_to_use_it(
+    machine: Machine,
+) -> None:
+    machine.install("onnxruntime", onnxruntime="1.31.1")
+    machine.install_onnxruntime(providers=[onnxruntime.CPU])
+    machine.set_gpu(H200)
+    found = availability("onnxruntime")
+    assert (found.works, found.device) == (True, "cpu")
+    assert "NVIDIA H200 is here" in found.reason
+    assert found.install is not None
+    assert found.install.endswith("pip install onnxruntime-gpu")
+
+
+def test_a_cuda_provider_that_does_not_start_is_not_called_working(machine: Machine) -> None:
+    machine.install("onnxruntime", onnxruntime_gpu="1.31.1")
+    machine.install_onnxruntime(providers=[onnxruntime.CUDA, onnxruntime.CPU])
+    machine.set_gpu(H200)
+    found = availability("onnxruntime")
+    assert found.device == "cpu"
+    assert "CUDA provider does not start" in found.reason
+
+
+def test_a_cuda_provider_that_starts_runs_on_the_gpu(machine: Machine) -> None:
+    machine.install("onnxruntime", onnxruntime_gpu="1.31.1")
+    machine.install_onnxruntime(providers=[onnxruntime.CUDA, onnxruntime.CPU], starts=True)
+    machine.set_gpu(H200)
+    found = availability("onnxruntime")
+    assert (found.device, found.install) == ("cuda", None)
+    assert found.reason == "runs engines on the GPU NVIDIA H200"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    import onnxruntime as installed
+
+    assert backend_record("onnxruntime").version() == installed.__version__

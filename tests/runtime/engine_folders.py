@@ -1,0 +1,92 @@
+"""Writes engine folders whose models load and compute nothing, for tests of opening them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
+from nsp.families.var.io import KVLayout, stages_io
+from nsp.runtime.io import StageIO
+from nsp.runtime.manifest import (
+    PRECISION_DTYPES,
+    SCHEMA,
+    TOKENIZER_DIR,
+    Manifest,
+    Precision,
+    Variant,
+    file_sha256,
+    write_manifest,
+)
+from nsp.text.tokenizer import train_tokenizer
+from tests.models import CAPTIONS
+from tests.runtime.onnx_stages import write_hollow_model
+
+TEXT = SIZES["tiny"]
+CLASSES = with_condition(TEXT, ClassCondition(num_classes=10))
+
+
+def write_engines(
+    folder: Path,
+    config: VarConfig = CLASSES,
+    *,
+    precisions: Sequence[Precision] = ("fp32",),
+    kv_layout: KVLayout = "present",
+    backend: str = "onnxruntime",
+    **changes: Any,
+) -> Manifest:
+    """Write an engine folder and return its manifest; `changes` go to every variant."""
+    variants: dict[str, tuple[Variant, ...]] = {}
+    for precision in precisions:
+        declared = stages_io(config, kv_layout, PRECISION_DTYPES[precision])
+        for stage, io in declared.items():
+            variant = _write_variant(folder, stage, io, backend, precision, kv_layout)
+            variant = dataclasses.replace(variant, **changes)
+            variants[stage] = (*variants.get(stage, ()), variant)
+    files = {}
+    if config.text is not None:
+        tokenizer = train_tokenizer(CAPTIONS, vocab_size=560, max_tokens=config.text.max_tokens)
+        tokenizer.save(folder / TOKENIZER_DIR)
+        files = {
+            str(path.relative_to(folder)): file_sha256(path)
+            for path in sorted((folder / TOKENIZER_DIR).iterdir())
+        }
+    manifest = Manifest(
+        schema=SCHEMA,
+        family="var",
+        config=config.to_dict(),
+        model_hash="0" * 64,
+        source="tests",
+        files=files,
+        stages=variants,
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_variant(
+    folder: Path,
+    stage: str,
+    io: StageIO,
+    backend: str,
+    precision: Precision,
+    kv_layout: KVLayout,
+) -> Variant:
+    name = f"{stage}/{backend}-{precision}/model.onnx"
+    path = write_hollow_model(folder / name, io)
+    return Variant(
+        backend=backend,
+        precision=precision,
+        kv_layout=kv_layout,
+        opset=18,
+        io=io.to_dict(),
+        files={name: file_sha256(path)},
+        fingerprint="0" * 64,
+    )
+
+
+def change_manifest(folder: Path, **changes: Any) -> None:
+    """Write the manifest again with other values."""
+    from nsp.runtime.manifest import read_manifest
+
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), **changes))
