@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any, Literal, TypeAlias
 
 from nsp.errors import ConfigError
@@ -86,6 +85,8 @@ def availability(name: str) -> Availability:
 
 
 def _version(distribution: str) -> str | None:
+    from importlib import metadata  # 15 ms that generating an image need not spend
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

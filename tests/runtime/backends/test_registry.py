@@ -103,6 +103,7 @@ def test_a_broken_package_is_a_reason_not_an_error(
 
 def test_tensorrt_rtx_without_a_driver_builds_and_does_not_run(machine: Machine) -> None:
     machine.install("tensorrt_rtx", tensorrt_rtx_cu13="1.7.1.116")
+    machine.monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
     found = availability("tensorrt-rtx")
     assert not found.works
     assert found.reason == "builds engines here, cannot run them: no NVIDIA driver"
