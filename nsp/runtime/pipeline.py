@@ -158,10 +158,15 @@ class Pipeline:
         if uniforms is None:
             uniforms = draw_uniforms(seed, batch, length)
         _check_shape("uniforms", uniforms, (batch, length), np.float32)
+        vocab_size = self.config.vae.vocab_size
         if forced_tokens is not None:
             _check_shape("forced_tokens", forced_tokens, (batch, length), np.int64)
+            if forced_tokens.min() < -1 or forced_tokens.max() >= vocab_size:
+                raise ConfigError(f"forced_tokens must be -1 (free) or in 0..{vocab_size - 1}")
         if settings.more_smooth and gumbel is None:
-            gumbel = draw_gumbel(seed, batch, length, self.config.vae.vocab_size)
+            gumbel = draw_gumbel(seed, batch, length, vocab_size)
+        if gumbel is not None:
+            _check_shape("gumbel", gumbel, (batch, length, vocab_size), np.float32)
         request = self._request(
             sampling=settings,
             uniforms=uniforms,
@@ -186,6 +191,8 @@ class Pipeline:
         if self.tokenizer is not None:
             if class_ids is not None or prompts is None or len(prompts) == 0:
                 raise ConfigError("this model is text-conditional: give one or more prompts")
+            if isinstance(prompts, str):
+                raise ConfigError(f"prompts is a list of texts: prompts=[{prompts!r}]")
             if empty := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
                 raise ConfigError(
                     f"prompt {empty[0] + 1} is empty; write what the image should show"
@@ -193,13 +200,15 @@ class Pipeline:
             return {"token_ids": self.tokenizer.encode(prompts)}
         if prompts is not None or class_ids is None or len(class_ids) == 0:
             raise ConfigError("this model is class-conditional: give one or more class ids")
-        ids = np.asarray(class_ids, np.int64)
+        ids = np.asarray(class_ids)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ConfigError(f"class_ids is a list of integers, not {class_ids!r}")
         count = self.config.condition.num_classes
         if bad := [int(i) for i in ids if not 0 <= i <= count]:
             raise ConfigError(
                 f"class id {bad[0]} is outside 0..{count - 1} ({count} is the null class)"
             )
-        return {"class_ids": ids}
+        return {"class_ids": ids.astype(np.int64)}
 
     def _null_prompt(self) -> NDArray[np.int64] | None:
         return None if self.tokenizer is None else self.tokenizer.encode([""])
