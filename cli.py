@@ -104,14 +104,15 @@ def generate(
 ) -> None:
     """Make images with exported engines, or with a checkpoint."""
     from nsp.runtime.batches import choose_batch_size, plan_images, read_prompts
-    from nsp.runtime.gallery import generate_gallery
-    from nsp.terminal import progress_bar
 
     prompts += read_prompts(prompts_file) if prompts_file else ()
     planned = plan_images(prompts=prompts, class_ids=class_ids, seed=seed, num_images=num_images)
     precisions = given_precisions(options)
     sampling = {name: value for name, value in options.items() if value is not None}
     pipeline = _load(engine_dir, checkpoint, backend, precisions)
+    from nsp.runtime.gallery import generate_gallery  # while the engines are loading
+    from nsp.terminal import progress_bar
+
     with progress_bar() as show:
         gallery = generate_gallery(
             pipeline,
@@ -126,7 +127,8 @@ def generate(
         print_json({"backend": pipeline.backend.name, **gallery.to_dict()})
         return
     for image in gallery.images:
-        click.echo(f"{image.path}  {image.ms:.1f} ms")
+        note = "" if image.warm else " (first batch: with loading)"
+        click.echo(f"{image.path}  {image.ms:.1f} ms{note}")
     click.echo(f"contact sheet: {gallery.contact_sheet}")
 
 

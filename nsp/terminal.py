@@ -1,14 +1,19 @@
-"""What the commands show on a terminal, and in plain lines where there is none."""
+"""What the commands show on a terminal, and in plain lines where there is none.
+
+rich is imported when something is drawn: `nsp generate` has engines to load meanwhile.
+"""
 
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.markup import escape
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _OURS = ("nsp", "export", "benchmarks")  # the packages whose information is shown
 _WIDE = 200  # columns of a table that no terminal limits
@@ -17,8 +22,10 @@ _DRAW_SECONDS = 0.1  # drawing a bar takes about a millisecond
 logger = logging.getLogger(__name__)
 
 
-def results_console() -> Console:
+def results_console() -> "Console":
     """Return a console on stdout; tables are not squeezed into 80 columns when it is a pipe."""
+    from rich.console import Console
+
     width = None if sys.stdout.isatty() else _WIDE
     return Console(file=sys.stdout, highlight=False, markup=False, width=width)
 
@@ -66,17 +73,18 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
     Nothing is drawn between its calls: what is measured there is not disturbed.
     """
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield _ActivityLines()
         return
+    from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        console=console,
+        console=Console(file=sys.stderr),
         auto_refresh=False,
         redirect_stdout=False,
         transient=True,

@@ -58,7 +58,8 @@ print(*main.commands)
 
 
 def test_generate_leaves_named_pngs_and_a_sheet_and_prints_their_paths(generate, tmp_path):
-    result = generate("--prompt", "Red apple!", "--prompt", "green apple", "--num-images", 2)
+    prompts = ("--prompt", "Red apple!", "--prompt", "green apple")
+    result = generate(*prompts, "--num-images", 2, "--batch-size", 2)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     names = [f"{i}.png" for i in ("000_red-apple_seed0", "001_red-apple_seed1")]
@@ -66,7 +67,8 @@ def test_generate_leaves_named_pngs_and_a_sheet_and_prints_their_paths(generate,
     assert sorted(p.name for p in out.iterdir()) == [*names, "contact_sheet.png"]
     lines = result.stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[:4]] == [str(out / name) for name in names]
-    assert all(line.endswith(" ms") for line in lines[:4])
+    assert all(line.endswith(" ms (first batch: with loading)") for line in lines[:2])
+    assert all(line.endswith(" ms") for line in lines[2:4])
     assert lines[4:] == [f"contact sheet: {out / 'contact_sheet.png'}"]
 
 

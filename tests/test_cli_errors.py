@@ -8,7 +8,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
+from nsp.runtime.manifest import read_manifest
 from tests.disk import largest_file
+from tests.runtime.engine_folders import change_manifest, write_engines
 
 PROMPT = ("--prompt", "red apple")
 
@@ -142,6 +144,59 @@ def test_a_damaged_manifest_is_named_with_the_command_that_repairs_it(tmp_path, 
     (tmp_path / "manifest.json").write_text(manifest, encoding="latin-1")
     for args in (("inspect", tmp_path), ("generate", "--engine-dir", tmp_path, *PROMPT)):
         assert_one_line(nsp(*args), 1, str(tmp_path), f"nsp export --engine-dir {tmp_path}")
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Path:
+    """A class-conditional engine folder for batches of 2, in fp32."""
+    write_engines(tmp_path / "engines", max_batch=2)
+    return tmp_path / "engines"
+
+
+def assert_refused(engines: Path, code: int, *words: str, options: tuple[object, ...] = ()) -> None:
+    """Check that generating from `engines` ends in one line and leaves no output folder."""
+    output = engines.parent / "out"
+    where = ("--engine-dir", engines, "--output-dir", output)
+    assert_one_line(nsp("generate", *where, "--class-id", 1, *options), code, *words)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_damaged_engine_is_named_with_the_command_that_repairs_it(engines, damage):
+    path = engines / "step/onnxruntime-fp32/model.onnx"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-9] if damage == "truncated" else content[:-1] + b"?")
+    assert_refused(engines, 1, str(path), f"nsp export --engine-dir {engines}")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--batch-size", 3), 2, ("batch size 3", "1..2", "--max-batch 3")),
+        (("--fp16",), 1, ("fp16", "it has fp32", "--fp16")),
+        (("--backend", "frob"), 2, ("'frob'", "onnxruntime")),
+        (("--backend", "torch"), 2, ("holds engines", "checkpoint")),
+        (("--backend", "tensorrt-rtx"), 1, ("no engines for tensorrt_rtx", "onnxruntime")),
+    ],
+)
+def test_a_request_the_engines_do_not_cover_is_named(engines, options, code, words):
+    assert_refused(engines, code, *words, options=options)
+
+
+def test_a_manifest_of_an_unknown_family_is_refused(engines):
+    change_manifest(engines, family="frob")
+    assert_refused(engines, 1, "'frob'", "nsp export")
+
+
+def test_engines_of_another_machine_are_refused(tmp_path):
+    device = {"os": "plan9"}
+    write_engines(tmp_path / "engines", backend="tensorrt_rtx", device=device)
+    assert read_manifest(tmp_path / "engines").backends() == ("tensorrt_rtx",)
+    options = ("--backend", "tensorrt-rtx")
+    assert_refused(tmp_path / "engines", 1, "plan9", "--target tensorrt-rtx", options=options)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ class WrittenImage:
     planned: PlannedImage
     path: Path
     ms: float  # time of its batch divided by the images in it, without writing
+    warm: bool  # False in the first batch: its time has what the backend still loads in it
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,14 @@ class Gallery:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for programs: the images in order, and the contact sheet."""
         images = [
-            {**_condition(w.planned), "seed": w.planned.seed, "path": str(w.path), "ms": w.ms}
-            for w in self.images
+            {
+                **_condition(written.planned),
+                "seed": written.planned.seed,
+                "path": str(written.path),
+                "ms": round(written.ms, 3),
+                "warm": written.warm,
+            }
+            for written in self.images
         ]
         return {"images": images, "contact_sheet": str(self.contact_sheet)}
 
@@ -119,7 +126,7 @@ def generate_gallery(
         for image, name, picture in zip(batch, names, pictures, strict=True):
             path = folder / f"{name}.png"
             write_png(path, picture, {**_metadata(image), **shared})
-            written.append(WrittenImage(image, path, ms))
+            written.append(WrittenImage(image, path, ms, warm=image.index >= batch_size))
         shown.extend(pictures[: _MAX_SHEET - len(shown)])
     return Gallery(tuple(written), _write_sheet(folder, planned, shown))
 
