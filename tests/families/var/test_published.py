@@ -1,0 +1,114 @@
+"""Published weights are read in every form they are found in, and what does not fit is named."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nsp.checkpoint import read_checkpoint
+from nsp.errors import CheckpointError, ConfigError
+from nsp.families.var.config import VarConfig
+from nsp.families.var.published import convert, infer_config
+from tests.goldens.var_tiny.fixtures import GOLDEN_DIR, document, part, tensors
+
+VAE = GOLDEN_DIR / "weights_vae.safetensors"
+VAR = GOLDEN_DIR / "weights_var.safetensors"
+
+
+def predictor_state() -> dict[str, Tensor]:
+    return dict(load_file(VAR))
+
+
+def convert_predictor(state: dict[str, Any], tmp_path: Path, **options: Any) -> VarConfig:
+    path = tmp_path / "predictor.safetensors"
+    save_file(state, path)
+    return convert(
+        tokenizer=VAE, predictor=path, config=None, output_dir=tmp_path / "out", **options
+    )
+
+
+def test_configuration_follows_from_shapes(tmp_path: Path) -> None:
+    inferred = convert(tokenizer=VAE, predictor=VAR, config=None, output_dir=tmp_path / "out")
+    given = document("config")
+    assert inferred.patch_nums == (1, 2, 3, 4)
+    assert inferred.predictor.depth == given["var"]["depth"]
+    assert inferred.predictor.num_heads == given["var"]["num_heads"]
+    assert inferred.vae.share_quant_resi == given["vae"]["share_quant_resi"]
+    assert inferred.vae.channel_multipliers == (1, 1, 2, 2, 4)
+    assert inferred.num_classes == 10
+
+
+def test_converted_folder_holds_the_same_numbers(tiny_class_checkpoint: Path) -> None:
+    system = read_checkpoint(tiny_class_checkpoint).load()
+    for module, name in ((system.vae, "weights_vae"), (system.predictor, "weights_var")):
+        state = module.state_dict()
+        for key, expected in tensors(name).items():
+            assert torch.equal(state[key], expected), key
+    assert not list(tiny_class_checkpoint.rglob("*.p*t*"))
+
+
+def test_trainer_checkpoints_are_unwrapped(tmp_path: Path) -> None:
+    nested = {"trainer": {"var_wo_ddp": predictor_state(), "vae_local": dict(load_file(VAE))}}
+    path = tmp_path / "ar-ckpt-last.pth"
+    torch.save(nested, path)
+    config = convert(tokenizer=path, predictor=path, config=None, output_dir=tmp_path / "out")
+    assert config.predictor.width == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("blocks.1.attn.proj.weight"), "missing tensor blocks.1.attn.proj.weight"),
+        (lambda s: s.update({"extra.weight": torch.zeros(2)}), "extra tensor extra.weight"),
+        (lambda s: s.update({"head.bias": torch.zeros(3)}), r"misshapen tensor head.bias \(3,\)"),
+        (lambda s: s["head.bias"].fill_(torch.nan), "head.bias holds NaN"),
+        (lambda s: s.pop("class_emb.weight"), "missing tensor class_emb.weight"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(change: Any, message: str, tmp_path: Path) -> None:
+    state = predictor_state()
+    change(state)
+    with pytest.raises(CheckpointError, match=message):
+        convert_predictor(state, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "attacked",))
+
+    path = tmp_path / "predictor.pth"
+    path.write_bytes(pickle.dumps({"head.weight": Attack()}, protocol=2))
+    with pytest.raises(CheckpointError, match="cannot be read as weights only"):
+        convert(tokenizer=VAE, predictor=path, config=None, output_dir=tmp_path / "out")
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth does not exist"):
+        convert(tokenizer=VAE, predictor=tmp_path / "nowhere.pth", config=None, output_dir=tmp_path)
+
+
+def test_heads_that_do_not_follow_are_asked_for() -> None:
+    state = part(tensors("var_variants"), "plain/weights/")
+    with pytest.raises(ConfigError, match="number of heads"):
+        infer_config(tensors("weights_vae"), state, vae={}, var={})
+    config = infer_config(tensors("weights_vae"), state, vae={}, var={"num_heads": 2})
+    assert not config.predictor.attn_l2_norm
+    assert config.predictor.mlp_ratio == 2.0
+
+
+def test_an_unknown_argument_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"var\.num_head is no argument"):
+        infer_config(tensors("weights_vae"), tensors("weights_var"), vae={}, var={"num_head": 4})
+
+
+def test_arguments_override_what_shapes_cannot_tell() -> None:
+    vae = {"quant_resi": 0.7, "beta": 0.5, "using_znorm": True, "test_mode": True}
+    config = infer_config(tensors("weights_vae"), tensors("weights_var"), vae=vae, var={})
+    assert (config.vae.quant_resi, config.vae.using_znorm) == (0.7, True)
