@@ -23,22 +23,22 @@ def save_weights(module: nn.Module, folder: Path) -> None:
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Load folder/model.safetensors into `module`; floats become the dtype of the parameter they
-    fill.
-    """
+    """Load folder/model.safetensors into `module`, in the dtypes that `module` has."""
     load_state(module, read_safetensors(folder / WEIGHTS_NAME), str(folder))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file; raise CheckpointError when it is missing or
-    damaged.
+    """Return all tensors of a safetensors file.
+
+    Raises CheckpointError when it is missing or damaged.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, write it again")
     try:
-        return load_file(path)
+        state: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); write the checkpoint again") from error
+    return state
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -54,11 +54,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         for name in own.keys() & state.keys()
         if own[name].shape != state[name].shape
     ]
-    for problem, names in (
-        ("missing", missing),
-        ("extra", extra),
-        ("misshapen", sorted(misshapen)),
-    ):
+    problems = {"missing": missing, "extra": extra, "misshapen": sorted(misshapen)}
+    for problem, names in problems.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source}: {problem} tensor {names[0]}{more}")

@@ -1,5 +1,7 @@
 """Serves the pictures of an ImageSource to training as uint8 tensors, the same on every resume."""
 
+from typing import TypedDict
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,13 +16,22 @@ CACHE_BYTES = 1 << 30  # of decoded pictures, over all workers of this process
 CROP_MARGIN = 1.125  # short side before a crop, in picture sides (the VAR training recipe)
 
 
-class ImageDataset(Dataset[dict[str, Tensor | str | int]]):
-    """Items {'image': uint8 (3, H, W), 'caption': str, 'class_id': int or -1, 'index': int}.
+class ImageItem(TypedDict):
+    """One picture as training sees it."""
 
-    H = W = image_size_px. With `crop`, the short side is resized to 1.125 x that and a square is
-    cut out: at random when `train`, else the centre one. Without `crop`, a picture of exactly that
-    size is used untouched; any other has its short side resized to it and its centre cut out.
-    `flip` mirrors half of the pictures when `train`; leave it off where captions name a side.
+    image: Tensor  # uint8 (3, H, W)
+    caption: str
+    class_id: int  # -1: the source has no classes
+    index: int
+
+
+class ImageDataset(Dataset[ImageItem]):
+    """The pictures of a source as ImageItems of one size: H = W = image_size_px.
+
+    With `crop`, the short side is resized to 1.125 x that and a square is cut out: at random when
+    `train`, else the centre one. Without `crop`, a picture of exactly that size is used untouched;
+    any other has its short side resized to it and its centre cut out. `flip` mirrors half of the
+    pictures when `train`; leave it off where captions name a side.
 
     What is random depends on (seed, epoch, index) alone: neither on the order of reading nor on the
     number of workers. Call `set_epoch` before iterating.
@@ -61,7 +72,7 @@ class ImageDataset(Dataset[dict[str, Tensor | str | int]]):
         """Return the number of pictures."""
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
+    def __getitem__(self, index: int) -> ImageItem:
         """Return one item; a negative or too large index raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside 0..{len(self) - 1}")

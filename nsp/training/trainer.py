@@ -5,7 +5,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,9 @@ def set_rates(
 
 @dataclass
 class Phase:
-    """One phase under way. Build it, `run` it; `weights` are then those to ship (averaged, if
-    EMA is on).
+    """One phase under way: build it, `run` it; then `weights` are those to ship.
+
+    These are the averaged ones where EMA is on.
     """
 
     config: PhaseConfig
@@ -106,12 +107,14 @@ class Phase:
         """Create optimizer, average and data order; continue from state.pt where there is one."""
         self.step = 0
         settings = self.config.optimizer
+        beta1, beta2 = settings.betas
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.objective), lr=settings.lr, betas=settings.betas, fused=True
+            parameter_groups(self.objective), lr=settings.lr, betas=(beta1, beta2), fused=True
         )
         self.average: AveragedModel | None = None
         if self.config.ema_decay:
-            average = get_ema_multi_avg_fn(self.config.ema_decay)
+            # torch's swa_utils has no annotations
+            average = get_ema_multi_avg_fn(self.config.ema_decay)  # type: ignore[no-untyped-call]
             trained = self.objective.trained
             self.average = AveragedModel(trained, multi_avg_fn=average, use_buffers=False)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,15 +152,14 @@ class Phase:
         )
 
     def adopt_average(self) -> None:
-        """Leave the averaged weights in the trained modules: later phases build on what is
-        shipped.
-        """
+        """Leave the averaged weights in the trained modules: later phases build on these."""
         if self.average is not None:
             self.objective.trained.load_state_dict(self.average.module.state_dict())
 
     def _loader(self) -> DataLoader[Mapping[str, Any]]:
         """Return the batches that are left."""
         dataset = self.objective.dataset()
+        assert isinstance(dataset, Sized)  # StepSampler draws indices, so it must be map-style
         sampler = StepSampler(
             len(dataset), self.config.batch_size, self.config.steps, start=self.step, seed=self.seed
         )
@@ -174,8 +176,7 @@ class Phase:
     def _train_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
         """Make one optimizer step; return the metrics to report."""
         self.module.train()
-        # What is random in a step depends on the step alone, so a resumed run needs no random
-        # state.
+        # What is random in a step depends on the step alone: a resumed run needs no random state.
         torch.manual_seed(self._step_seed())
         rate = set_rates(self.optimizer, self.config.optimizer, self.step, self.config.steps)
         with self.accelerator.autocast():
@@ -191,9 +192,8 @@ class Phase:
             self.average.update_parameters(self.objective.trained)
         if not torch.isfinite(metrics["loss"]):
             raise CheckpointError(
-                f"phase {self.config.name}: the loss is {metrics['loss'].item()} "
-                f"at step {self.step}; "
-                f"lower the learning rate ({self.config.optimizer.lr}) and start again"
+                f"phase {self.config.name}: the loss is {metrics['loss'].item()} at step "
+                f"{self.step}; lower the learning rate ({self.config.optimizer.lr}) and start again"
             )
         detached = {name: value.detach() for name, value in metrics.items()}
         return {**detached, "grad_norm": norm, "lr": rate, **extra}
@@ -248,9 +248,7 @@ class Phase:
 
 
 class shipped_weights:
-    """Context in which the trained modules carry the weights to ship; the live ones come back
-    after it.
-    """
+    """Context in which the trained modules carry the weights to ship; the live ones come back."""
 
     def __init__(self, phase: Phase) -> None:
         self.phase = phase

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from nsp.families.var.config import VarConfig
 from nsp.families.var.system import VarSystem
 from nsp.files import write_folder
@@ -55,8 +53,7 @@ def load_checkpoint(folder: Path, config: Mapping[str, Any]) -> VarSystem:
     Raises CheckpointError naming a missing, extra, misshapen or non-finite tensor.
     """
     var_config = VarConfig.from_dict(config)
-    encoder: nn.Module | None = None
-    tokenizer: PromptTokenizer | None = None
+    encoder, tokenizer = None, None
     if var_config.text is not None:
         tokenizer = PromptTokenizer.load(folder / "tokenizer")
         encoder = load_text_encoder(folder / "text_encoder")

@@ -1,5 +1,4 @@
-"""Configuration of the family `var`: multi-scale VQVAE, next-scale transformer, condition, named
-sizes.
+"""Configuration of the family `var`: tokenizer, transformer, condition, and the named sizes.
 
 Source of the numbers: Tian et al. 2024, arXiv:2404.02905, and github.com/FoundationVision/VAR.
 """
@@ -42,13 +41,8 @@ class VaeConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in (
-            "vocab_size",
-            "latent_channels",
-            "base_channels",
-            "num_res_blocks",
-            "patch_size",
-        ):
+        counts = ("vocab_size", "latent_channels", "base_channels", "num_res_blocks", "patch_size")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"vae: {name} must be at least 1, got {getattr(self, name)}")
         if self.base_channels % self.norm_groups:
@@ -95,9 +89,7 @@ class ClassCondition(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TextCondition(Config):
-    """CLIP text: token states by cross-attention in every block, the pooled embedding through
-    AdaLN.
-    """
+    """CLIP text: token states by cross-attention in every block, pooled ones through AdaLN."""
 
     text_width: int
     max_tokens: int
@@ -107,13 +99,11 @@ class TextCondition(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorConfig(Config):
-    """The next-scale transformer. Width C, H heads, no rotary tables: absolute positions and
-    scale levels.
-    """
+    """The next-scale transformer; positions are absolute, with an embedding per scale level."""
 
     depth: int
-    width: int
-    num_heads: int
+    width: int  # C
+    num_heads: int  # H
     mlp_ratio: float = 4.0
     norm_eps: float = 1e-6
     shared_aln: bool = False
@@ -156,12 +146,12 @@ class VarConfig(Config):
 
     @property
     def num_scales(self) -> int:
-        """S."""
+        """S, the number of scale steps."""
         return len(self.patch_nums)
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens of all scales together."""
+        """The number of tokens of all scales together."""
         return sum(side**2 for side in self.patch_nums)
 
     @property
@@ -178,6 +168,13 @@ class VarConfig(Config):
     def text(self) -> TextCondition | None:
         """The text condition, or None for a class-conditional model."""
         return self.condition if isinstance(self.condition, TextCondition) else None
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, which is also the null class's id; ConfigError for text models."""
+        if not isinstance(self.condition, ClassCondition):
+            raise ConfigError("this model is text-conditional and has no classes; give it prompts")
+        return self.condition.num_classes
 
 
 STOCK_VAE = VaeConfig(vocab_size=4096, latent_channels=32, base_channels=160)

@@ -15,8 +15,9 @@ KVLayout: TypeAlias = Literal["delta", "present"]
 
 
 def stages_io(config: VarConfig, kv_layout: KVLayout, dtype: str) -> dict[str, StageIO]:
-    """Return the declaration of every stage, in data-path order; `dtype` is that of keys and
-    values.
+    """Return the declaration of every stage, in data-path order.
+
+    `dtype` is that of keys and values.
     """
     stages = {
         "condition": _condition(config, dtype),
@@ -52,8 +53,9 @@ def _conditioning(config: VarConfig, dtype: str) -> dict[str, Axes]:
 
 
 def _condition(config: VarConfig, dtype: str) -> StageIO:
-    """Class ids, or rows of encoded prompts (row N is a learned null condition) -> all that is
-    computed once.
+    """Class ids, or rows of encoded prompts -> all that is computed once per image.
+
+    Row N is the null condition where that is learned.
     """
     inputs = {"class_ids": Axes("G", "int64")}
     if config.text is not None:
@@ -68,8 +70,9 @@ def _condition(config: VarConfig, dtype: str) -> StageIO:
 
 
 def _step(config: VarConfig, kv_layout: KVLayout, dtype: str) -> StageIO:
-    """Tokens of one scale and the cache -> logits and what the cache grows by (delta) or becomes
-    (present).
+    """Tokens of one scale and the cache -> logits and new keys and values.
+
+    New is what the cache grows by (layout "delta") or what it becomes ("present").
     """
     predictor = config.predictor
     heads, head_width = predictor.num_heads, predictor.head_width
@@ -94,8 +97,7 @@ def _step(config: VarConfig, kv_layout: KVLayout, dtype: str) -> StageIO:
 def _select(config: VarConfig, *, smooth: bool) -> StageIO:
     """Logits and one uniform number per token -> tokens and their code vectors.
 
-    `forced` holds a token to take instead of the sampled one, or -1; `tokens` reports the sampled
-    ones.
+    `forced` holds a token to take instead of the sampled one, or -1; `tokens` are those sampled.
     """
     codes, channels = config.vae.vocab_size, config.vae.latent_channels
     inputs = {
@@ -118,9 +120,7 @@ def _select(config: VarConfig, *, smooth: bool) -> StageIO:
 
 
 def _accumulate(config: VarConfig) -> StageIO:
-    """Code vectors of one scale and the running latent -> the new latent and the next scale's
-    input tokens.
-    """
+    """Code vectors of one scale and the running latent -> new latent, next scale's input tokens."""
     channels, side = config.vae.latent_channels, config.latent_side
     latent = Axes(f"B {channels} {side} {side}")
     return StageIO(

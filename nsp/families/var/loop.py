@@ -24,16 +24,14 @@ class Request:
     sampling: SamplingConfig
     uniforms: NDArray[np.float32]  # (B, L of all scales)
     class_ids: NDArray[np.int64] | None = None  # (B,)
-    token_ids: NDArray[np.int64] | None = (
-        None  # (B, T) prompts, as the model's tokenizer encodes them
-    )
+    token_ids: NDArray[np.int64] | None = None  # (B, T) prompts from the model's own tokenizer
     null_token_ids: NDArray[np.int64] | None = None  # (1, T) the prompt ""
     forced_tokens: NDArray[np.int64] | None = None  # (B, L of all scales); -1: sample
     gumbel: NDArray[np.float32] | None = None  # (B, L of all scales, V), for more_smooth
 
     @property
     def batch(self) -> int:
-        """B."""
+        """B, the number of images."""
         return int(self.uniforms.shape[0])
 
 
@@ -82,13 +80,11 @@ def generate(backend: Backend, config: VarConfig, request: Request) -> Iterator[
 def _condition(
     backend: Backend, config: VarConfig, request: Request, *, guided: bool
 ) -> dict[str, Array]:
-    """Return the outputs of `condition` for the batch, and for the null condition behind it when
-    guided.
-    """
+    """Return the outputs of `condition` for the batch; when guided, null rows come behind it."""
     if config.text is None:
         ids = request.class_ids
         assert ids is not None
-        null = np.full_like(ids, config.condition.num_classes)
+        null = np.full_like(ids, config.num_classes)
         both = np.concatenate([ids, null]) if guided else ids
         return backend.run("condition", {"class_ids": backend.upload(both)})
     prompts, rows = _unique_prompts(config, request, guided=guided)
@@ -130,9 +126,7 @@ def _kv_shape(backend: Backend, config: VarConfig, rows: int) -> KVShape:
 
 
 class _ScalePlan:
-    """Everything the scales need that is known beforehand, uploaded once: positions, random
-    numbers, matrices.
-    """
+    """What the scales need and is known beforehand: positions, random numbers, matrices."""
 
     def __init__(self, backend: Backend, config: VarConfig, request: Request) -> None:
         self.backend, self.config, self.request = backend, config, request
@@ -181,8 +175,9 @@ class _ScalePlan:
         return self.backend.run("select_smooth", feeds)
 
     def resize(self, scale: int) -> dict[str, Array]:
-        """Return the matrices and the phi of one scale; the last has no next grid and gets the
-        first one's.
+        """Return the matrices and the phi of one scale.
+
+        The last scale has no next grid and gets the first one's.
         """
         sides = self.config.patch_nums
         following = sides[(scale + 1) % len(sides)]

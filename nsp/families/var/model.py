@@ -8,8 +8,9 @@ github.com/FoundationVision/VAR, models/var.py and models/basic_var.py.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ class Conditioning:
 class SelfAttention(nn.Module):
     """Multi-head attention with one fused projection; keys have no bias."""
 
+    zero_k_bias: Tensor
+
     def __init__(self, config: VarConfig) -> None:
         super().__init__()
         predictor = config.predictor
@@ -57,7 +60,7 @@ class SelfAttention(nn.Module):
         dtype = self.mat_qkv.weight.dtype
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(dtype)
         qkv = F.linear(x_GLC.to(dtype), self.mat_qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = torch.unflatten(qkv, -1, (3, self.num_heads, -1)).unbind(2)
         if self.l2_norm:
             gain = self.scale_mul_1H11.float().clamp_max(_MAX_LOG_SCALE).exp().squeeze(0)
             q = (l2_normalize(q) * gain.transpose(0, 1)).to(v.dtype)
@@ -67,9 +70,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of image tokens to the prompt's tokens, whose keys and values are computed once
-    per image.
-    """
+    """Attention of image tokens to the prompt's, whose keys and values are made once per image."""
 
     def __init__(self, config: VarConfig, text: TextCondition) -> None:
         super().__init__()
@@ -82,20 +83,21 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, states_GTD: Tensor) -> KeyValue:
         """Return the normalised keys and the values (G, T, H, K) of the prompt."""
-        kv = self.kv(states_GTD.to(self.kv.weight.dtype))
-        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        kv: Tensor = self.kv(states_GTD.to(self.kv.weight.dtype))
+        k, v = torch.unflatten(kv, -1, (2, self.num_heads, -1)).unbind(2)
         return l2_normalize(k).to(v.dtype), v
 
     def forward(self, x_GLC: Tensor, text_k_GTHK: Tensor, text_v_GTHK: Tensor) -> Tensor:
         """Return (G, L, C)."""
         normed = F.layer_norm(x_GLC.float(), x_GLC.shape[-1:], eps=self.norm_eps)
-        q = self.q(normed.to(self.q.weight.dtype)).unflatten(-1, (self.num_heads, -1))
+        q = torch.unflatten(self.q(normed.to(self.q.weight.dtype)), -1, (self.num_heads, -1))
         gain = self.scale_mul_1H11.float().clamp_max(_MAX_LOG_SCALE).exp().squeeze(0)
         q = (l2_normalize(q) * gain.transpose(0, 1)).to(text_k_GTHK.dtype)
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), text_k_GTHK.transpose(1, 2), text_v_GTHK.transpose(1, 2), scale=1.0
         )
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 class FeedForward(nn.Module):
@@ -111,15 +113,35 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (G, L, C)."""
         hidden = self.fc1(x.to(self.fc1.weight.dtype))
-        return self.fc2(F.gelu(hidden, approximate="tanh"))
+        out: Tensor = self.fc2(F.gelu(hidden, approximate="tanh"))
+        return out
+
+
+class AdaLinear(nn.Sequential):
+    """Condition vectors -> `count` AdaLN vectors each, by a linear layer of silu(condition)."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, count * width))
+        self.count = count
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The layer with the weights; the published names count the activation before it."""
+        layer = self[1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def forward(self, cond_GC: Tensor) -> Tensor:
+        """Return (G, count, C) in float32, computed in the dtype of the weights."""
+        out: Tensor = self.linear(F.silu(cond_GC).to(self.linear.weight.dtype))
+        return torch.unflatten(out.float(), -1, (self.count, -1))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the prompt if there is one, feed-forward; AdaLN around the
-    first and last.
+    """Self-attention, cross-attention to the prompt if there is one, feed-forward.
 
-    The residual stream keeps the dtype it arrives in (float32 at inference), whatever the weights'
-    dtype.
+    AdaLN is around the first and the last. The residual stream keeps the dtype it arrives in
+    (float32 at inference), whatever the weights' dtype.
     """
 
     def __init__(self, config: VarConfig, drop_path: float) -> None:
@@ -133,7 +155,7 @@ class Block(nn.Module):
         if predictor.shared_aln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, predictor.width))
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(predictor.width, 6 * predictor.width))
+            self.ada_lin = AdaLinear(predictor.width, 6)
 
     def forward(
         self,
@@ -166,6 +188,14 @@ def modulate(x_GLC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor, eps: float) ->
     return normed * (scale_G1C + 1) + shift_G1C
 
 
+class Blocks(nn.ModuleList):
+    """The blocks in order; a plain nn.ModuleList would forget their type."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[Block]: ...
+
+
 class HeadNorm(nn.Module):
     """The AdaLN before the head, always with a linear layer of its own."""
 
@@ -173,7 +203,7 @@ class HeadNorm(nn.Module):
         super().__init__()
         width = config.predictor.width
         self.norm_eps = config.predictor.norm_eps
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.ada_lin = AdaLinear(width, 2)
 
     def forward(self, x_GLC: Tensor, modulation_G2C: Tensor) -> Tensor:
         """Return the modulated norm (G, L, C)."""
@@ -188,6 +218,9 @@ class NextScaleTransformer(nn.Module):
     training.
     """
 
+    lvl_1L: Tensor
+    attn_bias_for_masking: Tensor
+
     def __init__(self, config: VarConfig) -> None:
         super().__init__()
         self.config = config
@@ -197,20 +230,18 @@ class NextScaleTransformer(nn.Module):
         self.lvl_embed = nn.Embedding(config.num_scales, width)
         self.word_embed = nn.Linear(config.vae.latent_channels, width)
         if config.text is None:
-            self.class_emb = nn.Embedding(config.condition.num_classes + 1, width)
+            self.class_emb = nn.Embedding(config.num_classes + 1, width)
         else:
             self._add_text(config.text)
         if predictor.shared_aln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.shared_ada_lin = AdaLinear(width, 6)
         last = max(predictor.depth - 1, 1)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(config, predictor.drop_path_rate * i / last) for i in range(predictor.depth)
         )
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.vae.vocab_size)
-        levels = torch.cat(
-            [torch.full((side**2,), s) for s, side in enumerate(config.patch_nums)]
-        )
+        levels = torch.cat([torch.full((side**2,), s) for s, side in enumerate(config.patch_nums)])
         self.register_buffer("lvl_1L", levels[None])
         mask = torch.where(levels[:, None] >= levels[None, :], 0.0, -torch.inf)
         self.register_buffer("attn_bias_for_masking", mask[None, None])
@@ -224,7 +255,8 @@ class NextScaleTransformer(nn.Module):
 
     def positions(self) -> Tensor:
         """Return the position plus level embedding (L, C) of every token of the schedule."""
-        return (self.pos_1LC + self.lvl_embed(self.lvl_1L)).squeeze(0)
+        level_1LC: Tensor = self.lvl_embed(self.lvl_1L)
+        return (self.pos_1LC + level_1LC).squeeze(0)
 
     def condition_on_class(self, class_ids_G: Tensor) -> Conditioning:
         """Return the conditioning of class ids (G,); `num_classes` is the null class."""
@@ -252,23 +284,13 @@ class NextScaleTransformer(nn.Module):
     ) -> Conditioning:
         """Return start tokens and AdaLN modulations of the condition vectors (G, C)."""
         if self.config.predictor.shared_aln:
-            linear = self.shared_ada_lin[1]
-            shared = self._linear_of_silu(linear, cond_GC).unflatten(-1, (1, 6, -1))
-            modulations = [(shared + block.ada_gss).squeeze(1) for block in self.blocks]
+            shared_G6C: Tensor = self.shared_ada_lin(cond_GC)
+            modulations = [shared_G6C + block.ada_gss.squeeze(1) for block in self.blocks]
         else:
-            modulations = [
-                self._linear_of_silu(block.ada_lin[1], cond_GC).unflatten(-1, (6, -1))
-                for block in self.blocks
-            ]
-        head = self._linear_of_silu(self.head_nm.ada_lin[1], cond_GC).unflatten(-1, (2, -1))
+            modulations = [block.ada_lin(cond_GC) for block in self.blocks]
+        head_G2C = self.head_nm.ada_lin(cond_GC)
         start = cond_GC.float()[:, None] + self.pos_start
-        return Conditioning(start, torch.stack(modulations), head, text_k, text_v)
-
-    @staticmethod
-    def _linear_of_silu(linear: nn.Module, cond_GC: Tensor) -> Tensor:
-        """Return linear(silu(cond)) in float32, computed in the dtype of the weights."""
-        out: Tensor = linear(F.silu(cond_GC).to(linear.weight.dtype))
-        return out.float()
+        return Conditioning(start, torch.stack(modulations), head_G2C, text_k, text_v)
 
     def step(
         self,
@@ -278,8 +300,9 @@ class NextScaleTransformer(nn.Module):
         past: Sequence[KeyValue | Tensor | None],
         attend: Attend,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Return logits (G, L, V) float32 for tokens at `positions_L`, and each block's keys and
-        values.
+        """Return float32 logits (G, L, V) of the tokens at `positions_L`, and the keys and values.
+
+        These are what `attend` hands back, block by block.
         """
         x = x_GLC + self.positions()[positions_L]
         caches = []
@@ -293,10 +316,10 @@ class NextScaleTransformer(nn.Module):
         return self.head(normed.to(self.head.weight.dtype)).float(), caches
 
     def forward(self, conditioning: Conditioning, teacher_BLZ: Tensor) -> Tensor:
-        """Return the logits (B, L, V) of all scales from the tokenizer's `teacher_input`,
-        block-causally masked.
+        """Return the logits (B, L, V) of all scales, block-causally masked.
 
-        `teacher_BLZ` may stop after any scale: progressive training sees a prefix of the schedule.
+        `teacher_BLZ` is the tokenizer's `teacher_input`. It may stop after any scale: progressive
+        training sees a prefix of the schedule.
         """
         x = torch.cat([conditioning.x_GLC, self.word_embed(teacher_BLZ)], 1)
         length = x.shape[1]
@@ -332,7 +355,7 @@ def initialize(
             if hasattr(model, name):
                 nn.init.normal_(getattr(model, name))
         model.head.weight.mul_(head)
-        model.head_nm.ada_lin[1].weight.mul_(adaln)
+        model.head_nm.ada_lin.linear.weight.mul_(adaln)
         for block in model.blocks:
             for projection in _residual_projections(block):
                 projection.weight.div_(math.sqrt(2 * depth))
@@ -340,7 +363,7 @@ def initialize(
                 block.ada_gss.normal_().div_(math.sqrt(width))
                 _initialize_adaln(block.ada_gss.view(6, width), adaln, adaln_gamma)
             else:
-                ada = block.ada_lin[1].weight.view(6, width, width)
+                ada = block.ada_lin.linear.weight.view(6, width, width)
                 _initialize_adaln(ada, adaln, adaln_gamma)
 
 

@@ -41,12 +41,13 @@ class TokenizerSettings(Config):
 class TokenizerObjective(Objective):
     """Trains the VQVAE to reproduce pictures through its token maps."""
 
+    trained: VQVAE
+
     def __init__(self, system: VarSystem, data: ImageDataset, settings: TokenizerSettings) -> None:
         super().__init__()
         self.trained = system.vae
         self.settings, self._data = settings, data
         self._candidates: Tensor | None = None  # latents of the last batch, (N, Z)
-        self._hits: Tensor | None = None
 
     def dataset(self) -> Dataset[Mapping[str, Any]]:
         """Return the pictures."""
@@ -75,9 +76,7 @@ class TokenizerObjective(Objective):
         }
 
     def _count(self, tokens: Sequence[Tensor]) -> None:
-        """Update the moving usage per scale and code, as the published code does
-        (models/quant.py).
-        """
+        """Update the moving usage per scale and code, as the published models/quant.py does."""
         table = self.trained.quantize.ema_vocab_hit_SV
         for scale, index in enumerate(tokens):
             hits = index.flatten().bincount(minlength=table.shape[1]).float()
@@ -136,29 +135,26 @@ class PredictorSettings(Config):
 
 
 class PredictorObjective(Objective):
-    """Trains the transformer (and the text encoder, if there is one) on the frozen tokenizer's
-    tokens.
+    """Trains the transformer, and the text encoder if there is one, on the tokenizer's tokens.
+
+    The tokenizer is frozen.
     """
 
     def __init__(self, system: VarSystem, data: ImageDataset, settings: PredictorSettings) -> None:
         super().__init__()
         self.settings, self._data = settings, data
         self.system = system.requires_grad_(False)
-        parts = {"predictor": system.predictor}
+        parts: dict[str, nn.Module] = {"predictor": system.predictor}
         if system.text_encoder is not None:
             parts["text_encoder"] = system.text_encoder
         self.trained = nn.ModuleDict(parts).requires_grad_(True)
 
     def dataset(self) -> Dataset[Mapping[str, Any]]:
-        """Return tokens and conditions: computed once where a picture always gives the same
-        tokens.
-        """
+        """Return conditions with tokens, or with pictures where tokens change every epoch."""
         return TokenDataset(self.system, self._data)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return cross-entropy (nats per token) and accuracy (%), over all tokens and the last
-        scale's.
-        """
+        """Return the metrics of `predictor_loss`."""
         system = self.system
         condition_B = batch["condition"]
         rate = system.config.predictor.cond_drop_rate if self.training else 0.0
@@ -208,18 +204,18 @@ def predictor_loss(
     num_scales: int | None = None,
     newest_weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Return cross-entropy in nats and accuracy in percent: `loss`, and detached means over all and
-    last-scale tokens.
+    """Return `loss`, and detached cross-entropy (nats per token) and accuracy (%).
 
-    The loss is the batch mean of the sum over tokens of CE / L, L being the tokens of the whole
-    schedule. Progressive training predicts the first `num_scales` scales only; the newest one's
-    tokens then weigh `newest_weight` / L, and weights are not renormalised.
+    Of these two there are means over all tokens and over the last scale's. The loss is the batch
+    mean of the sum over tokens of CE / L, L being the tokens of the whole schedule. Progressive
+    training predicts the first `num_scales` scales only; the newest one's tokens then weigh
+    `newest_weight` / L, and weights are not renormalised.
     """
     sides = quantize.patch_nums
     used = len(sides) if num_scales is None else num_scales
     lengths = [side**2 for side in sides[:used]]
     targets_BL = tokens_BL[:, : sum(lengths)]
-    maps = targets_BL.split(lengths, 1)
+    maps = torch.split(targets_BL, lengths, 1)
     logits_BLV = predictor(conditioning, quantize.teacher_input(maps[: used - 1])).float()
     per_token_BL = F.cross_entropy(
         logits_BLV.transpose(1, 2), targets_BL, label_smoothing=label_smoothing, reduction="none"
@@ -240,8 +236,9 @@ def predictor_loss(
 
 
 class TokenDataset(Dataset[Mapping[str, Any]]):
-    """Conditions with the tokens of their pictures, or the pictures where tokens differ from
-    epoch to epoch.
+    """Conditions with tokens, or with pictures where crops and flips change the tokens.
+
+    Tokens that a picture always gives are computed here, once.
     """
 
     def __init__(self, system: VarSystem, data: ImageDataset, batch_size: int = 64) -> None:
@@ -255,13 +252,13 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
             self._conditions = torch.tensor(classes)
         else:
             captions = [sample.caption for sample in data.source.samples]
-            self._conditions = torch.from_numpy(system.prompt_tokenizer.encode(captions))
+            self._conditions = system.encode_prompts(captions)
         self._tokens = None
         if not (data.crop or data.flip):
             self._tokens = self._tokenize(system.vae, batch_size)
 
     def _tokenize(self, vae: VQVAE, batch_size: int) -> Tensor:
-        """Return the tokens (N, L) of all pictures, int16 where codes allow."""
+        """Return the tokens (N, L) int64 of all pictures."""
         device = next(vae.parameters()).device
         rows = []
         for start in range(0, len(self._data), batch_size):

@@ -119,8 +119,8 @@ def infer_config(
         width, depth = var_fields["width"], var_fields["depth"]
         if width != 64 * depth:
             raise ConfigError(
-                'the number of heads does not follow from these weights; give {"var": {"num_heads": H}} '
-                "with --config"
+                "the number of heads does not follow from these weights; give "
+                '{"var": {"num_heads": H}} with --config'
             )
         var_fields["num_heads"] = depth
     patch_nums = var.get("patch_nums") or _schedule(var_state)

@@ -7,8 +7,10 @@ Source: arXiv:2404.02905 algorithms 1 and 2; github.com/FoundationVision/VAR, mo
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nsp.families.var.config import VaeConfig
@@ -17,6 +19,8 @@ from nsp.layers.resample import area_matrix, bicubic_matrix
 
 class Phi(nn.Conv2d):
     """phi(x) = (1 - q) x + q conv3x3(x), the learned smoothing after bicubic upsampling."""
+
+    bias: Tensor  # nn.Conv2d leaves open whether there is one
 
     def __init__(self, channels: int, strength: float) -> None:
         super().__init__(channels, channels, 3, padding=1)
@@ -50,6 +54,8 @@ class QuantizerOutput:
 
 class MultiScaleQuantizer(nn.Module):
     """Codebook and phi convolutions; turns a latent into token maps and back."""
+
+    ema_vocab_hit_SV: Tensor
 
     def __init__(self, config: VaeConfig, patch_nums: Sequence[int]) -> None:
         super().__init__()
@@ -94,8 +100,10 @@ class MultiScaleQuantizer(nn.Module):
     def upsample(self, codes_BLC: Tensor, scale: int) -> Tensor:
         """Return phi(bicubic(codes)) (B,C,h,h): what one scale adds to the latent."""
         side = self.patch_nums[scale]
-        codes = codes_BLC.transpose(1, 2).unflatten(2, (side, side))
-        return self.phi(scale)(self._resize(codes, bicubic_matrix(side, self.patch_nums[-1])))
+        codes_BCpp = torch.unflatten(codes_BLC.transpose(1, 2), 2, (side, side))
+        resized = self._resize(codes_BCpp, bicubic_matrix(side, self.patch_nums[-1]))
+        smoothed: Tensor = self.phi(scale)(resized)
+        return smoothed
 
     def downsample(self, latent_BChw: Tensor, scale: int) -> Tensor:
         """Return the latent averaged to the grid of `scale`, row-major: (B, L, C)."""
@@ -103,7 +111,7 @@ class MultiScaleQuantizer(nn.Module):
         return self._resize(latent_BChw, matrix).flatten(2).transpose(1, 2)
 
     @staticmethod
-    def _resize(x_BChw: Tensor, matrix: object) -> Tensor:
+    def _resize(x_BChw: Tensor, matrix: NDArray[np.float32]) -> Tensor:
         M = torch.tensor(matrix, dtype=x_BChw.dtype, device=x_BChw.device)
         return M @ x_BChw @ M.T
 
@@ -138,11 +146,10 @@ class MultiScaleQuantizer(nn.Module):
         return QuantizerOutput(f + (latents[-1] - f).detach(), loss, tokens)
 
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Return the transformer's input for the scales after the first, (B, L, C), from the tokens
-        (B, L_s) of known scales.
+        """Return the transformer's input (B, L, C) for the scales after the first.
 
-        `tokens` are those of scales 0 .. s-1 for an input of scales 1 .. s; at most all but the
-        last.
+        `tokens` (B, L_s) are those of scales 0 .. s-1 for an input of scales 1 .. s: at most all
+        but the last.
         """
         latent: Tensor | int = 0
         maps = []

@@ -14,9 +14,7 @@ _NUM_SAMPLES = 24
 def sample_grid(
     system: VarSystem, data: ImageDataset, seed: int, guidance_scale: float
 ) -> tuple[NDArray[np.uint8], list[str]]:
-    """Return greedy samples (N, H, W, 3) for conditions picked from the data set by `seed`, and
-    their captions.
-    """
+    """Return greedy samples (N, H, W, 3) and their captions; `seed` picks these from the data."""
     rng = np.random.default_rng(seed)
     picks = rng.choice(len(data), size=min(_NUM_SAMPLES, len(data)), replace=False)
     samples = [data.source.samples[int(i)] for i in picks]

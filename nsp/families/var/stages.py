@@ -1,7 +1,6 @@
-"""The stages of the family `var` as torch modules: what is exported, and what the `torch` backend
-runs.
+"""The stages of the family `var` as torch modules: what is exported and what backend `torch` runs.
 
-Each takes the tensors its StageIO declares, in order, and returns a tuple in order. Axes as in
+Each takes the tensors its StageIO declares, in order, and returns a tuple in order; axes as in
 io.py.
 """
 
@@ -118,8 +117,7 @@ class SelectStage(nn.Module):
 
 
 class SelectSmoothStage(nn.Module):
-    """As SelectStage, but codes are mixed by a Gumbel softmax that sharpens over the scales
-    (`more_smooth`).
+    """As SelectStage, with codes mixed by a Gumbel softmax that sharpens over the scales.
 
     Source: github.com/FoundationVision/VAR, models/var.py, autoregressive_infer_cfg. Not for
     measuring FID.
@@ -153,13 +151,15 @@ class SelectSmoothStage(nn.Module):
 
 
 class AccumulateStage(nn.Module):
-    """f_hat += phi(bicubic(codes)); the next scale's input is the area-averaged f_hat. All in
-    float32.
+    """f_hat += phi(bicubic(codes)); the next scale's input is the area-averaged f_hat.
 
     One graph serves every scale: the resizing matrices are inputs, and all phis are applied as one
     convolution of which one slice is taken (a few MFLOP), so that the weights stay constants of the
-    graph.
+    graph. All in float32.
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, system: VarSystem) -> None:
         super().__init__()
@@ -186,9 +186,10 @@ class AccumulateStage(nn.Module):
         """Return new_latent, x."""
         added = up_rows @ codes_BpqZ.permute(0, 3, 1, 2) @ up_cols.transpose(0, 1)
         if self.num_phis:
-            smoothed = F.conv2d(added, self.weight, self.bias, padding=1)
-            smoothed = smoothed.unflatten(1, (self.num_phis, -1)).index_select(1, phi.reshape(1))
-            added = (1 - self.strength) * added + self.strength * smoothed.squeeze(1)
+            by_phi = F.conv2d(added, self.weight, self.bias, padding=1)
+            by_phi = torch.unflatten(by_phi, 1, (self.num_phis, -1))
+            smoothed = by_phi.index_select(1, phi.reshape(1)).squeeze(1)
+            added = (1 - self.strength) * added + self.strength * smoothed
         latent = latent_BZhw + added
         next_map = down_rows @ latent @ down_cols.transpose(0, 1)
         tokens = self.word_embed(next_map.flatten(2).transpose(1, 2))
@@ -200,12 +201,10 @@ class DecoderStage(nn.Module):
 
     def __init__(self, system: VarSystem) -> None:
         super().__init__()
-        self.vae = nn.ModuleDict(
-            {"post_quant_conv": system.vae.post_quant_conv, "decoder": system.vae.decoder}
-        )
+        self.post_quant_conv, self.decoder = system.vae.post_quant_conv, system.vae.decoder
 
     def forward(self, latent_BZhw: Tensor) -> tuple[Tensor]:
         """Return the image (B, 3, H, W) in [0, 1]."""
-        latent = latent_BZhw.to(self.vae["post_quant_conv"].weight.dtype)
-        image = self.vae["decoder"](self.vae["post_quant_conv"](latent))
+        latent = latent_BZhw.to(self.post_quant_conv.weight.dtype)
+        image: Tensor = self.decoder(self.post_quant_conv(latent))
         return ((image.float().clamp(-1, 1) + 1) * 0.5,)

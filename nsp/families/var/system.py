@@ -1,5 +1,8 @@
 """All trainable parts of one `var` model together, as checkpoints hold them."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,9 @@ from nsp.families.var.vqvae import VQVAE
 from nsp.text.encoder import TextEncoderStage
 from nsp.text.tokenizer import PromptTokenizer
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
 
 class VarSystem(nn.Module):
     """Tokenizer, transformer and, for text, the CLIP encoder with its prompt tokenizer."""
@@ -18,7 +24,7 @@ class VarSystem(nn.Module):
         self,
         config: VarConfig,
         *,
-        text_encoder: nn.Module | None = None,
+        text_encoder: "CLIPTextModel | None" = None,
         prompt_tokenizer: PromptTokenizer | None = None,
     ) -> None:
         super().__init__()
@@ -46,17 +52,22 @@ class VarSystem(nn.Module):
                 f"text_width={text.text_width}, max_tokens={text.max_tokens}"
             )
 
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Return prompt token ids (B, T); raise ConfigError for a class-conditional model."""
+        if self.prompt_tokenizer is None:
+            raise ConfigError("this model is class-conditional: it takes class ids, not prompts")
+        return torch.from_numpy(self.prompt_tokenizer.encode(prompts))
+
     def condition(self, condition_B: Tensor, dropped_B: Tensor) -> Conditioning:
         """Return the training conditioning of class ids (B,) or prompt token ids (B, T).
 
         Rows where `dropped_B` (bool) holds get the null condition instead.
         """
         if self.config.text is None:
-            null = torch.full_like(condition_B, self.config.condition.num_classes)
+            null = torch.full_like(condition_B, self.config.num_classes)
             return self.predictor.condition_on_class(torch.where(dropped_B, null, condition_B))
         if self.config.text.null == "empty_prompt":
-            empty = torch.from_numpy(self.prompt_tokenizer.encode([""])).to(condition_B)
-            condition_B = torch.cat([condition_B, empty])
+            condition_B = torch.cat([condition_B, self.encode_prompts([""]).to(condition_B)])
         states, pooled = TextEncoderStage(self.text_encoder)(condition_B)
         rows = torch.arange(len(dropped_B), device=dropped_B.device)
         null_row = torch.full_like(rows, len(dropped_B))

@@ -1,10 +1,11 @@
 """What the trainer asks of the family `var`: a new model, and the objective of each phase."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from nsp.config import Config
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
@@ -21,7 +22,7 @@ from nsp.text.encoder import build_text_encoder
 from nsp.text.tokenizer import train_tokenizer
 from nsp.training.objective import Objective
 
-PHASES: Mapping[str, tuple[type, type]] = {
+PHASES: Mapping[str, tuple[Callable[..., Objective], type[Config]]] = {
     "tokenizer": (TokenizerObjective, TokenizerSettings),
     "predictor": (PredictorObjective, PredictorSettings),
 }
@@ -30,11 +31,11 @@ PHASES: Mapping[str, tuple[type, type]] = {
 def new_system(
     config: Mapping[str, Any], text_encoder: Mapping[str, Any], source: ImageSource
 ) -> VarSystem:
-    """Return a freshly initialised model; draws from torch's global generator, which the caller
-    seeds.
+    """Return a freshly initialised model.
 
-    A text-conditional model gets a prompt tokenizer trained on the captions of `source` and a new
-    CLIP encoder; `text_encoder` holds `vocab_size`, `depth` and `num_heads` of both.
+    A text-conditional one gets a prompt tokenizer trained on the captions of `source` and a new
+    CLIP encoder; `text_encoder` holds `vocab_size`, `depth` and `num_heads` of both. Weights are
+    drawn from torch's global generator, which the caller seeds.
     """
     var_config = VarConfig.from_dict(config)
     encoder, tokenizer = None, None
@@ -61,5 +62,4 @@ def objective(
     if phase not in PHASES:
         raise ConfigError(f"unknown phase {phase!r} of family var; known: {', '.join(PHASES)}")
     make, record = PHASES[phase]
-    result: Objective = make(system, data, record.from_dict(settings))
-    return result
+    return make(system, data, record.from_dict(settings))

@@ -23,7 +23,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised tensor in the dtype of `x`."""
-        return super().forward(x.float()).to(x.dtype)
+        normed: Tensor = super().forward(x.float())
+        return normed.to(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -43,7 +44,8 @@ class ResBlock(nn.Module):
         """Return (B, channels_out, h, w)."""
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
-        return self.nin_shortcut(x) + hidden
+        out: Tensor = self.nin_shortcut(x) + hidden
+        return out
 
 
 class AttnBlock(nn.Module):
@@ -63,7 +65,8 @@ class AttnBlock(nn.Module):
         scores = (q * C**-0.5).transpose(1, 2) @ k
         weights = scores.float().softmax(-1).to(x.dtype)
         mixed = (v @ weights.transpose(1, 2)).reshape(B, C, h, w)
-        return x + self.proj_out(mixed)
+        out: Tensor = x + self.proj_out(mixed)
+        return out
 
 
 class Downsample(nn.Module):
@@ -75,7 +78,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, channels, h/2, w/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
@@ -87,7 +91,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, channels, 2h, 2w)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
 
 
 class Level(nn.Module):
@@ -108,6 +113,34 @@ class Level(nn.Module):
             if len(self.attn):
                 x = self.attn[index](x)
         return x
+
+
+class DownLevel(Level):
+    """A level of the encoder, which halves the grid at its end; the lowest one does not."""
+
+    def __init__(self, config: VaeConfig, channels_in: int, channels: int, *, lowest: bool) -> None:
+        super().__init__(config, channels_in, channels, config.num_res_blocks, lowest=lowest)
+        self.downsample = nn.Identity() if lowest else Downsample(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, channels, h/2, w/2)."""
+        out: Tensor = self.downsample(super().forward(x))
+        return out
+
+
+class UpLevel(Level):
+    """A level of the decoder, which doubles the grid at its end; the finest one does not."""
+
+    def __init__(
+        self, config: VaeConfig, channels_in: int, channels: int, *, lowest: bool, finest: bool
+    ) -> None:
+        super().__init__(config, channels_in, channels, config.num_res_blocks + 1, lowest=lowest)
+        self.upsample = nn.Identity() if finest else Upsample(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, channels, 2h, 2w)."""
+        out: Tensor = self.upsample(super().forward(x))
+        return out
 
 
 def _mid(config: VaeConfig, channels: int) -> nn.Sequential:
@@ -131,10 +164,7 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             lowest = i == len(widths) - 1
             width_in = widths[i - 1] if i else config.base_channels
-            level = Level(config, width_in, width, config.num_res_blocks, lowest=lowest)
-            if not lowest:
-                level.downsample = Downsample(width)
-            self.down.append(level)
+            self.down.append(DownLevel(config, width_in, width, lowest=lowest))
         self.mid = _mid(config, widths[-1])
         self.norm_out = GroupNorm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
@@ -144,9 +174,8 @@ class Encoder(nn.Module):
         x = self.conv_in(F.pixel_unshuffle(image, self.patch_size))
         for level in self.down:
             x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        features: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return features
 
 
 class Decoder(nn.Module):
@@ -162,10 +191,7 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):
             lowest = i == len(widths) - 1
             width_in = width if lowest else widths[i + 1]
-            level = Level(config, width_in, width, config.num_res_blocks + 1, lowest=lowest)
-            if i:
-                level.upsample = Upsample(width)
-            self.up.append(level)
+            self.up.append(UpLevel(config, width_in, width, lowest=lowest, finest=i == 0))
         self.norm_out = GroupNorm(config, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
         self.patch_size = config.patch_size
@@ -175,8 +201,6 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
             x = level(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
 
 
@@ -198,11 +222,13 @@ class VQVAE(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """Return the latent f (B,C,h,w) of `image` (B,3,H,W) in [-1,1], before quantization."""
-        return self.quant_conv(self.encoder(image))
+        latent: Tensor = self.quant_conv(self.encoder(image))
+        return latent
 
     def decode(self, latent: Tensor) -> Tensor:
         """Return the image (B,3,H,W) of `latent`, not clamped."""
-        return self.decoder(self.post_quant_conv(latent))
+        image: Tensor = self.decoder(self.post_quant_conv(latent))
+        return image
 
     @torch.no_grad()
     def tokenize(self, image: Tensor) -> list[Tensor]:
