@@ -1,7 +1,9 @@
 """Next-scale image generators from training to deployment.
 
-pipe = nsp.load_pipeline("engines/")
-images = pipe.generate(prompts=["red apple"], seed=0).images
+Engines in, pictures out:
+
+    pipe = nsp.load_pipeline("engines/")
+    images = pipe.generate(prompts=["red apple"], seed=0).images
 """
 
 from nsp.runtime.pipeline import Pipeline, load_pipeline

@@ -12,9 +12,7 @@ from nsp.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of all configuration records: `to_dict` and `from_dict` are inverses, an unknown key
-    is an error.
-    """
+    """Base of all configuration records: `to_dict` and `from_dict` are inverses."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain dictionaries, lists, numbers and strings (JSON-ready)."""
@@ -22,8 +20,9 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the record described by `values`; raise ConfigError on unknown, missing or
-        mistyped keys.
+        """Return the record described by `values`.
+
+        Raises ConfigError naming a key that is unknown, missing or mistyped.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.__name__}: expected a JSON object, got {values!r}")
@@ -81,8 +80,9 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
 
 
 def _parse_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Return `value` as the first option that takes it; records are told apart by their Literal
-    fields.
+    """Return `value` as the first option that takes it.
+
+    Records are told apart by their Literal fields.
     """
     if value is None and types.NoneType in options:
         return None

@@ -1,16 +1,16 @@
 """Every error nsp raises on purpose.
 
 NspError
-├── ConfigError         a configuration value, option or combination of them that is not allowed
+├── ConfigError         a configuration value or option that is not allowed
 ├── DataError           a picture, caption or data set that cannot be used
 ├── CheckpointError     a checkpoint folder or state dict that is missing, corrupt or does not fit
 ├── FeedError           a tensor handed to a stage with the wrong name, shape or dtype
 │   └── ProfileError    a size outside what an engine was built for
-├── EngineError         an engine folder that is missing, truncated, tampered with or for another
-device ├── BackendError        a runtime that is not installed, cannot run here, or failed ├──
-ExportError         an export step that failed │   └── ParityError     an exported stage that does
-not compute what the PyTorch model computes └── MissingExtraError   an optional package that is not
-installed
+├── EngineError         an engine folder that is missing, damaged or for another device
+├── BackendError        a runtime that is not installed, cannot run here, or failed
+├── ExportError         an export step that failed
+│   └── ParityError     an exported stage that does not compute what the PyTorch model computes
+└── MissingExtraError   an optional package that is not installed
 
 One line each: what was given, what is allowed, what to do next. `cli.py` prints that line and exits
 with 1 (`ConfigError` from an option: 2); everything else is a bug and keeps its traceback.

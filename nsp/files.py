@@ -10,8 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that takes its name when the block ends without an
-    error.
+    """Yield an empty folder that becomes `folder` when the block ends without an error.
 
     After an error nothing is left of it and `folder` is as it was.
     """
@@ -35,9 +34,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its name when the block ends without an
-    error.
-    """
+    """Yield a path whose file becomes `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -10,17 +10,13 @@ from tests.models import new_tiny_checkpoint
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text-conditional checkpoint folder: tiny size, 16 px, random weights that matter
-    everywhere.
-    """
+    """A text-conditional checkpoint folder: tiny, 16 px, random weights that matter everywhere."""
     return new_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 @pytest.fixture(scope="session")
 def tiny_class_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-conditional checkpoint folder: the public implementation's fixture model,
-    converted.
-    """
+    """A class-conditional checkpoint folder: the public implementation's model, converted."""
     import json
 
     from nsp.families.var.published import convert

@@ -41,10 +41,10 @@ def attend_delta(
 def attend_present(
     q_GLHK: Tensor, k_GLHK: Tensor, v_GLHK: Tensor, past: KeyValue, *, scale: float
 ) -> tuple[Tensor, KeyValue]:
-    """Return attention (G,L,H,K), and *all* keys and values (G,H,P+L,K), joined inside one ONNX
-    Attention operator.
+    """Return attention (G,L,H,K), and *all* keys and values (G,H,P+L,K).
 
-    Opset 23; fastest on the CPU of ONNX Runtime, refused by TensorRT's parsers.
+    One ONNX Attention operator (opset 23) joins past and new: fastest on the CPU of ONNX Runtime,
+    refused by TensorRT's parsers.
     """
     mixed, present_k, present_v, _ = torch.onnx.ops.attention(
         q_GLHK.transpose(1, 2),
@@ -60,8 +60,9 @@ def attend_present(
 def attend_masked(
     q_GLHK: Tensor, k_GLHK: Tensor, v_GLHK: Tensor, past: Tensor | None, *, scale: float
 ) -> tuple[Tensor, KeyValue]:
-    """Return attention (G,L,H,K) under an additive mask (L,L), given in place of a cache:
-    training.
+    """Return attention (G,L,H,K) under an additive mask (L,L), and the keys and values: training.
+
+    The mask is given in place of a cache.
     """
     mixed = F.scaled_dot_product_attention(
         q_GLHK.transpose(1, 2),

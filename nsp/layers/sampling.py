@@ -8,19 +8,18 @@ from torch import Tensor
 
 
 def apply_guidance(logits_GLV: Tensor, batch: int, guidance: Tensor) -> Tensor:
-    """Return guided logits (B, L, V): null + guidance (conditional - null); 1.0 is the conditional
-    output.
+    """Return guided logits (B, L, V): null + guidance (conditional - null).
 
-    The first `batch` rows are conditional, the last `batch` null; without null rows (G = B) both
-    are the same. Source: Ho & Salimans 2022, arXiv:2207.12598, with guidance = 1 + w.
+    Guidance 1.0 is the conditional output. The first `batch` rows are conditional, the last `batch`
+    null; without null rows (G = B) both are the same. Source: Ho & Salimans 2022, arXiv:2207.12598,
+    with guidance = 1 + w.
     """
     conditional, null = logits_GLV[:batch], logits_GLV[logits_GLV.shape[0] - batch :]
     return null + guidance * (conditional - null)
 
 
 def filter_logits(logits_BLV: Tensor, num_ranks: int, top_p: Tensor) -> Tensor:
-    """Return the logits with -inf where top-k, then top-p drops an entry; ties at a boundary are
-    kept.
+    """Return the logits with -inf where top-k, then top-p drops an entry; boundary ties are kept.
 
     top-k keeps what is at least the `num_ranks`-th largest. top-p < 1 keeps an entry while the mass
     strictly above it, of what top-k left, is below `top_p`; the largest always stays. `top_p` = 1
@@ -39,8 +38,9 @@ def filter_logits(logits_BLV: Tensor, num_ranks: int, top_p: Tensor) -> Tensor:
 
 
 def sample_by_inverse_cdf(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:
-    """Return tokens (B, L): the first code whose cumulative probability exceeds the uniform
-    number in [0, 1).
+    """Return tokens (B, L): the first code whose cumulative probability exceeds the uniform number.
+
+    Uniform numbers are in [0, 1).
     """
     cumulative = logits_BLV.softmax(-1).cumsum(-1)
     # The total is 1 only up to rounding; scaling the draw by it makes every draw land inside.

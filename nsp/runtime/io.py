@@ -48,9 +48,7 @@ class Axes:
 
 @cache
 def _parse_axis(word: str) -> ast.expr:
-    """Return the expression of one axis; raise ConfigError when it is not made of names,
-    integers, + and *.
-    """
+    """Return the expression of one axis: names, integers, + and *, or ConfigError."""
     try:
         expression = ast.parse(word, mode="eval").body
         _evaluate(expression, _AnySize())
@@ -129,9 +127,7 @@ class StageIO:
         return sizes
 
     def profile(self, sizes: Sequence[Sizes]) -> dict[str, tuple[Shape, Shape, Shape]]:
-        """Return (min, opt, max) shapes of every input over several sizes; the last one given is
-        the optimum.
-        """
+        """Return (min, opt, max) shapes of every input over several sizes, the last being opt."""
         shapes = [self.input_shapes(each) for each in sizes]
         return {
             name: (
@@ -169,8 +165,9 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def sample_arrays(io: StageIO, sizes: Sizes, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Return arrays of the declared shapes: normal floats, zero integers. For shape checks,
-    never for parity.
+    """Return arrays of the declared shapes: normal floats, zero integers.
+
+    For shape checks, never for parity.
     """
     rng = np.random.default_rng(seed)
     result: dict[str, NDArray[Any]] = {}

@@ -66,9 +66,7 @@ Allocate = Callable[[Shape, str], Array]
 
 
 class DeltaArena(KVArena):
-    """Token-major (S, G, H, K) buffers: the past is the head of each, what is new lands right
-    behind it.
-    """
+    """Token-major (S, G, H, K) buffers: the past is the head of each, the new lands behind it."""
 
     def __init__(self, shape: KVShape, allocate: Allocate) -> None:
         super().__init__(shape)
@@ -87,8 +85,9 @@ class DeltaArena(KVArena):
 
 
 class PresentArena(KVArena):
-    """Two flat buffers per tensor, (G, H, P, K) packed: the operator reads one and writes past
-    and new into the other.
+    """Two flat buffers per tensor, each a packed (G, H, P, K).
+
+    The operator reads the past from one and writes past and new into the other.
     """
 
     def __init__(self, shape: KVShape, allocate: Allocate) -> None:

@@ -1,6 +1,4 @@
-"""The pipeline: prompts or class ids in, images out, from an engine folder or a checkpoint
-folder.
-"""
+"""The pipeline: prompts or class ids in, images out, from engines or from a checkpoint."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,8 +141,9 @@ class Pipeline:
         gumbel: NDArray[np.float32] | None = None,
         **sampling: Any,
     ) -> Iterator[StreamStep]:
-        """Yield a StreamStep after every scale; arguments as for `generate`, checked before the
-        first step.
+        """Return an iterator that makes one scale step at a time and gives its StreamStep.
+
+        Arguments are those of `generate`, checked before the first step.
         """
         settings = SamplingConfig.from_dict({**self.sampling.to_dict(), **sampling})
         conditions = self._conditions(prompts, class_ids)
@@ -185,8 +184,9 @@ class Pipeline:
     def _conditions(
         self, prompts: Sequence[str] | None, class_ids: Sequence[int] | None
     ) -> dict[str, NDArray[np.int64]]:
-        """Return the request's condition arrays; raise ConfigError for what this model does not
-        take.
+        """Return the request's condition arrays.
+
+        Raises ConfigError for what this model does not take.
         """
         if self.tokenizer is not None:
             if class_ids is not None or prompts is None or len(prompts) == 0:
@@ -203,7 +203,7 @@ class Pipeline:
         ids = np.asarray(class_ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ConfigError(f"class_ids is a list of integers, not {class_ids!r}")
-        count = self.config.condition.num_classes
+        count = self.config.num_classes
         if bad := [int(i) for i in ids if not 0 <= i <= count]:
             raise ConfigError(
                 f"class id {bad[0]} is outside 0..{count - 1} ({count} is the null class)"

@@ -1,6 +1,4 @@
-"""What a training run is made of: data, phases, optimizer settings. Stored with every
-checkpoint.
-"""
+"""What a training run is made of: data, phases, optimizer; stored with every checkpoint."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

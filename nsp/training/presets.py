@@ -9,9 +9,7 @@ from nsp.training.config import OptimizerConfig, PhaseConfig, RunConfig
 
 
 def emoji() -> RunConfig:
-    """Return the default run: a text-conditional model of the embedded emoji set, sized for two
-    CPU cores.
-    """
+    """Return the default run: text to emoji, from the embedded set, sized for two CPU cores."""
     tokenizer = PhaseConfig(
         name="tokenizer",
         steps=1600,

@@ -1,6 +1,4 @@
-"""How far a phase is: a bar on a terminal, plain log lines elsewhere, a JSON line per report on
-disk.
-"""
+"""How far a phase is: a bar on a terminal, log lines elsewhere, and a JSON line per report."""
 
 import json
 import logging
@@ -24,9 +22,7 @@ _SHOWN = 4  # metrics on the bar
 
 
 class Progress:
-    """Reports metrics every `log_every` steps; reading them waits for the device, so not more
-    often.
-    """
+    """Reports metrics every `log_every` steps, no oftener: reading them waits for the device."""
 
     def __init__(self, config: PhaseConfig, start: int, log_path: Path) -> None:
         self.config, self.start = config, start

@@ -31,13 +31,10 @@ class RunResult:
 
 
 def resolve_precision(requested: str) -> str:
-    """Return accelerate's word for the precision; "auto" is bf16 on a GPU that has it, else
-    fp32.
-    """
+    """Return accelerate's word for a precision; "auto" is bf16 on a GPU that has it, else fp32."""
     if requested == "auto":
-        requested = (
-            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-        )
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        requested = "bf16" if has_bf16 else "fp32"
     if requested == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision fp16 needs a CUDA device; use fp32 or bf16")
     return "no" if requested == "fp32" else requested
@@ -111,7 +108,9 @@ def train(
 def _save(folder: Path, system: torch.nn.Module, config: RunConfig, steps: dict[str, int]) -> None:
     """Write the checkpoint folder."""
     notes = {"steps": steps, "run": config.to_dict()}
-    family(config.family).get("save_checkpoint")(folder / CHECKPOINT_NAME, system, notes=notes, sampling=config.sampling)
+    family(config.family).get("save_checkpoint")(
+        folder / CHECKPOINT_NAME, system, notes=notes, sampling=config.sampling
+    )
 
 
 def _claim(folder: Path, config: RunConfig, *, resume: bool) -> None:

@@ -46,8 +46,9 @@ def lr_ratio(
 
 
 def _linear_with_knee(passed: float, knee: float, end: float) -> float:
-    """Return two straight lines that meet at `knee`, halfway between 1 and a straight fall to
-    `end`.
+    """Return the rate on two straight lines from 1 to `end` that meet at `knee`.
+
+    There it is halfway between 1 and the straight fall to `end`.
     """
     middle = (1 + end + (1 - end) * (1 - knee)) / 2
     if passed < knee:

@@ -1,6 +1,4 @@
-"""Loss, optimizer steps and schedules match the public trainer (fixtures:
-tests/goldens/var_tiny).
-"""
+"""Loss, optimizer steps and schedules match the public trainer; see tests/goldens/var_tiny."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,4 @@
-"""Promises of a training run: it resumes exactly, an interrupted one leaves a checkpoint, errors
-name the fix.
-"""
+"""A training run resumes exactly, leaves a checkpoint when interrupted, and names its errors."""
 
 import dataclasses
 import json
@@ -54,9 +52,7 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
     return {
         f"{part}/{name}": tensor
         for part in parts
-        for name, tensor in load_file(
-            run_folder / "checkpoint" / part / "model.safetensors"
-        ).items()
+        for name, tensor in load_file(run_folder / f"checkpoint/{part}/model.safetensors").items()
     }
 
 

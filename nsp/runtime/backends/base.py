@@ -29,8 +29,9 @@ class Backend(ABC):
     def run(
         self, stage: str, feeds: Mapping[str, Array], outputs: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
-        """Return all outputs of `stage`; raise FeedError for wrong feeds and BackendError when
-        it fails.
+        """Return all outputs of `stage`.
+
+        Raises FeedError for wrong feeds and BackendError when the stage fails.
         """
 
     @abstractmethod

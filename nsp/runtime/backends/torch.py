@@ -1,6 +1,4 @@
-"""The `torch` backend: the definition of correct, on CPU or GPU, straight from a checkpoint's
-modules.
-"""
+"""The `torch` backend: the definition of correct, straight from a checkpoint's modules."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,6 +1,4 @@
-"""The tokenizer computes what the public implementation computes (fixtures:
-tests/goldens/var_tiny).
-"""
+"""The tokenizer computes what the public implementation computes; see tests/goldens/var_tiny."""
 
 import pytest
 import torch

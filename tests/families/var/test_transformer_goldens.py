@@ -169,9 +169,7 @@ def test_smooth_trace_matches_with_recorded_noise(pipeline: Pipeline) -> None:
 
 
 def test_recorded_noise_draws_the_recorded_tokens() -> None:
-    """The published sampler is argmax(p / Exp(1)); it and ours draw from the same filtered
-    distribution.
-    """
+    """The published sampler, argmax(p / Exp(1)), draws from the distribution ours draws from."""
     io = part(tensors("io"), "ar_sample/")
     for scale in SCALES:
         probabilities = io[f"logits_filtered/{scale}"].softmax(-1)
