@@ -1,6 +1,4 @@
-"""The registry of model families: one plain record each, everything behind it imported when
-asked for.
-"""
+"""The registry of model families: one plain record each; what it names is imported when used."""
 
 import importlib
 from collections.abc import Mapping

@@ -1,5 +1,4 @@
-"""The manifest of an engine folder: what was built, from what, for which device, and how well it
-matches.
+"""The manifest of an engine folder: what was built, from what, for what, and how well it matches.
 
 engines/
   manifest.json
@@ -37,12 +36,8 @@ class Variant(Config):
     kv_layout: str  # layout of the cache its `step` was exported with
     opset: int
     io: dict[str, Any]  # StageIO.to_dict()
-    files: dict[
-        str, str
-    ]  # path relative to the engine folder -> SHA-256; the first is the one to load
-    profiles: tuple[
-        dict[str, Any], ...
-    ] = ()  # static engines: {input: [min, opt, max]} per profile
+    files: dict[str, str]  # path in the engine folder -> SHA-256; the first is the one to load
+    profiles: tuple[dict[str, Any], ...] = ()  # {input: [min, opt, max]} each; static engines
     max_batch: int | None = None  # images per batch; None: any
     precision_map: dict[str, str] = field(default_factory=dict)  # module or tensor -> dtype kept
     tools: dict[str, str] = field(default_factory=dict)  # package -> version that built it
@@ -86,8 +81,9 @@ class Manifest(Config):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of an engine folder; raise EngineError when it is missing, damaged or
-    of another schema.
+    """Return the manifest of an engine folder.
+
+    Raises EngineError when it is missing, damaged or of another schema.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -123,9 +119,7 @@ def file_sha256(path: Path) -> str:
 
 
 def check_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Raise EngineError naming the first file that is missing or does not have its recorded
-    SHA-256.
-    """
+    """Raise EngineError naming the first file that is missing or not of its recorded SHA-256."""
     for name, digest in files.items():
         path = folder / name
         repair = f"run: nsp export --engine-dir {folder}"
