@@ -23,6 +23,10 @@ class Family:
     load_checkpoint: str  # torch: (folder, config dict) -> system
     save_checkpoint: str  # torch: (folder, system, notes, sampling)
     convert: str  # torch: published weights -> checkpoint folder
+    precision: str  # (config) -> {stage name: StageWeights}; no torch, as all that follow
+    trace_sizes: str  # sizes of the free axes to trace stages with
+    profiles: str  # (config, batch and ranks) -> {stage name: sizes of every engine profile}
+    parity_conditions: str  # (config, count) -> real prompts or class ids
 
     def get(self, room: str) -> Any:
         """Return the object a field names, importing its module now."""
@@ -45,6 +49,10 @@ FAMILIES: Mapping[str, Family] = {
         load_checkpoint=f"{_VAR}.checkpoint:load_checkpoint",
         save_checkpoint=f"{_VAR}.checkpoint:save_checkpoint",
         convert=f"{_VAR}.published:convert",
+        precision=f"{_VAR}.precision:stage_weights",
+        trace_sizes=f"{_VAR}.profiles:TRACE_SIZES",
+        profiles=f"{_VAR}.profiles:stage_profiles",
+        parity_conditions=f"{_VAR}.profiles:parity_conditions",
     )
 }
 

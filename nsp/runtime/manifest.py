@@ -22,6 +22,7 @@ from nsp.runtime.io import StageIO
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_DIR = "tokenizer"
+STAGING_NAME = ".export"  # folder of an export in progress, with a manifest of what is finished
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 PRECISION_DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -87,6 +88,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
+        if (folder / STAGING_NAME).is_dir():
+            raise EngineError(
+                f"{folder}: the export was not finished; "
+                f"run again, it goes on from there: nsp export --engine-dir {folder}"
+            )
         raise EngineError(
             f"{folder} is no engine folder: {MANIFEST_NAME} is missing; "
             f"run: nsp export --engine-dir {folder}"

@@ -1,0 +1,1 @@
+"""Export: a checkpoint's stages -> ONNX -> engines, each proven against PyTorch first."""

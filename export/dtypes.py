@@ -1,0 +1,23 @@
+"""Which dtype each weight of a stage has in an export; no torch."""
+
+import fnmatch
+from collections.abc import Sequence
+
+from nsp.families.precision import StageWeights
+from nsp.runtime.manifest import PRECISION_DTYPES
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a parameter's name fits one of the patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def precision_map(weights: StageWeights, precision: str) -> dict[str, str]:
+    """Return the dtype of every pattern of one stage, for the manifest."""
+    full = dict.fromkeys(weights.full, "float32")
+    return {**dict.fromkeys(weights.half, PRECISION_DTYPES[precision]), **full}
+
+
+def stored_precision(weights: StageWeights, precision: str) -> str:
+    """Return the precision a stage really has: without half weights it is always fp32."""
+    return precision if weights.half else "fp32"

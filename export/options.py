@@ -1,0 +1,54 @@
+"""What an export is asked to do, and what it reports while doing it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from nsp.config import Config
+from nsp.errors import ConfigError
+from nsp.runtime.manifest import PRECISION_DTYPES
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Config):
+    """One export."""
+
+    checkpoint: str  # folder
+    engine_dir: str = "engines"
+    precisions: tuple[str, ...] = ("fp32",)
+    targets: tuple[str, ...] = (AUTO,)  # names in `export.targets.TARGETS`, or "auto" alone
+    max_batch: int = 4  # images per batch of TensorRT engines; ONNX Runtime takes any
+    static_batch: bool = False  # TensorRT engines take full, guided batches only, but run faster
+    gpu_archs: tuple[str, ...] = ()  # of TensorRT-RTX engines; () is the target's default
+    rebuild: bool = False  # build again what could be reused
+    build_timeout_s: float = 3600.0  # per engine
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at the checkpoint."""
+        for name in self.precisions:
+            if name not in PRECISION_DTYPES:
+                known = ", ".join(PRECISION_DTYPES)
+                raise ConfigError(f"precision {name!r} is not one of {known}")
+        if not self.precisions or not self.targets:
+            raise ConfigError("an export needs at least one precision and one target")
+        if self.max_batch < 1:
+            raise ConfigError(f"max_batch={self.max_batch} must be at least 1")
+        if self.build_timeout_s <= 0:
+            raise ConfigError(f"build_timeout_s={self.build_timeout_s} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportEvent:
+    """Progress of an export; `fraction` is that of the whole export, 0 to 1."""
+
+    stage: str
+    target: str
+    precision: str
+    phase: str  # "reference", "onnx", "lint", "parity", "build", "reuse", "check" or "done"
+    fraction: float
+    message: str
+
+
+OnEvent: TypeAlias = Callable[[ExportEvent], None]

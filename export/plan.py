@@ -1,0 +1,226 @@
+"""The plan of an export: what is built for which target, what is reused, and why. No torch."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from export.dtypes import precision_map, stored_precision
+from export.fingerprint import fingerprint, tool_versions
+from export.options import ExportOptions
+from export.store import EngineStore
+from export.targets import Target, gpu_archs, resolve, version
+from export.weights import stage_bytes
+from nsp.checkpoint import CheckpointRecord, read_checkpoint
+from nsp.families.precision import StageWeights
+from nsp.runtime.io import StageIO
+from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, Variant
+from nsp.runtime.sampling import SamplingConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_RANKS = 3839  # TensorRT's TopK takes K < 3840
+_GRAPH_BYTES = 1 << 18  # an ONNX graph without weights
+_PROFILE_BYTES = 3 << 20  # kernels and shapes of one engine profile, measured 1 to 3 MB
+
+Action: TypeAlias = Literal["build", "reuse", "share"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedBuild:
+    """One stage for one target in one precision."""
+
+    stage: str
+    target: str
+    backend: str
+    precision: str
+    stored_precision: str  # fp32 where no weight of the stage takes the precision
+    kv_layout: str
+    opset: int
+    profiles: tuple[dict[str, Any], ...]
+    max_batch: int | None
+    gpu_archs: tuple[str, ...]
+    estimated_bytes: int
+    precision_map: dict[str, str]
+    tools: dict[str, str]
+    io: StageIO
+    fingerprint: str
+    action: Action
+    reason: str
+    found: Variant | None = None  # what is reused
+
+    @property
+    def folder(self) -> str:
+        """Where its files go, relative to the engine folder."""
+        return f"{self.stage}/{self.backend}-{self.stored_precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """Everything an export needs to know before it starts."""
+
+    options: ExportOptions
+    record: CheckpointRecord
+    config: Any
+    sampling: SamplingConfig
+    model_hash: str
+    builds: tuple[PlannedBuild, ...]
+
+
+def make_plan(options: ExportOptions, store: EngineStore) -> ExportPlan:
+    """Return the plan for `options` given what the engine folder already holds.
+
+    Raises ConfigError, CheckpointError or MissingExtraError for a request that cannot be met.
+    """
+    pairs = resolve(options)
+    checkpoint = Path(options.checkpoint)
+    record = read_checkpoint(checkpoint)
+    config = record.family.get("config").from_dict(record.config)
+    plan = ExportPlan(
+        options=options,
+        record=record,
+        config=config,
+        sampling=SamplingConfig.from_dict(record.sampling),
+        model_hash=record.weights_hash(),
+        builds=(),
+    )
+    builds: list[PlannedBuild] = []
+    weights = record.family.get("precision")(config)
+    for target, precision in pairs:
+        sizes = stage_bytes(checkpoint, weights, precision)
+        for build in _stages(plan, target, precision, weights, sizes):
+            builds.append(_decide(build, builds, plan, store))
+    return replace(plan, builds=tuple(builds))
+
+
+def _stages(
+    plan: ExportPlan,
+    target: Target,
+    precision: str,
+    weights: Mapping[str, StageWeights],
+    sizes: Mapping[str, int],
+) -> list[PlannedBuild]:
+    """Return the builds of one target and precision, undecided."""
+    family, config, options = plan.record.family, plan.config, plan.options
+    stages_io = family.get("stages_io")(config, target.kv_layout, PRECISION_DTYPES[precision])
+    profiles = _profiles(plan, target, stages_io)
+    archs = gpu_archs(target, options)
+    tools = {**tool_versions(), target.module: version(target) or "unknown"}
+    builds = []
+    for stage, io in stages_io.items():
+        stored = stored_precision(weights[stage], precision)
+        dtypes = precision_map(weights[stage], precision)
+        mark = fingerprint(
+            family=family.name,
+            config=dict(plan.record.config),
+            model=plan.model_hash,
+            stage=stage,
+            io=io.to_dict(),
+            backend=target.backend,
+            kv_layout=target.kv_layout,
+            opset=target.opset,
+            dtypes=dtypes,
+            profiles=profiles[stage],
+            gpu_archs=archs,
+            tools=tools,
+        )
+        estimate = sizes[stage] + _GRAPH_BYTES + _PROFILE_BYTES * len(profiles[stage])
+        builds.append(
+            PlannedBuild(
+                stage=stage,
+                target=target.name,
+                backend=target.backend,
+                precision=precision,
+                stored_precision=stored,
+                kv_layout=target.kv_layout,
+                opset=target.opset,
+                profiles=profiles[stage],
+                max_batch=options.max_batch if target.compiles else None,
+                gpu_archs=archs,
+                estimated_bytes=estimate,
+                precision_map=dtypes,
+                tools=tools,
+                io=io,
+                fingerprint=mark,
+                action="build",
+                reason="",
+            )
+        )
+    return builds
+
+
+def _profiles(
+    plan: ExportPlan, target: Target, stages_io: Mapping[str, StageIO]
+) -> dict[str, tuple[dict[str, Any], ...]]:
+    """Return {input: [min, opt, max]} of every stage's profiles; none where sizes are free."""
+    if not target.compiles:
+        return dict.fromkeys(stages_io, ())
+    spans = plan.record.family.get("profiles")(
+        plan.config,
+        plan.sampling,
+        max_batch=plan.options.max_batch,
+        static_batch=plan.options.static_batch,
+        max_ranks=MAX_RANKS,
+    )
+    return {
+        stage: tuple(
+            {name: [list(shape) for shape in bounds] for name, bounds in io.profile(sizes).items()}
+            for sizes in spans[stage]
+        )
+        for stage, io in stages_io.items()
+    }
+
+
+def _decide(
+    build: PlannedBuild, earlier: list[PlannedBuild], plan: ExportPlan, store: EngineStore
+) -> PlannedBuild:
+    """Return `build` with what to do about it, and why."""
+    for other in earlier:
+        if other.fingerprint == build.fingerprint:
+            reason = f"no weight changes with the precision: same file as {other.precision}"
+            return replace(build, action="share", reason=reason, estimated_bytes=0)
+    if plan.options.rebuild:
+        return replace(build, reason="asked to rebuild")
+    for manifest, why in (
+        (store.previous, "unchanged: same model, settings and tools"),
+        (store.staged, "finished before the export was interrupted"),
+    ):
+        variant = _same(manifest, build)
+        if variant is not None and store.intact(variant):
+            return replace(build, action="reuse", reason=why, found=variant)
+    return replace(build, reason=_why_build(build, plan, store))
+
+
+def _same(manifest: Manifest | None, build: PlannedBuild) -> Variant | None:
+    """Return the variant with the fingerprint of `build`."""
+    variants = manifest.stages.get(build.stage, ()) if manifest else ()
+    return next((v for v in variants if v.fingerprint == build.fingerprint), None)
+
+
+def _why_build(build: PlannedBuild, plan: ExportPlan, store: EngineStore) -> str:
+    """Return why nothing can be reused."""
+    manifest = store.previous
+    if manifest is None:
+        return "not exported yet"
+    if manifest.model_hash != plan.model_hash:
+        return "another model"
+    old = next(
+        (
+            v
+            for v in manifest.stages.get(build.stage, ())
+            if (v.backend, v.precision) == (build.backend, build.precision)
+        ),
+        None,
+    )
+    if old is None:
+        return "not exported yet"
+    if old.fingerprint == build.fingerprint:
+        return "its files are missing or damaged"
+    for tool in sorted({*old.tools, *build.tools}):
+        before, now = old.tools.get(tool), build.tools.get(tool)
+        if before != now:
+            return f"{tool} was {before or 'absent'}, is {now or 'absent'}"
+    if list(old.profiles) != list(build.profiles):
+        return "other batch or profile sizes"
+    return "other settings or exporter"

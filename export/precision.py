@@ -1,0 +1,28 @@
+"""Narrowing weights: a copy of a model whose declared parts are float16 or bfloat16."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from export.dtypes import matches
+from nsp.families.precision import StageWeights
+from nsp.runtime.manifest import PRECISION_DTYPES
+
+
+def at_precision(system: nn.Module, weights: Mapping[str, StageWeights], precision: str) -> Any:
+    """Return `system` for "fp32", else a copy with the weights declared `half` in that precision.
+
+    The modules compute in the dtype of their weights, so nothing else changes.
+    """
+    if precision == "fp32":
+        return system
+    dtype = getattr(torch, PRECISION_DTYPES[precision])
+    patterns = [pattern for each in weights.values() for pattern in each.half]
+    narrowed = copy.deepcopy(system)
+    for name, parameter in narrowed.named_parameters():
+        if matches(name, patterns):
+            parameter.data = parameter.data.to(dtype)
+    return narrowed

@@ -1,0 +1,212 @@
+"""An export from start to end: plan -> (ONNX -> lint -> parity -> engine) per stage -> manifest.
+
+    manifest = export(ExportOptions(checkpoint="runs/1/checkpoint", precisions=("fp16",)))
+
+`plan` says what that would do. Torch is imported only when something has to be built.
+"""
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from export.options import ExportEvent, ExportOptions, OnEvent
+from export.plan import ExportPlan, PlannedBuild, make_plan
+from export.store import EngineStore, with_variant
+from nsp.checkpoint import is_checkpoint
+from nsp.errors import CheckpointError, ExportError
+from nsp.runtime.manifest import SCHEMA, TOKENIZER_DIR, Manifest, Variant, file_sha256
+
+__all__ = ["ExportEvent", "ExportOptions", "PlannedBuild", "export", "find_checkpoint", "plan"]
+
+logger = logging.getLogger(__name__)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def plan(options: ExportOptions) -> list[PlannedBuild]:
+    """Return what `export` would do, stage by stage, without writing anything."""
+    return list(make_plan(options, EngineStore(Path(options.engine_dir))).builds)
+
+
+def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manifest:
+    """Export a checkpoint to an engine folder and return its manifest.
+
+    What is already there and unchanged is reused; an export that was interrupted goes on where it
+    stopped. Raises ConfigError, CheckpointError or MissingExtraError before anything is written,
+    ParityError when a stage misses its gate, ExportError when a step fails; the engines that were
+    in the folder before stay usable in every case.
+    """
+    store = EngineStore(Path(options.engine_dir))
+    todo = make_plan(options, store)
+    _check_space(todo, store.folder)
+    with _disk_full(store.folder), store.lock():
+        try:
+            return _run(todo, store, on_event or (lambda event: None))
+        finally:
+            store.abandon()
+
+
+def find_checkpoint(root: Path | None = None) -> Path:
+    """Return the newest training run's checkpoint under `root`/runs, else the bundled demo model.
+
+    `root` is the current folder by default. Raises CheckpointError when there is neither.
+    """
+    runs = (root or Path.cwd()) / "runs"
+    found = [path for path in runs.glob("*/checkpoint") if is_checkpoint(path)]
+    if found:
+        newest = max(found, key=lambda path: (path / "config.json").stat().st_mtime)
+        logger.info("checkpoint: %s, the newest of %d training runs", newest, len(found))
+        return newest
+    import nsp
+
+    demo = Path(nsp.__file__).parent / "demo"
+    if is_checkpoint(demo):
+        logger.info("checkpoint: the bundled demo model, because %s holds no training run", runs)
+        return demo
+    raise CheckpointError(
+        f"no checkpoint: {runs} holds no training run and {demo} no demo model; "
+        "run: python train.py, or give --checkpoint"
+    )
+
+
+def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
+    """Build what the plan says, check it, and publish it."""
+    started = time.monotonic()
+    manifest = _new_manifest(todo)
+    progress = _Progress(todo, on_event)
+    builder = None
+    for build in todo.builds:
+        if build.action == "build":
+            if builder is None:
+                from export.build import StageBuilder  # imports torch
+
+                builder = StageBuilder(todo, store, progress.report)
+            variant = builder.build(build)
+        else:
+            variant = _existing(build, todo, manifest)
+            progress.report(build, "reuse", 1.0, build.reason)
+        manifest = with_variant(manifest, build.stage, variant)
+        if builder is not None:
+            store.record(manifest)
+        progress.finish(build)
+    if builder is not None:
+        manifest = builder.check_images(manifest)
+        store.record(manifest)
+    shared, digests = _shared_files(todo, store)
+    manifest = replace(manifest, files=digests)
+    kept = store.kept(manifest)
+    for stage, variants in kept.items():
+        for variant in variants:
+            manifest = with_variant(manifest, stage, variant)
+    store.publish(manifest, shared)
+    progress.done(f"{store.folder} is ready after {time.monotonic() - started:.1f} s")
+    return manifest
+
+
+def _new_manifest(todo: ExportPlan) -> Manifest:
+    notes = todo.record.notes
+    return Manifest(
+        schema=SCHEMA,
+        family=todo.record.family.name,
+        config=dict(todo.record.config),
+        model_hash=todo.model_hash,
+        source=str(notes.get("source") or notes.get("made_by") or todo.record.folder.name),
+        sampling=todo.sampling.to_dict(),
+        stages={},
+    )
+
+
+def _existing(build: PlannedBuild, todo: ExportPlan, manifest: Manifest) -> Variant:
+    """Return the variant that is reused, or whose files are shared, in this build's precision."""
+    variant = build.found
+    if variant is None:
+        variant = next(
+            v for v in manifest.stages[build.stage] if v.fingerprint == build.fingerprint
+        )
+    # The precision's Literal type is not seen through `replace`.
+    return replace(variant, precision=build.precision)  # type: ignore[arg-type]
+
+
+def _shared_files(todo: ExportPlan, store: EngineStore) -> tuple[dict[str, Path], dict[str, str]]:
+    """Return the folders all stages share, new in the staging folder, and files' SHA-256."""
+    source = todo.record.folder / TOKENIZER_DIR
+    if not source.is_dir():
+        return {}, {}
+    with store.new_folder(TOKENIZER_DIR) as partial:
+        for path in sorted(source.iterdir()):
+            if path.is_file():
+                shutil.copyfile(path, partial / path.name)
+    made = store.staging / TOKENIZER_DIR
+    digests = {f"{TOKENIZER_DIR}/{p.name}": file_sha256(p) for p in sorted(made.iterdir())}
+    return {TOKENIZER_DIR: made}, digests
+
+
+def _check_space(todo: ExportPlan, folder: Path) -> None:
+    """Raise ExportError when the disk has less free space than the planned builds take."""
+    needed = sum(build.estimated_bytes for build in todo.builds if build.action == "build")
+    # A compiled engine has its ONNX graph beside it while it is built.
+    needed += max((b.estimated_bytes for b in todo.builds if b.profiles), default=0)
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
+    )
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ExportError(
+            f"{folder}: this export needs about {_mib(needed)} and the disk has {_mib(free)} free; "
+            "free some or choose another --engine-dir"
+        )
+
+
+@contextmanager
+def _disk_full(folder: Path) -> Iterator[None]:
+    """Turn a full disk into an ExportError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise ExportError(
+            f"{folder}: the disk is full; free some space and export again; finished stages stay"
+        ) from error
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+class _Progress:
+    """Turns what happens to single builds into events with the fraction of the whole."""
+
+    def __init__(self, todo: ExportPlan, on_event: OnEvent) -> None:
+        self._count, self._done, self._on_event = len(todo.builds), 0, on_event
+
+    def report(self, build: PlannedBuild, phase: str, fraction: float, message: str) -> None:
+        """Report a phase of one build, `fraction` of which is done."""
+        self._on_event(
+            ExportEvent(
+                stage=build.stage,
+                target=build.target,
+                precision=build.precision,
+                phase=phase,
+                fraction=min(1.0, (self._done + fraction) / self._count),
+                message=message,
+            )
+        )
+
+    def finish(self, build: PlannedBuild) -> None:
+        """Count a build as done."""
+        self._done += 1
+
+    def done(self, message: str) -> None:
+        """Report the end."""
+        logger.info("%s", message)
+        self._on_event(
+            ExportEvent(
+                stage="", target="", precision="", phase="done", fraction=1.0, message=message
+            )
+        )

@@ -1,0 +1,162 @@
+"""Where stages can run: one plain record per target, and what "auto" means on this machine."""
+
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from export.options import AUTO, ExportOptions
+from nsp.errors import ConfigError, MissingExtraError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One kind of engine."""
+
+    name: str  # on the command line
+    backend: str  # in the manifest
+    kv_layout: str
+    opset: int
+    precisions: tuple[str, ...]
+    module: str  # Python module that makes or runs the engines
+    packages: tuple[str, ...]  # distributions whose version decides the result, any one of them
+    extra: str
+    compiles: bool  # to an engine, else the ONNX file is one
+    gpu_archs: tuple[str, ...] = ()  # that can be built for on any machine; () means this one's GPU
+    default_gpu_archs: tuple[str, ...] = ()
+
+
+TARGETS: Mapping[str, Target] = {
+    # Attention with past and present inside the operator is fastest on ONNX Runtime's CPU; it has
+    # no bfloat16 one.
+    "onnxruntime": Target(
+        name="onnxruntime",
+        backend="onnxruntime",
+        kv_layout="present",
+        opset=23,
+        precisions=("fp32", "fp16"),
+        module="onnxruntime",
+        packages=("onnxruntime", "onnxruntime-gpu"),
+        extra="gpu",
+        compiles=False,
+    ),
+    # TensorRT's parsers refuse that operator: attention as matrix products (opset 18), cache as an
+    # argument.
+    "tensorrt-rtx": Target(
+        name="tensorrt-rtx",
+        backend="tensorrt_rtx",
+        kv_layout="delta",
+        opset=18,
+        precisions=("fp32", "fp16", "bf16"),
+        module="tensorrt_rtx",
+        packages=("tensorrt_rtx_cu13", "tensorrt_rtx", "tensorrt_rtx_cu12"),
+        extra="tensorrt-rtx",
+        compiles=True,
+        gpu_archs=("75", "80", "86", "89", "120", "121", "current"),
+        default_gpu_archs=("80", "86", "89", "120"),
+    ),
+    "tensorrt": Target(
+        name="tensorrt",
+        backend="tensorrt",
+        kv_layout="delta",
+        opset=18,
+        precisions=("fp32", "fp16", "bf16"),
+        module="tensorrt",
+        packages=("tensorrt_cu13", "tensorrt", "tensorrt_cu12"),
+        extra="tensorrt",
+        compiles=True,
+    ),
+}
+
+
+def version(target: Target) -> str | None:
+    """Return the installed version of a target's package, or None."""
+    for package in target.packages:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_installed(target: Target) -> bool:
+    """Return whether the target's module can be found; it is not imported."""
+    return importlib.util.find_spec(target.module) is not None
+
+
+def resolve(options: ExportOptions) -> list[tuple[Target, str]]:
+    """Return the (target, precision) pairs to export, in order.
+
+    "auto" is ONNX Runtime and every installed TensorRT; where ONNX Runtime would run on a CPU it
+    adds fp32, which is what a CPU runs fast. Raises ConfigError for an unknown target, a precision
+    a target has not, or a GPU architecture that cannot be built for, and MissingExtraError for a
+    target that is not installed.
+    """
+    if AUTO in options.targets:
+        if len(options.targets) > 1:
+            raise ConfigError(f"target {AUTO!r} stands alone; got {', '.join(options.targets)}")
+        pairs = _automatic(options)
+    else:
+        pairs = [(_named(n), p) for n in dict.fromkeys(options.targets) for p in options.precisions]
+    for target, precision in pairs:
+        if precision not in target.precisions:
+            raise ConfigError(
+                f"target {target.name} has no {precision}, only {', '.join(target.precisions)}; "
+                "export it with --fp32 or --fp16, or choose a TensorRT target"
+            )
+        if not is_installed(target):
+            raise MissingExtraError(target.module, target.extra)
+        gpu_archs(target, options)
+    return list(dict.fromkeys(pairs))
+
+
+def gpu_archs(target: Target, options: ExportOptions) -> tuple[str, ...]:
+    """Return the GPU architectures to build a target for; () is the GPU of this machine."""
+    if not target.gpu_archs:
+        return ()
+    wanted = options.gpu_archs or target.default_gpu_archs
+    if unknown := [arch for arch in wanted if arch not in target.gpu_archs]:
+        raise ConfigError(
+            f"target {target.name} cannot build for GPU architecture {unknown[0]!r}; "
+            f"it can for {', '.join(target.gpu_archs)}"
+        )
+    return wanted
+
+
+def _named(name: str) -> Target:
+    if name not in TARGETS:
+        raise ConfigError(f"unknown target {name!r}; known: {AUTO}, {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _automatic(options: ExportOptions) -> list[tuple[Target, str]]:
+    """Return what suits this machine and say why."""
+    runtime = TARGETS["onnxruntime"]
+    precisions = [p for p in options.precisions if p in runtime.precisions]
+    if "fp32" not in precisions and not (precisions and _onnxruntime_has_gpu()):
+        precisions.insert(0, "fp32")
+        logger.info("target auto: fp32 too, which ONNX Runtime on a CPU runs fastest")
+    pairs = [(runtime, precision) for precision in precisions]
+    for target in (TARGETS["tensorrt-rtx"], TARGETS["tensorrt"]):
+        if is_installed(target):
+            pairs += [(target, precision) for precision in options.precisions]
+        else:
+            logger.info("target auto: no %s, because it is not installed", target.name)
+    if missing := set(options.precisions) - {precision for _, precision in pairs}:
+        raise ConfigError(
+            f"no installed target has {min(missing)}; run: pip install 'nsp[tensorrt-rtx]', "
+            "or export with --fp32 or --fp16"
+        )
+    return pairs
+
+
+def _onnxruntime_has_gpu() -> bool:
+    """Return whether the installed ONNX Runtime has a CUDA provider."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -1,0 +1,43 @@
+"""How large the stages of a checkpoint are, read from the headers of its weight files."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from export.dtypes import matches
+from nsp.errors import CheckpointError
+from nsp.families.precision import StageWeights
+
+_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def stage_bytes(
+    checkpoint: Path, weights: Mapping[str, StageWeights], precision: str
+) -> dict[str, int]:
+    """Return the bytes of every stage's weights in a precision.
+
+    Raises CheckpointError for an unreadable weight file.
+    """
+    sizes = dict(_parameters(checkpoint))
+    result = {}
+    for stage, declared in weights.items():
+        half = sum(n for name, n in sizes.items() if matches(name, declared.half))
+        full = sum(n for name, n in sizes.items() if matches(name, declared.full))
+        result[stage] = half * _ITEM_BYTES[precision] + full * _ITEM_BYTES["fp32"]
+    return result
+
+
+def _parameters(checkpoint: Path) -> Iterator[tuple[str, int]]:
+    """Yield (name in the family's system, number of elements); a part's folder leads the name."""
+    for path in sorted(checkpoint.glob("*/*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118
+                    shape = file.get_slice(name).get_shape()
+                    yield f"{path.parent.name}.{name}", math.prod(shape)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); copy the checkpoint again"
+            ) from error

@@ -1,0 +1,14 @@
+"""What a family declares about the dtypes of its weights."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageWeights:
+    """The weights one stage holds, as patterns of parameter names ("predictor.blocks.*.ffn.fc1.*").
+
+    A stage without `half` weights is the same in every precision.
+    """
+
+    half: tuple[str, ...] = ()  # take the precision of the export
+    full: tuple[str, ...] = ()  # stay float32

@@ -1,0 +1,82 @@
+"""The sizes at which stages of the family `var` run, and real inputs to check them with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nsp.families.var.config import TextCondition, VarConfig
+from nsp.runtime.io import Sizes
+from nsp.runtime.sampling import SamplingConfig
+
+# For tracing: all different and at least 2, since 0 and 1 are taken for constants; rows G may not
+# be fewer than images B.
+TRACE_SIZES: Sizes = {
+    **{"B": 3, "G": 6, "N": 4, "L": 9, "P": 5, "R": 7},
+    **{"p": 3, "q": 4, "r": 5, "c": 6},
+}
+
+_SCALE_STAGES = ("step", "select", "select_smooth", "accumulate")
+
+# Captions as in the embedded set: plain, compositional, with punctuation.
+PARITY_PROMPTS = (
+    "red apple",
+    "woman firefighter medium-dark skin tone",
+    "smiling cat with heart-eyes",
+    "snow-capped mountain",
+    "person in lotus position",
+    "automobile",
+    "flag: Japan",
+    "two-hump camel",
+)
+
+
+def stage_profiles(
+    config: VarConfig,
+    sampling: SamplingConfig,
+    *,
+    max_batch: int,
+    static_batch: bool,
+    max_ranks: int,
+) -> dict[str, tuple[Sequence[Sizes], ...]]:
+    """Return the profiles of every stage: for each the sizes it spans, the best for last.
+
+    Stages of the scale loop have one profile per scale, the others one. Batches of 1 to `max_batch`
+    images fit, with guidance (G = 2B rows) or without (G = B); with `static_batch` only full ones
+    with guidance do. R goes up to `max_ranks` and is best at what `sampling`, the model's own
+    settings, takes.
+    """
+    scales = _scale_sizes(config)
+    profiles: dict[str, tuple[Sequence[Sizes], ...]] = {}
+    most_ranks = min(max_ranks, config.vae.vocab_size)
+    prompts = max_batch + (config.text is not None and config.text.null == "empty_prompt")
+    high = {"B": max_batch, "G": 2 * max_batch, "N": prompts, "R": most_ranks}
+    low = {"B": 1, "G": 1, "N": 1, "R": 1}
+    if static_batch:
+        low |= {"B": high["B"], "G": high["G"]}
+    best = {**high, "R": min(sampling.num_ranks(config.vae.vocab_size), most_ranks)}
+    for stage in ("text_encoder", "condition", *_SCALE_STAGES, "decoder"):
+        if stage == "text_encoder" and config.text is None:
+            continue
+        steps = scales if stage in _SCALE_STAGES else [{}]
+        profiles[stage] = tuple(
+            [{**bound, **step} for bound in (low, high, best)] for step in steps
+        )
+    return profiles
+
+
+def _scale_sizes(config: VarConfig) -> list[dict[str, int]]:
+    """Return tokens, past and grids of every scale; the first grid follows the last (loop.py)."""
+    sides, sizes, past = config.patch_nums, [], 0
+    for side, following in zip(sides, [*sides[1:], sides[0]], strict=True):
+        grids = {"p": side, "q": side, "r": following, "c": following}
+        sizes.append({"L": side**2, "P": past, **grids})
+        past += side**2
+    return sizes
+
+
+def parity_conditions(config: VarConfig, count: int) -> Mapping[str, Any]:
+    """Return `count` real conditions for `Pipeline.generate`: captions, or spread-out classes."""
+    if isinstance(config.condition, TextCondition):
+        prompts = [PARITY_PROMPTS[i % len(PARITY_PROMPTS)] for i in range(count)]
+        return {"prompts": prompts}
+    classes = config.condition.num_classes
+    return {"class_ids": [(i * classes) // count for i in range(count)]}
