@@ -5,69 +5,49 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nsp.errors import ConfigError, NspError
 
+if TYPE_CHECKING:
+    from nsp.training.config import RunConfig
+
+FOLDER = click.Path(path_type=Path)
+
 
 @click.command()
 @click.option(
-    "--preset",
-    "preset_name",
-    default="emoji",
-    show_default=True,
-    help="Named run: emoji, quick, smoke.",
+    "--preset", default="emoji", show_default=True, help="Named run: emoji, quick, smoke."
 )
-@click.option("--data", default=None, help="'emoji', a .tar, or a folder of captioned pictures.")
-@click.option(
-    "--output-dir", type=click.Path(path_type=Path), default=None, help="Run folder [runs/PRESET]."
-)
-@click.option(
-    "--steps", type=int, default=None, help="Steps of every phase, instead of the preset's."
-)
-@click.option("--phase", default=None, help="Stop after this phase.")
-@click.option("--seed", type=int, default=None, help="Seed of weights, data order and samples.")
-@click.option("--precision", default=None, help="auto, fp32, bf16 or fp16.")
+@click.option("--config", type=FOLDER, help="JSON file of a run, instead of a preset.")
+@click.option("--data", help="'emoji', a .tar, or a folder of captioned pictures.")
+@click.option("--text-encoder", help="Pretrained CLIP or pipeline folder to start from.")
+@click.option("--output-dir", type=FOLDER, help="Run folder.  [default: runs/PRESET]")
+@click.option("--steps", type=int, help="Steps of every phase, instead of the preset's.")
+@click.option("--phase", help="Stop after this phase.")
+@click.option("--seed", type=int, help="Seed of weights, data order and samples.")
+@click.option("--precision", help="auto, fp32, bf16 or fp16.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
-@click.option(
-    "--skip-bad-files", is_flag=True, help="Leave unreadable pictures out instead of stopping."
-)
+@click.option("--skip-bad-files", is_flag=True, help="Leave bad pictures out instead of stopping.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(
-    preset_name: str,
-    data: str | None,
+    preset: str,
     output_dir: Path | None,
-    steps: int | None,
     phase: str | None,
-    seed: int | None,
-    precision: str | None,
     resume: bool,
     skip_bad_files: bool,
     verbose: bool,
+    **changes: Any,
 ) -> None:
     """Train tokenizer, then predictor; leaves a checkpoint folder that `nsp export` takes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    folder = output_dir or Path("runs") / preset
     try:
-        from nsp.training.config import RunConfig
-        from nsp.training.presets import preset
         from nsp.training.run import train
 
-        folder = output_dir or Path("runs") / preset_name
-        stored = folder / "run.json"
-        if resume and stored.exists():
-            config = RunConfig.from_dict(json.loads(stored.read_text()))
-        else:
-            config = preset(preset_name)
-        if data is not None:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=data))
-        if seed is not None:
-            config = dataclasses.replace(config, seed=seed)
-        if precision is not None:
-            config = RunConfig.from_dict({**config.to_dict(), "precision": precision})
-        if steps is not None:
-            phases = tuple(dataclasses.replace(p, steps=steps) for p in config.phases)
-            config = dataclasses.replace(config, phases=phases)
+        config = configure(preset, folder if resume else None, **changes)
         result = train(
             config, folder, last_phase=phase, resume=resume, skip_bad_files=skip_bad_files
         )
@@ -77,12 +57,55 @@ def main(
         click.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     if not result.finished:
-        click.echo(
-            f"stopped; continue with: python train.py --resume --output-dir {folder}", err=True
-        )
+        again = f"python train.py --resume --output-dir {folder}"
+        click.echo(f"stopped; continue with: {again}", err=True)
     click.echo(f"checkpoint: {result.checkpoint}")
     click.echo(f"next: nsp export --checkpoint {result.checkpoint}")
     sys.exit(0 if result.finished else 130)
+
+
+def configure(
+    preset: str,
+    resumed: Path | None,
+    *,
+    config: Path | None = None,
+    data: str | None = None,
+    text_encoder: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    precision: str | None = None,
+) -> "RunConfig":
+    """Return the run a command line describes: a resumed folder's, a file's or a preset's, changed.
+
+    Raises ConfigError for an unknown preset or a value that is not allowed.
+    """
+    from nsp.training.config import RunConfig
+    from nsp.training.presets import preset as named_run
+
+    stored = config or (resumed / "run.json" if resumed else None)
+    if stored is not None and stored.is_file():
+        try:
+            run = RunConfig.from_dict(json.loads(stored.read_text()))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{stored} is not JSON: {error}") from error
+    elif config is not None:
+        raise ConfigError(f"{config} does not exist; give the JSON file of a run")
+    else:
+        run = named_run(preset)
+    values = run.to_dict()
+    if data is not None:
+        values["data"]["source"] = data
+    if text_encoder is not None:
+        values["text_encoder"]["folder"] = text_encoder
+    if seed is not None:
+        values["seed"] = seed
+    if precision is not None:
+        values["precision"] = precision
+    run = RunConfig.from_dict(values)
+    if steps is not None:
+        phases = tuple(dataclasses.replace(each, steps=steps) for each in run.phases)
+        run = dataclasses.replace(run, phases=phases)
+    return run
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nsp.errors import CheckpointError, ConfigError
 from nsp.files import write_file
@@ -28,8 +28,22 @@ from nsp.training.schedules import lr_ratio, weight_decay
 logger = logging.getLogger(__name__)
 
 
-class StepSampler(Sampler[list[int]]):
-    """Batches of indices for steps `start` .. `steps` - 1; batch k depends on (seed, k) alone.
+class _AtEpoch(Dataset[Mapping[str, Any]]):
+    """A data set read by (epoch, index), so that workers that read ahead see the right epoch."""
+
+    def __init__(self, data: Dataset[Mapping[str, Any]]) -> None:
+        self.data = data
+        self._set_epoch = getattr(data, "set_epoch", None)
+
+    def __getitem__(self, key: tuple[int, int]) -> Mapping[str, Any]:
+        epoch, index = key
+        if self._set_epoch is not None:
+            self._set_epoch(epoch)
+        return self.data[index]
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for steps `start` .. `steps` - 1, each a function of (seed, step).
 
     Every epoch is a new permutation, cut into whole batches, so a run resumed at step k sees what
     it would have seen.
@@ -47,8 +61,8 @@ class StepSampler(Sampler[list[int]]):
         """Return the number of batches left."""
         return self.steps - self.start
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield one list of indices per step."""
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield the (epoch, index) pairs of every step."""
         per_epoch = self.size // self.batch_size
         epoch, order = -1, torch.empty(0)
         for step in range(self.start, self.steps):
@@ -57,7 +71,8 @@ class StepSampler(Sampler[list[int]]):
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 order = torch.randperm(self.size, generator=generator)
             first = step % per_epoch * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+            indices = order[first : first + self.batch_size].tolist()
+            yield [(epoch, index) for index in indices]
 
 
 def parameter_groups(objective: Objective) -> list[dict[str, Any]]:
@@ -163,7 +178,7 @@ class Phase:
         sampler = StepSampler(
             len(dataset), self.config.batch_size, self.config.steps, start=self.step, seed=self.seed
         )
-        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=self.num_workers)
+        loader = DataLoader(_AtEpoch(dataset), batch_sampler=sampler, num_workers=self.num_workers)
         prepared: DataLoader[Mapping[str, Any]] = self.accelerator.prepare(loader)
         return prepared
 

@@ -147,7 +147,7 @@ def test_batch_larger_than_the_data_is_refused() -> None:
 def test_steps_from_the_middle_see_what_they_would_have_seen() -> None:
     whole = list(StepSampler(10, 3, 12, start=0, seed=1))
     assert list(StepSampler(10, 3, 12, start=5, seed=1)) == whole[5:]
-    first_epoch = [index for batch in whole[:3] for index in batch]
+    first_epoch = [index for batch in whole[:3] for _, index in batch]
     assert len(set(first_epoch)) == 9
 
 
@@ -163,3 +163,37 @@ def test_emoji_training_split_excludes_every_held_out_caption() -> None:
     held_out = {sample.caption for sample in open_source("emoji", split="heldout").samples}
     assert len(held_out) == 200
     assert not trained & held_out
+
+
+def test_a_pretrained_clip_folder_can_be_the_text_encoder(
+    tiny_checkpoint: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    """The checkpoint's text_encoder/ and tokenizer/ are laid out like a diffusers pipeline's."""
+    frozen = {"train_text_encoder": False}
+    phases = tuple(
+        dataclasses.replace(p, objective=frozen) if p.name == "predictor" else p
+        for p in config.phases
+    )
+    run = dataclasses.replace(config, text_encoder={"folder": str(tiny_checkpoint)}, phases=phases)
+    result = train(run, tmp_path / "run")
+    parts = [
+        load_file(folder / "text_encoder" / "model.safetensors")
+        for folder in (tiny_checkpoint, result.checkpoint)
+    ]
+    assert parts[0].keys() == parts[1].keys()
+    assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
+
+
+def test_every_epoch_draws_its_own_crops(pictures: Path, tmp_path: Path) -> None:
+    from nsp.data.dataset import ImageDataset
+    from nsp.training.trainer import _AtEpoch
+
+    rng = np.random.default_rng(1)
+    noise = rng.integers(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    (tmp_path / "noise.txt").write_text("noise")
+    source = open_source(tmp_path)
+    data = _AtEpoch(ImageDataset(source, 16, train=True, crop=True))
+    first, second = data[0, 0]["image"], data[1, 0]["image"]
+    assert not torch.equal(first, second)
+    assert torch.equal(data[0, 0]["image"], first)

@@ -57,14 +57,15 @@ class TokenizerObjective(Objective):
         """Return the loss, its parts, PSNR in dB and the number of codes in use."""
         vae = self.trained
         image = to_model_range(batch["image"])
-        quantized = vae.quantize(vae.encode(image))
+        latent_BZhw = vae.encode(image)
+        quantized = vae.quantize(latent_BZhw)
         rebuilt = vae.decode(quantized.latent_BChw)
         pixel = F.l1_loss(rebuilt, image)
         gradient = image_gradient_loss(rebuilt, image)
         loss = pixel + self.settings.gradient_weight * gradient
         if self.training:
             self._count(quantized.tokens)
-            self._candidates = quantized.latent_BChw.detach().float().movedim(1, -1).flatten(0, 2)
+            self._candidates = latent_BZhw.detach().float().movedim(1, -1).flatten(0, 2)
         mse = F.mse_loss(rebuilt.detach().clamp(-1, 1), image)
         usage = vae.quantize.ema_vocab_hit_SV.mean(0)
         return {
@@ -132,6 +133,7 @@ class PredictorSettings(Config):
 
     label_smoothing: float = 0.0
     sample_guidance_scale: float = 2.0
+    train_text_encoder: bool = True  # False keeps a pretrained one as it is
 
 
 class PredictorObjective(Objective):
@@ -145,7 +147,7 @@ class PredictorObjective(Objective):
         self.settings, self._data = settings, data
         self.system = system.requires_grad_(False)
         parts: dict[str, nn.Module] = {"predictor": system.predictor}
-        if system.text_encoder is not None:
+        if system.text_encoder is not None and settings.train_text_encoder:
             parts["text_encoder"] = system.text_encoder
         self.trained = nn.ModuleDict(parts).requires_grad_(True)
 
