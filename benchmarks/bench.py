@@ -41,6 +41,7 @@ class BenchOptions:
     output_dir: Path
     checkpoint: Path | None = None  # of the baseline; None: where the manifest says
     backend: str = "auto"
+    precision: str | None = None  # of the engines; None: what suits the device
     quick: bool = False
     batch_sizes: tuple[int, ...] = (1, 4)
     rounds: int | None = None
@@ -124,6 +125,7 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
         options.engine_dir,
         checkpoint=options.checkpoint,
         backend=options.backend,
+        precision=options.precision,
         threads=threads,
     )
     result = measure(subject, options, Effort.of(options), threads=threads, on_event=emit)
@@ -288,8 +290,8 @@ def _warnings(
     cores = environment.logical_cores
     if other_cores is not None and other_cores > NOISE_WORK * cores:
         yield (
-            f"other processes kept {other_cores:.1f} of {cores} cores busy; "
-            "run again on an idle machine"
+            f"other processes kept {other_cores:.1f} of {cores} cores busy: times and even ratios "
+            "are doubtful, as threads wait for each other; run again on an idle machine"
         )
     if ceilings is not None and ceilings.drift > NOISE_DRIFT:
         yield (

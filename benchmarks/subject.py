@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.flops import TextEncoderSize
 from benchmarks.memory import Source
 from benchmarks.results import Model
+from export.run import find_checkpoint
 from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import BackendError, CheckpointError
 from nsp.runtime.backends.registry import availability
@@ -91,16 +92,22 @@ class Subject:
 
 
 def load_subject(
-    engine_dir: Path, *, checkpoint: Path | None, backend: str, threads: int
+    engine_dir: Path,
+    *,
+    checkpoint: Path | None,
+    backend: str,
+    precision: str | None,
+    threads: int,
 ) -> Subject:
     """Return the engines of `engine_dir` and their PyTorch model, both loaded.
 
-    Without `checkpoint` the model is looked for where the manifest says its weights come from, and
-    may be missing. Raises EngineError or BackendError for engines that cannot be loaded, and
-    CheckpointError or BackendError for a `checkpoint` that cannot be the baseline.
+    Without `checkpoint` the model is looked for where the manifest says its weights come from, then
+    where `nsp export` takes one by default, and may be missing. Raises EngineError or BackendError
+    for engines that cannot be loaded, and CheckpointError or BackendError for a `checkpoint` that
+    cannot be the baseline.
     """
     manifest = read_manifest(engine_dir)
-    options = {"num_threads": threads}
+    options = {"num_threads": threads, "precision": precision}
     pipeline = load_pipeline(engine_dir, backend, **options)
     name = pipeline.backend.name
     device = availability(name).device or "cpu"
@@ -109,7 +116,7 @@ def load_subject(
     )
     weights = {name: _engines_mib(manifest, engine_dir, pipeline)}
     try:
-        folder = checkpoint or Path(manifest.source)
+        folder = checkpoint or _find_checkpoint(manifest)
         baseline = _load_baseline(folder, manifest.model_hash, device=device)
     except (CheckpointError, BackendError) as error:
         if checkpoint is not None:
@@ -129,6 +136,15 @@ def load_subject(
         text_encoder=TextEncoderSize.read(folder),
         weights_mib={**weights, BASELINE: _mib(folder.rglob("*.safetensors"))},
     )
+
+
+def _find_checkpoint(manifest: Manifest) -> Path:
+    """Return the checkpoint the engines were most likely made from.
+
+    Raises CheckpointError where there is none to try.
+    """
+    named = Path(manifest.source)
+    return named if is_checkpoint(named) else find_checkpoint()
 
 
 def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:

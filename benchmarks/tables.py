@@ -24,7 +24,9 @@ class Section:
 
 
 def sections(result: BenchResult) -> Iterator[Section]:
-    """Yield every table of the report, in reading order."""
+    """Yield every table of the report, in reading order: doubts come before numbers."""
+    if result.warnings:
+        yield Section("Warnings", ("",), tuple((text,) for text in result.warnings), numbers=False)
     for batch in result.batches:
         yield _latency_section(result, batch)
         if batch.scale_rows:
@@ -35,8 +37,6 @@ def sections(result: BenchResult) -> Iterator[Section]:
     if result.parity is not None:
         yield _parity_section(result, result.parity)
     yield _environment_section(result)
-    if result.warnings:
-        yield Section("Warnings", ("",), tuple((text,) for text in result.warnings), numbers=False)
 
 
 def _latency_section(result: BenchResult, batch: BatchResult) -> Section:
@@ -62,7 +62,7 @@ def _ceilings_note(ceilings: Ceilings | None) -> str:
         return "No ceilings: those of a GPU are not measured by this version."
     return (
         f"Roof: the operations at this run's GEMM peak, {ceilings.gemm_peak_gflops:.0f} GFLOP/s "
-        f"in float32 with {ceilings.threads} threads. Memory: weights and tensors once per call "
+        f"in float32 with {ceilings.threads} thread(s). Memory: weights and tensors once per call "
         f"at {ceilings.bandwidth_gb_s:.1f} GB/s; caches can be faster."
     )
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.bench import BenchEvent, BenchOptions, Effort, measure
+from benchmarks import bench
+from benchmarks.bench import BenchEvent, BenchOptions, Effort, measure, run
 from benchmarks.report import markdown, write_report
 from benchmarks.results import BenchResult
 from benchmarks.subject import Subject
@@ -148,3 +149,32 @@ def test_given_rounds_and_warm_up_win_over_quick() -> None:
     effort = Effort.of(options)
     assert (effort.rounds, effort.warmup) == (7, 0)
     assert effort.seconds_per_batch < 20
+
+
+def test_run_writes_its_files_only_once_everything_is_measured(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "report"
+    monkeypatch.setattr(bench, "load_subject", lambda *args, **kwargs: subject)
+    monkeypatch.setattr(Effort, "of", lambda options: dataclasses.replace(SMALL, rounds=1))
+
+    def stop(event: BenchEvent) -> None:
+        if event.activity == "batch 2":
+            raise KeyboardInterrupt
+
+    options = BenchOptions(engine_dir=tmp_path, output_dir=folder, batch_sizes=(1, 2), threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(options, on_event=stop)
+    assert not folder.exists()
+    monkeypatch.setattr(bench, "_cold_runs", lambda *args: ())
+    report = run(options)
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md"]
+    assert report.result.options["batch_sizes"] == [1, 2]
+    assert report.result.options["rounds"] == 1
+
+
+def test_warnings_come_before_all_numbers(result: BenchResult) -> None:
+    doubtful = dataclasses.replace(result, warnings=("the machine was busy",))
+    assert next(sections(doubtful)).rows == (("the machine was busy",),)
+    calm = dataclasses.replace(result, warnings=())
+    assert "Warnings" not in [section.title for section in sections(calm)]
