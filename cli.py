@@ -1,6 +1,6 @@
 """`nsp …`: every verb is a thin function: parse, configuration, library call, report."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from nsp.command_line import (
 from nsp.errors import ConfigError
 
 if TYPE_CHECKING:
+    from export.plan import PlannedBuild
     from nsp.runtime.pipeline import Pipeline
 
 
@@ -50,6 +51,100 @@ def main(context: click.Context) -> None:
     """Export, run and measure next-scale image generators. Train one with: python train.py."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+
+
+@main.command("export")
+@checkpoint_option("Model to export.  [default: newest training run, else the bundled demo]")
+@engine_dir_option
+@precision_options("Export in {}.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    help="auto (all that is installed), onnxruntime, tensorrt, tensorrt-rtx. Repeatable.",
+)
+@click.option(
+    "--max-batch",
+    type=COUNT,
+    default=4,
+    show_default=True,
+    help="Images per batch of TensorRT engines; ONNX Runtime takes any.",
+)
+@click.option(
+    "--static-batch", is_flag=True, help="TensorRT engines for full batches only: faster."
+)
+@click.option(
+    "--gpu-arch",
+    "gpu_archs",
+    multiple=True,
+    help="Build TensorRT-RTX engines for this GPU architecture (89) or for `current`. Repeatable.",
+)
+@click.option("--rebuild", is_flag=True, help="Build again what could be reused.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built; write nothing.")
+@json_option
+@verbose_option
+def export_engines(
+    *,
+    checkpoint: Path | None,
+    engine_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Export a checkpoint to engines, with parity checked.
+
+    Stages that are built and unchanged are reused; an interrupted export goes on where it stopped.
+    Without a precision, fp32.
+    """
+    from export.run import ExportEvent, ExportOptions, export, find_checkpoint, plan
+    from nsp.inspection import describe_folder
+    from nsp.terminal import progress_bar
+
+    folder = engine_dir or Path("engines")
+    export_options = ExportOptions(
+        checkpoint=str(checkpoint or find_checkpoint()),
+        engine_dir=str(folder),
+        precisions=given_precisions(options) or ("fp32",),
+        **options,
+    )
+    if dry_run:
+        _report_plan(folder, plan(export_options), as_json=as_json)
+        return
+    with progress_bar() as show:
+
+        def on_event(event: ExportEvent) -> None:
+            if event.stage:  # the end is logged
+                activity = f"{event.stage} {event.target} {event.precision}: {event.message}"
+                show(activity, round(100 * event.fraction), 100)
+
+        manifest = export(export_options, on_event=on_event)
+    if as_json:
+        print_json(describe_folder(folder))
+        return
+    condition = '--prompt "…"' if "text_encoder" in manifest.stages else "--class-id 0"
+    click.echo(f"engines: {folder} ({', '.join(manifest.backends())})")
+    click.echo(f"next: nsp generate --engine-dir {folder} {condition}")
+
+
+def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: bool) -> None:
+    """Print what an export would do."""
+    from rich.table import Table
+
+    fields = ("stage", "target", "precision", "action", "reason", "estimated_bytes", "gpu_archs")
+    rows = [{name: getattr(build, name) for name in fields} for build in builds]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "target", "precision", "action", "about", "because"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        size = f"{row['estimated_bytes'] / 2**20:.1f} MiB" if row["action"] == "build" else ""
+        table.add_row(*(row[n] for n in fields[:4]), size, row["reason"])
+    _print_tables([table])
+    click.echo(f"nothing was written to {folder}")
 
 
 @main.command()

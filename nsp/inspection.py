@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_MAX_TEXT = 160  # characters of a note shown; --json has all of them
+_MAX_TEXT = 400  # characters of a long list that are shown; --json has all of them
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
@@ -62,20 +62,38 @@ def render_folder(found: Mapping[str, Any]) -> list["RenderableType"]:
     head.add_row(found["kind"], found["folder"])
     head.add_row("family", found["family"])
     head.add_row("model", found["model_hash"])
-    for name in ("source", "config", "sampling", "notes"):
-        value = found.get(name)
-        for key, text in _lines(name, value) if isinstance(value, Mapping) else [(name, value)]:
-            if text:
-                head.add_row(key, str(text))
+    if source := found.get("source"):
+        head.add_row("source", source)
+    for key, text in [*_lines("config", found["config"]), *_lines("sampling", found["sampling"])]:
+        head.add_row(key, text)
+    if notes := found.get("notes"):
+        head.add_row("notes", _shortened(_compact(notes)))
     if found["kind"] == "checkpoint":
         return [head, _files_table(found["sizes"], found["sizes"])]
     tables: list[RenderableType] = [head]
     if found["files"]:
         tables.append(_files_table(found["files"], found["sizes"]))
+    tables.append(_overview(found))
     for stage, variants in found["stages"].items():
         tables.append(f"\n{stage}")
         tables.extend(_variant_table(variant, found["sizes"]) for variant in variants)
     return tables
+
+
+def _overview(found: Mapping[str, Any]) -> "Table":
+    """Return a line per compiled stage."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("\nstage", "\nbackend", "\nprecision", "\ncache", "\nsize"):
+        table.add_column(name)
+    for stage, variants in found["stages"].items():
+        for variant in variants:
+            sizes = [found["sizes"][name] for name in variant["files"]]
+            size = None if None in sizes else sum(sizes)
+            facts = (variant["backend"], variant["precision"], variant["kv_layout"])
+            table.add_row(stage, *facts, _readable(size))
+    return table
 
 
 def _variant_table(variant: Mapping[str, Any], sizes: Mapping[str, int | None]) -> "RenderableType":
@@ -95,9 +113,14 @@ def _variant_table(variant: Mapping[str, Any], sizes: Mapping[str, int | None]) 
         table.add_row(side, _shortened(", ".join(f"{n} ({a}) {d}" for n, (a, d) in tensors)))
     for number, profile in enumerate(variant["profiles"]):
         table.add_row(f"profile {number}", _shortened(_compact(profile)))
-    for name in ("precision_map", "parity", "tools", "device"):
-        for key, text in _lines(name.replace("_", " "), variant[name]):
-            table.add_row(key, _shortened(text))
+    kept: dict[str, list[str]] = {}
+    for name, dtype in variant["precision_map"].items():
+        kept.setdefault(dtype, []).append(name)
+    for dtype, names in kept.items():
+        table.add_row(f"{dtype} are", ", ".join(names))
+    for name in ("parity", "tools", "device"):
+        for key, text in _lines(name, variant[name]):
+            table.add_row(key, text)
     table.add_row("built in", f"{variant['build_seconds']:.1f} s")
     return Padding(table, (0, 0, 0, 2))
 
@@ -119,11 +142,16 @@ def _files_table(names: Mapping[str, Any], sizes: Mapping[str, int | None]) -> "
 
 
 def _lines(name: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (heading, text) for plain values together and for each nested mapping alone."""
-    plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
-    nested = {k: v for k, v in values.items() if isinstance(v, Mapping)}
-    lines = [(name, _compact(plain))] if plain else []
-    return lines + [(f"{name}.{key}", _shortened(_compact(value))) for key, value in nested.items()]
+    """Return (heading, text): plain values together, what is nested under its own heading."""
+    plain, nested = {}, []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            nested += _lines(f"{name}.{key}", value)
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            nested += _lines(f"{name}.{key}", {str(n): item for n, item in enumerate(value)})
+        else:
+            plain[key] = value
+    return ([(name, _compact(plain))] if plain else []) + nested
 
 
 def _compact(values: Mapping[str, Any]) -> str:
