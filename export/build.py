@@ -1,82 +1,198 @@
 """Builds one stage: module -> ONNX -> lint -> parity -> engine; only what passes stays."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
 
+from export.engine import ENGINE_NAME, build_engine
+from export.images import check_images
+from export.lint import check_graph
 from export.onnx_export import MODEL_NAME, export_stage
+from export.parity import Subject, check_stage
 from export.plan import ExportPlan, PlannedBuild
 from export.precision import at_precision
-from export.store import EngineStore
+from export.reference import Reference, record_reference
+from export.store import EngineStore, with_variant
+from nsp.runtime.backends.base import Backend
+from nsp.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
+from nsp.runtime.backends.torch import TorchBackend
 from nsp.runtime.manifest import Manifest, Variant, file_sha256
 
 logger = logging.getLogger(__name__)
 
 Report: TypeAlias = Callable[[PlannedBuild, str, float, str], None]
 
+# Where a build stands when a phase begins, as a share of it.
+_START = {"onnx": 0.0, "lint": 0.5, "parity": 0.55, "build": 0.7}
+
 
 class StageBuilder:
-    """Holds the model while stages are built from it."""
+    """Holds the model and its reference while stages are built from it."""
 
     def __init__(self, plan: ExportPlan, store: EngineStore, report: Report) -> None:
         self._plan, self._store, self._report = plan, store, report
         self._family = plan.record.family
-        self._stages: tuple[tuple[str, str], Mapping[str, nn.Module]] | None = None
+        self._modules_key: tuple[str, str] | None = None
+        self._modules: Mapping[str, nn.Module] = {}
 
     @cached_property
     def system(self) -> Any:
         """The model in float32."""
         return self._plan.record.load()
 
-    def build(self, build: PlannedBuild) -> Variant:
-        """Return the finished variant, whose files lie in the staging folder."""
+    @cached_property
+    def reference(self) -> Reference:
+        """What the model generates in PyTorch."""
         started = time.monotonic()
-        with self._store.new_folder(build.folder) as folder:
-            self._report(build, "onnx", 0.0, "tracing")
-            export_stage(
-                self._modules(build)[build.stage],
-                build.io,
-                folder,
-                name=build.stage,
-                opset=build.opset,
-                trace_sizes=self._family.get("trace_sizes"),
-            )
-            files = _digests(folder, build.folder, MODEL_NAME)
-        return Variant(
-            backend=build.backend,
-            precision=build.precision,  # type: ignore[arg-type]
-            kv_layout=build.kv_layout,
-            opset=build.opset,
-            io=build.io.to_dict(),
-            files=files,
-            profiles=build.profiles,
-            max_batch=build.max_batch,
-            precision_map=build.precision_map,
-            tools=build.tools,
-            build_seconds=round(time.monotonic() - started, 3),
-            fingerprint=build.fingerprint,
-        )
+        reference = record_reference(self._plan, self.system)
+        seconds = time.monotonic() - started
+        logger.info("reference: %d images by PyTorch in %.1f s", reference.num_images, seconds)
+        return reference
 
-    def _modules(self, build: PlannedBuild) -> Mapping[str, nn.Module]:
+    def build(self, build: PlannedBuild) -> Variant:
+        """Return the finished variant, whose files lie in the staging folder.
+
+        Raises ExportError when a step fails and ParityError when the stage misses its gate.
+        """
+        started = time.monotonic()
+        if "reference" not in self.__dict__:
+            self._report(build, "reference", 0.0, "generating with PyTorch")
+            _ = self.reference
+        with self._store.new_folder(build.folder) as folder:
+            onnx_folder = folder / "onnx" if build.profiles else folder
+            onnx_folder.mkdir(exist_ok=True)
+            model = self._export(build, onnx_folder)
+            parity = self._check(build, model)
+            device: dict[str, str] = {}
+            if build.profiles:
+                self._report(build, "build", _START["build"], "compiling")
+                device = build_engine(
+                    build,
+                    model,
+                    folder / ENGINE_NAME,
+                    timeout_s=self._plan.options.build_timeout_s,
+                    on_progress=lambda done, message: self._report(
+                        build, "build", _START["build"] + (1 - _START["build"]) * done, message
+                    ),
+                )
+                shutil.rmtree(onnx_folder)
+            files = _digests(folder, build.folder)
+        seconds = time.monotonic() - started
+        logger.info("%s %s %s: %.1f s", build.stage, build.target, build.precision, seconds)
+        return _variant(build, files, device, parity, seconds)
+
+    def _export(self, build: PlannedBuild, folder: Path) -> Path:
+        """Write and lint the graph."""
+        self._report(build, "onnx", _START["onnx"], "tracing")
+        model = export_stage(
+            self._stages(build)[build.stage],
+            build.io,
+            folder,
+            name=build.stage,
+            opset=build.opset,
+            trace_sizes=self._family.get("trace_sizes"),
+        )
+        self._report(build, "lint", _START["lint"], "checking the graph")
+        check_graph(model, build)
+        return model
+
+    def _check(self, build: PlannedBuild, model: Path) -> dict[str, Any]:
+        """Hold the graph to the reference."""
+        self._report(build, "parity", _START["parity"], "comparing with PyTorch")
+        backend, checked = self._checker(build, model)
+        subject = Subject(
+            stage=build.stage,
+            io=build.io,
+            backend=backend,
+            precision=build.stored_precision,
+            label=f"{build.stage} ({build.target} {build.precision})",
+        )
+        return {"checked": checked, **check_stage(subject, self.reference)}
+
+    def _checker(self, build: PlannedBuild, model: Path) -> tuple[Backend, str]:
+        """Return what runs the stage for its check, and that in words."""
+        stages_io = {build.stage: build.io}
+        if build.stored_precision == "bf16":
+            # ONNX Runtime's CPU has no bfloat16 kernels to speak of.
+            modules = self._stages(build)
+            backend = TorchBackend(modules, stages_io, kv_layout=build.kv_layout, device="cpu")
+            return backend, "the same modules in PyTorch bfloat16"
+        files = {build.stage: model}
+        runtime = OnnxRuntimeBackend(files, stages_io, kv_layout=build.kv_layout, providers=[CPU])
+        runtime.wait()
+        graph = "the graph it was compiled from" if build.profiles else "this graph"
+        return runtime, f"{graph} in ONNX Runtime on a CPU"
+
+    def _stages(self, build: PlannedBuild) -> Mapping[str, nn.Module]:
         """Return the stage modules in the precision and layout of a build; the last are kept."""
         key = (build.precision, build.kv_layout)
-        if self._stages is None or self._stages[0] != key:
+        if self._modules_key != key:
             weights = self._family.get("precision")(self.system.config)
             system = at_precision(self.system, weights, build.precision)
-            self._stages = key, self._family.get("stages")(system, build.kv_layout)
-        return self._stages[1]
+            self._modules_key = key
+            self._modules = self._family.get("stages")(system, build.kv_layout)
+        return self._modules
 
     def check_images(self, manifest: Manifest) -> Manifest:
-        """Return the manifest with what whole images showed."""
+        """Return the manifest with what whole images from the built stages showed.
+
+        Only ONNX Runtime can be run here; its figures are kept with `step`.
+        """
+        made = {(b.backend, b.precision): b for b in self._plan.builds if not b.profiles}
+        for (backend, precision), build in made.items():
+            variants = {
+                stage: next(v for v in vs if (v.backend, v.precision) == (backend, precision))
+                for stage, vs in manifest.stages.items()
+            }
+            self._report(build, "check", 0.0, "generating whole images")
+            figures = check_images(
+                self._plan,
+                self.reference,
+                {stage: self._store.path(v) for stage, v in variants.items()},
+                {stage: v.stage_io for stage, v in variants.items()},
+                kv_layout=build.kv_layout,
+                precision=precision,
+            )
+            step = variants["step"]
+            parity = {**step.parity, "free_running": figures}
+            manifest = with_variant(manifest, "step", replace(step, parity=parity))
         return manifest
 
 
-def _digests(folder: Path, name: str, first: str) -> dict[str, str]:
-    """Return {path in the engine folder: SHA-256} of a stage's files, `first` leading."""
-    paths = sorted((p for p in folder.iterdir()), key=lambda p: (p.name != first, p.name))
+def _variant(
+    build: PlannedBuild,
+    files: dict[str, str],
+    device: dict[str, str],
+    parity: dict[str, Any],
+    seconds: float,
+) -> Variant:
+    return Variant(
+        backend=build.backend,
+        precision=build.precision,  # type: ignore[arg-type]  # checked by ExportOptions
+        kv_layout=build.kv_layout,
+        opset=build.opset,
+        io=build.io.to_dict(),
+        files=files,
+        profiles=build.profiles,
+        max_batch=build.max_batch,
+        precision_map=build.precision_map,
+        tools=build.tools,
+        device=device,
+        parity=parity,
+        build_seconds=round(seconds, 3),
+        fingerprint=build.fingerprint,
+    )
+
+
+def _digests(folder: Path, name: str) -> dict[str, str]:
+    """Return {path in the engine folder: SHA-256} of a stage's files, the one to load leading."""
+    first = (ENGINE_NAME, MODEL_NAME)
+    paths = sorted(folder.iterdir(), key=lambda path: (path.name not in first, path.name))
     return {f"{name}/{path.name}": file_sha256(path) for path in paths}

@@ -1,0 +1,45 @@
+"""The child process of an engine build: `python -m export.build_child JOB.json`.
+
+Progress and the result go to stdout as JSON, one object a line. Imports neither torch nor
+onnxruntime.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from export.tensorrt import compile_engine
+from nsp.errors import NspError
+
+
+def main(job_file: str) -> int:
+    """Run one job and report it; return the exit status."""
+    job = json.loads(Path(job_file).read_text())
+    started = time.monotonic()
+    try:
+        device = compile_engine(
+            module=job["module"],
+            model=Path(job["model"]),
+            plan=Path(job["plan"]),
+            profiles=job["profiles"],
+            gpu_archs=job["gpu_archs"],
+            on_progress=lambda done, phase: _say({"progress": done, "phase": phase}),
+        )
+    except (NspError, OSError, MemoryError) as error:
+        _say({"error": str(error) or type(error).__name__})
+        return 1
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds = time.monotonic() - started
+    _say({"device": device, "seconds": seconds, "peak_mib": peak_mib})
+    return 0
+
+
+def _say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,68 @@
+"""Whole images from exported stages, free-running: reported for all, required of fp32."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.plan import ExportPlan
+from export.reference import Generated, Reference, psnr_db
+from nsp.errors import ParityError
+from nsp.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
+from nsp.runtime.io import StageIO
+from nsp.runtime.pipeline import GenerateResult, Pipeline, Trace
+
+
+def check_images(
+    plan: ExportPlan,
+    reference: Reference,
+    files: Mapping[str, Path],
+    stages_io: Mapping[str, StageIO],
+    *,
+    kv_layout: str,
+    precision: str,
+) -> dict[str, Any]:
+    """Return how images from exported stages compare to PyTorch's: tokens that agree, and PSNR.
+
+    In half precision one early flip legitimately changes the image. In fp32 all tokens must agree,
+    else ParityError; images made with `more_smooth` are only reported, for there rounding feeds
+    back through mixed codes.
+    """
+    backend = OnnxRuntimeBackend(files, stages_io, kv_layout=kv_layout, providers=[CPU])
+    pipeline = Pipeline(
+        plan.record.family,
+        plan.config,
+        backend,
+        tokenizer=reference.pipeline.tokenizer,
+        sampling=plan.sampling,
+    )
+    agreements, psnrs = [], []
+    for batch in reference.batches:
+        result = pipeline.generate(trace=True, **batch.arguments)
+        agreement = _agreement(batch, result)
+        if precision == "fp32" and agreement < 1 and not batch.is_smooth:
+            raise ParityError(
+                f"onnxruntime fp32: {agreement:.2%} of the tokens of whole images agree with "
+                "PyTorch; limit 100 %"
+            )
+        agreements.append((agreement, len(result.images)))
+        psnrs.append(psnr_db(_trace(batch.result).image, _trace(result).image))
+    images = sum(count for _, count in agreements)
+    mean = sum(agreement * count for agreement, count in agreements) / images
+    return {
+        "images": images,
+        "token_agreement": round(mean, 6),
+        "lowest_psnr_db": round(min(psnrs), 2),
+    }
+
+
+def _agreement(batch: Generated, result: GenerateResult) -> float:
+    """Return the share of sampled tokens that agree."""
+    expected, found = (np.concatenate(_trace(r).tokens, 1) for r in (batch.result, result))
+    return float(np.mean(expected == found))
+
+
+def _trace(result: GenerateResult) -> Trace:
+    assert result.trace is not None  # asked for
+    return result.trace

@@ -1,0 +1,129 @@
+"""What is correct: real prompts through the PyTorch model in float32, with every stage call kept.
+
+Exported stages are held to these calls one by one (teacher forcing): each gets the inputs PyTorch
+gave, and only its key/value cache is its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.plan import ExportPlan
+from nsp.runtime.backends.torch import TorchBackend
+from nsp.runtime.kv_arena import KVArena, KVShape
+from nsp.runtime.pipeline import GenerateResult, Pipeline, torch_pipeline
+
+_CACHE_PREFIX = "past_"
+# Enough tokens for 99 % to mean something with a small model; few images where each is expensive.
+_WANTED_TOKENS, _FEWEST_IMAGES, _MOST_IMAGES = 1000, 3, 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a stage: inputs and outputs but for the cache, in float32 as PyTorch has them."""
+
+    stage: str
+    feeds: Mapping[str, NDArray[Any]]
+    outputs: Mapping[str, NDArray[Any]]
+    num_new: int  # tokens the cache grew by
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One batch of images and everything that was called to make it."""
+
+    arguments: Mapping[str, Any]  # of Pipeline.generate
+    calls: tuple[Call, ...]
+    kv: KVShape
+    result: GenerateResult
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether codes were mixed, so that rounding spreads from scale to scale."""
+        return bool(self.arguments.get("more_smooth"))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The PyTorch model and what it generated."""
+
+    pipeline: Pipeline
+    batches: tuple[Generated, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Images of all batches."""
+        return sum(len(batch.result.images) for batch in self.batches)
+
+
+class RecordingBackend(TorchBackend):
+    """The torch backend, keeping every call."""
+
+    calls: list[Call]
+    kv: KVShape
+
+    def run(
+        self, stage: str, feeds: Mapping[str, Any], outputs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return all outputs, having noted them and the feeds."""
+        given = outputs or {}
+        results = super().run(stage, feeds, outputs)
+        # torch makes new tensors for all but the cache, so nothing here changes later.
+        call = Call(
+            stage=stage,
+            feeds={n: _array(t) for n, t in feeds.items() if not n.startswith(_CACHE_PREFIX)},
+            outputs={n: _array(t) for n, t in results.items() if n not in given},
+            num_new=next((int(t.shape[0]) for t in given.values()), 0),  # token-major
+        )
+        self.calls.append(call)
+        return results
+
+    def arena(self, shape: KVShape) -> KVArena:
+        """Return an empty arena, having noted its size."""
+        self.kv = shape
+        return super().arena(shape)
+
+
+def _array(tensor: Any) -> NDArray[Any]:
+    result: NDArray[Any] = tensor.detach().cpu().numpy()
+    return result
+
+
+def record_reference(plan: ExportPlan, system: Any) -> Reference:
+    """Return what `system` generates from real prompts with its own sampling settings.
+
+    One batch with those settings, one image without guidance and one with `more_smooth`: together
+    they call every stage and both relations of rows to images.
+    """
+    family = plan.record.family
+    pipeline = torch_pipeline(family, system, device="cpu", sampling=plan.sampling.to_dict())
+    stages = family.get("stages")(system, "delta")
+    pipeline.backend = backend = RecordingBackend(
+        stages, pipeline.backend.stages_io, kv_layout="delta", device="cpu"
+    )
+    wanted = -(-_WANTED_TOKENS // plan.config.num_tokens)
+    count = min(max(wanted, _FEWEST_IMAGES), _MOST_IMAGES)
+    conditions = family.get("parity_conditions")
+    requests: tuple[tuple[int, dict[str, Any]], ...] = (
+        (count - 1, {}),
+        (1, {"guidance_scale": 1.0}),
+        (1, {"more_smooth": True}),
+    )
+    batches = []
+    for seed, (images, settings) in enumerate(requests):
+        arguments = {**conditions(plan.config, images), "seed": seed, **settings}
+        backend.calls = []
+        result = pipeline.generate(trace=True, **arguments)
+        batches.append(Generated(arguments, tuple(backend.calls), backend.kv, result))
+    return Reference(pipeline, tuple(batches))
+
+
+def psnr_db(reference: NDArray[Any], other: NDArray[Any]) -> float:
+    """Return the peak signal-to-noise ratio of images in [0, 1], in dB, at most 200."""
+    error = float(np.mean((reference.astype(np.float64) - other.astype(np.float64)) ** 2))
+    if not np.isfinite(error):
+        return 0.0
+    return 200.0 if error == 0 else min(200.0, -10 * float(np.log10(error)))
