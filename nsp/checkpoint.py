@@ -9,6 +9,7 @@ from typing import Any
 
 from nsp.errors import CheckpointError
 from nsp.families.registry import Family, family
+from nsp.files import write_folder
 from nsp.runtime.manifest import file_sha256
 
 CONFIG_NAME = "config.json"
@@ -67,3 +68,26 @@ def read_checkpoint(folder: Path) -> CheckpointRecord:
         sampling=values.get("sampling", {}),
         notes=values.get("notes", {}),
     )
+
+
+def copy_in_half(source: Path, target: Path) -> None:
+    """Copy a checkpoint folder with its float32 weights stored as float16: half the bytes.
+
+    Loading gives float32 again, rounded to 11 bits of mantissa.
+    """
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    read_checkpoint(source)
+    with write_folder(target) as partial:
+        for path in (p for p in sorted(source.rglob("*")) if p.is_file()):
+            copy = partial / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix != ".safetensors":
+                copy.write_bytes(path.read_bytes())
+                continue
+            halved = {
+                name: array.astype(np.float16) if array.dtype == np.float32 else array
+                for name, array in load_file(path).items()
+            }
+            save_file(halved, copy, metadata={"format": "pt"})

@@ -26,7 +26,7 @@ def emoji() -> RunConfig:
     )
     predictor = PhaseConfig(
         name="predictor",
-        steps=2800,
+        steps=2000,
         batch_size=32,
         optimizer=OptimizerConfig(
             lr=1.2e-3, schedule="lin0", warmup_steps=100, final_ratio=0.02, grad_clip=2.0

@@ -1,0 +1,81 @@
+"""Checkpoint folders: read back exactly, refused when damaged, stored in half on request."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsp.checkpoint import copy_in_half, read_checkpoint
+from nsp.errors import CheckpointError, ConfigError
+from nsp.families.var.checkpoint import save_checkpoint
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def test_saving_and_loading_is_exact(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    system = read_checkpoint(tiny_checkpoint).load()
+    save_checkpoint(tmp_path / "again", system, notes={}, sampling={"top_k": 3})
+    record = read_checkpoint(tmp_path / "again")
+    assert record.sampling == {"top_k": 3}
+    again = record.load().state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in system.state_dict().items())
+
+
+def test_half_precision_copy_loads_rounded_and_is_half_as_large(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy_in_half(tiny_checkpoint, tmp_path / "half")
+    whole = read_checkpoint(tiny_checkpoint).load().state_dict()
+    half = read_checkpoint(tmp_path / "half").load().state_dict()
+    for name, tensor in whole.items():
+        expected = tensor.half().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(half[name], expected), name
+    weights = "predictor/model.safetensors"
+    sizes = [(folder / weights).stat().st_size for folder in (tiny_checkpoint, tmp_path / "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_weights_hash_follows_the_weights_not_the_notes(copy: Path) -> None:
+    before = read_checkpoint(copy).weights_hash()
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**values, "notes": {"other": 1}}))
+    assert read_checkpoint(copy).weights_hash() == before
+    path = copy / "vae/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert read_checkpoint(copy).weights_hash() != before
+
+
+def test_damage_is_named(copy: Path) -> None:
+    path = copy / "predictor/model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"predictor/model\.safetensors is damaged"):
+        read_checkpoint(copy).load()
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"predictor/model\.safetensors is missing"):
+        read_checkpoint(copy).load()
+
+
+def test_config_json_is_checked(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        read_checkpoint(tmp_path / "nowhere")
+    (copy / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_checkpoint(copy)
+    (copy / "config.json").write_text('{"family": "unknown", "config": {}}')
+    with pytest.raises(ConfigError, match="unknown family 'unknown'; known: var"):
+        read_checkpoint(copy)
+
+
+def test_an_unknown_configuration_key_is_named(copy: Path) -> None:
+    values = json.loads((copy / "config.json").read_text())
+    values["config"]["predictor"]["widht"] = 3
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="unknown key 'widht'"):
+        read_checkpoint(copy).load()
