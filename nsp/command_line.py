@@ -15,9 +15,21 @@ from typing import Any, TypeVar
 
 import click
 
-from nsp.errors import ConfigError, NspError
+from nsp.errors import ConfigError, MissingExtraError, NspError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# Optional package -> the extra that brings it. Modules that need one import it at their head, as
+# nothing of theirs works without it; this is where that becomes advice.
+_EXTRAS = {
+    "torch": "export",
+    "transformers": "export",
+    "diffusers": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "polygraphy": "export",
+    "accelerate": "train",
+}
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -53,7 +65,7 @@ class Program(click.Group):
         except click.Abort:
             click.echo("interrupted: files already written are complete", err=True)
             code = INTERRUPTED
-        except (click.ClickException, NspError, OSError) as error:
+        except (click.ClickException, NspError, OSError, ModuleNotFoundError) as error:
             if settings.verbose:
                 traceback.print_exc()
             message, code = explain(error)
@@ -61,8 +73,13 @@ class Program(click.Group):
         sys.exit(code or DONE)
 
 
-def explain(error: click.ClickException | NspError | OSError) -> tuple[str, int]:
-    """Return what a user reads about an expected error, and the exit code."""
+def explain(error: Exception) -> tuple[str, int]:
+    """Return what a user reads about an expected error, and the exit code; raise another again."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise error
+        error = MissingExtraError(package, _EXTRAS[package])
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else "nsp"
         return f"{error.format_message()} (see: {path} --help)", WRONG_USAGE

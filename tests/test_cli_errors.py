@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from nsp.runtime.manifest import read_manifest
 from tests.disk import largest_file
 from tests.runtime.engine_folders import change_manifest, write_engines
 
+ROOT = Path(__file__).parent.parent
 PROMPT = ("--prompt", "red apple")
 
 
@@ -237,6 +240,19 @@ def test_a_full_disk_leaves_no_half_written_picture(tiny_checkpoint, tmp_path):
         result = nsp("generate", *options, *PROMPT)
     assert_one_line(result, 1, "File too large")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(tiny_checkpoint, package):
+    """In a process of its own: what is imported already would be found."""
+    script = "import sys; sys.modules[sys.argv.pop(1)] = None; import cli; cli.main()"
+    where = ("--checkpoint", str(tiny_checkpoint), "--prompt", "cat")
+    command = [sys.executable, "-c", script, package, "generate", *where]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    *_, line = done.stderr.splitlines()
+    assert line.startswith(f"error: {package} is not installed; run: pip install 'nsp[")
+    assert "Traceback" not in done.stderr
 
 
 def test_verbose_adds_the_traceback_before_the_line(tmp_path):
