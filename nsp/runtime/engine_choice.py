@@ -104,7 +104,8 @@ def _working_device(record: BackendRecord, device: Device | None) -> Device:
     if device is None:
         return state.device
     if device not in record.precisions:
-        raise ConfigError(f"device {device!r} is unknown; {record.name} runs on cpu or cuda")
+        known = " or ".join(record.precisions)
+        raise ConfigError(f"{record.name} runs on {known}, not on {device!r}")
     if device == "cuda" and state.device == "cpu":
         fix = f"; run: {state.install}" if state.install else ""
         raise BackendError(f"{record.name} cannot use a GPU here: it {state.reason}{fix}")
@@ -161,6 +162,9 @@ def choose_variants(
     if precision is not None and precision not in PRECISION_DTYPES:
         known = ", ".join(PRECISION_DTYPES)
         raise ConfigError(f"precision {precision!r} is unknown; known: {known}")
+    if precision is not None and precision not in record.precisions[device]:
+        runs = " or ".join(record.precisions[device])
+        raise ConfigError(f"{record.name} runs {runs} on {device}, not {precision}")
     wanted = (precision,) if precision else record.precisions[device]
     held = [v for s in manifest.stages for v in manifest.variants(s, record.name)]
     layouts = dict.fromkeys(variant.kv_layout for variant in held)

@@ -106,6 +106,9 @@ def test_a_precision_that_is_not_there_is_named_with_those_that_are(tmp_path: Pa
     assert message.startswith(f"{tmp_path} has no fp16 engines for onnxruntime (it has fp32)")
     assert message.endswith(f"run: nsp export --engine-dir {tmp_path} --fp16")
     assert "precision 'fp8' is unknown" in refusal(tmp_path, ConfigError, precision="fp8")
+    message = refusal(tmp_path, ConfigError, precision="bf16")
+    assert message.startswith("onnxruntime runs fp")
+    assert message.endswith("not bf16")
 
 
 def test_a_folder_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
@@ -229,7 +232,9 @@ def test_a_gpu_that_is_not_there_is_refused(engines: Path, monkeypatch: pytest.M
     message = refusal(engines, BackendError, device="cuda")
     assert "onnxruntime cannot use a GPU here: it runs engines on the CPU" in message
     assert "run: pip install onnxruntime-gpu" in message
-    assert "device 'tpu' is unknown" in refusal(engines, ConfigError, device="tpu")
+    assert "onnxruntime runs on cpu or cuda, not on 'tpu'" in refusal(
+        engines, ConfigError, device="tpu"
+    )
 
 
 def test_a_backend_that_does_not_work_says_why_and_what_to_install(

@@ -37,9 +37,9 @@ class BackendRecord:
     # "module:name" of (stage files, stages' I/O, kv_layout, device, num_threads) -> Backend;
     # None: no engines, or this version of nsp builds them and does not run them.
     loader: str | None
-    # Which precision of a stage to prefer; fp16 is computed through casts on a CPU.
+    # Precisions it runs on each device, best first; fp16 is computed through casts on a CPU.
     precisions: Mapping[Device, tuple[str, ...]] = field(
-        default_factory=lambda: {"cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32")}
+        default_factory=lambda: {"cuda": ("fp16", "bf16", "fp32")}
     )
     portable: bool = True  # False: engines fit one GPU architecture, library version and OS
     build_needs_gpu: bool = False
@@ -200,6 +200,7 @@ BACKENDS: Mapping[str, BackendRecord] = {
             needs="it runs checkpoints, on a CPU or a GPU",
             probe=_probe_torch,
             loader=None,
+            precisions={"cpu": ("fp32",), "cuda": ("fp32",)},
         ),
     )
 }
