@@ -220,6 +220,7 @@ def import_onnxruntime() -> Any:
     """Return the module; raise BackendError when it is absent or broken."""
     try:
         import onnxruntime
+        from onnxruntime import InferenceSession  # noqa: F401  # else a folder left by pip
     except ImportError as error:
         raise BackendError(
             f"onnxruntime does not load ({_first_line(error)}); "

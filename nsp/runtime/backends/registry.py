@@ -32,6 +32,7 @@ class BackendRecord:
     module: str  # the optional package it needs
     distributions: tuple[str, ...]  # names under which pip knows that package
     install: str  # the command that installs it
+    repair: str = ""  # the command that mends a damaged installation, where it is another one
     needs: str  # in words
     probe: Callable[["BackendRecord"], Availability]
     # "module:name" of (stage files, stages' I/O, kv_layout, device, num_threads) -> Backend;
@@ -52,9 +53,14 @@ class BackendRecord:
 
     def version(self) -> str | None:
         """Return the version of the installed package, or None; nothing is imported."""
-        if importlib.util.find_spec(self.module) is None:
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or spec.origin is None:  # a folder left behind has no origin
             return None
-        return next((found for name in self.distributions if (found := _version(name))), "unknown")
+        return self.recorded_version() or "unknown"
+
+    def recorded_version(self) -> str | None:
+        """Return the version pip has on record, whether or not the module is there."""
+        return next((found for name in self.distributions if (found := _version(name))), None)
 
 
 def backend_record(name: str) -> BackendRecord:
@@ -75,13 +81,15 @@ def availability(name: str) -> Availability:
     except ConfigError as error:
         return Availability(False, str(error))
     try:
-        if record.version() is None:
+        if record.version() is not None:
+            return record.probe(record)
+        if record.recorded_version() is None or importlib.util.find_spec(record.module) is None:
             needs = f"{record.module} is not installed; {record.needs}"
             return Availability(False, needs, record.install)
-        return record.probe(record)
+        reason = f"{record.module} is installed in part: pip lists it, its files are gone"
     except Exception as error:  # whatever a broken installation raises while it is imported
         reason = f"{record.module} is installed but does not load: {type(error).__name__}: {error}"
-        return Availability(False, " ".join(reason.split()), record.install)
+    return Availability(False, " ".join(reason.split()), record.repair or record.install)
 
 
 def _version(distribution: str) -> str | None:
@@ -186,6 +194,7 @@ BACKENDS: Mapping[str, BackendRecord] = {
             module="onnxruntime",
             distributions=("onnxruntime-gpu", "onnxruntime"),
             install="pip install onnxruntime",
+            repair=_only_one("onnxruntime"),
             needs="it runs on any CPU, and on NVIDIA GPUs as onnxruntime-gpu",
             probe=_probe_onnxruntime,
             loader="nsp.runtime.backends.onnxruntime:load_engines",

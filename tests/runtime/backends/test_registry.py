@@ -3,15 +3,18 @@
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
-from nsp.errors import ConfigError
+from nsp.errors import BackendError, ConfigError
 from nsp.runtime.backends import onnxruntime, registry
 from nsp.runtime.backends.registry import BACKENDS, availability, backend_record
 from nsp.runtime.nvidia import Gpu
 
 H200 = Gpu(name="NVIDIA H200", compute_capability="9.0", driver_cuda="13.0")
+
+ONLY_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"
 
 
 class Machine:
@@ -33,13 +36,14 @@ class Machine:
         found = importlib.util.find_spec
 
         def find_spec(name: str) -> object:
-            return object() if name == module else found(name)
+            return types.SimpleNamespace(origin="there") if name == module else found(name)
 
         self.monkeypatch.setattr(registry.importlib.util, "find_spec", find_spec)
 
     def install_onnxruntime(self, *, providers: list[str], starts: bool = False) -> None:
         module = types.ModuleType("onnxruntime")
         module.__version__ = "1.31.1"  # type: ignore[attr-defined]
+        module.InferenceSession = object  # type: ignore[attr-defined]
         module.get_available_providers = lambda: providers  # type: ignore[attr-defined]
         self.monkeypatch.setitem(sys.modules, "onnxruntime", module)
         self.monkeypatch.setattr(onnxruntime, "cuda_starts", lambda ort: starts)
@@ -98,7 +102,25 @@ def test_a_broken_package_is_a_reason_not_an_error(
     found = availability("onnxruntime")
     assert not found.works
     assert "does not load" in found.reason
+    assert found.install == ONLY_ONNXRUNTIME
+
+
+def test_what_pip_leaves_behind_is_not_an_installation(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    found = availability("onnxruntime")
+    assert found.reason.startswith("onnxruntime is not installed")
     assert found.install == "pip install onnxruntime"
+    # pip uninstall onnxruntime, beside onnxruntime-gpu, takes the files of both.
+    machine.installed["onnxruntime-gpu"] = "1.31.1"
+    found = availability("onnxruntime")
+    assert found.reason.startswith("onnxruntime is installed in part")
+    assert found.install == ONLY_ONNXRUNTIME
+    with pytest.raises(BackendError, match="onnxruntime does not load"):
+        onnxruntime.import_onnxruntime()
 
 
 def test_tensorrt_rtx_without_a_driver_builds_and_does_not_run(machine: Machine) -> None:
@@ -131,10 +153,9 @@ def test_onnxruntime_beside_onnxruntime_gpu_is_reported_with_the_fix(machine: Ma
     found = availability("onnxruntime")
     assert found.works
     assert "both installed" in found.reason
-    fix = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"
-    assert found.install == fix
+    assert found.install == ONLY_ONNXRUNTIME
     machine.set_gpu(H200)
-    assert availability("onnxruntime").install == f"{fix}-gpu"
+    assert availability("onnxruntime").install == f"{ONLY_ONNXRUNTIME}-gpu"
 
 
 def test_onnxruntime_for_the_cpu_on_a_machine_with_a_gpu_says_how_to_use_it(
