@@ -1,7 +1,6 @@
 """`python train.py`: train a model; without arguments, the demo model on the embedded emoji set."""
 
 import dataclasses
-import json
 import logging
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nsp.command_line import explain, read_json
 from nsp.errors import ConfigError, NspError
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ def main(
         result = train(
             config, folder, last_phase=phase, resume=resume, skip_bad_files=skip_bad_files
         )
-    except NspError as error:
+    except (NspError, OSError, ModuleNotFoundError) as error:
         if verbose:
             raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        message, code = explain(error)
+        click.echo(f"error: {message}", err=True)
+        sys.exit(code)
     if not result.finished:
         again = f"python train.py --resume --output-dir {folder}"
         click.echo(f"stopped; continue with: {again}", err=True)
@@ -84,10 +85,7 @@ def configure(
 
     stored = config or (resumed / "run.json" if resumed else None)
     if stored is not None and stored.is_file():
-        try:
-            run = RunConfig.from_dict(json.loads(stored.read_text()))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{stored} is not JSON: {error}") from error
+        run = RunConfig.from_dict(read_json(stored))
     elif config is not None:
         raise ConfigError(f"{config} does not exist; give the JSON file of a run")
     else:
