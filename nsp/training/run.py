@@ -58,7 +58,7 @@ def train(
     if last_phase is not None and last_phase not in names:
         raise ConfigError(f"unknown phase {last_phase!r} of this run; known: {', '.join(names)}")
     accelerator = Accelerator(mixed_precision=resolve_precision(config.precision))
-    _claim(folder, config, resume=resume)
+    stored = _run_file(folder, resume=resume)
     set_seed(config.seed)
     record = family(config.family)
     source = open_source(config.data.source, split="train", skip_bad_files=skip_bad_files)
@@ -71,6 +71,8 @@ def train(
         flip=config.data.flip,
         seed=config.seed,
     )
+    with write_file(stored) as partial:  # from here on the folder belongs to this run
+        partial.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     logger.info(
         "%s on %s (%s): %d pictures, run folder %s",
         config.family,
@@ -113,8 +115,8 @@ def _save(folder: Path, system: torch.nn.Module, config: RunConfig, steps: dict[
     )
 
 
-def _claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
-    """Record the run's configuration in `folder`, or check it against the one there."""
+def _run_file(folder: Path, *, resume: bool) -> Path:
+    """Return the path of the run's configuration; raise when it should (not) be there yet."""
     path = folder / "run.json"
     if path.exists() and not resume:
         raise ConfigError(
@@ -122,5 +124,4 @@ def _claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
         )
     if resume and not path.exists():
         raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start one")
-    with write_file(path) as partial:
-        partial.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    return path

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from nsp.checkpoint import read_checkpoint
 from nsp.data.sources import open_source
-from nsp.errors import CheckpointError, ConfigError
+from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.runtime.pipeline import load_pipeline
 from nsp.training.config import RunConfig
 from nsp.training.presets import PRESETS, preset
@@ -197,3 +197,10 @@ def test_every_epoch_draws_its_own_crops(pictures: Path, tmp_path: Path) -> None
     first, second = data[0, 0]["image"], data[1, 0]["image"]
     assert not torch.equal(first, second)
     assert torch.equal(data[0, 0]["image"], first)
+
+
+def test_a_run_that_never_started_leaves_its_folder_free(config: RunConfig, tmp_path: Path) -> None:
+    data = dataclasses.replace(config.data, source=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="nowhere"):
+        train(dataclasses.replace(config, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
