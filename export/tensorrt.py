@@ -5,6 +5,7 @@ named, without a GPU; TensorRT builds for the GPU of this machine.
 """
 
 import importlib
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 
 from nsp.errors import ConfigError, ExportError, MissingExtraError
 from nsp.files import write_file
+from nsp.runtime.nvidia import find_gpu
 
 OnProgress: TypeAlias = Callable[[float, str], None]
 Profile: TypeAlias = Mapping[str, Sequence[Sequence[int]]]  # input -> min, opt, max
@@ -53,7 +55,7 @@ def compile_engine(
         raise ExportError(f"{module} cannot build an engine: {_one_line(log.errors)}")
     with write_file(plan) as partial:
         partial.write_bytes(engine)
-    return {"module": module, "version": str(trt.__version__), "gpu": _gpu(gpu_archs)}
+    return {"module": module, "version": str(trt.__version__), **_target(gpu_archs)}
 
 
 def _import(module: str) -> ModuleType:
@@ -93,8 +95,14 @@ def _profile(builder: Any, sizes: Profile, inputs: Sequence[str]) -> Any:
     return profile
 
 
-def _gpu(gpu_archs: Sequence[str]) -> str:
-    return "sm " + ", ".join(gpu_archs) if gpu_archs else "the GPU of the machine it was built on"
+def _target(gpu_archs: Sequence[str]) -> dict[str, str]:
+    """Return the machine an engine is for; the runtime refuses it on another (engine_choice.py)."""
+    target = {"os": platform.system().lower(), "machine": platform.machine()}
+    if gpu_archs and "current" not in gpu_archs:
+        capabilities = [f"{arch[:-1]}.{arch[-1]}" for arch in gpu_archs]
+        return {**target, "compute_capability": " ".join(capabilities)}
+    gpu = find_gpu()
+    return target if gpu is None else {**target, "compute_capability": gpu.compute_capability}
 
 
 def _one_line(problems: Sequence[str]) -> str:
