@@ -24,7 +24,7 @@ demo: $(VENV)/.ready
 	@echo "report: $(OUTPUTS)/bench/bench.md"
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

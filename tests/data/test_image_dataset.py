@@ -3,12 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.data.picture_files import encoded, write_files
 from torch.utils.data import DataLoader
 
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.sources import ImageSource, open_source
 from nsp.errors import ConfigError
+from tests.data.picture_files import encoded, write_files
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@ import logging
 from pathlib import Path
 
 import pytest
-from tests.data.picture_files import encoded, write_files, write_tar
 
 from nsp.data.sources import EMOJI_TAR, open_source
 from nsp.errors import ConfigError, DataError
+from tests.data.picture_files import encoded, write_files, write_tar
 
 HELDOUT_TSV = EMOJI_TAR.with_name("emoji_heldout.tsv")
 HELDOUT = [tuple(line.split("\t")) for line in HELDOUT_TSV.read_text("utf-8").splitlines()[1:]]

@@ -1,7 +1,7 @@
 """Reads the fixtures in this folder; README.md here says how they were made."""
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from nsp.families.var.config import ClassCondition, PredictorConfig, VaeConfig, 
 GOLDEN_DIR = Path(__file__).parent
 
 
-@lru_cache(maxsize=None)
+@cache
 def tensors(name: str) -> dict[str, Tensor]:
     """Return the tensors of a file, floats as float32."""
     loaded = load_file(GOLDEN_DIR / f"{name}.safetensors")
     return {k: v.float() if v.is_floating_point() else v for k, v in loaded.items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def document(name: str) -> Any:
     """Return a JSON file."""
     return json.loads((GOLDEN_DIR / f"{name}.json").read_text())
