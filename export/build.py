@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from export.engine import ENGINE_NAME, build_engine
+from export.engine import ENGINE_NAME, Engine, build_engine
 from export.images import check_images
 from export.lint import check_graph
 from export.onnx_export import MODEL_NAME, export_stage
@@ -70,10 +70,10 @@ class StageBuilder:
             onnx_folder.mkdir(exist_ok=True)
             model = self._export(build, onnx_folder)
             parity = self._check(build, model)
-            device: dict[str, str] = {}
+            engine = Engine()
             if build.profiles:
                 self._report(build, "build", _START["build"], "compiling")
-                device = build_engine(
+                engine = build_engine(
                     build,
                     model,
                     folder / ENGINE_NAME,
@@ -86,7 +86,7 @@ class StageBuilder:
             files = _digests(folder, build.folder)
         seconds = time.monotonic() - started
         logger.info("%s %s %s: %.1f s", build.stage, build.target, build.precision, seconds)
-        return _variant(build, files, device, parity, seconds)
+        return _variant(build, files, engine, parity, seconds)
 
     def _export(self, build: PlannedBuild, folder: Path) -> Path:
         """Write and lint the graph."""
@@ -141,15 +141,15 @@ class StageBuilder:
         return self._modules
 
     def check_images(self, manifest: Manifest) -> Manifest:
-        """Return the manifest with what whole images from the built stages showed.
+        """Return the manifest with what whole images from its stages showed.
 
-        Only ONNX Runtime can be run here; its figures are kept with `step`.
+        Only ONNX Runtime can be run here; its figures are kept with the last stage.
         """
-        made = {(b.backend, b.precision): b for b in self._plan.builds if not b.profiles}
-        for (backend, precision), build in made.items():
+        runnable = {(b.backend, b.precision): b for b in self._plan.builds if not b.profiles}
+        for key, build in runnable.items():
             variants = {
-                stage: next(v for v in vs if (v.backend, v.precision) == (backend, precision))
-                for stage, vs in manifest.stages.items()
+                stage: next(v for v in each if (v.backend, v.precision) == key)
+                for stage, each in manifest.stages.items()
             }
             self._report(build, "check", 0.0, "generating whole images")
             figures = check_images(
@@ -158,18 +158,18 @@ class StageBuilder:
                 {stage: self._store.path(v) for stage, v in variants.items()},
                 {stage: v.stage_io for stage, v in variants.items()},
                 kv_layout=build.kv_layout,
-                precision=precision,
+                precision=build.precision,
             )
-            step = variants["step"]
-            parity = {**step.parity, "free_running": figures}
-            manifest = with_variant(manifest, "step", replace(step, parity=parity))
+            last = variants[build.stage]
+            parity = {**last.parity, "free_running": figures}
+            manifest = with_variant(manifest, build.stage, replace(last, parity=parity))
         return manifest
 
 
 def _variant(
     build: PlannedBuild,
     files: dict[str, str],
-    device: dict[str, str],
+    engine: Engine,
     parity: dict[str, Any],
     seconds: float,
 ) -> Variant:
@@ -184,9 +184,10 @@ def _variant(
         max_batch=build.max_batch,
         precision_map=build.precision_map,
         tools=build.tools,
-        device=device,
+        device=engine.device,
         parity=parity,
         build_seconds=round(seconds, 3),
+        build_peak_mib=round(engine.peak_mib),
         fingerprint=build.fingerprint,
     )
 

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ ENGINE_NAME = "engine.plan"
 _CHILD = "export.build_child"
 
 
+@dataclass(frozen=True)
+class Engine:
+    """What a build gave besides the file."""
+
+    device: dict[str, str] = field(default_factory=dict)  # what it was built for, in words
+    peak_mib: float = 0.0  # of the compiler's process
+
+
 def build_engine(
     build: PlannedBuild,
     model: Path,
@@ -31,8 +40,8 @@ def build_engine(
     timeout_s: float,
     on_progress: Callable[[float, str], None],
     child: str = _CHILD,
-) -> dict[str, str]:
-    """Compile the graph `model` to the engine `plan`; return what it was built for, in words.
+) -> Engine:
+    """Compile the graph `model` to the engine `plan`.
 
     Raises ExportError with one line for a refused graph, a crash, a timeout or too little memory.
     """
@@ -55,7 +64,7 @@ def build_engine(
         outcome["seconds"],
         outcome["peak_mib"],
     )
-    return {str(key): str(value) for key, value in outcome["device"].items()}
+    return Engine(outcome["device"], outcome["peak_mib"])
 
 
 def _run_child(

@@ -49,6 +49,7 @@ class PlannedBuild:
     action: Action
     reason: str
     found: Variant | None = None  # what is reused
+    is_unpublished: bool = False  # what is reused was left by an interrupted export
 
     @property
     def folder(self) -> str:
@@ -188,7 +189,8 @@ def _decide(
     ):
         variant = _same(manifest, build)
         if variant is not None and store.intact(variant):
-            return replace(build, action="reuse", reason=why, found=variant)
+            staged = manifest is store.staged
+            return replace(build, action="reuse", reason=why, found=variant, is_unpublished=staged)
     return replace(build, reason=_why_build(build, plan, store))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from export.options import ExportEvent, ExportOptions, OnEvent
 from export.plan import ExportPlan, PlannedBuild, make_plan
@@ -20,6 +21,9 @@ from export.store import EngineStore, with_variant
 from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ExportError
 from nsp.runtime.manifest import SCHEMA, TOKENIZER_DIR, Manifest, Variant, file_sha256
+
+if TYPE_CHECKING:
+    from export.build import StageBuilder
 
 __all__ = ["ExportEvent", "ExportOptions", "PlannedBuild", "export", "find_checkpoint", "plan"]
 
@@ -44,7 +48,7 @@ def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manife
     store = EngineStore(Path(options.engine_dir))
     todo = make_plan(options, store)
     _check_space(todo, store.folder)
-    with _disk_full(store.folder), store.lock():
+    with _writing(store.folder), store.lock():
         try:
             return _run(todo, store, on_event or (lambda event: None))
         finally:
@@ -79,16 +83,13 @@ def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
     started = time.monotonic()
     manifest = _new_manifest(todo)
     progress = _Progress(todo, on_event)
-    builder = None
+    builder = _builder(todo, store, progress) if _has_work(todo) else None
     for build in todo.builds:
         if build.action == "build":
-            if builder is None:
-                from export.build import StageBuilder  # imports torch
-
-                builder = StageBuilder(todo, store, progress.report)
+            assert builder is not None
             variant = builder.build(build)
         else:
-            variant = _existing(build, todo, manifest)
+            variant = _existing(build, manifest)
             progress.report(build, "reuse", 1.0, build.reason)
         manifest = with_variant(manifest, build.stage, variant)
         if builder is not None:
@@ -96,7 +97,6 @@ def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
         progress.finish(build)
     if builder is not None:
         manifest = builder.check_images(manifest)
-        store.record(manifest)
     shared, digests = _shared_files(todo, store)
     manifest = replace(manifest, files=digests)
     kept = store.kept(manifest)
@@ -106,6 +106,17 @@ def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
     store.publish(manifest, shared)
     progress.done(f"{store.folder} is ready after {time.monotonic() - started:.1f} s")
     return manifest
+
+
+def _has_work(todo: ExportPlan) -> bool:
+    """Return whether anything is to be built, or was built but not yet tried as a whole."""
+    return any(build.action == "build" or build.is_unpublished for build in todo.builds)
+
+
+def _builder(todo: ExportPlan, store: EngineStore, progress: "_Progress") -> "StageBuilder":
+    from export.build import StageBuilder  # imports torch
+
+    return StageBuilder(todo, store, progress.report)
 
 
 def _new_manifest(todo: ExportPlan) -> Manifest:
@@ -121,7 +132,7 @@ def _new_manifest(todo: ExportPlan) -> Manifest:
     )
 
 
-def _existing(build: PlannedBuild, todo: ExportPlan, manifest: Manifest) -> Variant:
+def _existing(build: PlannedBuild, manifest: Manifest) -> Variant:
     """Return the variant that is reused, or whose files are shared, in this build's precision."""
     variant = build.found
     if variant is None:
@@ -163,16 +174,16 @@ def _check_space(todo: ExportPlan, folder: Path) -> None:
 
 
 @contextmanager
-def _disk_full(folder: Path) -> Iterator[None]:
-    """Turn a full disk into an ExportError."""
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into an ExportError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        raise ExportError(
-            f"{folder}: the disk is full; free some space and export again; finished stages stay"
-        ) from error
+        if error.errno in _DISK_FULL:
+            problem = "the disk is full; free some space"
+        else:
+            problem = f"cannot be written ({error.strerror or error}); choose another --engine-dir"
+        raise ExportError(f"{folder}: {problem} and export again; finished stages stay") from error
 
 
 def _mib(size: int) -> str:

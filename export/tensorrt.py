@@ -42,7 +42,7 @@ def compile_engine(
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
-        problems = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        problems = [_describe(parser.get_error(i)) for i in range(parser.num_errors)]
         raise ExportError(f"{module} cannot read the graph: {_one_line(problems)}")
     config = builder.create_builder_config()
     _set_archs(trt, config, gpu_archs)
@@ -65,6 +65,11 @@ def _import(module: str) -> ModuleType:
         raise MissingExtraError(module, _EXTRAS[module]) from error
     except ImportError as error:  # a driver or CUDA library is missing
         raise ExportError(f"{module} is installed but does not load: {error}") from error
+
+
+def _describe(error: Any) -> str:
+    """Return a parser's error with its node; the description alone may be a bare word."""
+    return f"node {error.node_name()!r} ({error.node_operator()}): {error.desc()}"
 
 
 def _strongly_typed(trt: Any) -> int:

@@ -45,6 +45,7 @@ class Variant(Config):
     device: dict[str, str] = field(default_factory=dict)  # what it was built for
     parity: dict[str, Any] = field(default_factory=dict)  # measured at export
     build_seconds: float = 0.0
+    build_peak_mib: float = 0.0  # memory of the compiler's process; 0 where nothing is compiled
     fingerprint: str  # of everything that decides its content
 
     @property

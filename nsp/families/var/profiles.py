@@ -11,7 +11,7 @@ from nsp.runtime.sampling import SamplingConfig
 # be fewer than images B.
 TRACE_SIZES: Sizes = {
     **{"B": 3, "G": 6, "N": 4, "L": 9, "P": 5, "R": 7},
-    **{"p": 3, "q": 4, "r": 5, "c": 6},
+    **{"p": 10, "q": 11, "r": 14, "c": 15},
 }
 
 _SCALE_STAGES = ("step", "select", "select_smooth", "accumulate")

@@ -1,0 +1,1 @@
+"""Children that end badly, in place of export.build_child."""

@@ -1,0 +1,6 @@
+"""Is killed, as for lack of memory."""
+
+import os
+import signal
+
+os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,5 @@
+"""Ends without a word."""
+
+import sys
+
+sys.exit(7)

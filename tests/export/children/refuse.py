@@ -1,0 +1,6 @@
+"""Reports that it cannot do it."""
+
+import sys
+
+print('{"error": "no such operator"}', flush=True)
+sys.exit(1)

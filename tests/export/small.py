@@ -1,0 +1,48 @@
+"""Builds models smaller than the tiny size: tracing time goes with the number of operators."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from nsp.data.sources import ImageSource, Sample
+from nsp.families.var.checkpoint import save_checkpoint
+from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
+from nsp.families.var.training import new_system
+from tests.models import CAPTIONS
+
+
+def small_config() -> VarConfig:
+    """Return the tiny size with three scales, one block and two resolutions."""
+    tiny = SIZES["tiny"]
+    return dataclasses.replace(
+        tiny,
+        patch_nums=(1, 2, 3),
+        vae=dataclasses.replace(tiny.vae, channel_multipliers=(1, 2)),
+        predictor=dataclasses.replace(tiny.predictor, depth=1),
+    )
+
+
+def new_small_checkpoint(folder: Path, *, seed: int = 0, num_classes: int = 0) -> Path:
+    """Write such a model to `folder` and return it; its logits depend on everything.
+
+    It is text-conditional unless `num_classes` is given.
+    """
+    torch.manual_seed(seed)
+    samples = tuple(Sample(name=c, caption=c, class_id=None) for c in CAPTIONS)
+    text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
+    config = small_config()
+    if num_classes:
+        config = with_condition(config, ClassCondition(num_classes=num_classes))
+    system = new_system(config.to_dict(), text_encoder, ImageSource(samples, (), ()))
+    with torch.no_grad():
+        system.predictor.head.weight.mul_(100)
+        for block in system.predictor.blocks:
+            # The published initialisation all but closes the gates of the residual branches.
+            gates, others = (
+                block.ada_lin[1].weight.view(6, -1, config.predictor.width).split([2, 4])
+            )
+            gates.mul_(3000)
+            others.mul_(10)
+    save_checkpoint(folder, system, notes={"made_by": "tests"})
+    return folder

@@ -1,0 +1,135 @@
+"""What exported graphs promise: PyTorch's tokens at every size, the same bytes every time."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export.onnx_export import WEIGHTS_NAME, export_stage
+from export.options import ExportOptions
+from export.plan import make_plan
+from export.run import export as run_export
+from export.store import EngineStore
+from nsp.checkpoint import read_checkpoint
+from nsp.families.registry import family
+from nsp.runtime.pipeline import load_pipeline
+
+VAR = family("var")
+SETTINGS = [
+    {},
+    {"guidance_scale": 1.0},
+    {"top_k": 1},
+    {"top_k": 5, "top_p": 0.9},
+    {"top_p": 0.8},
+    {"more_smooth": True},
+    {"guidance_scale": 3.0, "guidance_schedule": "interval", "guidance_interval": (0.5, 1.0)},
+]
+
+
+@pytest.fixture(scope="module")
+def pipelines(half_engines, small_checkpoint):
+    return load_pipeline(small_checkpoint), load_pipeline(half_engines[0], "onnxruntime")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_engines_sample_the_tokens_of_pytorch(pipelines, batch, settings):
+    """The first scale has no past and one token; a batch of one without guidance has one row."""
+    prompts = ["red apple", "snow-capped mountain", "cat"][:batch]
+    expected, found = (
+        pipeline.generate(prompts=prompts, seed=7, trace=True, **settings).trace
+        for pipeline in pipelines
+    )
+    for scale, (a, b) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
+        np.testing.assert_array_equal(a, b, err_msg=f"scale {scale}")
+    np.testing.assert_allclose(found.image, expected.image, atol=1e-5)
+
+
+def export_one(stage: str, system, folder: Path, *, opset: int = 18, layout: str = "delta") -> Path:
+    modules = VAR.get("stages")(system, layout)
+    io = VAR.get("stages_io")(system.config, layout, "float32")[stage]
+    folder.mkdir(parents=True)
+    sizes = VAR.get("trace_sizes")
+    return export_stage(modules[stage], io, folder, name=stage, opset=opset, trace_sizes=sizes)
+
+
+def test_a_second_export_writes_the_same_bytes_and_no_paths(system, tmp_path):
+    first, second = (export_one("accumulate", system, tmp_path / n) for n in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    assert b".py" not in first.read_bytes()
+    assert str(Path.cwd()).encode() not in first.read_bytes()
+
+
+def test_large_weights_lie_beside_the_graph(system, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.onnx_export._INLINE_BYTES", 0)
+    path = export_one("accumulate", system, tmp_path / "a")
+    assert (tmp_path / "a" / WEIGHTS_NAME).stat().st_size > 500
+    onnx.checker.check_model(path)
+
+
+def test_names_and_axes_are_the_declared_ones(half_engines):
+    folder, manifest = half_engines
+    for stage, variants in manifest.stages.items():
+        graph = onnx.load(folder / next(iter(variants[0].files))).graph
+        io = variants[0].stage_io
+        assert [value.name for value in graph.input] == list(io.inputs), stage
+        assert [value.name for value in graph.output] == list(io.outputs), stage
+
+
+def test_trace_sizes_tell_all_axes_of_a_stage_apart(system):
+    sizes = VAR.get("trace_sizes")
+    for layout in ("delta", "present"):
+        for stage, io in VAR.get("stages_io")(system.config, layout, "float32").items():
+            chosen = [sizes[axis] for axis in io.free_axes]
+            assert min(chosen) >= 2, stage
+            assert len(set(chosen)) == len(chosen), stage
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_profiles_hold_every_size_of_the_schedule(small_checkpoint, tmp_path, static):
+    """Checked with the calls PyTorch makes, not with the formulas of the profiles."""
+    pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx extra is not installed")
+    from export.reference import record_reference
+
+    options = ExportOptions(
+        checkpoint=str(small_checkpoint),
+        engine_dir=str(tmp_path / "engines"),
+        targets=("tensorrt-rtx",),
+        max_batch=8,
+        static_batch=static,
+    )
+    plan = make_plan(options, EngineStore(tmp_path / "engines"))
+    builds = {build.stage: build for build in plan.builds}
+    reference = record_reference(plan, read_checkpoint(small_checkpoint).load())
+    guided, *others = reference.batches
+    assert len(guided.result.images) < 8
+    for batch in () if static else (guided, *others):
+        seen: dict[str, int] = {}
+        for call in batch.calls:
+            profiles = builds[call.stage].profiles
+            profile = profiles[seen.get(call.stage, 0)] if len(profiles) > 1 else profiles[0]
+            seen[call.stage] = seen.get(call.stage, 0) + 1
+            for name, array in call.feeds.items():
+                low, _, high = (np.array(bound) for bound in profile[name])
+                assert (low <= array.shape).all(), (call.stage, name)
+                assert (high >= array.shape).all(), (call.stage, name)
+    lengths = [profile["x"][1][1] for profile in builds["step"].profiles]
+    past = [profile["past_k_0"][1][0] for profile in builds["step"].profiles]
+    assert (lengths, past) == ([1, 4, 9], [0, 1, 5])
+    rows = builds["step"].profiles[0]["x"]
+    assert [bound[0] for bound in rows] == ([16, 16, 16] if static else [1, 16, 16])
+
+
+def test_a_class_model_exports_too(tiny_class_checkpoint, tmp_path):
+    folder = tmp_path / "engines"
+    options = ExportOptions(
+        checkpoint=str(tiny_class_checkpoint), engine_dir=str(folder), targets=("onnxruntime",)
+    )
+    manifest = run_export(options)
+    assert "text_encoder" not in manifest.stages
+    assert manifest.files == {}
+    expected, found = (load_pipeline(p) for p in (tiny_class_checkpoint, folder))
+    for ids in ([3], [0, 1], [5, 2, 2]):
+        a, b = (p.generate(class_ids=ids, seed=1, trace=True).trace for p in (expected, found))
+        assert all((x == y).all() for x, y in zip(a.tokens, b.tokens, strict=True))

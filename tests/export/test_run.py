@@ -1,0 +1,292 @@
+"""What an export promises about its folder: reuse, resume, replacement, nothing half-written."""
+
+import errno
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import export.build
+from export.options import ExportEvent, ExportOptions
+from export.run import export as run_export
+from export.run import find_checkpoint, plan
+from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
+from nsp.runtime.manifest import check_files, read_manifest
+from nsp.runtime.pipeline import load_pipeline
+
+STAGES = ("text_encoder", "condition", "step", "select", "select_smooth", "accumulate", "decoder")
+
+
+def actions(options: ExportOptions) -> dict[str, str]:
+    return {build.stage: build.action for build in plan(options)}
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def engines(half_engines, tmp_path) -> Path:
+    """A copy of finished engines in both precisions, to be changed."""
+    shutil.copytree(half_engines[0], tmp_path / "engines")
+    return tmp_path / "engines"
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Make the tracing of one stage fail with an error."""
+
+    def at(stage: str, error: BaseException) -> None:
+        trace = export.build.export_stage
+
+        def failing(*args, name, **settings):
+            if name == stage:
+                raise error
+            return trace(*args, name=name, **settings)
+
+        monkeypatch.setattr(export.build, "export_stage", failing)
+
+    return at
+
+
+def test_an_export_is_a_folder_that_loads_and_explains_itself(half_engines, small_checkpoint):
+    folder, manifest = half_engines
+    assert read_manifest(folder) == manifest
+    assert tuple(manifest.stages) == STAGES
+    assert manifest.backends() == ("onnxruntime",)
+    for variants in manifest.stages.values():
+        assert [v.precision for v in variants] == ["fp32", "fp16"]
+        for variant in variants:
+            check_files(folder, variant.files)
+            assert variant.tools["torch"].startswith("2.13")
+            assert variant.tools["onnxruntime"]
+            assert variant.parity["images"] == 9
+    tokenizer = {n for n in files_below(small_checkpoint) if n.startswith("tokenizer/")}
+    assert set(manifest.files) == tokenizer
+    check_files(folder, manifest.files)
+    listed = {n for vs in manifest.stages.values() for v in vs for n in v.files}
+    assert files_below(folder) == listed | tokenizer | {"manifest.json"}
+
+
+def test_stages_without_narrow_weights_share_one_file(half_engines):
+    _, manifest = half_engines
+    shared = {stage for stage, (full, half) in manifest.stages.items() if full.files == half.files}
+    assert shared == {"text_encoder", "select", "select_smooth", "accumulate"}
+
+
+def test_a_second_export_reuses_everything_without_the_model(engines, options, monkeypatch):
+    def no_builder(*args):
+        raise AssertionError("nothing was to be built")
+
+    monkeypatch.setattr(export.build, "StageBuilder", no_builder)
+    builds = plan(options)
+    assert {b.action for b in builds} == {"reuse"}
+    assert all("unchanged" in b.reason for b in builds)
+    before = (engines / "step/onnxruntime-fp32/model.onnx").stat().st_mtime_ns
+    run_export(options)
+    assert (engines / "step/onnxruntime-fp32/model.onnx").stat().st_mtime_ns == before
+    load_pipeline(engines)
+
+
+def test_exporting_one_precision_keeps_the_other(engines, options):
+    manifest = run_export(options)
+    assert {v.precision for v in manifest.stages["step"]} == {"fp32", "fp16"}
+    check_files(engines, manifest.stages["step"][1].files)
+
+
+def test_a_tampered_file_is_rebuilt_and_nothing_else(engines, options):
+    path = engines / "decoder/onnxruntime-fp32/model.onnx"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
+    builds = {b.stage: b for b in plan(options)}
+    assert Counter(b.action for b in builds.values()) == {"reuse": 6, "build": 1}
+    assert builds["decoder"].action == "build"
+    assert "damaged" in builds["decoder"].reason
+    run_export(options)
+    assert path.read_bytes() == whole
+
+
+def test_rebuild_builds_again(engines, options):
+    assert set(actions(replace(options, rebuild=True)).values()) == {"build"}
+
+
+def test_another_model_replaces_what_was_there(engines, options, other_checkpoint):
+    options = replace(options, checkpoint=str(other_checkpoint))
+    assert {b.reason for b in plan(options)} == {"another model"}
+    before = read_manifest(engines).model_hash
+    manifest = run_export(options)
+    assert manifest.model_hash != before
+    assert {v.precision for vs in manifest.stages.values() for v in vs} == {"fp32"}
+    assert not list(engines.glob("*/*-fp16"))
+    assert load_pipeline(engines).model_hash == manifest.model_hash
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("crash")])
+def test_an_interrupted_export_goes_on_where_it_stopped(options, interrupt, monkeypatch, error):
+    folder = Path(options.engine_dir)
+    with monkeypatch.context():
+        interrupt("select", error)
+        with pytest.raises(type(error)):
+            run_export(options)
+        monkeypatch.undo()
+    with pytest.raises(EngineError, match=r"not finished.*nsp export"):
+        load_pipeline(folder)
+    assert not (folder / ".export/select").is_dir() or not any(
+        (folder / ".export/select").iterdir()
+    )
+    assert list(actions(options).values()) == ["reuse"] * 3 + ["build"] * 4
+    assert {b.reason for b in plan(options)[:3]} == {"finished before the export was interrupted"}
+    run_export(options)
+    assert not (folder / ".export").exists()
+    load_pipeline(folder)
+
+
+def test_an_export_interrupted_after_its_last_stage_still_tries_whole_images(options, monkeypatch):
+    def stop(*args, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export.build, "check_images", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_export(options)
+    assert set(actions(options).values()) == {"reuse"}
+    manifest = run_export(options)
+    assert manifest.stages["decoder"][0].parity["free_running"]["token_agreement"] == 1
+
+
+def test_a_damaged_manifest_is_no_obstacle(engines, options, caplog):
+    (engines / "manifest.json").write_text('{"schema": 1,')
+    assert {b.reason for b in plan(options)} == {"not exported yet"}
+    assert "is damaged" in caplog.text
+    run_export(options)
+    load_pipeline(engines)
+
+
+def test_engines_stay_usable_while_others_are_made_in_their_place(
+    engines, options, other_checkpoint, interrupt
+):
+    before = {name: (engines / name).read_bytes() for name in files_below(engines)}
+    interrupt("accumulate", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run_export(replace(options, checkpoint=str(other_checkpoint)))
+    for name, content in before.items():
+        assert (engines / name).read_bytes() == content
+    load_pipeline(engines)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(options, interrupt):
+    interrupt("step", OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(ExportError, match=r"disk is full.*finished stages stay") as caught:
+        run_export(options)
+    assert "\n" not in str(caught.value)
+    assert actions(options)["condition"] == "reuse"
+
+
+def test_too_little_space_is_found_before_anything_is_written(options, monkeypatch):
+    usage = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ExportError, match=r"needs about \d+ MiB.*--engine-dir"):
+        run_export(options)
+    assert not Path(options.engine_dir).exists()
+
+
+def test_a_plan_writes_nothing(options):
+    builds = plan(options)
+    assert [b.stage for b in builds] == list(STAGES)
+    assert {b.action for b in builds} == {"build"}
+    assert all(b.estimated_bytes > 0 for b in builds)
+    assert not Path(options.engine_dir).exists()
+
+
+def test_a_failed_first_export_leaves_no_folder(options, interrupt):
+    interrupt("text_encoder", RuntimeError("crash"))
+    with pytest.raises(RuntimeError):
+        run_export(options)
+    assert not Path(options.engine_dir).exists()
+
+
+def test_two_exports_at_once_are_refused(options, interrupt, monkeypatch):
+    from export.store import EngineStore
+
+    with (
+        EngineStore(Path(options.engine_dir)).lock(),
+        pytest.raises(ExportError, match="another export"),
+    ):
+        run_export(options)
+
+
+def test_non_finite_weights_are_refused_before_anything_is_kept(
+    small_checkpoint, options, tmp_path
+):
+    from safetensors.numpy import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(small_checkpoint, broken)
+    path = next((broken / "predictor").glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["head.bias"][3] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"head\.bias"):
+        run_export(replace(options, checkpoint=str(broken)))
+    assert not Path(options.engine_dir).exists()
+
+
+def test_progress_never_goes_back_and_ends_at_one(engines, options):
+    events: list[ExportEvent] = []
+    path = engines / "accumulate/onnxruntime-fp32/model.onnx"
+    path.unlink()
+    run_export(options, on_event=events.append)
+    fractions = [event.fraction for event in events]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    assert [e.phase for e in events if e.stage == "accumulate"] == [
+        *("reference", "onnx", "lint", "parity")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ("tpu",)}, "unknown target 'tpu'; known: auto, onnxruntime"),
+        ({"targets": ("auto", "onnxruntime")}, "stands alone"),
+        ({"precisions": ("bf16",)}, "onnxruntime has no bf16.*--fp16"),
+        ({"targets": ("tensorrt-rtx",), "gpu_archs": ("90",)}, "'90'.*80, 86, 89"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_anything_is_written(options, change, message):
+    with pytest.raises(ConfigError, match=message):
+        run_export(replace(options, **change))
+    assert not Path(options.engine_dir).exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{"precisions": ("fp8",)}, {"max_batch": 0}, {"targets": ()}, {"build_timeout_s": 0}]
+)
+def test_options_are_checked(values):
+    with pytest.raises(ConfigError):
+        ExportOptions(checkpoint="x", **values)
+
+
+def test_the_newest_run_is_exported_by_default(small_checkpoint, tmp_path):
+    import os
+
+    for name, time in (("old", 1), ("new", 2)):
+        folder = tmp_path / "runs" / name / "checkpoint"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        os.utime(folder / "config.json", (time, time))
+    assert find_checkpoint(tmp_path) == tmp_path / "runs/new/checkpoint"
+
+
+def test_the_reason_for_a_build_names_the_tool_that_changed(engines, options):
+    path = engines / "manifest.json"
+    values = json.loads(path.read_text())
+    for variant in values["stages"]["step"]:
+        variant["tools"]["onnxruntime"] = "1.0"
+        variant["fingerprint"] = "0"
+    path.write_text(json.dumps(values))
+    reasons = {b.stage: b.reason for b in plan(options)}
+    assert reasons["step"].startswith("onnxruntime was 1.0, is 1.")
