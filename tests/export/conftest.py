@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from export.onnx_export import MODEL_NAME, export_stage
 from export.options import ExportOptions
 from export.run import export as run_export
 from nsp.checkpoint import read_checkpoint
+from nsp.files import write_folder
 from nsp.runtime.manifest import Manifest
 from tests.export.small import new_small_checkpoint
 
@@ -40,19 +42,21 @@ def other_checkpoint(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session", autouse=True)
 def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let a graph that was traced before, of the same weights and declaration, be copied."""
-    known, folder = {}, tmp_path_factory.mktemp("graphs")
+    base = tmp_path_factory.getbasetemp()
+    # Workers of one run share the folder beside their own.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+    folder.mkdir(exist_ok=True)
 
     def remembered(stage: Any, io: Any, target: Path, **settings: Any) -> Path:
         digest = hashlib.sha256(json.dumps([io.to_dict(), settings], sort_keys=True).encode())
         for name, tensor in sorted(stage.state_dict().items()):
             digest.update(f"{name} {tensor.dtype}".encode())
             digest.update(tensor.float().numpy().tobytes())
-        key = digest.hexdigest()
-        if key not in known:
-            known[key] = folder / key
-            known[key].mkdir()
-            export_stage(stage, io, known[key], **settings)
-        shutil.copytree(known[key], target, dirs_exist_ok=True)
+        known = folder / digest.hexdigest()
+        if not known.exists():
+            with write_folder(known) as partial:
+                export_stage(stage, io, partial, **settings)
+        shutil.copytree(known, target, dirs_exist_ok=True)
         return target / MODEL_NAME
 
     with pytest.MonkeyPatch.context() as patch:

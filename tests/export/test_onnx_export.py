@@ -9,7 +9,6 @@ import pytest
 from export.onnx_export import WEIGHTS_NAME, export_stage
 from export.options import ExportOptions
 from export.plan import make_plan
-from export.run import export as run_export
 from export.store import EngineStore
 from nsp.checkpoint import read_checkpoint
 from nsp.families.registry import family
@@ -119,17 +118,3 @@ def test_profiles_hold_every_size_of_the_schedule(small_checkpoint, tmp_path, st
     assert (lengths, past) == ([1, 4, 9], [0, 1, 5])
     rows = builds["step"].profiles[0]["x"]
     assert [bound[0] for bound in rows] == ([16, 16, 16] if static else [1, 16, 16])
-
-
-def test_a_class_model_exports_too(tiny_class_checkpoint, tmp_path):
-    folder = tmp_path / "engines"
-    options = ExportOptions(
-        checkpoint=str(tiny_class_checkpoint), engine_dir=str(folder), targets=("onnxruntime",)
-    )
-    manifest = run_export(options)
-    assert "text_encoder" not in manifest.stages
-    assert manifest.files == {}
-    expected, found = (load_pipeline(p) for p in (tiny_class_checkpoint, folder))
-    for ids in ([3], [0, 1], [5, 2, 2]):
-        a, b = (p.generate(class_ids=ids, seed=1, trace=True).trace for p in (expected, found))
-        assert all((x == y).all() for x, y in zip(a.tokens, b.tokens, strict=True))
