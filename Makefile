@@ -17,8 +17,9 @@ $(VENV)/.ready: pyproject.toml
 demo: $(VENV)/.ready
 	$(BIN)/nsp export --fp16 --engine-dir $(ENGINES)
 	$(BIN)/nsp generate --engine-dir $(ENGINES) --output-dir $(OUTPUTS) \
-	    --prompt "red apple" --prompt "grinning cat" --prompt "woman firefighter medium-dark skin tone" \
-	    --prompt "rocket" --prompt "pizza" --prompt "blue heart"
+	    --prompt "grinning face" --prompt "woman firefighter medium-dark skin tone" \
+	    --prompt "man cook light skin tone" --prompt "woman student light skin tone" \
+	    --prompt "Santa Claus light skin tone" --prompt "red circle"
 	$(BIN)/nsp bench --quick --engine-dir $(ENGINES) --output-dir $(OUTPUTS)/bench
 	@echo "images: $(OUTPUTS)/contact_sheet.png"
 	@echo "report: $(OUTPUTS)/bench/bench.md"
