@@ -5,7 +5,6 @@ onnxruntime.
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -31,10 +30,15 @@ def main(job_file: str) -> int:
     except (NspError, OSError, MemoryError) as error:
         _say({"error": str(error) or type(error).__name__})
         return 1
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     seconds = time.monotonic() - started
-    _say({"device": device, "seconds": seconds, "peak_mib": peak_mib})
+    _say({"device": device, "seconds": seconds, "peak_mib": _peak_mib()})
     return 0
+
+
+def _peak_mib() -> float:
+    """Return this process's peak memory; `getrusage` would count its parent's before the exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def _say(message: dict[str, Any]) -> None:

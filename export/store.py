@@ -136,9 +136,9 @@ class EngineStore:
 
 def with_variant(manifest: Manifest, stage: str, variant: Variant) -> Manifest:
     """Return the manifest with a variant, in place of one of the same backend and precision."""
-    key = (variant.backend, variant.precision)
-    others = (v for v in manifest.stages.get(stage, ()) if (v.backend, v.precision) != key)
-    return replace(manifest, stages={**manifest.stages, stage: (*others, variant)})
+    variants = {(v.backend, v.precision): v for v in manifest.stages.get(stage, ())}
+    variants[variant.backend, variant.precision] = variant
+    return replace(manifest, stages={**manifest.stages, stage: tuple(variants.values())})
 
 
 def _read(folder: Path) -> Manifest | None:

@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -290,3 +292,15 @@ def test_the_reason_for_a_build_names_the_tool_that_changed(engines, options):
     path.write_text(json.dumps(values))
     reasons = {b.stage: b.reason for b in plan(options)}
     assert reasons["step"].startswith("onnxruntime was 1.0, is 1.")
+
+
+def test_planning_and_reusing_need_no_torch(engines, options):
+    code = (
+        "import json, sys; from export.run import ExportOptions, export, plan; "
+        "options = ExportOptions.from_dict(json.loads(sys.argv[1])); "
+        "plan(options); export(options); "
+        "print([name for name in ('torch', 'onnx', 'transformers') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, json.dumps(options.to_dict())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
