@@ -27,7 +27,9 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--output-dir", type=FOLDER, help="Run folder.  [default: runs/PRESET]")
 @click.option("--steps", type=int, help="Steps of every phase, instead of the preset's.")
 @click.option("--phase", help="Stop after this phase.")
-@click.option("--seed", type=int, help="Seed of weights, data order and samples.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of weights, data order and samples."
+)
 @click.option("--precision", help="auto, fp32, bf16 or fp16.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
 @click.option("--skip-bad-files", is_flag=True, help="Leave bad pictures out instead of stopping.")

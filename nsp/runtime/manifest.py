@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
 from nsp.config import Config
@@ -106,11 +106,30 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has schema {schema}, this nsp reads {SCHEMA}; "
                 f"run: nsp export --engine-dir {folder}"
             )
-        return Manifest.from_dict(values)
+        manifest = Manifest.from_dict(values)
     except (json.JSONDecodeError, UnicodeDecodeError, ConfigError, KeyError, TypeError) as error:
         raise EngineError(
             f"{path} is damaged ({error}); run: nsp export --engine-dir {folder}"
         ) from error
+    _check_names(folder, manifest)
+    return manifest
+
+
+def _check_names(folder: Path, manifest: Manifest) -> None:
+    """Raise EngineError for a file that is not in its stage's folder: no export writes that.
+
+    An export moves and removes what a manifest names, so a name must never lead outside.
+    """
+    listed = [(TOKENIZER_DIR, name) for name in manifest.files]
+    for stage, variants in manifest.stages.items():
+        listed += [(stage, name) for variant in variants for name in variant.files]
+    for owner, name in listed:
+        parts = PurePosixPath(name).parts
+        if len(parts) < 2 or parts[0] != owner or ".." in parts:
+            raise EngineError(
+                f"{folder}: the manifest lists {name}, outside it; "
+                f"run: nsp export --engine-dir {folder}"
+            )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -147,7 +147,10 @@ class Phase:
         return self.objective.trained if self.average is None else self.average.module
 
     def run(self) -> None:
-        """Train to the last step; state.pt is current after an interruption or an error too."""
+        """Train to the last step; state.pt is current after an interruption too.
+
+        After an error it stays as it was last saved: what led there may be in the weights.
+        """
         loader = self._loader()
         started = time.monotonic()
         try:
@@ -160,8 +163,10 @@ class Phase:
                         self._write_samples()
                     if self.step % self.config.checkpoint_every == 0:
                         self.save()
-        finally:
+        except KeyboardInterrupt:
             self.save()
+            raise
+        self.save()
         logger.info(
             "%s: %d steps in %.0f s", self.config.name, self.step, time.monotonic() - started
         )
@@ -196,6 +201,11 @@ class Phase:
         rate = set_rates(self.optimizer, self.config.optimizer, self.step, self.config.steps)
         with self.accelerator.autocast():
             metrics = self.module(batch)
+        if not torch.isfinite(metrics["loss"]):
+            raise CheckpointError(
+                f"phase {self.config.name}: the loss is {metrics['loss'].item()} at step "
+                f"{self.step}; lower the learning rate ({self.config.optimizer.lr}) and start again"
+            )
         self.accelerator.backward(metrics["loss"])
         norm = self.accelerator.clip_grad_norm_(
             self.objective.trained.parameters(), self.config.optimizer.grad_clip
@@ -205,11 +215,6 @@ class Phase:
         extra = self.objective.after_step(self.step)
         if self.average is not None:
             self.average.update_parameters(self.objective.trained)
-        if not torch.isfinite(metrics["loss"]):
-            raise CheckpointError(
-                f"phase {self.config.name}: the loss is {metrics['loss'].item()} at step "
-                f"{self.step}; lower the learning rate ({self.config.optimizer.lr}) and start again"
-            )
         detached = {name: value.detach() for name, value in metrics.items()}
         return {**detached, "grad_norm": norm, "lr": rate, **extra}
 

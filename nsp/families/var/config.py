@@ -41,7 +41,14 @@ class VaeConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        counts = ("vocab_size", "latent_channels", "base_channels", "num_res_blocks", "patch_size")
+        counts = (
+            "vocab_size",
+            "latent_channels",
+            "base_channels",
+            "num_res_blocks",
+            "patch_size",
+            "norm_groups",
+        )
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"vae: {name} must be at least 1, got {getattr(self, name)}")
@@ -114,6 +121,11 @@ class PredictorConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        for name in ("depth", "width", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"predictor: {name} must be at least 1, got {getattr(self, name)}"
+                )
         if self.width % self.num_heads:
             raise ConfigError(
                 f"predictor: width={self.width} must be a multiple of num_heads={self.num_heads}"

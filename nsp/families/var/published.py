@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.checkpoint import save_checkpoint
 from nsp.families.var.config import ClassCondition, VarConfig
@@ -62,6 +63,10 @@ def convert(
     `config` may hold constructor arguments under "vae" and "var". Raises CheckpointError naming a
     missing, extra, misshapen or non-finite tensor, ConfigError for a wrong argument.
     """
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_checkpoint(output_dir):
+        raise ConfigError(
+            f"{output_dir} is not empty and no checkpoint; choose another --output-dir"
+        )
     vae_state = read_state(tokenizer, part="vae_local")
     var_state = read_state(predictor, part="var_wo_ddp")
     given = config or {}

@@ -4,8 +4,10 @@ Axes: B batch, C latent channels, p side of one scale, h side of the latent, L =
 Source: arXiv:2404.02905 algorithms 1 and 2; github.com/FoundationVision/VAR, models/quant.py.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,20 @@ from torch import Tensor, nn
 
 from nsp.families.var.config import VaeConfig
 from nsp.layers.resample import area_matrix, bicubic_matrix
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _in_float32(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return the method with autocast off: it would narrow products that decide tokens."""
+
+    @functools.wraps(method)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return method(*args, **kwargs)
+
+    return run
 
 
 class Phi(nn.Conv2d):
@@ -115,6 +131,7 @@ class MultiScaleQuantizer(nn.Module):
         M = torch.tensor(matrix, dtype=x_BChw.dtype, device=x_BChw.device)
         return M @ x_BChw @ M.T
 
+    @_in_float32
     def tokenize(self, latent_BChw: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return per scale the tokens (B, L) and the accumulated reconstruction f_hat (B,C,h,h)."""
         rest, latent = latent_BChw, torch.zeros_like(latent_BChw)
@@ -129,6 +146,7 @@ class MultiScaleQuantizer(nn.Module):
             latents.append(latent)
         return tokens, latents
 
+    @_in_float32
     def forward(self, latent_BChw: Tensor) -> QuantizerOutput:
         """Return the straight-through latent, the VQ loss and the tokens of `latent_BChw`.
 
@@ -145,6 +163,7 @@ class MultiScaleQuantizer(nn.Module):
         ).mean()
         return QuantizerOutput(f + (latents[-1] - f).detach(), loss, tokens)
 
+    @_in_float32
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
         """Return the transformer's input (B, L, C) for the scales after the first.
 

@@ -112,3 +112,10 @@ def test_arguments_override_what_shapes_cannot_tell() -> None:
     vae = {"quant_resi": 0.7, "beta": 0.5, "using_znorm": True, "test_mode": True}
     config = infer_config(tensors("weights_vae"), tensors("weights_var"), vae=vae, var={})
     assert (config.vae.quant_resi, config.vae.using_znorm) == (0.7, True)
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty and no checkpoint"):
+        convert(tokenizer=VAE, predictor=VAR, config=None, output_dir=tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"

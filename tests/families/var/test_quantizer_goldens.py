@@ -106,3 +106,14 @@ def test_next_scale_inputs_match(case: str) -> None:
         expected = values[f"next_map/{scale}"].flatten(2).transpose(1, 2)
         actual = quantizer.downsample(latents[scale], scale + 1)
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_autocast_changes_no_token(vae: VQVAE) -> None:
+    latent = tensors("io")["vae/f"]
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = vae.quantize.tokenize(latent)
+        teacher = vae.quantize.teacher_input(tokens[:-1])
+    for scale in range(4):
+        assert torch.equal(tokens[scale], tensors("io")[f"vae/idx/{scale}"])
+    assert teacher.dtype == torch.float32
