@@ -19,7 +19,7 @@ from export.options import ExportEvent, ExportOptions, OnEvent
 from export.plan import ExportPlan, PlannedBuild, make_plan
 from export.store import EngineStore, with_variant
 from nsp.checkpoint import is_checkpoint
-from nsp.errors import CheckpointError, ExportError
+from nsp.errors import CheckpointError, ConfigError, ExportError
 from nsp.runtime.manifest import SCHEMA, TOKENIZER_DIR, Manifest, Variant, file_sha256
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manife
     in the folder before stay usable in every case.
     """
     store = EngineStore(Path(options.engine_dir))
+    if is_checkpoint(store.folder):
+        raise ConfigError(f"{store.folder} is a checkpoint; choose another --engine-dir")
     todo = make_plan(options, store)
     _check_space(todo, store.folder)
     with _writing(store.folder), store.lock():

@@ -79,3 +79,15 @@ def test_an_unknown_configuration_key_is_named(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="unknown key 'widht'"):
         read_checkpoint(copy).load()
+
+
+def test_a_text_encoder_that_is_not_finite_is_named(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = copy / "text_encoder/model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith("fc1.bias"))
+    tensors[name][0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"fc1\.bias holds NaN"):
+        read_checkpoint(copy).load()

@@ -152,6 +152,9 @@ def load_text_encoder(folder: str | Path, *, subfolder: str | None = None) -> "C
                 f"text encoder {root} {problem} {len(keys)} weights, first {keys[0]}; "
                 "config.json and weights do not belong together, copy the folder again"
             )
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(f"text encoder {root}: tensor {name} holds NaN or infinity")
     encoder: CLIPTextModel = model.eval()
     return encoder
 
