@@ -18,6 +18,7 @@ from pathlib import Path
 from nsp.errors import EngineError, ExportError
 from nsp.files import write_folder
 from nsp.runtime.manifest import (
+    MANIFEST_NAME,
     STAGING_NAME,
     Manifest,
     Variant,
@@ -93,9 +94,17 @@ class EngineStore:
         for name in sorted(_folders(manifest)):
             if (self.staging / name).is_dir():
                 moves[name] = self.staging / name
-        for name, source in moves.items():
-            _swap(source, self.folder / name, self.staging / "old")
-        write_manifest(self.folder, manifest)
+        pending = self.staging / "new"
+        write_manifest(pending, manifest)  # before anything moves: this is where a disk is full
+        replaced = self.staging / "old"
+        try:
+            for name, source in moves.items():
+                _swap(source, self.folder / name, replaced / name)
+            os.replace(pending / MANIFEST_NAME, self.folder / MANIFEST_NAME)
+        except BaseException:
+            for name, source in reversed(moves.items()):
+                _swap_back(source, self.folder / name, replaced / name)
+            raise
         if self.previous is not None:
             for name in _folders(self.previous) - _folders(manifest):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -158,13 +167,21 @@ def _folders(manifest: Manifest) -> set[str]:
 
 
 def _swap(source: Path, place: Path, old: Path) -> None:
-    """Move `source` to `place`; what was there goes away."""
+    """Move `source` to `place`, and what was there to `old`."""
     shutil.rmtree(old, ignore_errors=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.exists():
+        old.parent.mkdir(parents=True, exist_ok=True)
         os.rename(place, old)
     os.rename(source, place)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap_back(source: Path, place: Path, old: Path) -> None:
+    """Undo as much of `_swap` as was done."""
+    if place.exists() and not source.exists():
+        os.rename(place, source)
+    if old.exists() and not place.exists():
+        os.rename(old, place)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,30 @@ def test_engines_stay_usable_while_others_are_made_in_their_place(
     for name, content in before.items():
         assert (engines / name).read_bytes() == content
     load_pipeline(engines)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_engines_stay_usable_when_the_last_move_fails(
+    engines, options, other_checkpoint, monkeypatch, error
+):
+    before = {name: (engines / name).read_bytes() for name in files_below(engines)}
+    replace_file = os.replace
+
+    def fails_at_the_manifest(source, target):
+        if Path(target) == engines / "manifest.json":
+            raise error
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fails_at_the_manifest)
+        with pytest.raises((ExportError, KeyboardInterrupt)):
+            run_export(replace(options, checkpoint=str(other_checkpoint)))
+    for name, content in before.items():
+        assert (engines / name).read_bytes() == content, name
+    load_pipeline(engines)
+    again = replace(options, checkpoint=str(other_checkpoint))
+    assert set(actions(again).values()) == {"reuse"}
+    assert load_pipeline(engines).model_hash != run_export(again).model_hash
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(options, interrupt):
