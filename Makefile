@@ -9,7 +9,8 @@ OUTPUTS ?= outputs
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nsp needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); \
+	    echo "no virtual environment: install the venv module (Debian, Ubuntu: python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.*"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[all]"
 	touch $@

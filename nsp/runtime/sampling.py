@@ -40,8 +40,12 @@ class SamplingConfig(Config):
             raise ConfigError(
                 f"temperature={self.temperature} must be positive and finite; top_k=1 is greedy"
             )
-        if len(self.guidance_interval) != 2:
-            raise ConfigError(f"guidance_interval={self.guidance_interval} must be two fractions")
+        low, high = self.guidance_interval if len(self.guidance_interval) == 2 else (1.0, 0.0)
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(
+                f"guidance_interval={self.guidance_interval} must be two fractions of the schedule, "
+                "0 <= from <= to <= 1"
+            )
 
     def guidance_per_scale(self, num_scales: int) -> list[float]:
         """Return the guidance of every scale.

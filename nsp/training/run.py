@@ -58,6 +58,10 @@ def train(
     if last_phase is not None and last_phase not in names:
         raise ConfigError(f"unknown phase {last_phase!r} of this run; known: {', '.join(names)}")
     accelerator = Accelerator(mixed_precision=resolve_precision(config.precision))
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"{accelerator.num_processes} processes: this version trains in one; start one process"
+        )
     stored = _run_file(folder, resume=resume)
     set_seed(config.seed)
     record = family(config.family)

@@ -251,6 +251,11 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
                 raise ConfigError(
                     "a class-conditional model needs class folders; this data has only captions"
                 )
+            if len(data.source.class_names) > system.config.num_classes:
+                raise ConfigError(
+                    f"{len(data.source.class_names)} class folders for a model of "
+                    f"{system.config.num_classes} classes; set condition.num_classes"
+                )
             self._conditions = torch.tensor(classes)
         else:
             captions = [sample.caption for sample in data.source.samples]
