@@ -19,7 +19,11 @@ def save_weights(module: nn.Module, folder: Path) -> None:
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
     }
-    save_file(state, folder / WEIGHTS_NAME)
+    path = folder / WEIGHTS_NAME
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # its own name for a full disk, too
+        raise CheckpointError(f"{path} cannot be written ({error}); free some space") from error
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

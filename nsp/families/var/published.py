@@ -70,6 +70,9 @@ def convert(
     vae_state = read_state(tokenizer, part="vae_local")
     var_state = read_state(predictor, part="var_wo_ddp")
     given = config or {}
+    for part in ("vae", "var"):
+        if not isinstance(given.get(part, {}), Mapping):
+            raise ConfigError(f"--config: {part} must hold constructor arguments as an object")
     var_config = infer_config(
         vae_state, var_state, vae=given.get("vae", {}), var=given.get("var", {})
     )

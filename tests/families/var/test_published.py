@@ -119,3 +119,11 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not empty and no checkpoint"):
         convert(tokenizer=VAE, predictor=VAR, config=None, output_dir=tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_arguments_of_the_wrong_kind_are_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="var must hold constructor arguments"):
+        convert(tokenizer=VAE, predictor=VAR, config={"var": 3}, output_dir=out)
+    with pytest.raises(ConfigError, match="num_heads must be at least 1"):
+        convert(tokenizer=VAE, predictor=VAR, config={"var": {"num_heads": 0}}, output_dir=out)
