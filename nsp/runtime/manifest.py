@@ -53,11 +53,6 @@ class Variant(Config):
         """The declaration it was built from."""
         return StageIO.from_dict(self.io)
 
-    @property
-    def folder_name(self) -> str:
-        """Name of its folder in the stage's folder."""
-        return f"{self.backend}-{self.precision}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Config):
