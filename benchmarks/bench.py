@@ -181,7 +181,7 @@ def _check_batch_sizes(subject: Subject, options: BenchOptions) -> None:
     if limit is not None and largest > limit:
         raise ConfigError(
             f"batch size {largest} is outside the engine's 1..{limit}; "
-            f"leave it out or rebuild with: nsp export --max-batch {largest}"
+            f"leave it out or export again with --max-batch {largest}"
         )
 
 

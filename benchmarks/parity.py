@@ -164,7 +164,7 @@ def _trace(
         if not np.isfinite(logits).all():
             raise ParityError(
                 f"scale {scale}: the engines' logits are not finite; "
-                "run nsp export again with --fp32, or --bf16 where the device has it"
+                "export again with --fp32, or --bf16 where the device has it"
             )
     return _Traces(expected, forced, free, uniforms)
 

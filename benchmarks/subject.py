@@ -9,12 +9,12 @@ from typing import Any
 from benchmarks.flops import TextEncoderSize
 from benchmarks.memory import Source
 from benchmarks.results import Model
-from export.run import find_checkpoint
 from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import BackendError, CheckpointError
 from nsp.runtime.backends.registry import availability
 from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, read_manifest
 from nsp.runtime.pipeline import Pipeline, load_pipeline
+from nsp.runtime.repair import checkpoint_folder
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,9 @@ def load_subject(
 ) -> Subject:
     """Return the engines of `engine_dir` and their PyTorch model, both loaded.
 
-    Without `checkpoint` the model is looked for where the manifest says its weights come from, then
-    where `nsp export` takes one by default, and may be missing. Raises EngineError or BackendError
-    for engines that cannot be loaded, and CheckpointError or BackendError for a `checkpoint` that
-    cannot be the baseline.
+    Without `checkpoint` the model is looked for where the manifest says the engines come from, and
+    may be missing. Raises EngineError or BackendError for engines that cannot be loaded, and
+    CheckpointError or BackendError for a `checkpoint` that cannot be the baseline.
     """
     manifest = read_manifest(engine_dir)
     options = {"num_threads": threads, "precision": precision}
@@ -116,7 +115,7 @@ def load_subject(
     )
     weights = {name: _engines_mib(manifest, engine_dir, pipeline)}
     try:
-        folder = checkpoint or _find_checkpoint(manifest)
+        folder = checkpoint or checkpoint_folder(engine_dir, manifest)
         baseline = _load_baseline(folder, manifest.model_hash, device=device)
     except (CheckpointError, BackendError) as error:
         if checkpoint is not None:
@@ -138,15 +137,6 @@ def load_subject(
     )
 
 
-def _find_checkpoint(manifest: Manifest) -> Path:
-    """Return the checkpoint the engines were most likely made from.
-
-    Raises CheckpointError where there is none to try.
-    """
-    named = Path(manifest.source)
-    return named if is_checkpoint(named) else find_checkpoint()
-
-
 def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:
     """Return the PyTorch model; the error says why there is none and what to do."""
     if not is_checkpoint(folder):
@@ -158,7 +148,7 @@ def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:
     if found != model_hash:
         raise CheckpointError(
             f"{folder} holds model {found[:12]}, the engines were made from {model_hash[:12]}; "
-            "give that one with --checkpoint, or run nsp export again"
+            "give that one with --checkpoint"
         )
     state = availability(BASELINE)
     if state.device != device:

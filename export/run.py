@@ -7,6 +7,7 @@
 
 import errno
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from export.store import EngineStore, with_variant
 from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError, ExportError
 from nsp.runtime.manifest import SCHEMA, TOKENIZER_DIR, Manifest, Variant, file_sha256
+from nsp.runtime.repair import checkpoint_folder
 
 if TYPE_CHECKING:
     from export.build import StageBuilder
@@ -49,6 +51,12 @@ def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manife
     if is_checkpoint(store.folder):
         raise ConfigError(f"{store.folder} is a checkpoint; choose another --engine-dir")
     todo = make_plan(options, store)
+    store.check_is_ours({build.stage for build in todo.builds})
+    if store.previous is not None and store.previous.model_hash != todo.model_hash:
+        old = checkpoint_folder(store.folder, store.previous)
+        logger.warning(
+            "%s: engines of %s are replaced by those of %s", store.folder, old, options.checkpoint
+        )
     _check_space(todo, store.folder)
     with _writing(store.folder), store.lock():
         try:
@@ -83,7 +91,7 @@ def find_checkpoint(root: Path | None = None) -> Path:
 def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
     """Build what the plan says, check it, and publish it."""
     started = time.monotonic()
-    manifest = _new_manifest(todo)
+    manifest = _new_manifest(todo, store)
     progress = _Progress(todo, on_event)
     builder = _builder(todo, store, progress) if _has_work(todo) else None
     for build in todo.builds:
@@ -121,14 +129,15 @@ def _builder(todo: ExportPlan, store: EngineStore, progress: "_Progress") -> "St
     return StageBuilder(todo, store, progress.report)
 
 
-def _new_manifest(todo: ExportPlan) -> Manifest:
-    notes = todo.record.notes
+def _new_manifest(todo: ExportPlan, store: EngineStore) -> Manifest:
+    # Relative, so that both can move together, and that no path of this machine is published.
+    source = os.path.relpath(todo.record.folder.resolve(), store.folder.resolve())
     return Manifest(
         schema=SCHEMA,
         family=todo.record.family.name,
         config=dict(todo.record.config),
         model_hash=todo.model_hash,
-        source=str(notes.get("source") or notes.get("made_by") or todo.record.folder.name),
+        source=source,
         sampling=todo.sampling.to_dict(),
         stages={},
     )

@@ -9,17 +9,20 @@ reader never sees a half-written stage.
 import fcntl
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from nsp.errors import EngineError, ExportError
+from nsp.errors import ConfigError, EngineError, ExportError
 from nsp.files import write_folder
 from nsp.runtime.manifest import (
     MANIFEST_NAME,
+    PRECISION_DTYPES,
     STAGING_NAME,
+    TOKENIZER_DIR,
     Manifest,
     Variant,
     check_files,
@@ -29,6 +32,8 @@ from nsp.runtime.manifest import (
 
 logger = logging.getLogger(__name__)
 
+_VARIANT_FOLDER = re.compile(rf"[a-z_]+-({'|'.join(PRECISION_DTYPES)})")
+
 
 class EngineStore:
     """One engine folder."""
@@ -37,6 +42,21 @@ class EngineStore:
         self.folder, self.staging = folder, folder / STAGING_NAME
         self.previous = _read(folder)
         self.staged = _read(self.staging)
+
+    def check_is_ours(self, stages: Set[str]) -> None:
+        """Raise ConfigError for a folder of something else, of which an export would replace parts.
+
+        Without a readable manifest, what an export left is known by its variants' folders.
+        """
+        if self.previous is not None or self.staging.is_dir():
+            return
+        taken = {MANIFEST_NAME, TOKENIZER_DIR, *stages}
+        held = sorted(name for name in taken if (self.folder / name).exists())
+        variants = [path.name for name in stages for path in (self.folder / name).glob("*")]
+        if held and not (variants and all(map(_VARIANT_FOLDER.fullmatch, variants))):
+            raise ConfigError(
+                f"{self.folder} holds {held[0]}, which no export wrote; choose another --engine-dir"
+            )
 
     @contextmanager
     def lock(self) -> Iterator[None]:

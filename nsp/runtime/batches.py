@@ -93,7 +93,7 @@ def choose_batch_size(pipeline: Pipeline, requested: int | None) -> int:
     if limit is not None and requested > limit:
         raise ConfigError(
             f"batch size {requested} is outside the engine's 1..{limit}; "
-            f"use --batch-size {limit} or rebuild with: nsp export --max-batch {requested}"
+            f"use --batch-size {limit} or export again with --max-batch {requested}"
         )
     return requested
 

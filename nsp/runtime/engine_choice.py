@@ -18,6 +18,7 @@ from nsp.runtime.backends.registry import (
 from nsp.runtime.io import StageIO
 from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, Variant
 from nsp.runtime.nvidia import find_gpu
+from nsp.runtime.repair import repair
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,6 @@ class VariantSet:
     precision: str
     kv_layout: str
     stages: Mapping[str, Variant]
-
-
-def repair(folder: Path, option: str = "") -> str:
-    """Return the end of an error line: the command that builds `folder` again."""
-    return f"run: nsp export --engine-dir {folder} {option}".rstrip()
 
 
 def choose_backend(
@@ -74,24 +70,23 @@ def choose_backend(
     if not refusals:
         known = ", ".join(n for n, r in BACKENDS.items() if r.runs == "engines")
         raise EngineError(
-            f"{folder}: no backend has an engine of every stage (known: {known}); {repair(folder)}"
+            f"{folder}: no backend has an engine of every stage (known: {known}); "
+            f"{repair(folder, manifest)}"
         )
     raise BackendError(f"{folder}: no backend works here: {'; '.join(refusals)}")
 
 
 def _check_complete(folder: Path, manifest: Manifest, record: BackendRecord) -> None:
     """Raise EngineError when a stage has no engine for the backend."""
-    option = f"--target {record.name.replace('_', '-')}"
+    again = repair(folder, manifest, backend=record.name)
     lacking = [stage for stage in manifest.stages if not manifest.variants(stage, record.name)]
     if len(lacking) == len(manifest.stages):
         held = ", ".join(manifest.backends()) or "none that is complete"
-        raise EngineError(
-            f"{folder} has no engines for {record.name} (it has: {held}); {repair(folder, option)}"
-        )
+        raise EngineError(f"{folder} has no engines for {record.name} (it has: {held}); {again}")
     if lacking:
         raise EngineError(
             f"{folder}: stage {lacking[0]} has no {record.name} engine, the export is incomplete; "
-            f"{repair(folder, option)}"
+            f"{again}"
         )
 
 
@@ -117,10 +112,10 @@ def _check_targets(folder: Path, manifest: Manifest, record: BackendRecord) -> N
     for stage in manifest.stages:
         for variant in manifest.variants(stage, record.name):
             if differences := list(_differences(record, variant)):
-                option = f"--target {record.name.replace('_', '-')}"
+                again = repair(folder, manifest, backend=record.name)
                 raise EngineError(
                     f"{folder}: the {record.name} engine of stage {stage} is for "
-                    f"{'; '.join(differences)}; {repair(folder, option)}"
+                    f"{'; '.join(differences)}; {again}"
                 )
 
 
@@ -181,12 +176,12 @@ def choose_variants(
             problem = problem or _misfit(manifest, odd[0], each)
     if not problem:
         has = ", ".join(sorted({variant.precision for variant in held}))
-        option = f"--{wanted[0]}"
+        again = repair(folder, manifest, backend=record.name, precision=wanted[0])
         raise EngineError(
             f"{folder} has no {' or '.join(wanted)} engines for {record.name} (it has {has}); "
-            f"{repair(folder, option)}"
+            f"{again}"
         )
-    raise EngineError(f"{folder}: {problem}; {repair(folder)}")
+    raise EngineError(f"{folder}: {problem}; {repair(folder, manifest)}")
 
 
 def _fitting(
@@ -205,7 +200,7 @@ def _fitting(
             fitting = [variant for variant in variants if variant.stage_io == io and variant.files]
         except ConfigError as error:
             raise EngineError(
-                f"{folder}: the manifest is damaged ({error}); {repair(folder)}"
+                f"{folder}: the manifest is damaged ({error}); {repair(folder, manifest)}"
             ) from error
         if fitting:
             found[stage] = min(fitting, key=lambda variant: order.index(variant.precision))

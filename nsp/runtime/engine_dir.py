@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsp.errors import CheckpointError, ConfigError, EngineError
@@ -13,9 +13,10 @@ from nsp.families.registry import Family, family
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.backends.registry import Device
 from nsp.runtime.cores import usable_cores
-from nsp.runtime.engine_choice import choose_backend, choose_variants, repair
+from nsp.runtime.engine_choice import choose_backend, choose_variants
 from nsp.runtime.io import StageIO
 from nsp.runtime.manifest import TOKENIZER_DIR, Manifest, check_files, read_manifest
+from nsp.runtime.repair import repair
 
 if TYPE_CHECKING:  # class-conditional models need no tokenizer
     from nsp.text.tokenizer import PromptTokenizer
@@ -63,23 +64,26 @@ def open_engine_dir(
     files = dict(manifest.files)
     for variant in variants.stages.values():
         files |= variant.files
-    _check_paths(folder, files)
-    if verify:
-        _verify(folder, files)
     stages_io = {stage: variant.stage_io for stage, variant in variants.stages.items()}
-    loaded = chosen.load()(
-        {stage: folder / next(iter(v.files)) for stage, v in variants.stages.items()},
-        stages_io,
-        kv_layout=variants.kv_layout,
-        device=where,
-        num_threads=num_threads,
-    )
+    try:
+        if verify:
+            _verify(folder, files)
+        tokenizer = _load_tokenizer(folder, stages_io)
+        loaded = chosen.load()(
+            {stage: folder / next(iter(v.files)) for stage, v in variants.stages.items()},
+            stages_io,
+            kv_layout=variants.kv_layout,
+            device=where,
+            num_threads=num_threads,
+        )
+    except EngineError as error:
+        raise EngineError(f"{error}; {repair(folder, manifest)}") from error
     batches = [v.max_batch for v in variants.stages.values() if v.max_batch is not None]
     return Engines(
         manifest=manifest,
         family=record,
         backend=loaded,
-        tokenizer=_load_tokenizer(folder, stages_io),
+        tokenizer=tokenizer,
         max_batch=min(batches, default=None),
     )
 
@@ -92,16 +96,8 @@ def _model(folder: Path, manifest: Manifest) -> tuple[Family, Any]:
     except ConfigError as error:
         raise EngineError(
             f"{folder}: this nsp does not know the model in the manifest ({error}); "
-            f"install the version that exported it, or {repair(folder)}"
+            f"install the version that exported it, or {repair(folder, manifest)}"
         ) from error
-
-
-def _check_paths(folder: Path, files: Mapping[str, str]) -> None:
-    """Raise EngineError for a file outside the folder: no export writes such a manifest."""
-    for name in files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise EngineError(f"{folder}: the manifest lists {name}, outside it; {repair(folder)}")
 
 
 def _verify(folder: Path, files: Mapping[str, str]) -> None:
@@ -126,11 +122,11 @@ def _load_tokenizer(folder: Path, stages_io: Mapping[str, StageIO]) -> "PromptTo
     try:
         tokenizer = PromptTokenizer.load(folder / TOKENIZER_DIR)
     except CheckpointError as error:
-        raise EngineError(f"{error}; {repair(folder)}") from error
+        raise EngineError(str(error)) from error
     length = int(stages_io["text_encoder"].inputs["token_ids"].words[1])
     if tokenizer.max_tokens != length:
         raise EngineError(
             f"{folder / TOKENIZER_DIR} makes prompts of {tokenizer.max_tokens} tokens, the text "
-            f"encoder takes {length}; {repair(folder)}"
+            f"encoder takes {length}"
         )
     return tokenizer

@@ -18,6 +18,7 @@ from nsp.config import Config
 from nsp.errors import ConfigError, EngineError
 from nsp.files import write_file
 from nsp.runtime.io import StageIO
+from nsp.runtime.repair import repair
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
@@ -62,7 +63,7 @@ class Manifest(Config):
     family: str
     config: dict[str, Any]  # the family's configuration
     model_hash: str  # SHA-256 over the weights
-    source: str  # where the weights came from, in words
+    source: str  # checkpoint folder it was exported from, relative to the engine folder
     sampling: dict[str, Any] = field(default_factory=dict)  # settings that suit this model
     files: dict[str, str] = field(default_factory=dict)  # shared files (tokenizer) -> SHA-256
     stages: dict[str, tuple[Variant, ...]]
@@ -86,26 +87,21 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         if (folder / STAGING_NAME).is_dir():
             raise EngineError(
-                f"{folder}: the export was not finished; "
-                f"run again, it goes on from there: nsp export --engine-dir {folder}"
+                f"{folder}: the export was not finished; {repair(folder)}; it goes on from there"
             )
         raise EngineError(
-            f"{folder} is no engine folder: {MANIFEST_NAME} is missing; "
-            f"run: nsp export --engine-dir {folder}"
+            f"{folder} is no engine folder: {MANIFEST_NAME} is missing; {repair(folder)}"
         )
     try:
         values = json.loads(path.read_text())
         schema = values["schema"]
         if schema != SCHEMA:
             raise EngineError(
-                f"{path} has schema {schema}, this nsp reads {SCHEMA}; "
-                f"run: nsp export --engine-dir {folder}"
+                f"{path} has schema {schema}, this nsp reads {SCHEMA}; {repair(folder)}"
             )
         manifest = Manifest.from_dict(values)
     except (json.JSONDecodeError, UnicodeDecodeError, ConfigError, KeyError, TypeError) as error:
-        raise EngineError(
-            f"{path} is damaged ({error}); run: nsp export --engine-dir {folder}"
-        ) from error
+        raise EngineError(f"{path} is damaged ({error}); {repair(folder)}") from error
     _check_names(folder, manifest)
     return manifest
 
@@ -121,10 +117,7 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     for owner, name in listed:
         parts = PurePosixPath(name).parts
         if len(parts) < 2 or parts[0] != owner or ".." in parts:
-            raise EngineError(
-                f"{folder}: the manifest lists {name}, outside it; "
-                f"run: nsp export --engine-dir {folder}"
-            )
+            raise EngineError(f"{folder}: the manifest lists {name}, outside it; {repair(folder)}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -143,8 +136,7 @@ def check_files(folder: Path, files: Mapping[str, str]) -> None:
     """Raise EngineError naming the first file that is missing or not of its recorded SHA-256."""
     for name, digest in files.items():
         path = folder / name
-        repair = f"run: nsp export --engine-dir {folder}"
         if not path.is_file():
-            raise EngineError(f"{path} is missing though the manifest lists it; {repair}")
+            raise EngineError(f"{path} is missing though the manifest lists it")
         if file_sha256(path) != digest:
-            raise EngineError(f"{path} differs from what was exported (SHA-256); {repair}")
+            raise EngineError(f"{path} differs from what was exported (SHA-256)")

@@ -41,20 +41,6 @@ def test_the_baseline_is_the_checkpoint_the_manifest_names(
     assert model.model_hash == weights
 
 
-def test_the_baseline_is_else_the_checkpoint_that_export_takes_by_default(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = read_checkpoint(tiny_checkpoint).weights_hash()
-    folder = engines(tmp_path / "engines", source="emoji, 3000 steps", model_hash=weights)
-    run = tmp_path / "runs" / "first"
-    run.mkdir(parents=True)
-    (run / "checkpoint").symlink_to(tiny_checkpoint)
-    monkeypatch.chdir(tmp_path)
-    baseline = load(folder).baseline
-    assert baseline is not None
-    assert baseline.source.path == run / "checkpoint"
-
-
 def test_without_its_checkpoint_the_reason_and_the_remedy_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

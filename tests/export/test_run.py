@@ -19,6 +19,7 @@ from export.run import find_checkpoint, plan
 from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
 from nsp.runtime.manifest import check_files, read_manifest
 from nsp.runtime.pipeline import load_pipeline
+from nsp.runtime.repair import checkpoint_folder, repair
 
 STAGES = ("text_encoder", "condition", "step", "select", "select_smooth", "accumulate", "decoder")
 
@@ -158,6 +159,37 @@ def test_an_export_interrupted_after_its_last_stage_still_tries_whole_images(opt
     assert set(actions(options).values()) == {"reuse"}
     manifest = run_export(options)
     assert manifest.stages["decoder"][0].parity["free_running"]["token_agreement"] == 1
+
+
+def test_the_repair_command_names_the_model_wherever_it_lies(engines, options, monkeypatch):
+    manifest = run_export(options)
+    monkeypatch.chdir(engines)
+    assert checkpoint_folder(engines, manifest) == Path(options.checkpoint).resolve()
+    assert f"--checkpoint {Path(options.checkpoint).resolve()}" in repair(engines, manifest)
+    monkeypatch.chdir(Path(options.checkpoint).resolve().parent)
+    assert f"--checkpoint {Path(options.checkpoint).name} --fp16" in repair(engines, manifest)
+
+
+def test_replacing_the_engines_of_another_model_is_said(options, other_checkpoint, caplog):
+    run_export(replace(options, checkpoint=str(other_checkpoint)))
+    run_export(options)
+    assert f"{other_checkpoint} are replaced by those of {options.checkpoint}" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["tokenizer/vocab.json", "step/1.txt", "manifest.json"])
+def test_a_folder_of_something_else_is_left_alone(options, place):
+    path = Path(options.engine_dir) / place
+    path.parent.mkdir(parents=True)
+    path.write_text('{"name": "a web application"}')
+    with pytest.raises(ConfigError, match="which no export wrote; choose another --engine-dir"):
+        run_export(options)
+    assert path.read_text() == '{"name": "a web application"}'
+
+
+def test_a_lost_manifest_is_no_obstacle(engines, options):
+    (engines / "manifest.json").unlink()
+    run_export(options)
+    load_pipeline(engines)
 
 
 def test_a_damaged_manifest_is_no_obstacle(engines, options, caplog):

@@ -104,7 +104,7 @@ def test_a_precision_that_is_not_there_is_named_with_those_that_are(tmp_path: Pa
     write_engines(tmp_path)
     message = refusal(tmp_path, precision="fp16")
     assert message.startswith(f"{tmp_path} has no fp16 engines for onnxruntime (it has fp32)")
-    assert message.endswith(f"run: nsp export --engine-dir {tmp_path} --fp16")
+    assert message.endswith("/tests --target onnxruntime --fp16 --fp32")
     assert "precision 'fp8' is unknown" in refusal(tmp_path, ConfigError, precision="fp8")
     message = refusal(tmp_path, ConfigError, precision="bf16")
     assert message.startswith("onnxruntime runs fp")
@@ -163,7 +163,8 @@ def test_a_missing_file_is_named(engines: Path) -> None:
     step_file(engines).unlink()
     message = refusal(engines)
     assert f"{step_file(engines)} is missing though the manifest lists it" in message
-    assert message.endswith(f"run: nsp export --engine-dir {engines}")
+    again = f"run: nsp export --engine-dir {engines} --checkpoint {engines / 'tests'}"
+    assert again in message
 
 
 def test_a_truncated_file_is_named(engines: Path) -> None:
@@ -215,7 +216,7 @@ def test_torch_does_not_run_engines(engines: Path) -> None:
 def test_a_backend_without_engines_here_says_how_to_build_them(engines: Path) -> None:
     message = refusal(engines, backend="tensorrt-rtx")
     assert "has no engines for tensorrt_rtx (it has: onnxruntime)" in message
-    assert message.endswith(f"nsp export --engine-dir {engines} --target tensorrt-rtx")
+    assert message.endswith(f"--checkpoint {engines / 'tests'} --target tensorrt-rtx")
 
 
 def test_a_stage_without_an_engine_is_an_incomplete_export(engines: Path) -> None:
@@ -272,7 +273,8 @@ def test_an_engine_for_another_machine_says_what_differs(
     write_rtx(tmp_path, monkeypatch, **changes)
     message = refusal(tmp_path, backend="tensorrt-rtx")
     assert f"the tensorrt_rtx engine of stage condition is for {difference}" in message
-    assert message.endswith(f"run: nsp export --engine-dir {tmp_path} --target tensorrt-rtx")
+    again = f"nsp export --engine-dir {tmp_path} --checkpoint {tmp_path / 'tests'}"
+    assert message.endswith(f"run: {again} --target tensorrt-rtx --fp32")
 
 
 def test_an_engine_for_this_machine_is_not_run_by_this_version(

@@ -165,7 +165,7 @@ class OnnxRuntimeBackend(Backend):
         except self._errors as error:
             raise EngineError(
                 f"{path} cannot be loaded by onnxruntime {ort.__version__} ({_first_line(error)}); "
-                "run nsp export again"
+                "export its folder again (nsp inspect tells from which checkpoint)"
             ) from error
         if session.get_providers()[0] != self.providers[0]:
             raise BackendError(
@@ -194,7 +194,7 @@ class OnnxRuntimeBackend(Backend):
             name = min(differing)[0]
             raise EngineError(
                 f"{path}: tensor {name!r} of stage {stage} is not as the manifest declares it; "
-                "run nsp export again"
+                "export its folder again (nsp inspect tells from which checkpoint)"
             )
 
 
