@@ -18,9 +18,7 @@ FOLDER = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option(
-    "--preset", default="emoji", show_default=True, help="Named run: emoji, quick, smoke."
-)
+@click.option("--preset", help="Named run: emoji, quick, smoke.  [default: emoji]")
 @click.option("--config", type=FOLDER, help="JSON file of a run, instead of a preset.")
 @click.option("--data", help="'emoji', a .tar, or a folder of captioned pictures.")
 @click.option("--text-encoder", help="Pretrained CLIP or pipeline folder to start from.")
@@ -35,7 +33,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--skip-bad-files", is_flag=True, help="Leave bad pictures out instead of stopping.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(
-    preset: str,
+    preset: str | None,
     output_dir: Path | None,
     phase: str | None,
     resume: bool,
@@ -45,7 +43,7 @@ def main(
 ) -> None:
     """Train tokenizer, then predictor; leaves a checkpoint folder that `nsp export` takes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    folder = output_dir or Path("runs") / preset
+    folder = output_dir or Path("runs") / (preset or "emoji")
     try:
         from nsp.training.run import train
 
@@ -68,7 +66,7 @@ def main(
 
 
 def configure(
-    preset: str,
+    preset: str | None,
     resumed: Path | None,
     *,
     config: Path | None = None,
@@ -78,20 +76,31 @@ def configure(
     seed: int | None = None,
     precision: str | None = None,
 ) -> "RunConfig":
-    """Return the run a command line describes: a resumed folder's, a file's or a preset's, changed.
+    """Return the run a command line describes: a file's, a preset's or a resumed folder's, changed.
 
-    Raises ConfigError for an unknown preset or a value that is not allowed.
+    What of a preset an option can change is taken from the resumed run where the option is not
+    given, so that the command line that started a run may leave it out. Raises ConfigError for an
+    unknown preset or a value that is not allowed.
     """
     from nsp.training.config import RunConfig
     from nsp.training.presets import preset as named_run
+    from nsp.training.run import RUN_NAME, stored_run
 
-    stored = config or (resumed / "run.json" if resumed else None)
-    if stored is not None and stored.is_file():
-        run = RunConfig.from_dict(read_json(stored))
-    elif config is not None:
-        raise ConfigError(f"{config} does not exist; give the JSON file of a run")
+    stored: RunConfig | None = None
+    if resumed is not None and (resumed / RUN_NAME).is_file():
+        stored = stored_run(resumed)
+    if preset is not None and config is not None:
+        raise ConfigError(f"--preset {preset} and --config {config}: give one of them")
+    if config is not None:
+        if not config.is_file():
+            raise ConfigError(f"{config} does not exist; give the JSON file of a run")
+        run = RunConfig.from_dict(read_json(config))
+    elif preset is None and stored is not None:
+        run = stored
     else:
-        run = named_run(preset)
+        run = named_run(preset or "emoji")
+        if stored is not None:
+            run = _with_options_of(run, stored)
     values = run.to_dict()
     if data is not None:
         values["data"]["source"] = data
@@ -106,6 +115,23 @@ def configure(
         phases = tuple(dataclasses.replace(each, steps=steps) for each in run.phases)
         run = dataclasses.replace(run, phases=phases)
     return run
+
+
+def _with_options_of(run: "RunConfig", stored: "RunConfig") -> "RunConfig":
+    """Return `run` with what command-line options can change as in `stored`."""
+    steps = {phase.name: phase.steps for phase in stored.phases}
+    folder = {k: v for k, v in stored.text_encoder.items() if k == "folder"}
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, source=stored.data.source),
+        text_encoder={**run.text_encoder, **folder},
+        seed=stored.seed,
+        precision=stored.precision,
+        phases=tuple(
+            dataclasses.replace(phase, steps=steps.get(phase.name, phase.steps))
+            for phase in run.phases
+        ),
+    )
 
 
 if __name__ == "__main__":

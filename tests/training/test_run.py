@@ -28,25 +28,6 @@ from nsp.training.trainer import StepSampler
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve 16 px pictures with captions beside them."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        pixels = np.full((16, 16, 3), rng.integers(0, 256, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"colour number {index}")
-    return folder
-
-
-@pytest.fixture
-def config(pictures: Path) -> RunConfig:
-    run = preset("smoke")
-    data = dataclasses.replace(run.data, source=str(pictures))
-    return dataclasses.replace(run, data=data)
-
-
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
     parts = ("vae", "predictor", "text_encoder")
     return {

@@ -1,0 +1,92 @@
+"""A resumed run is the run that was stopped: its own prompt tokenizer, its own settings."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nsp.errors import ConfigError
+from nsp.text.tokenizer import PromptTokenizer
+from nsp.training.config import RunConfig
+from nsp.training.run import train
+from tests.training.pictures import write_pictures
+from train import configure
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run on data of its own after its first phase."""
+    folder = tmp_path_factory.mktemp("stopped")
+    data = write_pictures(folder / "data")
+    run = configure("smoke", None, data=str(data), seed=3, steps=2)
+    train(run, folder / "run", last_phase="tokenizer")
+    return run, folder / "run"
+
+
+def test_resuming_with_changed_captions_keeps_the_prompt_tokenizer(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    data = write_pictures(tmp_path / "data", "colour number")
+    run = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(data)))
+    train(run, tmp_path / "run")
+    ids = PromptTokenizer.load(tmp_path / "run/checkpoint/tokenizer").encode(["colour number 3"])
+    write_pictures(data, "many other words in every caption")
+    longer = tuple(dataclasses.replace(phase, steps=6) for phase in run.phases)
+    train(dataclasses.replace(run, phases=longer), tmp_path / "run", resume=True)
+    resumed = PromptTokenizer.load(tmp_path / "run/checkpoint/tokenizer")
+    assert (resumed.encode(["colour number 3"]) == ids).all()
+
+
+def test_a_resumed_run_does_not_need_the_text_encoder_it_started_from(
+    config: RunConfig, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    encoder = tmp_path / "encoder"
+    encoder.symlink_to(tiny_checkpoint)
+    run = dataclasses.replace(config, text_encoder={"folder": str(encoder)})
+    train(run, tmp_path / "run", last_phase="tokenizer")
+    encoder.unlink()
+    assert train(run, tmp_path / "run", resume=True).finished
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "refusal"),
+    [
+        (None, {"data": "emoji"}, "data.source"),
+        (None, {"text_encoder": "elsewhere"}, "text_encoder.folder"),
+        (None, {"seed": 4}, "seed is 3, not 4"),
+        ("quick", {}, "model"),
+    ],
+)
+def test_resuming_refuses_an_option_that_contradicts_the_run(
+    stopped: tuple[RunConfig, Path], preset: str | None, options: dict[str, Any], refusal: str
+) -> None:
+    _, folder = stopped
+    given = configure(preset, folder, **options)
+    with pytest.raises(ConfigError, match=refusal) as caught:
+        train(given, folder, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_that_started_a_run_may_leave_its_options_out(
+    stopped: tuple[RunConfig, Path],
+) -> None:
+    run, folder = stopped
+    assert configure(None, folder) == run
+    assert configure("smoke", folder) == run
+
+
+def test_steps_may_change_and_are_logged(
+    stopped: tuple[RunConfig, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, folder = stopped
+    with caplog.at_level(logging.INFO):
+        given = configure(None, folder, steps=3)
+        train(given, folder, last_phase="tokenizer", resume=True)
+    assert "phases.0.steps is 3 from here on, it was 2" in caplog.text
+
+
+def test_a_file_and_a_preset_together_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give one of them"):
+        configure("smoke", None, config=tmp_path / "run.json")
