@@ -1,28 +1,66 @@
-"""The one way results reach the disk: a temporary name first, then a rename."""
+"""How files are read and written: JSON with its damage named; results whole, or not at all."""
 
+import errno
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+_MAX_JSON_DEPTH = 64  # ours have about ten levels; Python functions give up at a thousand
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a UTF-8 file.
+
+    Raises ValueError with the reason in one line for anything else, also for an object nested
+    deeper than a program can walk; the caller adds which file it is and what to do.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"a JSON {type(values).__name__} instead of an object")
+    level: list[Any] = [values]
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [child for value in level for child in _children(value)]
+    if level:
+        raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
+    json.dumps(values, ensure_ascii=False).encode()  # half characters could not be shown
+    return values
+
+
+def _children(value: Any) -> list[Any]:
+    """Return the lists and objects directly inside one."""
+    inside = value.values() if isinstance(value, dict) else value
+    return [child for child in inside if isinstance(child, dict | list)]
 
 
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `folder` when the block ends without an error.
 
-    After an error nothing is left of it and `folder` is as it was.
+    After an error nothing is left of it and `folder` is as it was. Raises OSError naming a file
+    that cannot be written, or `folder` itself where that is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = _make_partial(folder)
     old = partial.with_name(partial.name + ".old")
     try:
-        yield partial
-        partial.chmod(0o755)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(partial, folder)
+        with name_failed_write(folder, partial):
+            yield partial
+            partial.chmod(0o755)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(partial, folder)
     except BaseException:
         if old.exists() and not folder.exists():
             os.rename(old, folder)
@@ -32,13 +70,56 @@ def write_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _make_partial(folder: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:  # names a folder that nobody asked for
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
-    """Yield a path whose file becomes `path` when the block ends without an error."""
+    """Yield a path whose file becomes `path` when the block ends without an error.
+
+    After an error nothing is left of it. Raises OSError naming `path` when it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with name_failed_write(path, partial):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_failed_write(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Make a write that fails in the block an OSError that names `path`.
+
+    Python names no file when the disk is full, safetensors has an error of its own for it, and
+    neither knows that `partial` is only the temporary name of `path`.
+    """
+    try:
+        yield
+    except Exception as error:
+        number, named = _failed_write(error)
+        if number is None:
+            raise
+        where = path
+        if named is not None:
+            if partial is None or not named.is_relative_to(partial):
+                raise  # of a file that is not ours
+            where = path / named.relative_to(partial)
+        raise OSError(number, os.strerror(number), str(where)) from error
+
+
+def _failed_write(error: Exception) -> tuple[int | None, Path | None]:
+    """Return the number of a failed write and the file it names; no number for another error."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError) and (error.filename or error.errno in _DISK_ERRORS):
+        return error.errno, Path(str(error.filename)) if error.filename else None
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)\)", str(error))):
+        return int(found[1]), None
+    return None, None

@@ -9,21 +9,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nsp.errors import CheckpointError
+from nsp.files import name_failed_write
 
 WEIGHTS_NAME = "model.safetensors"
 
 
 def save_weights(module: nn.Module, folder: Path) -> None:
-    """Write the state dict of `module` to folder/model.safetensors."""
+    """Write the state dict of `module` to folder/model.safetensors; OSError when that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
     }
     path = folder / WEIGHTS_NAME
-    try:
+    with name_failed_write(path):
         save_file(state, path)
-    except SafetensorError as error:  # its own name for a full disk, too
-        raise CheckpointError(f"{path} cannot be written ({error}); free some space") from error
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
