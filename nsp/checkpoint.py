@@ -7,12 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsp.errors import CheckpointError
+from nsp.config import Config
+from nsp.errors import CheckpointError, ConfigError
 from nsp.families.registry import Family, family
-from nsp.files import write_folder
+from nsp.files import name_failed_write, read_json, write_folder
 from nsp.runtime.manifest import file_sha256
+from nsp.runtime.sampling import SamplingConfig
 
 CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFile(Config):
+    """The keys of config.json."""
+
+    family: str
+    config: dict[str, Any]
+    sampling: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +67,23 @@ def read_checkpoint(folder: Path) -> CheckpointRecord:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint folder: {CONFIG_NAME} is missing")
     try:
-        values = json.loads(path.read_text())
-        name, config = values["family"], values["config"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        values = ConfigFile.from_dict(read_json(path))
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); write the checkpoint again") from error
+    record = family(values.family)
+    try:
+        record.get("config").from_dict(values.config)
+        SamplingConfig.from_dict(values.sampling)
+    except ConfigError as error:
         raise CheckpointError(
-            f"{path} is damaged ({error!r}); write the checkpoint again"
+            f"{path} is damaged or of another nsp version ({error}); write the checkpoint again"
         ) from error
     return CheckpointRecord(
         folder=folder,
-        family=family(name),
-        config=config,
-        sampling=values.get("sampling", {}),
-        notes=values.get("notes", {}),
+        family=record,
+        config=values.config,
+        sampling=values.sampling,
+        notes=values.notes,
     )
 
 
@@ -76,6 +93,7 @@ def copy_in_half(source: Path, target: Path) -> None:
     Loading gives float32 again, rounded to 11 bits of mantissa.
     """
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
     read_checkpoint(source)
@@ -84,10 +102,16 @@ def copy_in_half(source: Path, target: Path) -> None:
             copy = partial / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix != ".safetensors":
-                copy.write_bytes(path.read_bytes())
+                with name_failed_write(copy):
+                    copy.write_bytes(path.read_bytes())
                 continue
+            try:
+                arrays = load_file(path)
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is damaged ({error})") from error
             halved = {
                 name: array.astype(np.float16) if array.dtype == np.float32 else array
-                for name, array in load_file(path).items()
+                for name, array in arrays.items()
             }
-            save_file(halved, copy, metadata={"format": "pt"})
+            with name_failed_write(copy):
+                save_file(halved, copy, metadata={"format": "pt"})

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
+from nsp import files
 from nsp.errors import ConfigError, MissingExtraError, NspError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -166,9 +167,6 @@ def print_json(value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise ConfigError when it holds something else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no JSON object")
-    return values
+        return files.read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} holds no JSON object: {error}") from error

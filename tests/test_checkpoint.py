@@ -10,6 +10,7 @@ import torch
 from nsp.checkpoint import copy_in_half, read_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.checkpoint import save_checkpoint
+from tests.disk import largest_file
 
 
 @pytest.fixture
@@ -38,6 +39,27 @@ def test_half_precision_copy_loads_rounded_and_is_half_as_large(
     weights = "predictor/model.safetensors"
     sizes = [(folder / weights).stat().st_size for folder in (tiny_checkpoint, tmp_path / "half")]
     assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_a_full_disk_names_the_weights_and_leaves_nothing(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    system = read_checkpoint(tiny_checkpoint).load()
+    name = "predictor/model.safetensors"
+    with largest_file(20_000), pytest.raises(OSError, match="File too large") as caught:
+        save_checkpoint(tmp_path / "again", system, notes={})
+    assert caught.value.filename == str(tmp_path / "again" / name)
+    with largest_file(20_000), pytest.raises(OSError, match="File too large") as caught:
+        copy_in_half(tiny_checkpoint, tmp_path / "half")
+    assert caught.value.filename == str(tmp_path / "half" / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_halving_damaged_weights_names_them(copy: Path, tmp_path: Path) -> None:
+    (copy / "vae/model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match=r"vae/model\.safetensors is damaged"):
+        copy_in_half(copy, tmp_path / "half")
+    assert not (tmp_path / "half").exists()
 
 
 def test_weights_hash_follows_the_weights_not_the_notes(copy: Path) -> None:
@@ -77,8 +99,29 @@ def test_an_unknown_configuration_key_is_named(copy: Path) -> None:
     values = json.loads((copy / "config.json").read_text())
     values["config"]["predictor"]["widht"] = 3
     (copy / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="unknown key 'widht'"):
-        read_checkpoint(copy).load()
+    with pytest.raises(CheckpointError, match=r"config\.json .*unknown key 'widht'"):
+        read_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"family": []}, "ConfigFile.family"),
+        ({"config": 3}, "ConfigFile.config"),
+        ({"sampling": {"top_k": "many"}}, "SamplingConfig.top_k"),
+        ({"sampling": []}, "ConfigFile.sampling"),
+        ({"notes": 1}, "ConfigFile.notes"),
+        ({"smapling": {}}, "unknown key 'smapling'"),
+    ],
+)
+def test_a_damaged_record_is_named_with_its_folder(
+    copy: Path, change: dict[str, object], words: str
+) -> None:
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_checkpoint(copy)
+    assert str(copy / "config.json") in str(caught.value)
 
 
 def test_a_text_encoder_that_is_not_finite_is_named(copy: Path) -> None:

@@ -107,7 +107,12 @@ def test_folders_of_the_wrong_kind_are_told_apart(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"family": "var"}', '{"family": 3, "config": {}}', "\x00\xff"]
+    "content",
+    [
+        *("", "{", "[]", "[" * 100_000, "\x00\xff"),
+        *('{"family": "var"}', '{"family": 3, "config": {}}', '{"family": [], "config": {}}'),
+    ],
+    ids=range(8),
 )
 def test_a_damaged_checkpoint_record_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
@@ -217,7 +222,7 @@ def test_convert_names_a_file_that_holds_no_weights(tmp_path, name, content, wor
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000], ids=range(4))
 def test_convert_names_a_configuration_that_is_no_json_object(tmp_path, content):
     config = tmp_path / "config.json"
     config.write_bytes(content)
@@ -238,7 +243,7 @@ def test_a_full_disk_leaves_no_half_written_picture(tiny_checkpoint, tmp_path):
     options = ("--checkpoint", tiny_checkpoint, "--output-dir", tmp_path / "out")
     with largest_file(100):
         result = nsp("generate", *options, *PROMPT)
-    assert_one_line(result, 1, "File too large")
+    assert_one_line(result, 1, "File too large", str(tmp_path / "out/000_red-apple_seed0.png"))
     assert list((tmp_path / "out").iterdir()) == []
 
 
