@@ -7,7 +7,6 @@ end token. Folders come in two generations: `tokenizer.json`, before it `vocab.j
 This file runs in the deployment image: tokenizers, no torch.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import RobertaProcessing
 
 from nsp.errors import CheckpointError
+from nsp.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -176,12 +176,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} instead of an object")
-    return content
 
 
 def _added_token(entry: object, default: str) -> AddedToken:

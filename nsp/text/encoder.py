@@ -6,7 +6,6 @@ transformer over the padded prompt; the state at the end token stands for the wh
 Shapes: B batch, T prompt tokens, D width.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nsp.errors import CheckpointError, ConfigError, MissingExtraError
+from nsp.files import read_json
 from nsp.text.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _check_folder(root: Path) -> str | None:
         hint = f"pass subfolder={nested[0]!r}" if nested else "give a CLIP text encoder folder"
         raise CheckpointError(f"{root} holds no config.json; {hint}")
     try:
-        model_type = json.loads((root / "config.json").read_text(encoding="utf-8"))["model_type"]
+        model_type = read_json(root / "config.json")["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{root / 'config.json'} is not a transformers config ({error!r}); copy it again"

@@ -233,6 +233,7 @@ def truncate_weights(folder: Path) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a transformers config"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "too deeply"),
         (lambda folder: edit_config(folder, model_type="t5"), "type 't5'"),
         (lambda folder: edit_config(folder, hidden_size="wide"), "cannot be loaded"),
         (lambda folder: edit_config(folder, max_position_embeddings=13), "wrong shape for 1"),

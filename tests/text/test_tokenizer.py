@@ -178,6 +178,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
         (write("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {"a": 0},'
                ' "unk_token": "a"}}'), False, "give a CLIP tokenizer"),
         (write("tokenizer_config.json", "[]"), False, "instead of an object"),
+        (write("tokenizer_config.json", "[" * 100_000), False, "nested too deeply"),
         (write("tokenizer_config.json", '{"pad_token": "[PAD]"}'), False, "pad token '\\[PAD\\]'"),
         (write("tokenizer_config.json", '{"model_max_length": 2}'), False, "model_max_length is 2"),
         (write("tokenizer_config.json", '{"added_tokens_decoder": {"x": 1}}'), True, "added tok"),
