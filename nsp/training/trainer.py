@@ -18,14 +18,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nsp.errors import CheckpointError, ConfigError
-from nsp.files import write_file
 from nsp.sheet import contact_sheet
 from nsp.training.config import OptimizerConfig, PhaseConfig
 from nsp.training.objective import Objective
 from nsp.training.progress import Progress
 from nsp.training.schedules import lr_ratio, weight_decay
+from nsp.training.state import read_state, write_state
 
 logger = logging.getLogger(__name__)
+
+STATE_NAME = "state.pt"
 
 
 class _AtEpoch(Dataset[Mapping[str, Any]]):
@@ -240,31 +242,31 @@ class Phase:
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
         }
-        with write_file(self.folder / "state.pt") as partial:
-            torch.save(state, partial)
+        write_state(self.folder / STATE_NAME, state)
 
     def _restore(self) -> None:
         """Continue from state.pt if it exists."""
-        path = self.folder / "state.pt"
+        path = self.folder / STATE_NAME
         if not path.exists():
             return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); delete it to start this phase again"
-            ) from error
-        saved = PhaseConfig.from_dict(json.loads(state["config"]))
+        saved, state = read_state(path)
         if dataclasses.replace(saved, steps=self.config.steps) != self.config:
             raise ConfigError(
                 f"{path} belongs to a run with other settings; "
                 "use the same preset or another --output-dir"
             )
         self.step = state["step"]
-        self.objective.trained.load_state_dict(state["trained"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        try:
+            self.objective.trained.load_state_dict(state["trained"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{path} does not fit this model ({reason[:200]}); restore the file of this run, "
+                "or delete it to start the phase again"
+            ) from error
 
 
 class shipped_weights:
