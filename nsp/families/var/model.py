@@ -43,6 +43,7 @@ class SelfAttention(nn.Module):
         predictor = config.predictor
         width, heads = predictor.width, predictor.num_heads
         self.num_heads, self.l2_norm = heads, predictor.attn_l2_norm
+        self.dropout = predictor.dropout
         if self.l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
         # Without q/k normalisation the published code divides by 4 sqrt(K), not by sqrt(K).
@@ -66,7 +67,7 @@ class SelfAttention(nn.Module):
             q = (l2_normalize(q) * gain.transpose(0, 1)).to(v.dtype)
             k = l2_normalize(k).to(v.dtype)
         mixed, cache = attend(q, k, v, past, scale=self.scale)
-        return self.proj(mixed.flatten(2)), cache
+        return F.dropout(self.proj(mixed.flatten(2)), self.dropout, self.training), cache
 
 
 class CrossAttention(nn.Module):
@@ -75,7 +76,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: VarConfig, text: TextCondition) -> None:
         super().__init__()
         width, self.num_heads = config.predictor.width, config.predictor.num_heads
-        self.norm_eps = config.predictor.norm_eps
+        self.norm_eps, self.dropout = config.predictor.norm_eps, config.predictor.dropout
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.num_heads, 1, 1), math.log(4.0)))
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(text.text_width, 2 * width)
@@ -97,7 +98,7 @@ class CrossAttention(nn.Module):
             q.transpose(1, 2), text_k_GTHK.transpose(1, 2), text_v_GTHK.transpose(1, 2), scale=1.0
         )
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
-        return out
+        return F.dropout(out, self.dropout, self.training)
 
 
 class FeedForward(nn.Module):
@@ -107,6 +108,7 @@ class FeedForward(nn.Module):
         super().__init__()
         width = config.predictor.width
         hidden = round(width * config.predictor.mlp_ratio)
+        self.dropout = config.predictor.dropout
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
@@ -114,7 +116,7 @@ class FeedForward(nn.Module):
         """Return (G, L, C)."""
         hidden = self.fc1(x.to(self.fc1.weight.dtype))
         out: Tensor = self.fc2(F.gelu(hidden, approximate="tanh"))
-        return out
+        return F.dropout(out, self.dropout, self.training)
 
 
 class AdaLinear(nn.Sequential):
