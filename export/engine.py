@@ -46,12 +46,11 @@ def build_engine(
     Raises ExportError with one line for a refused graph, a crash, a timeout or too little memory.
     """
     job = {
-        "module": TARGETS[build.target].module,
+        "module": TARGETS[build.target].runtime.module,
         "model": str(model),
         "plan": str(plan),
         "profiles": list(build.profiles),
         "gpu_archs": list(build.gpu_archs),
-        "label": build.stage,
     }
     label = f"{build.stage} ({build.target} {build.precision})"
     outcome = _run_child(job, label, timeout_s, on_progress, child)

@@ -10,7 +10,7 @@ from export.dtypes import precision_map, stored_precision
 from export.fingerprint import fingerprint, tool_versions
 from export.options import ExportOptions
 from export.store import EngineStore
-from export.targets import Target, gpu_archs, resolve, version
+from export.targets import Target, gpu_archs, resolve
 from export.weights import stage_bytes
 from nsp.checkpoint import CheckpointRecord, read_checkpoint
 from nsp.families.precision import StageWeights
@@ -72,7 +72,7 @@ class ExportPlan:
 def make_plan(options: ExportOptions, store: EngineStore) -> ExportPlan:
     """Return the plan for `options` given what the engine folder already holds.
 
-    Raises ConfigError, CheckpointError or MissingExtraError for a request that cannot be met.
+    Raises ConfigError, CheckpointError or BackendError for a request that cannot be met.
     """
     pairs = resolve(options)
     checkpoint = Path(options.checkpoint)
@@ -107,7 +107,10 @@ def _stages(
     stages_io = family.get("stages_io")(config, target.kv_layout, PRECISION_DTYPES[precision])
     profiles = _profiles(plan, target, stages_io)
     archs = gpu_archs(target, options)
-    tools = {**tool_versions(), target.module: version(target) or "unknown"}
+    tools = {
+        **tool_versions(),
+        target.runtime.module: target.runtime.recorded_version() or "unknown",
+    }
     builds = []
     for stage, io in stages_io.items():
         stored = stored_precision(weights[stage], precision)

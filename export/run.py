@@ -43,7 +43,7 @@ def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manife
     """Export a checkpoint to an engine folder and return its manifest.
 
     What is already there and unchanged is reused; an export that was interrupted goes on where it
-    stopped. Raises ConfigError, CheckpointError or MissingExtraError before anything is written,
+    stopped. Raises ConfigError, CheckpointError or BackendError before anything is written,
     ParityError when a stage misses its gate, ExportError when a step fails; the engines that were
     in the folder before stay usable in every case.
     """

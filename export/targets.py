@@ -1,13 +1,13 @@
 """Where stages can run: one plain record per target, and what "auto" means on this machine."""
 
-import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from export.options import AUTO, ExportOptions
-from nsp.errors import ConfigError, MissingExtraError
+from nsp.errors import BackendError, ConfigError
+from nsp.runtime.backends.registry import BACKENDS, BackendRecord
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +21,14 @@ class Target:
     kv_layout: str
     opset: int
     precisions: tuple[str, ...]
-    module: str  # Python module that makes or runs the engines
-    packages: tuple[str, ...]  # distributions whose version decides the result, any one of them
-    extra: str
     compiles: bool  # to an engine, else the ONNX file is one
     gpu_archs: tuple[str, ...] = ()  # that can be built for on any machine; () means this one's GPU
     default_gpu_archs: tuple[str, ...] = ()
+
+    @property
+    def runtime(self) -> BackendRecord:
+        """What runs the engines, and the package that makes them."""
+        return BACKENDS[self.backend]
 
 
 TARGETS: Mapping[str, Target] = {
@@ -38,9 +40,6 @@ TARGETS: Mapping[str, Target] = {
         kv_layout="present",
         opset=23,
         precisions=("fp32", "fp16"),
-        module="onnxruntime",
-        packages=("onnxruntime", "onnxruntime-gpu"),
-        extra="gpu",
         compiles=False,
     ),
     # TensorRT's parsers refuse that operator: attention as matrix products (opset 18), cache as an
@@ -51,9 +50,6 @@ TARGETS: Mapping[str, Target] = {
         kv_layout="delta",
         opset=18,
         precisions=("fp32", "fp16", "bf16"),
-        module="tensorrt_rtx",
-        packages=("tensorrt_rtx_cu13", "tensorrt_rtx", "tensorrt_rtx_cu12"),
-        extra="tensorrt-rtx",
         compiles=True,
         gpu_archs=("75", "80", "86", "89", "120", "121", "current"),
         default_gpu_archs=("80", "86", "89", "120"),
@@ -64,27 +60,14 @@ TARGETS: Mapping[str, Target] = {
         kv_layout="delta",
         opset=18,
         precisions=("fp32", "fp16", "bf16"),
-        module="tensorrt",
-        packages=("tensorrt_cu13", "tensorrt", "tensorrt_cu12"),
-        extra="tensorrt",
         compiles=True,
     ),
 }
 
 
-def version(target: Target) -> str | None:
-    """Return the installed version of a target's package, or None."""
-    for package in target.packages:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
 def is_installed(target: Target) -> bool:
     """Return whether the target's module can be found; it is not imported."""
-    return importlib.util.find_spec(target.module) is not None
+    return importlib.util.find_spec(target.runtime.module) is not None
 
 
 def resolve(options: ExportOptions) -> list[tuple[Target, str]]:
@@ -92,8 +75,8 @@ def resolve(options: ExportOptions) -> list[tuple[Target, str]]:
 
     "auto" is ONNX Runtime and every installed TensorRT; where ONNX Runtime would run on a CPU it
     adds fp32, which is what a CPU runs fast. Raises ConfigError for an unknown target, a precision
-    a target has not, or a GPU architecture that cannot be built for, and MissingExtraError for a
-    target that is not installed.
+    a target has not, a GPU architecture that cannot be built for or an option that no target heeds,
+    and BackendError for a target that is not installed.
     """
     if AUTO in options.targets:
         if len(options.targets) > 1:
@@ -108,8 +91,12 @@ def resolve(options: ExportOptions) -> list[tuple[Target, str]]:
                 "export it with --fp32 or --fp16, or choose a TensorRT target"
             )
         if not is_installed(target):
-            raise MissingExtraError(target.module, target.extra)
+            raise BackendError(
+                f"target {target.name}: {target.runtime.module} is not installed; "
+                f"run: {target.runtime.install}"
+            )
         gpu_archs(target, options)
+    _check_heeded([target for target, _ in pairs], options)
     return list(dict.fromkeys(pairs))
 
 
@@ -124,6 +111,18 @@ def gpu_archs(target: Target, options: ExportOptions) -> tuple[str, ...]:
             f"it can for {', '.join(target.gpu_archs)}"
         )
     return wanted
+
+
+def _check_heeded(targets: Sequence[Target], options: ExportOptions) -> None:
+    """Raise ConfigError for an option that changes nothing for any of the targets."""
+    heeded = {
+        "--gpu-arch": (options.gpu_archs, [t for t in targets if t.gpu_archs], "tensorrt-rtx"),
+        "--static-batch": (options.static_batch, [t for t in targets if t.compiles], "TensorRT"),
+    }
+    for option, (given, heeders, kind) in heeded.items():
+        if given and not heeders:
+            names = ", ".join(dict.fromkeys(target.name for target in targets))
+            raise ConfigError(f"{option} is for {kind} engines, and the targets are: {names}")
 
 
 def _named(name: str) -> Target:

@@ -18,7 +18,7 @@ from export.options import ExportOptions
 from export.run import export as run_export
 from export.run import plan
 from export.tensorrt import compile_engine
-from nsp.errors import ConfigError, ExportError, MissingExtraError
+from nsp.errors import BackendError, ConfigError, ExportError
 from nsp.runtime.io import Axes, StageIO
 from nsp.runtime.manifest import check_files
 from tests.export.small import new_small_checkpoint
@@ -138,12 +138,28 @@ def test_a_whole_model_becomes_tensorrt_rtx_engines(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            {"gpu_archs": ("89",)},
+            "--gpu-arch is for tensorrt-rtx engines.*targets are: onnxruntime",
+        ),
+        ({"static_batch": True}, "--static-batch is for TensorRT engines"),
+    ],
+)
+def test_an_option_no_target_heeds_is_refused(option, message):
+    options = ExportOptions(checkpoint="none", targets=("onnxruntime",), **option)
+    with pytest.raises(ConfigError, match=message):
+        export.targets.resolve(options)
+
+
 def test_a_target_that_is_not_installed_names_its_extra(small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(export.targets, "is_installed", lambda target: False)
     options = ExportOptions(
         checkpoint=str(small_checkpoint), engine_dir=str(tmp_path / "e"), targets=("tensorrt",)
     )
-    with pytest.raises(MissingExtraError, match=r"pip install 'nsp\[tensorrt\]'"):
+    with pytest.raises(BackendError, match=r"pip install 'nsp\[tensorrt\]'"):
         plan(options)
 
 
