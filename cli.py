@@ -16,6 +16,7 @@ from nsp.command_line import (
     engine_dir_option,
     given_precisions,
     json_option,
+    one_precision,
     output_dir_option,
     precision_options,
     print_json,
@@ -202,9 +203,9 @@ def generate(
 
     prompts += read_prompts(prompts_file) if prompts_file else ()
     planned = plan_images(prompts=prompts, class_ids=class_ids, seed=seed, num_images=num_images)
-    precisions = given_precisions(options)
+    precision = one_precision(options)
     sampling = {name: value for name, value in options.items() if value is not None}
-    pipeline = _load(engine_dir, checkpoint, backend, precisions)
+    pipeline = _load(engine_dir, checkpoint, backend, precision)
     from nsp.runtime.gallery import generate_gallery  # while the engines are loading
     from nsp.terminal import progress_bar
 
@@ -228,7 +229,7 @@ def generate(
 
 
 def _load(
-    engine_dir: Path | None, checkpoint: Path | None, backend: str, precisions: tuple[str, ...]
+    engine_dir: Path | None, checkpoint: Path | None, backend: str, precision: str | None
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
     from nsp.checkpoint import is_checkpoint, read_checkpoint
@@ -236,16 +237,14 @@ def _load(
 
     if engine_dir is not None and checkpoint is not None:
         raise ConfigError("--engine-dir and --checkpoint are both given; choose one")
-    if len(precisions) > 1:
-        raise ConfigError(f"--{precisions[0]} and --{precisions[1]} are both given; choose one")
     if checkpoint is not None:
-        if precisions:
-            raise ConfigError(f"--{precisions[0]} is for engines; a checkpoint runs in fp32")
+        if precision is not None:
+            raise ConfigError(f"--{precision} is for engines; a checkpoint runs in fp32")
         return load_pipeline(read_checkpoint(checkpoint).folder, backend)
     folder = engine_dir or Path("engines")
     if is_checkpoint(folder):
         raise ConfigError(f"{folder} is a checkpoint; use: --checkpoint {folder}")
-    return load_pipeline(folder, backend, precision=precisions[0] if precisions else None)
+    return load_pipeline(folder, backend, precision=precision)
 
 
 @main.command()
@@ -281,6 +280,8 @@ def convert(
 @engine_dir_option
 @checkpoint_option("Baseline to compare with.  [default: what the engines were exported from]")
 @backend_option
+@precision_options("Measure the {} engines instead of what suits the device.")
+@click.option("--threads", type=COUNT, help="CPU threads of both.  [default: every physical core]")
 @click.option("--quick", is_flag=True, help="Fewer rounds: a first impression in a minute.")
 @click.option(
     "--batch-size",
@@ -301,7 +302,9 @@ def bench(*, engine_dir: Path | None, as_json: bool, **options: Any) -> None:
     from benchmarks.bench import BenchOptions, run
     from nsp.terminal import progress_bar, results_console
 
-    bench_options = BenchOptions(engine_dir=engine_dir or Path("engines"), **options)
+    precision = one_precision(options)
+    folder = engine_dir or Path("engines")
+    bench_options = BenchOptions(engine_dir=folder, precision=precision, **options)
     with progress_bar() as show:
         report = run(bench_options, on_event=lambda e: show(e.activity, e.done, e.total))
     if not as_json:

@@ -68,7 +68,7 @@ class Subject:
         if (tokenizer := pipeline.tokenizer) is not None:
             whole = [text for text in CAPTIONS if tokenizer.truncated(text) is None] or CAPTIONS
             return {"prompts": [whole[i % len(whole)] for i in range(count)]}
-        classes = pipeline.config.condition.num_classes
+        classes = pipeline.config.num_classes
         return {"class_ids": [i * classes // count for i in range(count)]}
 
     def model(self) -> Model:

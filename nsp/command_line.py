@@ -147,6 +147,14 @@ def given_precisions(options: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in PRECISIONS if options.pop(name))
 
 
+def one_precision(options: dict[str, Any]) -> str | None:
+    """Return the precision asked for, if any, as `given_precisions`; ConfigError for two."""
+    given = given_precisions(options)
+    if len(given) > 1:
+        raise ConfigError(f"--{given[0]} and --{given[1]} are both given; choose one")
+    return given[0] if given else None
+
+
 def checkpoint_option(help_text: str) -> Callable[[_F], _F]:
     """Return the option --checkpoint."""
     return click.option("--checkpoint", type=FOLDER, help=help_text)

@@ -78,5 +78,5 @@ def parity_conditions(config: VarConfig, count: int) -> Mapping[str, Any]:
     if isinstance(config.condition, TextCondition):
         prompts = [PARITY_PROMPTS[i % len(PARITY_PROMPTS)] for i in range(count)]
         return {"prompts": prompts}
-    classes = config.condition.num_classes
+    classes = config.num_classes
     return {"class_ids": [(i * classes) // count for i in range(count)]}

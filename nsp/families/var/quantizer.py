@@ -176,8 +176,3 @@ class MultiScaleQuantizer(nn.Module):
             latent = latent + self.upsample(self.embedding(index_BL), scale)
             maps.append(self.downsample(latent, scale + 1))
         return torch.cat(maps, 1)
-
-    def reconstruct(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Return the latent f_hat (B,C,h,h) of the tokens of all scales."""
-        parts = [self.upsample(self.embedding(index), s) for s, index in enumerate(tokens)]
-        return torch.stack(parts).sum(0)

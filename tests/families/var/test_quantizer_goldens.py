@@ -36,12 +36,6 @@ def test_encoder_quantizer_and_decoder_match(vae: VQVAE) -> None:
     torch.testing.assert_close(teacher, io["vae/var_input"], atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_reconstruct_is_the_last_latent_of_tokenize(vae: VQVAE) -> None:
-    tokens, latents = vae.quantize.tokenize(tensors("io")["vae/f"])
-    torch.testing.assert_close(vae.quantize.reconstruct(tokens), latents[-1], atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_phi_of_every_scale_follows_float64_ties(case: str) -> None:
     record = document("config")["quant_variants"][case]
