@@ -1,11 +1,14 @@
 """What a training run is made of: data, phases, optimizer; stored with every checkpoint."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.training.schedules import SCHEDULES
+
+MAX_SEED = 2**32 - 1  # NumPy's global generator takes no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +26,30 @@ class OptimizerConfig(Config):
     grad_clip: float = 2.0
 
     def __post_init__(self) -> None:
-        """Check the schedule's name."""
+        """Check the schedule's name and the ranges of numbers; nan and inf are in none."""
         if not SCHEDULES.fullmatch(self.schedule):
             raise ConfigError(
                 f"schedule {self.schedule!r} is unknown; known: constant, cos, lin, lin0, lin00, "
                 "exp, and lin<fraction> such as lin0.4"
             )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        ends = () if self.weight_decay_end is None else ("weight_decay_end",)
+        for name in ("lr", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} must be a finite number above 0, got {getattr(self, name)}"
+                )
+        for name in ("weight_decay", "warmup_steps", *ends):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} must be a finite number of at least 0, got {getattr(self, name)}"
+                )
+        for name in ("warmup_start", "final_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.schedule == "exp" and self.final_ratio == 0:
+            raise ConfigError("schedule exp never reaches 0; give a final_ratio above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +99,9 @@ class RunConfig(Config):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
     def __post_init__(self) -> None:
-        """Check that phases have distinct names."""
+        """Check that phases have distinct names and that every library takes the seed."""
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names) or not names:
             raise ConfigError(f"phases must be one or more with distinct names, got {names}")
+        if isinstance(self.seed, bool) or not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed must be a whole number from 0 to {MAX_SEED}, got {self.seed}")
