@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
+
 from nsp.errors import ConfigError
+
+_MAX_SHOWN = 100  # characters of a wrong value in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +31,26 @@ class Config:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.__name__}: expected a JSON object, got {values!r}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - set(fields)):
+        if unknown := [key for key in values if key not in fields]:
             raise ConfigError(
                 f"{cls.__name__}: unknown key {unknown[0]!r}; known: {', '.join(fields)}"
             )
+        unset = (dataclasses.MISSING, dataclasses.MISSING)
+        needed = [f.name for f in fields.values() if (f.default, f.default_factory) == unset]
+        if missing := [name for name in needed if name not in values]:
+            raise ConfigError(f"{cls.__name__}: key {missing[0]!r} is missing")
         hints = typing.get_type_hints(cls)
         parsed = {
             name: _parse(hints[name], value, f"{cls.__name__}.{name}")
             for name, value in values.items()
         }
-        try:
-            return cls(**parsed)
-        except TypeError as error:
-            raise ConfigError(f"{cls.__name__}: {error}") from error
+        return cls(**parsed)
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` with records as dictionaries and tuples as lists."""
+    """Return `value` with records as dictionaries, tuples as lists, NumPy's numbers as Python's."""
+    if isinstance(value, np.generic):
+        return value.tolist()
     if isinstance(value, Config):
         return value.to_dict()
     if isinstance(value, tuple | list):
@@ -56,18 +63,24 @@ def _plain(value: Any) -> Any:
 def _parse(hint: Any, value: Any, where: str) -> Any:
     """Return `value` as the annotated type, or raise ConfigError naming the field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()  # Python's own numbers and lists
     if origin in (types.UnionType, typing.Union):
         return _parse_union(arguments, value, where)
     if isinstance(hint, type) and issubclass(hint, Config):
-        return hint.from_dict(value)
+        try:
+            return hint.from_dict(value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_parse(arguments[0], item, where) for item in value)
+        items = enumerate(value)
+        return tuple(_parse(arguments[0], item, f"{where}[{index}]") for index, item in items)
     if origin is dict and isinstance(value, Mapping):
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
         return value
     if origin is typing.Literal:
-        accepted = value in arguments
+        accepted = any(type(value) is type(option) and value == option for option in arguments)
     elif origin in (dict, tuple):
         accepted = False
     elif hint is float:
@@ -75,8 +88,14 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     else:
         accepted = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     if not accepted:
-        raise ConfigError(f"{where}: {value!r} is not allowed; expected {hint}")
-    return float(value) if hint is float else value
+        shown = repr(value) if len(repr(value)) <= _MAX_SHOWN else f"{repr(value)[:_MAX_SHOWN]}…"
+        raise ConfigError(f"{where}: {shown} is not allowed; expected {_in_words(hint)}")
+    try:
+        return float(value) if hint is float else value
+    except OverflowError as error:
+        raise ConfigError(
+            f"{where}: an integer of {value.bit_length()} bits is too large"
+        ) from error
 
 
 def _parse_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -94,4 +113,17 @@ def _parse_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
             return _parse(option, value, where)
         except ConfigError as error:
             problems.append(str(error))
-    raise ConfigError(f"{where}: " + "; ".join(problems))
+    raise ConfigError("; ".join(problems))
+
+
+def _in_words(hint: Any) -> str:
+    """Return what a field takes, as a user writes it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a list ({_in_words(arguments[0])} each)"
+    if origin is dict:
+        return "an object"
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
