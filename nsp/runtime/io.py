@@ -19,6 +19,8 @@ from nsp.errors import ConfigError, FeedError
 Shape: TypeAlias = tuple[int, ...]
 Sizes: TypeAlias = Mapping[str, int]
 
+_MAX_AXIS = 80  # characters
+
 DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
 
 
@@ -50,11 +52,13 @@ class Axes:
 def _parse_axis(word: str) -> ast.expr:
     """Return the expression of one axis: names, integers, + and *, or ConfigError."""
     try:
+        if len(word) > _MAX_AXIS:  # the parser would end in a recursion or memory error
+            raise TypeError
         expression = ast.parse(word, mode="eval").body
         _evaluate(expression, _AnySize())
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"axis {word!r} is not a name, an integer, or a sum or product of them"
+            f"axis {word[:_MAX_AXIS]!r} is not a name, an integer, or a sum or product of them"
         ) from error
     return expression
 
@@ -148,14 +152,23 @@ class StageIO:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the declaration written by `to_dict`; raise ConfigError when it is not one."""
-        try:
-            inputs, outputs = (
-                {name: Axes(axes, dtype) for name, (axes, dtype) in values[side].items()}
-                for side in ("inputs", "outputs")
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"not a stage declaration: {values!r}") from error
-        return cls(inputs, outputs)
+        if not isinstance(values, Mapping) or values.keys() != {"inputs", "outputs"}:
+            raise ConfigError("a stage is declared by its inputs and its outputs")
+        return cls(*(_tensors(values[side], side) for side in ("inputs", "outputs")))
+
+
+def _tensors(declared: Any, side: str) -> dict[str, Axes]:
+    """Return the inputs or outputs of a stage; raise ConfigError naming a damaged one."""
+    if not isinstance(declared, Mapping):
+        raise ConfigError(f"{side} must be an object of tensors")
+    found = {}
+    for name, spec in declared.items():
+        match spec:
+            case [str(axes), str(dtype)]:
+                found[name] = Axes(axes, dtype)
+            case _:
+                raise ConfigError(f"{side}: tensor {name!r} must be two texts: [axes, dtype]")
+    return found
 
 
 @cache  # NumPy takes 3 us to spell a dtype, and this runs for every tensor of every stage call

@@ -16,9 +16,11 @@ from typing import Any, Literal, TypeAlias
 
 from nsp.config import Config
 from nsp.errors import ConfigError, EngineError
-from nsp.files import write_file
+from nsp.files import read_json, write_file
 from nsp.runtime.io import StageIO
+from nsp.runtime.kv_arena import ARENAS
 from nsp.runtime.repair import repair
+from nsp.runtime.sampling import SamplingConfig
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
@@ -49,6 +51,19 @@ class Variant(Config):
     build_peak_mib: float = 0.0  # memory of the compiler's process; 0 where nothing is compiled
     fingerprint: str  # of everything that decides its content
 
+    def __post_init__(self) -> None:
+        """Check what loading and running rely on."""
+        if self.kv_layout not in ARENAS:
+            raise ConfigError(f"kv_layout {self.kv_layout!r} is not one of {', '.join(ARENAS)}")
+        if self.max_batch is not None and self.max_batch < 1:
+            raise ConfigError(
+                f"max_batch must be at least 1, or null for any; got {self.max_batch}"
+            )
+        try:
+            StageIO.from_dict(self.io)
+        except ConfigError as error:
+            raise ConfigError(f"io: {error}") from error
+
     @property
     def stage_io(self) -> StageIO:
         """The declaration it was built from."""
@@ -67,6 +82,10 @@ class Manifest(Config):
     sampling: dict[str, Any] = field(default_factory=dict)  # settings that suit this model
     files: dict[str, str] = field(default_factory=dict)  # shared files (tokenizer) -> SHA-256
     stages: dict[str, tuple[Variant, ...]]
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        SamplingConfig.from_dict(self.sampling)
 
     def backends(self) -> tuple[str, ...]:
         """Return the backends for which every stage has a variant."""
@@ -93,14 +112,14 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is no engine folder: {MANIFEST_NAME} is missing; {repair(folder)}"
         )
     try:
-        values = json.loads(path.read_text())
-        schema = values["schema"]
-        if schema != SCHEMA:
+        values = read_json(path)
+        schema = values.get("schema", SCHEMA)
+        if type(schema) is int and schema != SCHEMA:
             raise EngineError(
                 f"{path} has schema {schema}, this nsp reads {SCHEMA}; {repair(folder)}"
             )
         manifest = Manifest.from_dict(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, ConfigError, KeyError, TypeError) as error:
+    except (ValueError, ConfigError) as error:
         raise EngineError(f"{path} is damaged ({error}); {repair(folder)}") from error
     _check_names(folder, manifest)
     return manifest
