@@ -20,6 +20,22 @@ SCHEDULES: dict[int, tuple[int, ...]] = {
 }
 
 
+def _check_counts(where: str, record: Config, *names: str, least: int = 1) -> None:
+    """Raise ConfigError naming a field below `least`."""
+    for name in names:
+        if getattr(record, name) < least:
+            raise ConfigError(
+                f"{where}: {name} must be at least {least}, got {getattr(record, name)}"
+            )
+
+
+def _check_fractions(where: str, record: Config, *names: str) -> None:
+    """Raise ConfigError naming a rate that is no probability below 1."""
+    for name in names:
+        if not 0 <= getattr(record, name) < 1:
+            raise ConfigError(f"{where}: {name} must be in [0, 1), got {getattr(record, name)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VaeConfig(Config):
     """The multi-scale residual VQVAE: image (B,3,H,W) in [-1,1] <-> token maps r_0 .. r_{S-1}."""
@@ -41,17 +57,25 @@ class VaeConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        counts = (
-            "vocab_size",
-            "latent_channels",
-            "base_channels",
-            "num_res_blocks",
-            "patch_size",
-            "norm_groups",
-        )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"vae: {name} must be at least 1, got {getattr(self, name)}")
+        counts = ("vocab_size", "latent_channels", "base_channels", "num_res_blocks")
+        _check_counts("vae", self, *counts, "patch_size", "norm_groups")
+        _check_counts("vae", self, "share_quant_resi", "default_qresi_counts", least=0)
+        _check_fractions("vae", self, "dropout")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ConfigError(
+                f"vae: channel_multipliers={list(self.channel_multipliers)} must be one or more "
+                "integers of at least 1"
+            )
+        if self.quant_conv_kernel < 1 or self.quant_conv_kernel % 2 == 0:
+            raise ConfigError(
+                f"vae: quant_conv_kernel must be odd and positive, got {self.quant_conv_kernel}"
+            )
+        if not 0 <= self.commitment_weight < np.inf:
+            raise ConfigError(
+                f"vae: commitment_weight must be at least 0, got {self.commitment_weight}"
+            )
+        if not 0 <= self.quant_resi <= 1:
+            raise ConfigError(f"vae: quant_resi must be in [0, 1], got {self.quant_resi}")
         if self.base_channels % self.norm_groups:
             raise ConfigError(
                 f"vae: base_channels={self.base_channels} must be a multiple of "
@@ -93,6 +117,10 @@ class ClassCondition(Config):
     num_classes: int
     kind: Literal["class"] = "class"
 
+    def __post_init__(self) -> None:
+        """Check the number."""
+        _check_counts("condition", self, "num_classes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextCondition(Config):
@@ -102,6 +130,10 @@ class TextCondition(Config):
     max_tokens: int
     null: Literal["learned", "empty_prompt"] = "learned"
     kind: Literal["text"] = "text"
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        _check_counts("condition", self, "text_width", "max_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,17 +153,18 @@ class PredictorConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("depth", "width", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"predictor: {name} must be at least 1, got {getattr(self, name)}"
-                )
+        _check_counts("predictor", self, "depth", "width", "num_heads")
+        _check_fractions("predictor", self, "cond_drop_rate", "drop_path_rate", "dropout")
         if self.width % self.num_heads:
             raise ConfigError(
                 f"predictor: width={self.width} must be a multiple of num_heads={self.num_heads}"
             )
-        if not 0 <= self.cond_drop_rate < 1:
-            raise ConfigError(f"predictor: cond_drop_rate={self.cond_drop_rate} must be in [0, 1)")
+        if not 0 < self.mlp_ratio < np.inf or round(self.width * self.mlp_ratio) < 1:
+            raise ConfigError(
+                f"predictor: mlp_ratio={self.mlp_ratio} must leave the hidden layer a channel"
+            )
+        if not 0 < self.norm_eps < 1:
+            raise ConfigError(f"predictor: norm_eps must be in (0, 1), got {self.norm_eps}")
 
     @property
     def head_width(self) -> int:
