@@ -26,7 +26,7 @@ def tiny_class_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(
         tokenizer=GOLDEN_DIR / "weights_vae.safetensors",
         predictor=GOLDEN_DIR / "weights_var.safetensors",
-        config=config,
+        config={part: config[part] for part in ("vae", "var")},
         output_dir=folder,
     )
     return folder

@@ -67,6 +67,9 @@ def test_trainer_checkpoints_are_unwrapped(tmp_path: Path) -> None:
         (lambda s: s.update({"head.bias": torch.zeros(3)}), r"misshapen tensor head.bias \(3,\)"),
         (lambda s: s["head.bias"].fill_(torch.nan), "head.bias holds NaN"),
         (lambda s: s.pop("class_emb.weight"), "missing tensor class_emb.weight"),
+        (lambda s: s.update({"word_embed.weight": torch.zeros(3)}), r"word_embed.weight \(3,\)"),
+        (lambda s: s.update({"class_emb.weight": torch.zeros(0, 64)}), r"class_emb.weight \(0"),
+        (lambda s: s.update({"lvl_1L": torch.tensor([[-5, 10**12]])}), "lvl_1L holds levels"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(change: Any, message: str, tmp_path: Path) -> None:
@@ -84,9 +87,48 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 
     path = tmp_path / "predictor.pth"
     path.write_bytes(pickle.dumps({"head.weight": Attack()}, protocol=2))
-    with pytest.raises(CheckpointError, match="cannot be read as weights only"):
+    with pytest.raises(CheckpointError, match="cannot be read as weights only") as caught:
         convert(tokenizer=VAE, predictor=path, config=None, output_dir=tmp_path / "out")
     assert not (tmp_path / "attacked").exists()
+    assert "False" not in str(caught.value)  # torch would advise weights_only=False
+
+
+def whole_pth(path: Path) -> bytes:
+    torch.save(predictor_state(), path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: b"hello\n",
+        lambda whole: VAE.read_bytes()[:5000],
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[-9000:],
+        lambda whole: pickle.dumps({"head.weight": [1.0]}),
+        lambda whole: pickle.dumps({3: None}),
+        lambda whole: b"\x80\x02" + whole,
+    ],
+    ids=range(8),
+)
+def test_a_damaged_torch_file_is_one_line_without_advice_to_run_it(
+    damage: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "predictor.pth"
+    path.write_bytes(damage(whole_pth(path)))
+    with pytest.raises(CheckpointError, match=r"predictor\.pth") as caught:
+        convert(tokenizer=VAE, predictor=path, config=None, output_dir=tmp_path / "out")
+    assert "weights_only" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_no_text_are_no_state_dict(tmp_path: Path) -> None:
+    path = tmp_path / "predictor.pth"
+    torch.save({1: torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        convert(tokenizer=VAE, predictor=path, config=None, output_dir=tmp_path / "out")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -114,6 +156,40 @@ def test_arguments_override_what_shapes_cannot_tell() -> None:
     assert (config.vae.quant_resi, config.vae.using_znorm) == (0.7, True)
 
 
+@pytest.mark.parametrize(
+    ("part_", "name", "value"),
+    [
+        ("var", "num_classes", 7),
+        ("var", "patch_nums", [1, 2, 3, 5]),
+        ("vae", "v_patch_nums", [1, 2]),
+        ("var", "depth", 5),
+        ("var", "num_heads", 2),
+        ("var", "shared_aln", True),
+        ("vae", "vocab_size", "64"),
+        ("vae", "share_quant_resi", 1),
+    ],
+)
+def test_an_argument_that_contradicts_the_tensors_is_named(
+    part_: str, name: str, value: Any, tmp_path: Path
+) -> None:
+    config = {part_: {name: value}}
+    with pytest.raises(ConfigError, match=rf"{part_}\.{name}=.* contradicts the weights"):
+        convert(tokenizer=VAE, predictor=VAR, config=config, output_dir=tmp_path / "out")
+
+
+def test_an_unknown_part_of_the_arguments_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'vra'; known: vae, var"):
+        convert(tokenizer=VAE, predictor=VAR, config={"vra": {}}, output_dir=tmp_path / "out")
+
+
+def test_a_file_in_the_way_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="is a file"):
+        convert(tokenizer=VAE, predictor=VAR, config=None, output_dir=path)
+    assert path.read_text() == "mine"
+
+
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty and no checkpoint"):
@@ -125,5 +201,5 @@ def test_arguments_of_the_wrong_kind_are_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="var must hold constructor arguments"):
         convert(tokenizer=VAE, predictor=VAR, config={"var": 3}, output_dir=out)
-    with pytest.raises(ConfigError, match="num_heads must be at least 1"):
-        convert(tokenizer=VAE, predictor=VAR, config={"var": {"num_heads": 0}}, output_dir=out)
+    with pytest.raises(ConfigError, match="cond_drop_rate"):
+        convert(tokenizer=VAE, predictor=VAR, config={"var": {"cond_drop_rate": 2}}, output_dir=out)
