@@ -68,13 +68,10 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _parse_union(arguments, value, where)
     if isinstance(hint, type) and issubclass(hint, Config):
-        try:
-            return hint.from_dict(value)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
+        return hint.from_dict(value)
     if origin is tuple and isinstance(value, list | tuple):
         items = enumerate(value)
-        return tuple(_parse(arguments[0], item, f"{where}[{index}]") for index, item in items)
+        return tuple(_parse_item(arguments[0], item, f"{where}[{index}]") for index, item in items)
     if origin is dict and isinstance(value, Mapping):
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
@@ -96,6 +93,15 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError(
             f"{where}: an integer of {value.bit_length()} bits is too large"
         ) from error
+
+
+def _parse_item(hint: Any, value: Any, where: str) -> Any:
+    """Return an item of a list as `_parse` does; an error of a record in it says which one."""
+    try:
+        return _parse(hint, value, where)
+    except ConfigError as error:
+        said = str(error)
+        raise ConfigError(said if said.startswith(where) else f"{where}: {said}") from error
 
 
 def _parse_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
