@@ -2,13 +2,14 @@
 
 import dataclasses
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nsp.command_line import explain, read_json
+from nsp.command_line import DONE, INTERRUPTED, explain, read_json
 from nsp.errors import ConfigError, NspError
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--config", type=FOLDER, help="JSON file of a run, instead of a preset.")
 @click.option("--data", help="'emoji', a .tar, or a folder of captioned pictures.")
 @click.option("--text-encoder", help="Pretrained CLIP or pipeline folder to start from.")
-@click.option("--output-dir", type=FOLDER, help="Run folder.  [default: runs/PRESET]")
+@click.option(
+    "--output-dir", type=FOLDER, help="Run folder.  [default: runs/PRESET or runs/NAME of FILE]"
+)
 @click.option("--steps", type=int, help="Steps of every phase, instead of the preset's.")
 @click.option("--phase", help="Stop after this phase.")
 @click.option(
@@ -43,26 +46,33 @@ def main(
 ) -> None:
     """Train tokenizer, then predictor; leaves a checkpoint folder that `nsp export` takes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    folder = output_dir or Path("runs") / (preset or "emoji")
+    config: Path | None = changes["config"]
+    folder = output_dir or Path("runs") / (config.stem if config else preset or "emoji")
+    again = ["python", "train.py", "--resume", "--output-dir", str(folder)]
+    again += ["--phase", phase] if phase else []
+    again += ["--skip-bad-files"] if skip_bad_files else []
     try:
         from nsp.training.run import train
 
-        config = configure(preset, folder if resume else None, **changes)
-        result = train(
-            config, folder, last_phase=phase, resume=resume, skip_bad_files=skip_bad_files
-        )
+        run = configure(preset, folder if resume else None, **changes)
+        result = train(run, folder, last_phase=phase, resume=resume, skip_bad_files=skip_bad_files)
+    except KeyboardInterrupt:  # between steps: in imports, data, checkpoints
+        if (folder / "run.json").is_file():
+            click.echo(f"stopped; continue with: {shlex.join(again)}", err=True)
+        else:
+            click.echo("stopped before the first step; repeat the command to start again", err=True)
+        sys.exit(INTERRUPTED)
     except (NspError, OSError, ModuleNotFoundError) as error:
         if verbose:
             raise
         message, code = explain(error)
-        click.echo(f"error: {message}", err=True)
+        click.echo("error: " + " ".join(message.split()), err=True)
         sys.exit(code)
     if not result.finished:
-        again = f"python train.py --resume --output-dir {folder}"
-        click.echo(f"stopped; continue with: {again}", err=True)
+        click.echo(f"stopped; continue with: {shlex.join(again)}", err=True)
     click.echo(f"checkpoint: {result.checkpoint}")
-    click.echo(f"next: nsp export --checkpoint {result.checkpoint}")
-    sys.exit(0 if result.finished else 130)
+    click.echo(f"next: {shlex.join(['nsp', 'export', '--checkpoint', str(result.checkpoint)])}")
+    sys.exit(DONE if result.finished else INTERRUPTED)
 
 
 def configure(

@@ -148,6 +148,8 @@ def _save(
 def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
     """Raise when `folder` does (not) hold a run, or one that `config` does not continue."""
     path = folder / RUN_NAME
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; choose another --output-dir")
     if path.exists() and not resume:
         raise ConfigError(
             f"{folder} holds a run already; continue it with --resume or choose --output-dir"

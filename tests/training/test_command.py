@@ -1,0 +1,91 @@
+"""`python train.py` stops in one line at any moment, and names folders and commands that work."""
+
+import logging
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nsp.training import run as run_module
+from nsp.training import trainer
+from train import main
+
+
+@pytest.fixture
+def smoke(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The options of a short run, started from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    handlers = list(logging.root.handlers)
+    yield ["--preset", "smoke", "--data", str(pictures)]
+    logging.root.handlers = handlers
+
+
+def run(*options: str) -> Result:
+    result = CliRunner().invoke(main, options)
+    assert isinstance(result.exception, SystemExit | type(None)), result.exception
+    return result
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_the_first_step_leaves_the_folder_usable(
+    smoke: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "open_source", interrupted)
+        result = run(*smoke)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1].startswith("stopped before the first step")
+    assert run(*smoke, "--phase", "tokenizer").exit_code == 0
+
+
+def test_ctrl_c_between_start_and_first_step_can_be_resumed(
+    smoke: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "Phase", interrupted)
+        result = run(*smoke, "--phase", "tokenizer")
+    assert result.exit_code == 130
+    assert run(*advised(result)).exit_code == 0
+
+
+def advised(result: Result) -> list[str]:
+    """Return the options of the command that a stopped run tells to continue with."""
+    words = shlex.split(result.stderr.splitlines()[-1].partition("continue with: ")[2])
+    assert words[:2] == ["python", "train.py"]
+    return words[2:]
+
+
+def test_the_advised_command_repeats_the_options_that_still_matter(
+    smoke: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ["--output-dir", "my run"]
+    rest = ["--phase", "tokenizer", "--skip-bad-files"]
+    monkeypatch.setattr(trainer.Progress, "advance", interrupted)
+    result = run(*smoke, *folder, *rest)
+    assert result.exit_code == 130
+    assert advised(result) == ["--resume", *folder, *rest]
+
+
+def test_a_run_from_a_file_has_a_folder_of_the_files_name(smoke: list[str]) -> None:
+    assert run(*smoke, "--phase", "tokenizer").exit_code == 0
+    Path("mine.json").write_text(Path("runs/smoke/run.json").read_text())
+    assert run("--config", "mine.json", "--phase", "tokenizer").exit_code == 0
+    assert Path("runs/mine/run.json").is_file()
+    resumed = run("--config", "mine.json", "--resume")
+    assert resumed.exit_code == 0
+    assert "checkpoint: runs/mine/checkpoint" in resumed.stdout
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(smoke: list[str]) -> None:
+    Path("file").write_text("")
+    result = run(*smoke, "--output-dir", "file")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "error: file is not a folder; choose another --output-dir"
+    ]
