@@ -4,14 +4,18 @@ Every random number comes from a NumPy Philox stream keyed by (seed, image numbe
 not depend on the batch it is generated in or on the backend.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsp.config import Config
 from nsp.errors import ConfigError
+
+# Bounds far from any use. Beyond them float32 overflows on the way to the logits: noise, no error.
+_LARGE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +32,19 @@ class SamplingConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.guidance_scale < 0 or not np.isfinite(self.guidance_scale):
+        if not 0 <= self.guidance_scale <= _LARGE:
             raise ConfigError(
-                f"guidance_scale={self.guidance_scale} must be at least 0; 1.0 is off"
+                f"guidance_scale={self.guidance_scale} must be at least 0 and at most {_LARGE:g}; "
+                "1.0 is off"
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k} must be at least 0; 0 is off")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p} must be in (0, 1]; 1.0 is off")
-        if not 0 < self.temperature < np.inf:
+        if not 1 / _LARGE <= self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be in [{1 / _LARGE:g}, 1]; 1.0 is off")
+        if not 1 / _LARGE <= self.temperature <= _LARGE:
             raise ConfigError(
-                f"temperature={self.temperature} must be positive and finite; top_k=1 is greedy"
+                f"temperature={self.temperature} must be in [{1 / _LARGE:g}, {_LARGE:g}]; "
+                "top_k=1 is greedy"
             )
         low, high = self.guidance_interval if len(self.guidance_interval) == 2 else (1.0, 0.0)
         if not 0 <= low <= high <= 1:
@@ -46,6 +52,22 @@ class SamplingConfig(Config):
                 f"guidance_interval={self.guidance_interval} must be two fractions, "
                 "0 <= from <= to <= 1"
             )
+        if self.guidance_schedule != "interval" and (low, high) != (0, 1):
+            raise ConfigError(
+                f"guidance_interval={self.guidance_interval} has no effect with guidance_schedule="
+                f"{self.guidance_schedule}; choose the schedule interval, or leave it out"
+            )
+
+    def changed(self, settings: Mapping[str, Any]) -> Self:
+        """Return these settings with others in their place; ConfigError for a wrong one.
+
+        An interval of these settings goes with their schedule, when another one is chosen.
+        """
+        values = {**self.to_dict(), **settings}
+        schedule = settings.get("guidance_schedule")
+        if isinstance(schedule, str) and schedule != "interval":
+            values["guidance_interval"] = settings.get("guidance_interval", (0.0, 1.0))
+        return self.from_dict(values)
 
     def guidance_per_scale(self, num_scales: int) -> list[float]:
         """Return the guidance of every scale.
@@ -98,9 +120,14 @@ def draw_gumbel(seed: int, batch: int, num_tokens: int, vocab_size: int) -> NDAr
     return noise
 
 
+def checked_seed(seed: Any) -> int:
+    """Return a seed as a Python integer; raise ConfigError for what is none."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise ConfigError(f"seed={seed!r} must be an integer between 0 and 2**64 - 1")
+    return int(seed)
+
+
 def _stream(seed: int, image: int, purpose: int = 0) -> np.random.Generator:
-    if not 0 <= seed < 2**64:
-        raise ConfigError(f"seed={seed} must be between 0 and 2**64 - 1")
-    key = np.array([seed, image], np.uint64)
+    key = np.array([checked_seed(seed), image], np.uint64)
     counter = np.array([0, 0, 0, purpose], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -1,6 +1,8 @@
 """What sampling settings and random numbers promise: the reference's ramp, and images that
 do not depend on the batch they are drawn in."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,8 +24,8 @@ def test_an_image_has_the_same_numbers_in_any_batch(
     assert alone.max() < 1
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64])
-def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+@pytest.mark.parametrize("seed", [-1, 2**64, None, 1.5, True, "3"])
+def test_a_seed_out_of_range_is_refused(seed: Any) -> None:
     with pytest.raises(ConfigError, match="seed"):
         draw_uniforms(seed, 1, 4)
 
@@ -98,6 +100,10 @@ def test_no_filter_keeps_everything_and_ranks_nothing() -> None:
         {"temperature": float("nan")},
         {"temperature": float("inf")},
         {"guidance_interval": (0.0,)},
+        {"guidance_interval": (0.2, 0.8)},  # the ramp has none
+        {"guidance_scale": 1e300},
+        {"temperature": 1e-300},
+        {"top_p": 1e-300},
         {"guidance_schedule": "cosine"},
         {"top_q": 1},
     ],
@@ -105,6 +111,19 @@ def test_no_filter_keeps_everything_and_ranks_nothing() -> None:
 def test_a_value_out_of_range_is_named(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         SamplingConfig.from_dict(values)
+
+
+def test_changing_settings_keeps_the_others_and_drops_an_interval_without_use() -> None:
+    own = SamplingConfig(
+        guidance_schedule="interval", guidance_interval=(0.2, 0.8), guidance_scale=3.0
+    )
+    assert own.changed({}) == own
+    assert own.changed({"guidance_interval": [0.1, 0.5]}).guidance_interval == (0.1, 0.5)
+    ramp = own.changed({"guidance_schedule": "ramp"})
+    assert ramp == SamplingConfig(guidance_scale=3.0)
+    assert own.changed(ramp.to_dict()) == ramp
+    with pytest.raises(ConfigError, match="has no effect"):
+        own.changed({"guidance_schedule": "ramp", "guidance_interval": (0.2, 0.8)})
 
 
 @given(st.floats(0, 30), st.sampled_from(["ramp", "constant", "interval"]), st.integers(0, 5000))
