@@ -8,7 +8,7 @@ for batch in cut_batches(planned, 4):
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 
 from nsp.errors import ConfigError
 from nsp.runtime.pipeline import Pipeline, StreamStep
-from nsp.runtime.sampling import draw_gumbel, draw_uniforms
+from nsp.runtime.requests import checked_count, class_numbers, prompt_texts
+from nsp.runtime.sampling import checked_seed, draw_gumbel, draw_uniforms
 
 DEFAULT_BATCH_SIZE = 8
 
@@ -39,8 +40,8 @@ class PlannedImage:
 
 def plan_images(
     *,
-    prompts: Sequence[str] = (),
-    class_ids: Sequence[int] = (),
+    prompts: Iterable[str] = (),
+    class_ids: Iterable[int] = (),
     seed: int = 0,
     num_images: int = 1,
 ) -> list[PlannedImage]:
@@ -48,20 +49,21 @@ def plan_images(
 
     The k-th image of the same condition has seed `seed` + k, so an image can be made again alone,
     and does not change when other prompts join the run. Raises ConfigError unless exactly one kind
-    of condition is given, or when a prompt is empty.
+    of condition is given, or when a prompt is no text or empty.
     """
-    if prompts and class_ids:
+    texts, ids = prompt_texts(prompts), class_numbers(class_ids).tolist()
+    if texts and ids:
         raise ConfigError("prompts and class ids are both given; a model takes one kind: choose")
-    if not prompts and not class_ids:
+    if not texts and not ids:
         raise ConfigError("nothing to generate: give at least one prompt or class id")
-    if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
-        raise ConfigError(f"prompt {empty[0]} is empty; write what the image should show")
+    seed, num_images = checked_seed(seed), checked_count("num_images", num_images)
     made: Counter[tuple[str | None, int | None]] = Counter()
     planned: list[PlannedImage] = []
-    for condition in [*((_text(p), None) for p in prompts), *((None, c) for c in class_ids)]:
+    for condition in [*((_text(p), None) for p in texts), *((None, c) for c in ids)]:
         for _ in range(num_images):
             planned.append(PlannedImage(len(planned), seed + made[condition], *condition))
             made[condition] += 1
+    checked_seed(seed + max(made.values()) - 1)
     return planned
 
 
@@ -90,6 +92,7 @@ def choose_batch_size(pipeline: Pipeline, requested: int | None) -> int:
     limit = pipeline.max_batch
     if requested is None:
         return DEFAULT_BATCH_SIZE if limit is None else min(DEFAULT_BATCH_SIZE, limit)
+    requested = checked_count("batch_size", requested)
     if limit is not None and requested > limit:
         raise ConfigError(
             f"batch size {requested} is outside the engine's 1..{limit}; "
@@ -100,15 +103,17 @@ def choose_batch_size(pipeline: Pipeline, requested: int | None) -> int:
 
 def check_images(pipeline: Pipeline, planned: Sequence[PlannedImage]) -> None:
     """Raise ConfigError if any condition is not for this model, before time goes into others."""
+    if not planned:
+        raise ConfigError("nothing to generate: no image is planned")
     first_of = {(image.prompt, image.class_id): image for image in reversed(planned)}
     for image in first_of.values():
         pipeline.stream(**_conditions([image]), more_smooth=False)  # checks now, runs when iterated
 
 
 def cut_batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[PlannedImage]]:
-    """Yield the images in order, `batch_size` at a time."""
-    for start in range(0, len(planned), batch_size):
-        yield list(planned[start : start + batch_size])
+    """Return the images in order, `batch_size` at a time; ConfigError for less than one."""
+    starts = range(0, len(planned), checked_count("batch_size", batch_size))
+    return (list(planned[start : start + batch_size]) for start in starts)
 
 
 def stream_batch(

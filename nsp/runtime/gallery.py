@@ -97,8 +97,9 @@ def generate_gallery(
     `sampling` as for `Pipeline.generate`. All conditions and the folder are checked before the
     first step. Raises ConfigError for a bad request, OSError when the folder cannot be written.
     """
-    settings = SamplingConfig.from_dict({**pipeline.sampling.to_dict(), **sampling})
+    settings = pipeline.sampling.changed(sampling)
     check_images(pipeline, planned)
+    batches = cut_batches(planned, batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(
@@ -107,7 +108,7 @@ def generate_gallery(
     shared = _shared_metadata(pipeline, settings)
     written: list[WrittenImage] = []
     shown: list[NDArray[np.uint8]] = []
-    for batch in cut_batches(planned, batch_size):
+    for batch in batches:
         names = [f"{i.index:03d}_{slug(i.title)}_seed{i.seed}" for i in batch]
         seconds = 0.0
         last: StreamStep | None = None

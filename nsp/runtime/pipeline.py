@@ -1,7 +1,7 @@
 """The pipeline: prompts or class ids in, images out, from engines or from a checkpoint."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,19 @@ from nsp.errors import ConfigError
 from nsp.families.registry import Family
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.engine_dir import open_engine_dir
-from nsp.runtime.sampling import SamplingConfig, draw_gumbel, draw_uniforms
+from nsp.runtime.requests import (
+    check_forced_tokens,
+    check_gumbel,
+    check_uniforms,
+    class_numbers,
+    prompt_texts,
+)
+from nsp.runtime.sampling import SamplingConfig, checked_seed, draw_gumbel, draw_uniforms
 from nsp.text.tokenizer import PromptTokenizer
 
 logger = logging.getLogger(__name__)
+
+_ENGINE_OPTIONS = ("precision", "device", "num_threads", "verify")
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,8 @@ class Pipeline:
     def generate(
         self,
         *,
-        prompts: Sequence[str] | None = None,
-        class_ids: Sequence[int] | None = None,
+        prompts: Iterable[str] | None = None,
+        class_ids: Iterable[int] | None = None,
         seed: int = 0,
         trace: bool = False,
         uniforms: NDArray[np.float32] | None = None,
@@ -106,6 +115,8 @@ class Pipeline:
         `forced_tokens` (same shape, -1 = free) replaces sampled tokens. Raises ConfigError for a
         bad request.
         """
+        prompts = list(prompts) if isinstance(prompts, Iterator) else prompts  # read twice
+        class_ids = list(class_ids) if isinstance(class_ids, Iterator) else class_ids
         tokens, logits, latents, last = [], [], [], None
         for last in self.stream(
             prompts=prompts,
@@ -124,8 +135,8 @@ class Pipeline:
         image = last.decode()
         return GenerateResult(
             images=to_uint8(image),
-            seed=seed,
-            prompts=tuple(prompts or ()),
+            seed=checked_seed(seed),
+            prompts=() if prompts is None else prompt_texts(prompts),
             class_ids=tuple(int(c) for c in (() if class_ids is None else class_ids)),
             trace=Trace(tokens, logits, latents, image) if trace else None,
         )
@@ -133,8 +144,8 @@ class Pipeline:
     def stream(
         self,
         *,
-        prompts: Sequence[str] | None = None,
-        class_ids: Sequence[int] | None = None,
+        prompts: Iterable[str] | None = None,
+        class_ids: Iterable[int] | None = None,
         seed: int = 0,
         uniforms: NDArray[np.float32] | None = None,
         forced_tokens: NDArray[np.int64] | None = None,
@@ -145,7 +156,7 @@ class Pipeline:
 
         Arguments are those of `generate`, checked before the first step.
         """
-        settings = SamplingConfig.from_dict({**self.sampling.to_dict(), **sampling})
+        settings, seed = self.sampling.changed(sampling), checked_seed(seed)
         conditions = self._conditions(prompts, class_ids)
         batch = len(next(iter(conditions.values())))
         if self.max_batch is not None and batch > self.max_batch:
@@ -156,16 +167,15 @@ class Pipeline:
         length = self.config.num_tokens
         if uniforms is None:
             uniforms = draw_uniforms(seed, batch, length)
-        _check_shape("uniforms", uniforms, (batch, length), np.float32)
+        check_uniforms(uniforms, (batch, length))
         vocab_size = self.config.vae.vocab_size
         if forced_tokens is not None:
-            _check_shape("forced_tokens", forced_tokens, (batch, length), np.int64)
-            if forced_tokens.min() < -1 or forced_tokens.max() >= vocab_size:
-                raise ConfigError(f"forced_tokens must be -1 (free) or in 0..{vocab_size - 1}")
-        if settings.more_smooth and gumbel is None:
-            gumbel = draw_gumbel(seed, batch, length, vocab_size)
+            check_forced_tokens(forced_tokens, (batch, length), vocab_size)
         if gumbel is not None:
-            _check_shape("gumbel", gumbel, (batch, length, vocab_size), np.float32)
+            shape = (batch, length, vocab_size)
+            check_gumbel(gumbel, shape, more_smooth=settings.more_smooth)
+        elif settings.more_smooth:
+            gumbel = draw_gumbel(seed, batch, length, vocab_size)
         request = self._request(
             sampling=settings,
             uniforms=uniforms,
@@ -182,33 +192,26 @@ class Pipeline:
             yield StreamStep(step.scale, step.num_scales, tokens, self, step)
 
     def _conditions(
-        self, prompts: Sequence[str] | None, class_ids: Sequence[int] | None
+        self, prompts: Iterable[str] | None, class_ids: Iterable[int] | None
     ) -> dict[str, NDArray[np.int64]]:
         """Return the request's condition arrays.
 
         Raises ConfigError for what this model does not take.
         """
         if self.tokenizer is not None:
-            if class_ids is not None or prompts is None or len(prompts) == 0:
+            texts = () if prompts is None else prompt_texts(prompts)
+            if class_ids is not None or not texts:
                 raise ConfigError("this model is text-conditional: give one or more prompts")
-            if isinstance(prompts, str):
-                raise ConfigError(f"prompts is a list of texts: prompts=[{prompts!r}]")
-            if empty := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
-                raise ConfigError(
-                    f"prompt {empty[0] + 1} is empty; write what the image should show"
-                )
-            return {"token_ids": self.tokenizer.encode(prompts)}
-        if prompts is not None or class_ids is None or len(class_ids) == 0:
+            return {"token_ids": self.tokenizer.encode(texts)}
+        ids = class_numbers(() if class_ids is None else class_ids)
+        if prompts is not None or not len(ids):
             raise ConfigError("this model is class-conditional: give one or more class ids")
-        ids = np.asarray(class_ids)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ConfigError(f"class_ids is a list of integers, not {class_ids!r}")
         count = self.config.num_classes
         if bad := [int(i) for i in ids if not 0 <= i <= count]:
             raise ConfigError(
                 f"class id {bad[0]} is outside 0..{count - 1} ({count} is the null class)"
             )
-        return {"class_ids": ids.astype(np.int64)}
+        return {"class_ids": ids}
 
     def _null_prompt(self) -> NDArray[np.int64] | None:
         return None if self.tokenizer is None else self.tokenizer.encode([""])
@@ -225,22 +228,24 @@ def to_uint8(image_B3HW: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
-def _check_shape(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> None:
-    if array.shape != shape or array.dtype != dtype:
-        raise ConfigError(
-            f"{name} is {array.dtype} {array.shape}; expected {np.dtype(dtype)} {shape}"
-        )
-
-
 def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pipeline:
     """Return the model in `path`: an engine folder, or a checkpoint folder (PyTorch).
 
     `backend` is "auto" (the fastest that works here; logged with the reason) or a name from
-    `nsp.runtime.backends.registry`. Raises EngineError, CheckpointError or BackendError with what
-    to do.
+    `nsp.runtime.backends.registry`. `options` of engines are `precision`, `device`, `num_threads`
+    and `verify`, as for `open_engine_dir`; a checkpoint has `device` ("cpu", "cuda", "cuda:1";
+    None is the GPU where there is one). Raises ConfigError for another one, and EngineError,
+    CheckpointError or BackendError with what to do.
     """
     folder = Path(path)
-    if is_checkpoint(folder):
+    checkpoint = is_checkpoint(folder)
+    kind, known = ("a checkpoint", ("device",)) if checkpoint else ("engines", _ENGINE_OPTIONS)
+    if unknown := [name for name in options if name not in known]:
+        raise ConfigError(
+            f"{folder} is loaded as {kind}, which has no option {unknown[0]!r}; "
+            f"it has {', '.join(known)}"
+        )
+    if checkpoint:
         if backend not in ("auto", "torch"):
             raise ConfigError(
                 f"{folder} is a checkpoint, which only the torch backend runs; "
@@ -278,7 +283,10 @@ def torch_pipeline(
     device: str | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> Pipeline:
-    """Return a pipeline that runs the modules of `system`, sharing their weights."""
+    """Return a pipeline that runs the modules of `system`, sharing their weights.
+
+    Raises ConfigError for a device torch does not know, BackendError for one it cannot use here.
+    """
     import torch
 
     from nsp.runtime.backends.torch import TorchBackend

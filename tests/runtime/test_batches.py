@@ -37,6 +37,28 @@ def test_a_plan_needs_one_kind_of_condition(prompts, class_ids, words):
         plan_images(prompts=prompts, class_ids=class_ids)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_images": 0}, "num_images is an integer of at least 1, not 0"),
+        ({"num_images": 1.5}, "num_images"),
+        ({"seed": None}, "seed=None"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "seed=18446744073709551616"),
+        ({"prompts": "cat"}, "prompts is a list of texts"),
+        ({"prompts": [None]}, "prompt 1 is None"),
+        ({"prompts": (), "class_ids": [1.5]}, "list of integers"),
+    ],
+)
+def test_a_plan_of_something_else_is_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        plan_images(**{"prompts": ["cat"], **options})
+
+
+def test_no_batch_is_empty():
+    with pytest.raises(ConfigError, match="batch_size"):
+        cut_batches(plan_images(class_ids=[1]), 0)
+
+
 def test_prompts_files_may_have_a_byte_order_mark_blank_lines_and_windows_line_ends(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffred apple\r\n\r\n  café \r\n".encode())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsp.errors import CheckpointError, ConfigError, EngineError
+from nsp.errors import BackendError, CheckpointError, ConfigError, EngineError
 from nsp.families.registry import family
 from nsp.runtime.pipeline import Pipeline, load_pipeline, to_uint8, torch_pipeline
 
@@ -32,7 +32,16 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompts": ["cat"], "class_ids": [1]}, "give one or more prompts"),
     ({"prompts": ["cat", " \t"]}, "prompt 2 is empty"),
     ({"prompts": "red apple"}, r"prompts=\['red apple'\]"),
+    ({"prompts": b"cat"}, r"prompts=\[b'cat'\]"),
+    ({"prompts": [None]}, "prompt 1 is None, not a text"),
+    ({"prompts": ["cat", b"dog"]}, "prompt 2 is b'dog', not a text"),
+    ({"prompts": np.array([["cat", "dog"]])}, "prompt 1 is array"),
+    ({"prompts": 5}, "prompts is a list of texts, not 5"),
+    ({"prompts": {"cat"}}, "prompts is a list of texts, not {'cat'}"),
     ({"prompts": ["cat"], "seed": -1}, "seed=-1"),
+    ({"prompts": ["cat"], "seed": None}, "seed=None must be an integer"),
+    ({"prompts": ["cat"], "seed": 1.5}, "seed=1.5 must be an integer"),
+    ({"prompts": ["cat"], "seed": True}, "seed=True must be an integer"),
     ({"prompts": ["cat"], "top_p": 2.0}, "top_p=2.0"),
     ({"prompts": ["cat"], "top_k": 2.5}, "top_k"),
     ({"prompts": ["cat"], "cfg": 3.0}, "unknown key 'cfg'"),
@@ -41,7 +50,22 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompts": ["cat"], "forced_tokens": np.zeros((1, 29), "int64")}, "forced_tokens"),
     ({"prompts": ["cat"], "forced_tokens": np.full((1, 30), 64)}, r"-1 \(free\) or in 0\.\.63"),
     ({"prompts": ["cat"], "forced_tokens": np.full((1, 30), -2)}, "forced_tokens must be"),
-    ({"prompts": ["cat"], "gumbel": np.zeros((1, 30, 1), "float32")}, "gumbel"),
+    ({"prompts": ["cat"], "forced_tokens": [[1]]}, "forced_tokens is a list; expected"),
+    ({"prompts": ["cat"], "uniforms": [[0.5]]}, r"uniforms is a list; expected .*\(1, 30\)"),
+    *(
+        ({"prompts": ["cat"], "uniforms": np.full((1, 30), value, "float32")}, r"in \[0, 1\)")
+        for value in (np.nan, 1.0, -0.1)
+    ),
+    ({"prompts": ["cat"], "gumbel": np.zeros((1, 30, 64), "float32")}, "gumbel has no effect"),
+    *(
+        ({"prompts": ["cat"], "more_smooth": True, "gumbel": noise}, message)
+        for noise, message in [
+            (np.zeros((1, 30, 1), "float32"), "gumbel is float32"),
+            (np.full((1, 30, 64), np.nan, "float32"), "gumbel must be finite"),
+        ]
+    ),
+    ({"prompts": ["cat"], "guidance_interval": (0.2, 0.8)}, "guidance_interval.* has no effect"),
+    ({"prompts": ["cat"], "guidance_schedule": np.array(["a", "b"])}, "one of ramp, constant"),
 ]
 
 
@@ -63,6 +87,11 @@ def test_a_bad_request_is_refused_before_the_first_step(
         ({"class_ids": [-1]}, "class id -1"),
         ({"class_ids": [1.5]}, "list of integers"),
         ({"class_ids": [[1], [2]]}, "list of integers"),
+        ({"class_ids": [[1], [1, 2]]}, "list of integers"),
+        ({"class_ids": 5}, "list of integers, not 5"),
+        ({"class_ids": [True]}, "list of integers"),
+        ({"class_ids": [2**70]}, "list of integers"),
+        ({"class_ids": "12"}, "list of integers"),
     ],
 )
 def test_a_class_model_takes_class_ids_only(
@@ -70,6 +99,45 @@ def test_a_class_model_takes_class_ids_only(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         class_pipe.stream(**request_)
+
+
+def test_iterators_and_numpy_values_are_taken(pipe: Pipeline, class_pipe: Pipeline) -> None:
+    plain = pipe.generate(prompts=PROMPTS[:2], seed=3, top_k=5, top_p=0.5)
+    for prompts in ((text for text in PROMPTS[:2]), np.array(PROMPTS[:2])):
+        sampling: dict[str, Any] = {"top_k": np.int64(5), "top_p": np.float32(0.5)}
+        made = pipe.generate(prompts=prompts, seed=np.int64(3), **sampling)
+        np.testing.assert_array_equal(made.images, plain.images)
+        assert made.prompts == tuple(PROMPTS[:2])
+        assert type(made.seed) is int
+    numbers = class_pipe.generate(class_ids=[1, 2])
+    for class_ids in (iter([1, 2]), np.array([1, 2], np.uint8), range(1, 3)):
+        made = class_pipe.generate(class_ids=class_ids)
+        np.testing.assert_array_equal(made.images, numbers.images)
+        assert made.class_ids == (1, 2)
+
+
+@pytest.mark.parametrize("option", ["precision", "num_threads", "verify", "frob"])
+def test_a_checkpoint_names_the_options_it_has(tiny_checkpoint: Path, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"no option '{option}'; it has device"):
+        load_pipeline(tiny_checkpoint, **{option: 1})
+
+
+def test_engines_name_the_options_they_have(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no option 'frob'; it has precision, device"):
+        load_pipeline(tmp_path, frob=1)
+
+
+@pytest.mark.parametrize("device", ["frob", 1.5, ""])
+def test_an_unknown_device_is_named(tiny_checkpoint: Path, device: Any) -> None:
+    with pytest.raises(ConfigError, match=f"device {device!r} is unknown"):
+        load_pipeline(tiny_checkpoint, device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_one_line(tiny_checkpoint: Path, device: str) -> None:
+    with pytest.raises(BackendError, match=f"torch cannot use {device} here") as caught:
+        load_pipeline(tiny_checkpoint, device=device)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_batch_beyond_the_engines_limit_says_how_to_raise_it(pipe: Pipeline) -> None:

@@ -22,6 +22,7 @@ from nsp.runtime.backends.base import Backend
 from nsp.runtime.cores import usable_cores
 from nsp.runtime.io import Shape, StageIO
 from nsp.runtime.nvidia import find_gpu
+from nsp.runtime.requests import checked_count
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +64,17 @@ class OnnxRuntimeBackend(Backend):
 
         `providers`: ONNX Runtime's names, best first; None is CUDA where it starts, else the CPU.
         `num_threads`: None is every physical core this process may use. Raises BackendError
-        without onnxruntime or a wanted provider and EngineError for a tensor type it cannot hold;
+        without onnxruntime or a wanted provider, EngineError for a tensor type it cannot hold and
+        ConfigError for a number of threads below 1;
         a model that does not load is reported by `wait` or `run`.
         """
         super().__init__(stages_io)
         ort = import_onnxruntime()
         self._ort, self.kv_layout = ort, kv_layout
         self.providers = choose_providers(ort, providers)
-        self.num_threads = num_threads or usable_cores()
+        self.num_threads = (
+            usable_cores() if num_threads is None else checked_count("num_threads", num_threads)
+        )
         self._errors = _error_types(ort)
         self._known_feeds: dict[Any, dict[str, Shape]] = {}
         for stage, declared in stages_io.items():

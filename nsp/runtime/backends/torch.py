@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nsp.errors import BackendError
+from nsp.errors import BackendError, ConfigError
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.io import Shape, StageIO
 
@@ -28,7 +28,7 @@ class TorchBackend(Backend):
     ) -> None:
         super().__init__(stages_io)
         self.kv_layout = kv_layout
-        self.device = torch.device(device)
+        self.device = _usable_device(device)
         self._stages = {name: stage.to(self.device) for name, stage in stages.items()}
 
     @torch.inference_mode()
@@ -64,3 +64,17 @@ class TorchBackend(Backend):
     def allocate(self, shape: Shape, dtype: str) -> Tensor:
         """Return an uninitialised tensor."""
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+
+
+def _usable_device(device: Any) -> torch.device:
+    """Return the device; raise ConfigError for an unknown one, BackendError without it here."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device {device!r} is unknown; give cpu, cuda or cuda:1") from error
+    try:
+        torch.empty(1, device=found).cpu()
+    except (RuntimeError, AssertionError) as error:  # no GPU, no driver, or a build without either
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BackendError(f"torch cannot use {device} here ({reason}); use cpu") from error
+    return found

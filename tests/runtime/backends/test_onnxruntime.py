@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from nsp.errors import BackendError, EngineError, FeedError
+from nsp.errors import BackendError, ConfigError, EngineError, FeedError
 from nsp.runtime.backends.onnxruntime import CPU, CUDA, OnnxRuntimeBackend, choose_providers
 from nsp.runtime.io import Axes, StageIO
 from nsp.runtime.kv_arena import KVShape
@@ -260,3 +260,9 @@ def test_one_backend_serves_several_threads(adder: OnnxRuntimeBackend) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(is_right, range(4)))
+
+
+@pytest.mark.parametrize("num_threads", [0, -3, 1.5, True, "all"])
+def test_a_number_of_threads_is_at_least_one(num_threads: object) -> None:
+    with pytest.raises(ConfigError, match="num_threads is an integer of at least 1"):
+        OnnxRuntimeBackend({}, {}, kv_layout="delta", num_threads=num_threads)
