@@ -7,6 +7,8 @@ for batch in cut_batches(planned, 4):
     pictures = to_uint8(step.decode())
 """
 
+import codecs
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,16 +77,30 @@ def _text(prompt: str) -> str:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Return the prompts of a text file (UTF-8, one per line, blank lines left out).
 
-    Raises ConfigError when it holds none or is not text.
+    Lines end in a line feed, with a carriage return before it or not; other separators of Unicode
+    belong to a prompt. Raises ConfigError when there is no prompt, and naming the line that is not
+    UTF-8 or has a control character: such a file is no list of prompts.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    prompts = []
+    for number, line in enumerate(content.replace(b"\r\n", b"\n").split(b"\n"), 1):
+        try:
+            prompt = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8"
+            ) from error
+        odd = [c for c in prompt if unicodedata.category(c) == "Cc" and c != "\t"]
+        if odd:
+            raise ConfigError(
+                f"{path}, line {number}: control character U+{ord(odd[0]):04X}; "
+                "write plain text, one prompt per line"
+            )
+        if prompt:
+            prompts.append(prompt)
     if not prompts:
         raise ConfigError(f"{path} holds no prompts; write one per line")
-    return prompts
+    return tuple(prompts)
 
 
 def choose_batch_size(pipeline: Pipeline, requested: int | None) -> int:

@@ -65,9 +65,36 @@ def test_prompts_files_may_have_a_byte_order_mark_blank_lines_and_windows_line_e
     assert read_prompts(path) == ("red apple", "café")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00a"])
-def test_a_prompts_file_without_prompts_is_an_error(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"red apple\ngreen apple", ("red apple", "green apple")),
+        ("one\u2028two\ncafé\tau lait\n".encode(), ("one\u2028two", "café\tau lait")),
+        (b"red apple\r\n\r\ngreen apple\r\n", ("red apple", "green apple")),
+    ],
+)
+def test_lines_of_a_prompts_file_end_in_line_feeds_only(content, prompts, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"prompts\.txt"):
+    assert read_prompts(path) == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds no prompts"),
+        (b"\xef\xbb\xbf", "holds no prompts"),
+        (b"\n \n", "holds no prompts"),
+        (b"\xff\xfea\x00", "line 1: not UTF-8"),
+        (b"cat\ncaf\xe9\n", "line 2: not UTF-8"),
+        (b"cat\nd\0g\n", r"line 2: control character U\+0000"),
+        (b"cat\rdog\r", r"line 1: control character U\+000D"),
+        (b"cat\n\n\x1b[31mred\n", r"line 3: control character U\+001B"),
+        ("cat\u0085dog".encode(), r"line 1: control character U\+0085"),
+    ],
+)
+def test_a_file_that_is_no_list_of_prompts_is_refused(content, words, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"prompts\.txt.*{words}"):
         read_prompts(path)
