@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nsp.data.pictures import PICTURE_SUFFIXES
+from nsp.data.tars import open_tar, walk
 from nsp.errors import DataError
 
 METADATA_FILE = "metadata.jsonl"
@@ -137,8 +138,8 @@ def list_folder(root: Path) -> Listing:
 def list_tar(path: Path) -> Listing:
     """Return what lies in an uncompressed tar; raises DataError when it cannot be read."""
     try:
-        with tarfile.open(path, "r:") as archive:
-            members = [member for member in archive.getmembers() if member.isreg()]
+        with path.open("rb") as file, open_tar(file, seekable=True) as archive:
+            members = list(walk(archive))
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{path}: not a whole, uncompressed tar ({error}); unpack a compressed one first"

@@ -121,6 +121,14 @@ def test_a_path_that_is_no_source_says_what_is(tmp_path: Path) -> None:
         open_source(tmp_path / "cut.tar")
 
 
+def test_a_tar_cut_between_two_members_is_not_taken_for_a_shorter_one(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a.tar", {"a.png": PNG, "a.txt": "a", "b.png": PNG, "b.txt": "b"})
+    sample_bytes = 512 + -(-len(PNG) // 512) * 512 + 1024
+    whole.write_bytes(whole.read_bytes()[:sample_bytes])
+    with pytest.raises(DataError, match="cut before its end"):
+        open_source(whole)
+
+
 # Bad files
 
 
