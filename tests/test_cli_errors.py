@@ -149,7 +149,11 @@ def test_an_unknown_family_is_named(tiny_checkpoint, tmp_path):
     assert_one_line(nsp("convert", "--family", "frob", *options), 2, "'frob'", "var")
 
 
-@pytest.mark.parametrize("manifest", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "manifest",
+    ["", "{", "[]", '{"schema": 99}', '{"schema": 1}', "\x00\xff", "[" * 100_000],
+    ids=range(7),
+)
 def test_a_damaged_manifest_is_named_with_the_command_that_repairs_it(tmp_path, manifest):
     (tmp_path / "manifest.json").write_text(manifest, encoding="latin-1")
     for args in (("inspect", tmp_path), ("generate", "--engine-dir", tmp_path, *PROMPT)):

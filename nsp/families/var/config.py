@@ -19,14 +19,17 @@ SCHEDULES: dict[int, tuple[int, ...]] = {
     1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 }
 
+_MAX_COUNT = 2**20  # far beyond any model; torch fails in its own words on what no memory holds
+
 
 def _check_counts(where: str, record: Config, *names: str, least: int = 1) -> None:
-    """Raise ConfigError naming a field below `least`."""
+    """Raise ConfigError naming a field below `least` or beyond any model."""
     for name in names:
-        if getattr(record, name) < least:
-            raise ConfigError(
-                f"{where}: {name} must be at least {least}, got {getattr(record, name)}"
-            )
+        value = getattr(record, name)
+        if value < least:
+            raise ConfigError(f"{where}: {name} must be at least {least}, got {value}")
+        if value > _MAX_COUNT:
+            raise ConfigError(f"{where}: {name} must be at most {_MAX_COUNT}, got {value}")
 
 
 def _check_fractions(where: str, record: Config, *names: str) -> None:
@@ -187,6 +190,11 @@ class VarConfig(Config):
         if not self.patch_nums or self.patch_nums[0] < 1 or not grows:
             raise ConfigError(
                 f"patch_nums={list(self.patch_nums)} must be positive and strictly increasing"
+            )
+        if self.image_size_px > _MAX_COUNT:
+            raise ConfigError(
+                f"patch_nums={list(self.patch_nums)} times {self.vae.downsampling} px per cell is "
+                f"beyond {_MAX_COUNT} px"
             )
 
     @property

@@ -13,7 +13,7 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
-        *(("vae", "vocab_size", v) for v in (0, -1)),
+        *(("vae", "vocab_size", v) for v in (0, -1, 10**30)),
         *(("vae", "channel_multipliers", v) for v in ([], [0], [1, -2])),
         *(("vae", "quant_conv_kernel", v) for v in (0, -3, 2)),
         *(("vae", "dropout", v) for v in (-0.1, 1.0, NAN)),
@@ -33,6 +33,12 @@ def test_a_value_no_model_can_have_is_named(part: str, name: str, value: Any) ->
     values[part][name] = value
     with pytest.raises(ConfigError, match=name):
         VarConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("sides", [[], [0, 1], [2, 1], [1, 1], [1, 10**30]])
+def test_a_schedule_no_model_can_have_is_named(sides: list[int]) -> None:
+    with pytest.raises(ConfigError, match="patch_nums"):
+        VarConfig.from_dict({**SIZES["tiny"].to_dict(), "patch_nums": sides})
 
 
 def test_a_model_has_at_least_one_class() -> None:
