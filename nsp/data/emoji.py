@@ -7,7 +7,7 @@ The result is one tar:
 
     <codepoints>.txt     the caption, UTF-8: "woman firefighter medium-dark skin tone"
     <codepoints>.webp    the picture, lossless, RGB on white; codepoints as "1f469-1f3fe"
-    __heldout__          the samples that only the split 'heldout' shows (see layouts.py)
+    __heldout__          the samples that only the split 'heldout' shows (see heldout.py)
 
 The pictures are Noto Emoji, SIL Open Font License 1.1: see NOTICE.md beside this file.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 from PIL import Image, ImageDraw, ImageFont, features
 
-from nsp.data.layouts import HELDOUT_MEMBER, parse_heldout
+from nsp.data.heldout import HELDOUT_MEMBER, parse_heldout
 from nsp.errors import DataError, MissingExtraError, NspError
 
 logger = logging.getLogger(__name__)

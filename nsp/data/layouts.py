@@ -8,11 +8,10 @@ A folder is read as the first of these that fits:
 3. Pictures lie in subfolders: the subfolder is the class, and its name the caption.
 4. It holds no picture but `.tar` files at its top: shards, read one after the other.
 
-A tar holds pairs `<key>.<picture suffix>` and `<key>.txt` (a webdataset sample), uncompressed.
+A tar holds pairs `<key>.<picture suffix>` and `<key>.txt` (a webdataset sample), uncompressed, and
+may hold the number of a class in `<key>.cls`; `index.json` beside it (see pack.py) names classes.
 
-Either may carry a file `__heldout__` at its top: a header line, then one `name<TAB>caption` a
-line. Those samples, and all others with one of those captions, are seen only by the split
-'heldout'.
+Either may carry a list `__heldout__` at its top (see heldout.py).
 
 Hidden files are passed over; other files that play no part are named in a warning. What plays a
 part and cannot be used (a picture without a caption, a caption without a picture) is a Problem.
@@ -26,31 +25,47 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
+from nsp.data.heldout import HELDOUT_MEMBER, parse_heldout
+from nsp.data.index import INDEX_FILE, read_index
 from nsp.data.pictures import PICTURE_SUFFIXES
+from nsp.data.samples import (
+    CAPTION_SUFFIX,
+    CLASS_SUFFIX,
+    TAR_SUFFIXES,
+    Problem,
+    Sample,
+    is_hidden,
+    parse_caption,
+    parse_class,
+    picture_suffix,
+    tar_key,
+)
 from nsp.data.tars import open_tar, walk
 from nsp.errors import DataError
 
 METADATA_FILE = "metadata.jsonl"
-HELDOUT_MEMBER = "__heldout__"  # webdataset readers pass over names of this form
 LAYOUTS = (
     f"{METADATA_FILE} with file_name and text, a .txt beside each picture, one subfolder per class"
     ", or .tar shards"
 )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One captioned picture: `name` is its path in the folder (or its key in the tar)."""
+class PictureFile(Protocol):
+    """Where the bytes of one picture lie; safe to read from any thread and to pickle."""
 
-    name: str
-    caption: str
-    class_id: int | None
+    @property
+    def path(self) -> Path:
+        """The file to repair when the picture is damaged."""
+
+    def read(self) -> bytes:
+        """Return the bytes; raises OSError."""
 
 
 @dataclass(frozen=True)
 class FileSlice:
-    """Where the bytes of one picture lie: a whole file, or a member of a tar."""
+    """A whole file, or a member of a tar."""
 
     path: Path
     offset: int = 0
@@ -63,15 +78,7 @@ class FileSlice:
             return file.read(self.num_bytes)
 
 
-Entry = tuple[Sample, FileSlice]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file that cannot be used, and why."""
-
-    name: str
-    reason: str
+Entry = tuple[Sample, PictureFile]
 
 
 @dataclass
@@ -84,26 +91,14 @@ class Listing:
     class_names: tuple[str, ...] = ()
     heldout: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, name: str, caption: bytes | str, file: FileSlice, class_id: int | None) -> None:
+    def add(self, name: str, caption: bytes | str, file: PictureFile, class_id: int | None) -> None:
         """Append a sample, or a problem when its caption is empty or not UTF-8."""
         try:
-            text = caption.decode("utf-8-sig") if isinstance(caption, bytes) else caption
-        except UnicodeDecodeError:
-            self.problems.append(Problem(name, "its caption is not UTF-8"))
-            return
-        if not text.strip():
-            self.problems.append(Problem(name, "its caption is empty"))
-            return
-        self.entries.append((Sample(name, text.strip(), class_id), file))
-
-
-def parse_heldout(text: str, *, where: str) -> list[tuple[str, str]]:
-    """Return (name, caption) of each held-out sample; `where` names the list in errors."""
-    rows = [tuple(line.split("\t")) for line in text.splitlines()[1:]]
-    for number, row in enumerate(rows, start=2):
-        if len(row) != 2 or not all(row):
-            raise DataError(f"{where}, line {number}: expected name<TAB>caption, got {row}")
-    return [(row[0], row[1]) for row in rows]
+            sample = Sample(name, parse_caption(caption), class_id)
+        except DataError as error:
+            self.problems.append(Problem(name, str(error)))
+        else:
+            self.entries.append((sample, file))
 
 
 def list_folder(root: Path) -> Listing:
@@ -127,7 +122,7 @@ def list_folder(root: Path) -> Listing:
         if not shards:
             raise DataError(f"{root}: no picture in this folder; accepted are {LAYOUTS}")
         listing = _join(list_tar(root / name) for name in shards)
-        used = set(shards)
+        used = {*shards, INDEX_FILE}
     if HELDOUT_MEMBER in present:
         path = root / HELDOUT_MEMBER
         listing.heldout += parse_heldout(path.read_text("utf-8"), where=str(path))
@@ -149,28 +144,32 @@ def list_tar(path: Path) -> Listing:
         for member in members
     }
     listing = Listing()
+    index = read_index(path.parent)
+    if index is not None and path.name in {shard.file for shard in index.shards}:
+        listing.class_names = index.class_names
     if HELDOUT_MEMBER in files:
         text = files.pop(HELDOUT_MEMBER).read().decode("utf-8")
         listing.heldout = parse_heldout(text, where=f"{path}: {HELDOUT_MEMBER}")
-    samples: dict[str, dict[str, str]] = {}
+    samples: dict[str, dict[str, FileSlice]] = {}
     for name in sorted(files):
-        if _is_hidden(name):
+        if is_hidden(name):
             continue
-        key, suffix = _tar_key(name)
-        if suffix in PICTURE_SUFFIXES or suffix == ".txt":
-            samples.setdefault(key, {})[suffix] = name
+        key, suffix = tar_key(name)
+        if suffix in TAR_SUFFIXES:
+            samples.setdefault(key, {})[suffix] = files[name]
         else:
             listing.unused.append(name)
     for key, by_suffix in samples.items():
-        captions = by_suffix.pop(".txt", None)
-        if captions is None:
-            listing.problems.append(Problem(key, f"no {key}.txt with its caption in the tar"))
-        elif len(by_suffix) != 1:
-            what = " and ".join(by_suffix) if by_suffix else "no picture"
-            listing.problems.append(Problem(key, f"a caption needs one picture, it has {what}"))
+        try:
+            picture = by_suffix[picture_suffix(key, by_suffix)]
+            class_id = None
+            if CLASS_SUFFIX in by_suffix:
+                content = by_suffix[CLASS_SUFFIX].read()
+                class_id = parse_class(content, len(listing.class_names))
+        except DataError as error:
+            listing.problems.append(Problem(key, str(error)))
         else:
-            (picture,) = by_suffix.values()
-            listing.add(key, files[captions].read(), files[picture], None)
+            listing.add(key, by_suffix[CAPTION_SUFFIX].read(), picture, class_id)
     return listing
 
 
@@ -181,6 +180,7 @@ def _join(listings: Iterable[Listing]) -> Listing:
         joined.problems += listing.problems
         joined.unused += listing.unused
         joined.heldout += listing.heldout
+        joined.class_names = joined.class_names or listing.class_names
     return joined
 
 
@@ -249,15 +249,11 @@ def _list_classes(root: Path, pictures: list[str]) -> Listing:
 
 def _walk(root: Path) -> Iterable[str]:
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         relative = Path(folder).relative_to(root)
         for name in files:
-            if not _is_hidden(name):
+            if not is_hidden(name):
                 yield (relative / name).as_posix()
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _is_picture(name: str) -> bool:
@@ -266,10 +262,3 @@ def _is_picture(name: str) -> bool:
 
 def _caption_name(picture: str) -> str:
     return posixpath.splitext(picture)[0] + ".txt"
-
-
-def _tar_key(name: str) -> tuple[str, str]:
-    # A webdataset key ends at the first dot of the file's own name.
-    folder, base = posixpath.split(name)
-    stem, dot, suffix = base.partition(".")
-    return posixpath.join(folder, stem), (dot + suffix).lower()

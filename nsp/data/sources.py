@@ -1,4 +1,4 @@
-"""Opens captioned pictures: the embedded emoji set, a tar, or a folder, all as one ImageSource."""
+"""Opens captioned pictures, wherever they lie, as one ImageSource."""
 
 import logging
 import time
@@ -10,23 +10,15 @@ from typing import Literal, get_args
 
 from PIL import Image
 
-from nsp.data.layouts import (
-    HELDOUT_MEMBER,
-    LAYOUTS,
-    Entry,
-    FileSlice,
-    Listing,
-    Problem,
-    Sample,
-    list_folder,
-    list_tar,
-)
+from nsp.data.heldout import HELDOUT_MEMBER, Heldout
+from nsp.data.layouts import LAYOUTS, Entry, Listing, PictureFile, list_folder, list_tar
 from nsp.data.pictures import decode_rgb
+from nsp.data.samples import Problem, Sample
 from nsp.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["EMOJI_TAR", "ImageSource", "Sample", "Split", "open_source"]
+__all__ = ["EMOJI_TAR", "ImageSource", "Sample", "Split", "Survey", "open_source", "survey"]
 
 EMOJI_TAR = Path(__file__).with_name("emoji.tar")
 Split = Literal["train", "heldout", "all"]
@@ -43,7 +35,7 @@ class ImageSource:
 
     samples: tuple[Sample, ...]
     class_names: tuple[str, ...]
-    files: tuple[FileSlice, ...]
+    files: tuple[PictureFile, ...]
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -61,6 +53,31 @@ class ImageSource:
             ) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """All that was found at a place, usable or not, before a split is chosen."""
+
+    place: str
+    entries: list[Entry]  # whose picture decodes
+    problems: list[Problem]
+    unused: list[str]
+    class_names: tuple[str, ...]
+    heldout: Heldout
+
+    def choose(self, split: Split) -> ImageSource:
+        """Return the samples of one split; DataError when there are none."""
+        chosen = _choose(self.place, self.entries, self.heldout, split)
+        if not chosen:
+            raise DataError(
+                f"{self.place}: no usable picture in split {split!r}; accepted are {LAYOUTS}"
+            )
+        return ImageSource(
+            samples=tuple(sample for sample, _ in chosen),
+            class_names=self.class_names,
+            files=tuple(file for _, file in chosen),
+        )
+
+
 def open_source(
     spec: str | Path, *, split: Split = "train", skip_bad_files: bool = False
 ) -> ImageSource:
@@ -74,46 +91,60 @@ def open_source(
     """
     if split not in get_args(Split):
         raise ConfigError(f"split {split!r} is unknown; choose from {', '.join(get_args(Split))}")
-    path = EMOJI_TAR if spec == "emoji" else Path(spec)
-    listing = _list(path)
-    if listing.unused:
-        logger.warning("%s: not used: %s", path, _first(listing.unused))
-    usable, undecodable = _decode_all(path, listing.entries)
-    problems = listing.problems + undecodable
-    if problems and not skip_bad_files:
+    found = survey(spec)
+    if found.problems and not skip_bad_files:
         raise DataError(
-            f"{path}: {len(problems)} files cannot be used: {_first(_describe(problems))}; repair "
+            f"{found.place}: {len(found.problems)} files cannot be used: "
+            f"{_first([str(problem) for problem in found.problems])}; repair "
             "or remove them, or leave them out with --skip-bad-files"
         )
-    for line in _describe(problems):
-        logger.warning("%s: left out %s", path, line)
-    chosen = _choose(path, usable, listing.heldout, split)
-    if not chosen:
-        raise DataError(f"{path}: no usable picture in split {split!r}; accepted are {LAYOUTS}")
-    logger.info("%s: %d samples in split %s", path, len(chosen), split)
-    return ImageSource(
-        samples=tuple(sample for sample, _ in chosen),
-        class_names=listing.class_names,
-        files=tuple(file for _, file in chosen),
+    for problem in found.problems:
+        logger.warning("%s: left out %s", found.place, problem)
+    source = found.choose(split)
+    logger.info("%s: %d samples in split %s", found.place, len(source), split)
+    return source
+
+
+def survey(spec: str | Path) -> Survey:
+    """Return what lies at `spec`, each picture decoded once; DataError when that is no source."""
+    place, listing = _list(str(spec))
+    if listing.unused:
+        logger.warning("%s: not used: %s", place, _first(listing.unused))
+    usable, undecodable = _decode_all(place, listing.entries)
+    return Survey(
+        place=place,
+        entries=usable,
+        problems=listing.problems + undecodable,
+        unused=listing.unused,
+        class_names=listing.class_names or _numbered_classes(usable),
+        heldout=Heldout.of(listing.heldout),
     )
 
 
-def _list(path: Path) -> Listing:
+def _numbered_classes(entries: list[Entry]) -> tuple[str, ...]:
+    """Return names for classes that have numbers only."""
+    numbers = [sample.class_id for sample, _ in entries if sample.class_id is not None]
+    return tuple(str(number) for number in range(max(numbers, default=-1) + 1))
+
+
+def _list(spec: str) -> tuple[str, Listing]:
+    """Return the place that messages name, and what lies there."""
+    path = EMOJI_TAR if spec == "emoji" else Path(spec)
     if path.is_dir():
-        return list_folder(path)
+        return str(path), list_folder(path)
     if path.is_file() and path.suffix == ".tar":
-        return list_tar(path)
+        return str(path), list_tar(path)
     what = "neither a folder nor a .tar" if path.exists() else "not found"
     raise DataError(f"{path}: {what}; give 'emoji', a .tar, or a folder with {LAYOUTS}")
 
 
-def _decode_all(path: Path, entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:
+def _decode_all(place: str, entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:
     """Return the entries whose picture decodes, and a problem for each of the others."""
     started = time.monotonic()
-    logger.info("%s: checking %d pictures", path, len(entries))
+    logger.info("%s: checking %d pictures", place, len(entries))
     with ThreadPoolExecutor() as pool:  # Pillow's decoders release the interpreter lock
         reasons = list(pool.map(_why_undecodable, (file for _, file in entries)))
-    logger.info("%s: checked in %.1f s", path, time.monotonic() - started)
+    logger.info("%s: checked in %.1f s", place, time.monotonic() - started)
     usable = [entry for entry, reason in zip(entries, reasons, strict=True) if reason is None]
     problems = [
         Problem(sample.name, reason)
@@ -123,7 +154,7 @@ def _decode_all(path: Path, entries: list[Entry]) -> tuple[list[Entry], list[Pro
     return usable, problems
 
 
-def _why_undecodable(file: FileSlice) -> str | None:
+def _why_undecodable(file: PictureFile) -> str | None:
     try:
         decode_rgb(file.read())
     except (OSError, DataError) as error:
@@ -131,36 +162,24 @@ def _why_undecodable(file: FileSlice) -> str | None:
     return None
 
 
-def _choose(
-    path: Path, entries: list[Entry], heldout: list[tuple[str, str]], split: Split
-) -> list[Entry]:
-    """Return the entries of `split`; a caption counts as held out whatever its case and spacing."""
+def _choose(place: str, entries: list[Entry], heldout: Heldout, split: Split) -> list[Entry]:
+    """Return the entries of `split`."""
     if split == "all":
         return entries
-    if split == "heldout" and not heldout:
+    if split == "heldout" and not heldout.rows:
         raise DataError(
-            f"{path}: lists no held-out samples; add a file {HELDOUT_MEMBER} with a header line "
+            f"{place}: lists no held-out samples; add a file {HELDOUT_MEMBER} with a header line "
             "and name<TAB>caption lines at its top"
         )
-    names = {name for name, _ in heldout}
-    captions = {_fold(caption) for _, caption in heldout}
-    absent = names - {sample.name for sample, _ in entries}
+    absent = heldout.names - {sample.name for sample, _ in entries}
     if absent:
-        logger.warning("%s: held out but not among the samples: %s", path, _first(sorted(absent)))
+        logger.warning("%s: held out but not among the samples: %s", place, _first(sorted(absent)))
     wants_heldout = split == "heldout"
     return [
         (sample, file)
         for sample, file in entries
-        if (sample.name in names or _fold(sample.caption) in captions) == wants_heldout
+        if heldout.covers(sample.name, sample.caption) == wants_heldout
     ]
-
-
-def _fold(caption: str) -> str:
-    return " ".join(caption.casefold().split())
-
-
-def _describe(problems: list[Problem]) -> list[str]:
-    return [f"{problem.name} ({problem.reason})" for problem in problems]
 
 
 def _first(lines: Sequence[str]) -> str:

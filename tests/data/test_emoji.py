@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from PIL import Image, features
 
 from nsp.data import emoji as builder
-from nsp.data.layouts import HELDOUT_MEMBER
+from nsp.data.heldout import HELDOUT_MEMBER
 from nsp.data.sources import EMOJI_TAR, ImageSource, open_source
 from nsp.errors import DataError
 

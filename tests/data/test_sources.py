@@ -121,6 +121,17 @@ def test_a_path_that_is_no_source_says_what_is(tmp_path: Path) -> None:
         open_source(tmp_path / "cut.tar")
 
 
+def test_a_tar_may_number_classes(tmp_path: Path) -> None:
+    files = {"a.png": PNG, "a.txt": "cat", "a.cls": "2", "b.png": PNG, "b.txt": "dog", "b.cls": "0"}
+    source = open_source(write_tar(tmp_path / "a.tar", files))
+    assert [sample.class_id for sample in source.samples] == [2, 0]
+    assert source.class_names == ("0", "1", "2")
+    for wrong in ("x", "-1", "9999999999"):
+        write_tar(tmp_path / "a.tar", files | {"b.cls": wrong})
+        with pytest.raises(DataError, match=r"b \(its class is"):
+            open_source(tmp_path / "a.tar")
+
+
 def test_a_tar_cut_between_two_members_is_not_taken_for_a_shorter_one(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "a.tar", {"a.png": PNG, "a.txt": "a", "b.png": PNG, "b.txt": "b"})
     sample_bytes = 512 + -(-len(PNG) // 512) * 512 + 1024

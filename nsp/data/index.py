@@ -1,0 +1,51 @@
+"""`index.json` beside packed shards: what lies in each, so that nobody has to open it to know."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nsp.config import Config
+from nsp.errors import ConfigError, DataError
+
+INDEX_FILE = "index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord(Config):
+    """One shard."""
+
+    file: str
+    num_samples: int
+    num_train: int  # of them, not held out
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex(Config):
+    """The shards of a folder, in order. The list of what is held out opens each of them."""
+
+    format: Literal["nsp-shards"] = "nsp-shards"
+    version: Literal[1] = 1
+    num_samples: int
+    num_heldout: int
+    class_names: tuple[str, ...]
+    shards: tuple[ShardRecord, ...]
+
+
+def parse_index(text: str | bytes, *, where: str) -> ShardIndex | None:
+    """Return the index, or None when the file is another program's; DataError when damaged."""
+    try:
+        values: Any = json.loads(text)
+        if not isinstance(values, dict) or values.get("format") != "nsp-shards":
+            return None
+        return ShardIndex.from_dict(values)
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise DataError(f"{where} is damaged ({error}); delete it, or pack again") from error
+
+
+def read_index(folder: Path) -> ShardIndex | None:
+    """Return the index of a folder, or None without one; DataError when damaged."""
+    path = folder / INDEX_FILE
+    return parse_index(path.read_bytes(), where=str(path)) if path.is_file() else None
