@@ -1,0 +1,266 @@
+"""What a run leaves for TensorBoard and MLflow: its configuration, scalars and pictures.
+
+Each of the two gets a thread and a bounded queue of its own, so that a slow server or disk costs
+training no time; one that fails is named once, left alone for a minute, and then tried again.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from nsp.config import Config
+from nsp.errors import ConfigError, MissingExtraError
+from nsp.sheet import contact_sheet
+from nsp.training.recorders import DATABASES, LOCAL, Mlflow, Recorder, Status, TensorBoard
+
+logger = logging.getLogger(__name__)
+
+Pictures = NDArray[np.uint8] | Image.Image
+
+_SCHEMES = ("file", "http", "https", "databricks", *DATABASES)
+_MAX_WAITING = 256  # records in a queue: more than an hour of them at the usual rate
+_MAX_PICTURES_WAITING = 16  # each takes megabytes
+_RETRY_S = 60.0
+_CLOSE_S = 5.0  # for what is still to be sent when a run ends
+_MAX_REASON = 200  # characters of an error in the warning
+
+# MLflow reads these in every call and takes them in no other way: without them a lost server
+# holds its thread for minutes. Those the user has set stay.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the queue waits and tries again
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # a folder needs no database package
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for results
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Config):
+    """Where a run is recorded; nothing here changes what is trained."""
+
+    tensorboard: bool | None = None  # None: where it is installed
+    mlflow: str | None = None  # "local": in the run folder; else a folder or a tracking URI
+    experiment: str = "nsp"  # of MLflow
+    run_name: str | None = None  # of MLflow; None: the run folder's name
+
+    def __post_init__(self) -> None:
+        """Check the address; a password in it would be stored with every checkpoint."""
+        if self.mlflow is not None and "://" in self.mlflow:
+            try:
+                address = urlsplit(self.mlflow)
+                scheme, password = address.scheme.split("+")[0], address.password
+            except ValueError as error:
+                raise ConfigError(f"mlflow: the address is not a URI ({error})") from error
+            if scheme not in _SCHEMES:
+                raise ConfigError(
+                    f"mlflow: {scheme}:// is not a tracking address; give '{LOCAL}', a folder, "
+                    f"or a URI of one of {', '.join(_SCHEMES)}"
+                )
+            if password is not None:
+                raise ConfigError(
+                    "mlflow: the address holds a password; set MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD instead"
+                )
+        for name in ("mlflow", "experiment", "run_name"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} must not be empty")
+
+
+class Tracker:
+    """Records a run for TensorBoard and MLflow; no method waits for either, or fails for them.
+
+    Used as `with Tracker(...) as tracker`, then `start`, and `phase` before each phase's scalars
+    and pictures. The block's end closes it; call `close` for a run that was stopped in order.
+    """
+
+    def __init__(self, config: TrackingConfig, *, is_main_process: bool = True) -> None:
+        self._config, self._is_main_process = config, is_main_process
+        self._feeds: list[_Feed] = []
+        self._phase: str | None = None
+        self._environment: list[str] = []  # names that were set here
+
+    def start(self, run: Mapping[str, Any], folder: Path) -> None:
+        """Begin recording the run that `run` describes, or continue what `folder` began.
+
+        Raises MissingExtraError for a package that the configuration asks for by name, and
+        ConfigError for a store that the installed MLflow cannot open.
+        """
+        if not self._is_main_process:
+            return
+        recorders: list[Recorder] = []
+        if self._config.tensorboard is not False:
+            try:
+                recorders.append(TensorBoard(run, folder / "tensorboard"))
+            except MissingExtraError as error:
+                if self._config.tensorboard:
+                    raise
+                logger.warning("TensorBoard: %s; nothing is recorded for it", error)
+        if self._config.mlflow is not None:
+            self._set_environment()
+            try:
+                recorders.append(
+                    Mlflow(
+                        run,
+                        folder,
+                        address=self._config.mlflow,
+                        experiment=self._config.experiment,
+                        run_name=self._config.run_name,
+                    )
+                )
+            except (MissingExtraError, ConfigError):
+                self._restore_environment()
+                raise
+        self._feeds = [_Feed(recorder) for recorder in recorders]
+        for feed in self._feeds:
+            feed.put(feed.recorder.configuration, limit=None)
+
+    def phase(self, name: str, step: int) -> None:
+        """Begin or continue a phase of which `step` steps are done.
+
+        No step is there twice: what was recorded of later steps, before the run died or was rolled
+        back, gives way in TensorBoard, and stays in MLflow, which can delete no metric.
+        """
+        self._phase = name
+        for feed in self._feeds:
+            feed.put(partial(feed.recorder.phase, name, step), limit=None)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers under their names in this phase; `step` steps are done."""
+        assert self._phase is not None, "phase() comes first"
+        numbers = {name: float(value) for name, value in values.items()} if self._feeds else {}
+        for feed in self._feeds:
+            feed.put(partial(feed.recorder.scalars, step, numbers, time.time()))
+
+    def images(self, step: int, name: str, pictures: Pictures) -> None:
+        """Record one picture, or several (N, H, W, 3) as one sheet of them."""
+        assert self._phase is not None, "phase() comes first"
+        if not self._feeds:
+            return
+        sheet = np.asarray(pictures)
+        if sheet.ndim == 4:
+            sheet = np.asarray(contact_sheet(sheet, [""] * len(sheet), lines=0))
+        for feed in self._feeds:
+            feed.put_picture(partial(feed.recorder.picture, step, name, sheet, time.time()))
+
+    def close(self, status: Status) -> None:
+        """End recording; waits a few seconds at most for what is still under way."""
+        feeds, self._feeds = self._feeds, []
+        for feed in feeds:
+            feed.end(status)
+        deadline = time.monotonic() + _CLOSE_S
+        for feed in feeds:
+            feed.join(deadline)
+        self._restore_environment()
+
+    def __enter__(self) -> Self:
+        """Return the tracker."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close with the status that the block's end tells."""
+        stopped = isinstance(error, KeyboardInterrupt)
+        self.close("finished" if error is None else "stopped" if stopped else "failed")
+
+    def _set_environment(self) -> None:
+        """Set what of _ENVIRONMENT is not set: here, while no other thread may be reading it."""
+        self._environment = [name for name in _ENVIRONMENT if name not in os.environ]
+        os.environ.update({name: _ENVIRONMENT[name] for name in self._environment})
+
+    def _restore_environment(self) -> None:
+        for name in self._environment:
+            os.environ.pop(name, None)
+        self._environment = []
+
+
+class _Feed:
+    """A recorder, its thread and the records that wait for it."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._pictures = threading.Semaphore(_MAX_PICTURES_WAITING)
+        self._closing = threading.Event()
+        self._failing = self._warned = False
+        self._refused = self._lost = 0  # by the caller's thread; by this one's
+        self._thread = threading.Thread(
+            target=self._work, name=f"tracking-{recorder.name}", daemon=True
+        )
+        self._thread.start()
+
+    def put(self, write: Callable[[], None], *, limit: int | None = _MAX_WAITING) -> None:
+        """Queue a record, unless `limit` of them wait already."""
+        if limit is not None and self._waiting.qsize() >= limit:
+            self._refused += 1
+        else:
+            self._waiting.put(write)
+
+    def put_picture(self, write: Callable[[], None]) -> None:
+        """Queue a picture, unless as many wait as memory should hold."""
+        if self._pictures.acquire(blocking=False):
+            self.put(partial(self._write_picture, write), limit=None)
+        else:
+            self._refused += 1
+
+    def _write_picture(self, write: Callable[[], None]) -> None:
+        self._pictures.release()
+        write()
+
+    def end(self, status: Status) -> None:
+        """Let the thread end with what is queued; at once where the recorder fails."""
+        self._closing.set()
+        self.put(partial(self.recorder.finish, status), limit=None)
+        self._waiting.put(None)
+
+    def join(self, deadline: float) -> None:
+        """Wait for the thread until `deadline` (monotonic seconds) and say what was lost."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        waiting = self._waiting.qsize()
+        if lost := self._refused + self._lost + max(0, waiting - 1):  # None is no record
+            level = logging.INFO if self._warned else logging.WARNING
+            logger.log(level, "%s: %d records of this run are missing", self.recorder.name, lost)
+
+    def _work(self) -> None:
+        while (write := self._waiting.get()) is not None:
+            try:
+                write()
+                self._failing = False
+            except Exception as error:  # of a server, a disk or a library: training goes on
+                self._fail(error)
+            if self._failing and self._closing.is_set():
+                break
+        self.recorder.reset()
+
+    def _fail(self, error: Exception) -> None:
+        """Name the first error; then leave the recorder alone for a while."""
+        self._failing = True
+        self._lost += 1
+        self.recorder.reset()
+        if not self._warned:
+            self._warned = True
+            reason = " ".join(str(error).split()) or type(error).__name__
+            logger.warning(
+                "%s does not record: %s; training goes on, tried again every %.0f s",
+                self.recorder.name,
+                reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}…",
+                _RETRY_S,
+            )
+        self._closing.wait(_RETRY_S)
