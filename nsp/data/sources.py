@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["EMOJI_TAR", "ImageSource", "Sample", "Split", "Survey", "open_source", "survey"]
 
 EMOJI_TAR = Path(__file__).with_name("emoji.tar")
+HUB_PREFIX = "hf:"
 Split = Literal["train", "heldout", "all"]
 _NUM_NAMED = 10  # bad files an error names before it counts the rest
 
@@ -83,11 +84,12 @@ def open_source(
 ) -> ImageSource:
     """Return the samples of one split, after every file has been decoded once.
 
-    `spec` is 'emoji' (the embedded set), a `.tar`, or a folder; nsp/data/layouts.py says which
-    layouts are read. Where the source lists held-out samples (the emoji set does, and so does every
-    copy of its tar), 'train' and 'heldout' part it by name and by caption; elsewhere 'train' is
-    everything. Raises DataError naming the files that cannot be used; with `skip_bad_files` each
-    is logged as a warning and left out.
+    `spec` is 'emoji' (the embedded set), a `.tar`, a folder, or 'hf:NAME_OR_FOLDER[:SPLIT]' (a data
+    set that Hugging Face's `datasets` reads); nsp/data/layouts.py and nsp/data/hub.py say how each
+    is read. Where the source lists held-out samples (the emoji set does, and so does every copy of
+    its tar), 'train' and 'heldout' part it by name and by caption; elsewhere 'train' is everything.
+    Raises DataError naming the files that cannot be used; with `skip_bad_files` each is logged as a
+    warning and left out.
     """
     if split not in get_args(Split):
         raise ConfigError(f"split {split!r} is unknown; choose from {', '.join(get_args(Split))}")
@@ -129,13 +131,17 @@ def _numbered_classes(entries: list[Entry]) -> tuple[str, ...]:
 
 def _list(spec: str) -> tuple[str, Listing]:
     """Return the place that messages name, and what lies there."""
+    if spec.startswith(HUB_PREFIX):
+        from nsp.data.hub import list_rows
+
+        return spec, list_rows(spec.removeprefix(HUB_PREFIX))
     path = EMOJI_TAR if spec == "emoji" else Path(spec)
     if path.is_dir():
         return str(path), list_folder(path)
     if path.is_file() and path.suffix == ".tar":
         return str(path), list_tar(path)
     what = "neither a folder nor a .tar" if path.exists() else "not found"
-    raise DataError(f"{path}: {what}; give 'emoji', a .tar, or a folder with {LAYOUTS}")
+    raise DataError(f"{path}: {what}; give 'emoji', a .tar, hf:NAME, or a folder with {LAYOUTS}")
 
 
 def _decode_all(place: str, entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:

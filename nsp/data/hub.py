@@ -1,0 +1,148 @@
+"""Lists a data set that Hugging Face's `datasets` reads: a saved folder, a folder of files, a name.
+
+    FOLDER_OR_NAME[:SPLIT]     without SPLIT: `train`, or the only one
+
+Columns are found by type: the one Image column; the one string column, or of several the one called
+`caption`, `text` or `prompt`; the one ClassLabel column, whose names are the captions where no
+column holds text. A folder may carry a list `__heldout__` (see heldout.py); samples are named by
+split and row, as in `train-12`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsp.data.heldout import HELDOUT_MEMBER, parse_heldout
+from nsp.data.layouts import Listing
+from nsp.data.samples import Problem
+from nsp.errors import DataError, MissingExtraError
+
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The picture in one row."""
+
+    path: Path  # of the data set
+    column: str
+    row: int
+    table: Any  # datasets.Dataset with that column, undecoded
+
+    def read(self) -> bytes:
+        """Return the bytes of the picture; raises OSError."""
+        try:
+            value = self.table[self.row][self.column]
+        except (ValueError, RuntimeError) as error:  # pyarrow's errors are these
+            raise OSError(f"row {self.row} cannot be read: {error}") from error
+        if value is None:
+            raise OSError(f"row {self.row} has no picture")
+        content = value["bytes"]
+        return Path(value["path"]).read_bytes() if content is None else bytes(content)
+
+
+def list_rows(spec: str) -> Listing:
+    """Return the rows of one split; raises DataError where the set or a column is not clear."""
+    try:
+        import datasets  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtraError("datasets", "datasets") from error
+    name, wanted = _parted(spec)
+    split, table = _one_split(_load(name), name, wanted)
+    image, caption, label = _columns(name, table.features)
+    pictures = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    names = tuple(table.features[label].names) if label else ()
+    rows = table.select_columns([column for column in (caption, label) if column])[:]
+    listing = Listing(class_names=names, heldout=_heldout(Path(name)))
+    for row in range(len(table)):
+        sample = f"{split}-{row}"
+        number = rows[label][row] if label else None
+        class_id = number if number is not None and number >= 0 else None  # -1: not labelled
+        if caption is not None:
+            text = rows[caption][row] or ""
+        elif class_id is None:
+            listing.problems.append(Problem(sample, f"no class in column {label}"))
+            continue
+        else:
+            text = names[class_id]
+        listing.add(sample, text, Cell(Path(name), image, row, pictures), class_id)
+    return listing
+
+
+def _parted(spec: str) -> tuple[str, str | None]:
+    """Return the folder or name, and the split where one is given."""
+    name, colon, split = spec.rpartition(":")
+    return (name, split) if colon and not Path(spec).exists() else (spec, None)
+
+
+def _load(name: str) -> Any:
+    """Return a Dataset or DatasetDict."""
+    import datasets
+
+    folder = Path(name)
+    saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        return datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except ConnectionError as error:
+        raise DataError(
+            f"hf:{name}: not a folder here, not in the cache of `datasets`, and the hub cannot be "
+            f"reached ({_line(error)}); give a folder, or run this where the hub can be reached"
+        ) from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"hf:{name}: `datasets` cannot load it ({_line(error)}); give a folder written by "
+            "save_to_disk, one that load_dataset reads, or a name on the hub"
+        ) from error
+
+
+def _one_split(loaded: Any, name: str, wanted: str | None) -> tuple[str, Any]:
+    """Return a split and what it is called."""
+    if not isinstance(loaded, dict):  # saved as a single split
+        own = str(loaded.split or "row")
+        if wanted not in (None, own):
+            raise DataError(f"hf:{name} holds one split, {own}; leave out :{wanted}")
+        return own, loaded
+    splits = ", ".join(loaded)
+    split = wanted or ("train" if "train" in loaded or len(loaded) != 1 else next(iter(loaded)))
+    if split not in loaded:
+        raise DataError(f"hf:{name} has no split {split}; choose hf:{name}:SPLIT from {splits}")
+    return split, loaded[split]
+
+
+def _columns(name: str, features: Any) -> tuple[str, str | None, str | None]:
+    """Return the columns of pictures, of captions and of classes; one of the last two is there."""
+    import datasets
+
+    def of(wanted: type) -> list[str]:
+        return [column for column, feature in features.items() if isinstance(feature, wanted)]
+
+    values = of(datasets.Value)
+    texts = [column for column in values if features[column].dtype in ("string", "large_string")]
+    images, labels = of(datasets.Image), of(datasets.ClassLabel)
+    known = [column for column in texts if column in CAPTION_COLUMNS]
+    texts = texts if len(texts) < 2 else known or texts
+    what = f"columns are {', '.join(features)}"
+    if len(images) != 1:
+        raise DataError(f"hf:{name}: {_found(images)} of type Image, need one; {what}")
+    if len(texts) > 1:
+        raise DataError(
+            f"hf:{name}: {_found(texts)} may hold the caption; keep one, or rename it to caption"
+        )
+    if len(labels) > 1:
+        raise DataError(f"hf:{name}: {_found(labels)} of type ClassLabel; keep one")
+    if not texts and not labels:
+        raise DataError(f"hf:{name}: no column of text or of type ClassLabel; {what}")
+    return images[0], texts[0] if texts else None, labels[0] if labels else None
+
+
+def _found(columns: list[str]) -> str:
+    return f"{len(columns)} columns ({', '.join(columns)})" if columns else "no column"
+
+
+def _heldout(folder: Path) -> list[tuple[str, str]]:
+    path = folder / HELDOUT_MEMBER
+    return parse_heldout(path.read_text("utf-8"), where=str(path)) if path.is_file() else []
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
