@@ -26,7 +26,8 @@ Status = Literal["finished", "stopped", "failed"]
 LOCAL = "local"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _MAX_PARAM = 500  # characters of a parameter: what the oldest servers take
-_PARAMS_PER_REQUEST = 100  # MLflow's limit
+_PARAMS_PER_REQUEST = 100  # MLflow's limits
+_METRICS_PER_REQUEST = 1000
 _STEP_TAG = "nsp.step."  # MLflow's tag of the last step of a phase
 _GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # second: never was a run id
 
@@ -47,6 +48,9 @@ class Recorder(Protocol):
 
     def picture(self, step: int, name: str, picture: NDArray[np.uint8], when: float) -> None:
         """Record one picture (H, W, 3)."""
+
+    def flush(self) -> None:
+        """Write what is only kept so far; called when no other record waits."""
 
     def finish(self, status: Status) -> None:
         """Record how the run ended."""
@@ -91,6 +95,9 @@ class TensorBoard:
     def picture(self, step: int, name: str, picture: NDArray[np.uint8], when: float) -> None:
         """Record one picture."""
         self._write([self._summary.image(name, picture, dataformats="HWC")], step, when)
+
+    def flush(self) -> None:
+        """Nothing is kept: a run that is killed has written its last step."""
 
     def finish(self, status: Status) -> None:
         """End the file; TensorBoard knows no status."""
@@ -147,6 +154,7 @@ class Mlflow:
         self._experiment = experiment
         self._run_name = run_name or folder.resolve().name
         self._client: Any = None
+        self._kept: list[Any] = []  # metrics
         self._run_id: str | None = None
         self._recorded: dict[str, int] = {}  # last step of each phase that MLflow had at the start
         self._last: dict[str, int] = {}  # and has now
@@ -163,18 +171,27 @@ class Mlflow:
         self._recorded = dict(self._last)
 
     def scalars(self, step: int, values: Mapping[str, float], when: float) -> None:
-        """Record numbers, and in the same request that this step is recorded."""
+        """Keep numbers until no other record waits, or for as many as a request may hold."""
         self._open()
         if step <= self._recorded.get(self._phase, -1):
             return
-        entities, milliseconds = self._mlflow.entities, int(when * 1000)
-        metrics = [
-            entities.Metric(f"{self._phase}/{name}", value, milliseconds, step)
+        if len(self._kept) + len(values) > _METRICS_PER_REQUEST:
+            self.flush()
+        metric, milliseconds = self._mlflow.entities.Metric, int(when * 1000)
+        self._kept += [
+            metric(f"{self._phase}/{name}", value, milliseconds, step)
             for name, value in values.items()
         ]
-        tag = entities.RunTag(f"{_STEP_TAG}{self._phase}", str(step))
-        self._client.log_batch(self._run_id, metrics=metrics, tags=[tag])
         self._last[self._phase] = step
+
+    def flush(self) -> None:
+        """Send the numbers, and in the same request which steps are recorded; keep them if lost."""
+        if not self._kept:
+            return
+        tag = self._mlflow.entities.RunTag
+        tags = [tag(f"{_STEP_TAG}{phase}", str(step)) for phase, step in self._last.items()]
+        self._client.log_batch(self._run_id, metrics=self._kept, tags=tags)
+        self._kept = []
 
     def picture(self, step: int, name: str, picture: NDArray[np.uint8], when: float) -> None:
         """Record one picture as a file, which a repeated step replaces."""
@@ -185,11 +202,12 @@ class Mlflow:
     def finish(self, status: Status) -> None:
         """Record how the run ended."""
         self._open()
+        self.flush()
         words = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
         self._client.set_terminated(self._run_id, words[status])
 
     def reset(self) -> None:
-        """Nothing is half done: what `_open` has not finished it does again."""
+        """Nothing is half done: what `_open` or `flush` has not finished, they do again."""
 
     def _open(self) -> None:
         """Continue or create the run; afterwards there is one, with its parameters."""

@@ -236,12 +236,16 @@ class _Feed:
         waiting = self._waiting.qsize()
         if lost := self._refused + self._lost + max(0, waiting - 1):  # None is no record
             level = logging.INFO if self._warned else logging.WARNING
-            logger.log(level, "%s: %d records of this run are missing", self.recorder.name, lost)
+            name = self.recorder.name
+            logger.log(level, "%s: %d or more records of this run are missing", name, lost)
+        self._warned = True  # a call that is still under way has nobody to tell
 
     def _work(self) -> None:
         while (write := self._waiting.get()) is not None:
             try:
                 write()
+                if self._waiting.empty():
+                    self.recorder.flush()
                 self._failing = False
             except Exception as error:  # of a server, a disk or a library: training goes on
                 self._fail(error)
