@@ -154,7 +154,7 @@ class Mlflow:
         self._experiment = experiment
         self._run_name = run_name or folder.resolve().name
         self._client: Any = None
-        self._kept: list[Any] = []  # metrics
+        self._kept: list[tuple[str, Any]] = []  # phase and metric
         self._run_id: str | None = None
         self._recorded: dict[str, int] = {}  # last step of each phase that MLflow had at the start
         self._last: dict[str, int] = {}  # and has now
@@ -172,25 +172,25 @@ class Mlflow:
 
     def scalars(self, step: int, values: Mapping[str, float], when: float) -> None:
         """Keep numbers until no other record waits, or for as many as a request may hold."""
-        self._open()
         if step <= self._recorded.get(self._phase, -1):
             return
         if len(self._kept) + len(values) > _METRICS_PER_REQUEST:
             self.flush()
-        metric, milliseconds = self._mlflow.entities.Metric, int(when * 1000)
+        metric, milliseconds, phase = self._mlflow.entities.Metric, int(when * 1000), self._phase
         self._kept += [
-            metric(f"{self._phase}/{name}", value, milliseconds, step)
+            (phase, metric(f"{phase}/{name}", value, milliseconds, step))
             for name, value in values.items()
         ]
-        self._last[self._phase] = step
+        self._last[phase] = step
 
     def flush(self) -> None:
         """Send the numbers, and in the same request which steps are recorded; keep them if lost."""
         if not self._kept:
             return
-        tag = self._mlflow.entities.RunTag
+        self._open()
+        metrics, tag = [metric for _, metric in self._kept], self._mlflow.entities.RunTag
         tags = [tag(f"{_STEP_TAG}{phase}", str(step)) for phase, step in self._last.items()]
-        self._client.log_batch(self._run_id, metrics=self._kept, tags=tags)
+        self._client.log_batch(self._run_id, metrics=metrics, tags=tags)
         self._kept = []
 
     def picture(self, step: int, name: str, picture: NDArray[np.uint8], when: float) -> None:
@@ -233,9 +233,14 @@ class Mlflow:
             client.log_batch(run.info.run_id, params=batch)
         for tag, value in run.data.tags.items():
             if tag.startswith(_STEP_TAG):
-                self._last[tag.removeprefix(_STEP_TAG)] = int(value)
-        self._recorded = dict(self._last)
+                self._skip(tag.removeprefix(_STEP_TAG), int(value))
         self._client, self._run_id = client, run.info.run_id
+
+    def _skip(self, phase: str, step: int) -> None:
+        """Take no metric of this phase up to `step`: the run has them."""
+        self._kept = [each for each in self._kept if each[0] != phase or each[1].step > step]
+        self._last[phase] = max(step, self._last.get(phase, -1))
+        self._recorded[phase] = max(step, self._recorded.get(phase, -1))
 
     def _previous(self, client: Any) -> Any:
         """Return the run that the note names, if it is of this store and still there."""

@@ -242,21 +242,26 @@ class _Feed:
 
     def _work(self) -> None:
         while (write := self._waiting.get()) is not None:
-            try:
-                write()
-                if self._waiting.empty():
-                    self.recorder.flush()
-                self._failing = False
-            except Exception as error:  # of a server, a disk or a library: training goes on
-                self._fail(error)
+            self._lost += not self._done(write)
+            if self._waiting.empty() and not self._failing:
+                self._done(self.recorder.flush)
             if self._failing and self._closing.is_set():
                 break
         self.recorder.reset()
 
+    def _done(self, write: Callable[[], None]) -> bool:
+        """Return whether the recorder could do it."""
+        try:
+            write()
+        except Exception as error:  # of a server, a disk or a library: training goes on
+            self._fail(error)
+        else:
+            self._failing = False
+        return not self._failing
+
     def _fail(self, error: Exception) -> None:
         """Name the first error; then leave the recorder alone for a while."""
         self._failing = True
-        self._lost += 1
         self.recorder.reset()
         if not self._warned:
             self._warned = True

@@ -300,7 +300,7 @@ def test_recording_goes_on_when_the_store_comes_back(
 
 
 def test_metrics_that_a_request_lost_are_sent_with_the_next(
-    tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracking, "_RETRY_S", 0.0)
     real, requests = mlflow.MlflowClient.log_batch, 0
@@ -324,6 +324,7 @@ def test_metrics_that_a_request_lost_are_sent_with_the_next(
     history = client.get_metric_history(run.info.run_id, "tokenizer/loss")
     assert [each.step for each in history] == [1, 2, 3]
     assert requests == 3
+    assert "missing" not in caplog.text
 
 
 def test_a_full_disk_stops_neither_the_run_nor_what_was_recorded(
