@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from nsp.training.config import RunConfig
 
 FOLDER = click.Path(path_type=Path)
+# Fields of RunConfig that are options of the same name.
+_OPTIONS = (
+    "seed",
+    "precision",
+    "start_from",
+    "parallel",
+    "compile",
+    "activation_checkpointing",
+    "tracking",
+)
 
 
 @click.command()
@@ -32,6 +42,15 @@ FOLDER = click.Path(path_type=Path)
     "--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of weights, data order and samples."
 )
 @click.option("--precision", help="auto, fp32, bf16 or fp16.")
+@click.option("--start-from", help="Checkpoint folder whose weights to start with.")
+@click.option("--parallel", help="How several processes share the work: ddp or fsdp.")
+@click.option("--compile/--no-compile", default=None, help="Use torch.compile.")
+@click.option(
+    "--activation-checkpointing/--no-activation-checkpointing",
+    default=None,
+    help="Compute activations twice to save memory.",
+)
+@click.option("--mlflow", help="Record to MLflow: 'local', a folder, or a server's URI.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
 @click.option("--skip-bad-files", is_flag=True, help="Leave bad pictures out instead of stopping.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
@@ -68,6 +87,8 @@ def main(
         message, code = explain(error)
         click.echo("error: " + " ".join(message.split()), err=True)
         sys.exit(code)
+    if not result.is_main_process:
+        sys.exit(DONE if result.finished else INTERRUPTED)
     if not result.finished:
         click.echo(f"stopped; continue with: {shlex.join(again)}", err=True)
     click.echo(f"checkpoint: {result.checkpoint}")
@@ -83,14 +104,15 @@ def configure(
     data: str | None = None,
     text_encoder: str | None = None,
     steps: int | None = None,
-    seed: int | None = None,
-    precision: str | None = None,
+    mlflow: str | None = None,
+    **changes: Any,
 ) -> "RunConfig":
     """Return the run a command line describes: a file's, a preset's or a resumed folder's, changed.
 
     What of a preset an option can change is taken from the resumed run where the option is not
-    given, so that the command line that started a run may leave it out. Raises ConfigError for an
-    unknown preset or a value that is not allowed.
+    given, so that the command line that started a run may leave it out. `changes` are fields of
+    RunConfig, None where they stay. Raises ConfigError for an unknown preset or a value that is not
+    allowed.
     """
     from nsp.training.config import RunConfig
     from nsp.training.presets import preset as named_run
@@ -116,10 +138,9 @@ def configure(
         values["data"]["source"] = data
     if text_encoder is not None:
         values["text_encoder"]["folder"] = text_encoder
-    if seed is not None:
-        values["seed"] = seed
-    if precision is not None:
-        values["precision"] = precision
+    if mlflow is not None:
+        values["tracking"]["mlflow"] = mlflow
+    values |= {name: value for name, value in changes.items() if value is not None}
     run = RunConfig.from_dict(values)
     if steps is not None:
         phases = tuple(dataclasses.replace(each, steps=steps) for each in run.phases)
@@ -135,8 +156,7 @@ def _with_options_of(run: "RunConfig", stored: "RunConfig") -> "RunConfig":
         run,
         data=dataclasses.replace(run.data, source=stored.data.source),
         text_encoder={**run.text_encoder, **folder},
-        seed=stored.seed,
-        precision=stored.precision,
+        **{name: getattr(stored, name) for name in _OPTIONS},
         phases=tuple(
             dataclasses.replace(phase, steps=steps.get(phase.name, phase.steps))
             for phase in run.phases

@@ -4,6 +4,7 @@ NspError
 ├── ConfigError         a configuration value or option that is not allowed
 ├── DataError           a picture, caption or data set that cannot be used
 ├── CheckpointError     a checkpoint folder or state dict that is missing, corrupt or does not fit
+├── TrainingError       a training run that cannot go on
 ├── FeedError           a tensor handed to a stage with the wrong name, shape or dtype
 │   └── ProfileError    a size outside what an engine was built for
 ├── EngineError         an engine folder that is missing, damaged or for another device
@@ -31,6 +32,10 @@ class DataError(NspError):
 
 class CheckpointError(NspError):
     """A checkpoint folder or state dict is missing, corrupt or does not fit."""
+
+
+class TrainingError(NspError):
+    """A training run cannot go on: its loss went wrong, and going back did not help."""
 
 
 class FeedError(NspError):

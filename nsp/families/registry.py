@@ -18,7 +18,7 @@ class Family:
     loop: str  # generator over scale steps
     request: str  # record of one batch for the loop
     system: str  # torch: new_system(run config, source) -> module with all weights
-    objective: str  # torch: (phase name, settings, system, data) -> Objective
+    objective: str  # torch: (phase name, settings, system, data, held out) -> Objective
     stages: str  # torch: (system, kv_layout) -> {stage name: module}
     load_checkpoint: str  # torch: (folder, config dict) -> system
     save_checkpoint: str  # torch: (folder, system, notes, sampling)

@@ -7,8 +7,21 @@ from typing import Any, Literal
 from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.training.schedules import SCHEDULES
+from nsp.training.tracking import TrackingConfig
 
 MAX_SEED = 2**32 - 1  # NumPy's global generator takes no more
+_COUNTS = (
+    "steps",
+    "batch_size",
+    "accumulate",
+    "sample_every",
+    "checkpoint_every",
+    "keep_last",
+    "validate_every",
+    "log_every",
+)
+# What of a phase a resumed run may change: how long it is, how it is computed and watched.
+FREE_OF_PHASE = (*(name for name in _COUNTS if name != "batch_size"), "guard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +66,71 @@ class OptimizerConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig(Config):
+    """When a run goes back to its last saved step, and when it gives up.
+
+    It goes back when the loss or the gradient is not finite, and when a reported loss exceeds
+    `spike_ratio` times the median of the last `window` reported ones. The batches since the saved
+    step are then left out, so the run does not meet the same ones again. After `max_rollbacks` in
+    one phase, or with nothing saved yet, it stops with an error.
+    """
+
+    spike_ratio: float = 4.0  # 0: only what is not finite counts
+    window: int = 50  # reports; a spike is looked for once half of them are there
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.spike_ratio != 0 and not 1 < self.spike_ratio < math.inf:
+            raise ConfigError(
+                f"guard.spike_ratio must be 0 (off) or above 1, got {self.spike_ratio}"
+            )
+        if self.window < 2 or self.max_rollbacks < 0:
+            raise ConfigError("guard needs a window of at least 2 and max_rollbacks of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Config):
+    """Low-rank adapters in place of full training (Hu et al. 2021, arXiv:2106.09685), by peft.
+
+    Checkpoint folders hold the weights with the adapters merged in.
+    """
+
+    rank: int = 16
+    alpha: int = 32  # the update is scaled by alpha / rank
+    dropout: float = 0.0
+    targets: tuple[str, ...]  # ends of the names of linear layers, such as "mat_qkv"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.rank < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
+            raise ConfigError("lora needs rank >= 1, alpha >= 1 and dropout in [0, 1)")
+        if not self.targets:
+            raise ConfigError("lora.targets names no layer; for the family var: mat_qkv, proj")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseConfig(Config):
     """One phase of a run: what the family trains under this name, for how long, and how."""
 
     name: str
     steps: int
-    batch_size: int
+    batch_size: int  # of an optimizer step, over all devices and micro-batches
+    accumulate: int = 1  # micro-batches of a step on each device
     optimizer: OptimizerConfig
     ema_decay: float = 0.0  # 0: no moving average
+    lora: LoraConfig | None = None  # None: all weights of the objective learn
+    guard: GuardConfig = field(default_factory=GuardConfig)
     objective: dict[str, Any] = field(default_factory=dict)  # settings of the family's objective
     sample_every: int = 500
     checkpoint_every: int = 250
+    keep_last: int = 2  # saved steps kept beside the best one
+    validate_every: int = 500  # on the held-out split, where the data has one
     log_every: int = 10
 
     def __post_init__(self) -> None:
         """Check the counts."""
-        for name in ("steps", "batch_size", "sample_every", "checkpoint_every", "log_every"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"phase {self.name}: {name} must be at least 1")
         if not 0 <= self.ema_decay < 1:
@@ -95,8 +157,13 @@ class RunConfig(Config):
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[PhaseConfig, ...]
     sampling: dict[str, Any] = field(default_factory=dict)  # SamplingConfig that suits the model
+    start_from: str | None = None  # checkpoint folder whose weights the run starts with
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # how several processes share the work
+    compile: bool = False  # torch.compile of the repeated parts
+    activation_checkpointing: bool = False  # compute activations again instead of keeping them
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         """Check that phases have distinct names and that every library takes the seed."""

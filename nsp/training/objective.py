@@ -1,7 +1,7 @@
 """What a family gives the trainer: one objective per phase."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,37 @@ class Objective(nn.Module, ABC):
     """A loss over one batch, and all the trainer must know about the modules behind it.
 
     `trained` holds the modules that learn; frozen ones may hang beside it. The trainer never looks
-    further in.
+    further in. A batch is a cut of one optimizer step's: what `forward` computes must be a mean
+    over samples, and what is random about a sample must be drawn from its `key` (see
+    `order.sample_uniforms`), so that the result does not depend on the number of devices.
     """
 
     trained: nn.Module
 
     @abstractmethod
     def dataset(self) -> Dataset[Mapping[str, Any]]:
-        """Return the training set; an item is a dictionary of tensors, numbers and strings."""
+        """Return the training set; an item is a dictionary of tensors, numbers and strings.
+
+        It is asked for once, before modules are sharded or compiled.
+        """
+
+    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+        """Return pictures that are never trained on, as `dataset` does, if there are any."""
+        return None
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the repeated parts of the model, to be sharded, compiled, recomputed one by one.
+
+        They must be called as modules. None by default.
+        """
+        return ()
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return `loss` (scalar, differentiable) and further scalars to report."""
+        """Return `loss` (scalar, differentiable) and further scalars to report.
+
+        `batch` is a collated one of `dataset`, with `key` (B,) int64 on the CPU.
+        """
 
     @abstractmethod
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
@@ -35,6 +54,9 @@ class Objective(nn.Module, ABC):
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return pictures (N, H, W, 3) that show the state of training, and a title for each."""
 
-    def after_step(self, step: int) -> dict[str, float]:
-        """Do what belongs between optimizer steps; return further numbers to report."""
+    def after_step(self, step: int) -> dict[str, float | Tensor]:
+        """Do what belongs between optimizer steps; return further numbers to report.
+
+        Every process calls it: weights changed here must change alike on all of them.
+        """
         return {}

@@ -12,23 +12,39 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch import Tensor
 
+from nsp.files import write_file
 from nsp.training.config import PhaseConfig
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 4  # metrics on the bar
+_LINES_APART = 10  # reports between two log lines where there is no terminal
 
 
 class Progress:
-    """Reports metrics every `log_every` steps, no oftener: reading them waits for the device."""
+    """Shows and keeps the reported numbers of a phase; a silent one (not the first process) none.
 
-    def __init__(self, config: PhaseConfig, start: int, log_path: Path) -> None:
-        self.config, self.start = config, start
+    Reports of steps after `start` are forgotten: an earlier process made them before it was killed.
+    """
+
+    def __init__(
+        self,
+        config: PhaseConfig,
+        start: int,
+        log_path: Path,
+        *,
+        flops_per_image: float = 0.0,
+        silent: bool = False,
+    ) -> None:
+        self.config, self._silent, self._flops = config, silent, flops_per_image
+        self._since, self._since_step = time.monotonic(), start
+        self._bar: Bar | None = None
+        if silent:
+            return
+        _forget(log_path, start)
         self._log = log_path.open("a")
         console = Console(file=sys.stderr)
-        self._bar: Bar | None = None
         if console.is_terminal:
             self._bar = Bar(
                 TextColumn("{task.description}"),
@@ -41,7 +57,6 @@ class Progress:
             self._task = self._bar.add_task(
                 config.name, total=config.steps, completed=start, metrics=""
             )
-        self._since, self._since_step = time.monotonic(), start
 
     def __enter__(self) -> Self:
         """Show the bar."""
@@ -58,31 +73,53 @@ class Progress:
         """Close the bar and the log."""
         if self._bar is not None:
             self._bar.stop()
-        self._log.close()
+        if not self._silent:
+            self._log.close()
 
-    def advance(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Count one finished step; `step` steps are done now."""
+    def advance(self, step: int) -> None:
+        """Show that `step` steps are done now."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
-        if step % self.config.log_every and step != self.config.steps:
-            return
-        values = {name: float(value) for name, value in metrics.items()}
+
+    def note(self, step: int, **facts: str | float | int | None) -> None:
+        """Keep a line about something else than the usual numbers."""
+        if not self._silent:
+            self._log.write(json.dumps({"step": step, **facts}) + "\n")
+            self._log.flush()
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Show and keep the numbers of the last finished step; return them with the throughput."""
         now = time.monotonic()
-        values["steps_per_s"] = (step - self._since_step) / max(now - self._since, 1e-9)
+        rate = (step - self._since_step) / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
-        self._log.write(json.dumps({"step": step, **values}) + "\n")
-        self._log.flush()
-        shown = [f"{name} {value:.4g}" for name, value in list(values.items())[:_SHOWN]]
-        shown.append(f"{values['steps_per_s']:.2f} steps/s")
+        values = {**metrics, "steps_per_s": rate, "images_per_s": rate * self.config.batch_size}
+        if self._flops:
+            values["tflops_per_s"] = 1e-12 * self._flops * values["images_per_s"]
+        if self._silent:
+            return values
+        self.note(step, **values)
+        shown = [f"{name} {value:.4g}" for name, value in list(metrics.items())[:_SHOWN]]
+        shown.append(f"{values['images_per_s']:.3g} images/s")
+        line = "  ".join(shown)
         if self._bar is not None:
-            self._bar.update(self._task, metrics="  ".join(shown))
-        elif step % (10 * self.config.log_every) == 0 or step == self.config.steps:
-            left = (self.config.steps - step) / max(values["steps_per_s"], 1e-9)
-            logger.info(
-                "%s %d/%d  %s  %.0f s left",
-                self.config.name,
-                step,
-                self.config.steps,
-                "  ".join(shown),
-                left,
-            )
+            self._bar.update(self._task, metrics=line)
+        elif step % (_LINES_APART * self.config.log_every) == 0 or step == self.config.steps:
+            left = (self.config.steps - step) / max(rate, 1e-9)
+            name, steps = self.config.name, self.config.steps
+            logger.info("%s %d/%d  %s  %.0f s left", name, step, steps, line, left)
+        return values
+
+
+def _forget(log_path: Path, start: int) -> None:
+    """Drop the lines about steps after `start`, and a last one that was cut off."""
+    if not log_path.exists():
+        return
+    kept = []
+    for line in log_path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with write_file(log_path) as partial:
+        partial.write_text("".join(kept))

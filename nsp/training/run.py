@@ -1,9 +1,11 @@
 """A whole training run: data, model, phases in order, a checkpoint folder at the end.
 
 A run folder holds run.json (its RunConfig), start/ (the model before the first step: what a resumed
-run must not make anew, such as the prompt tokenizer), one folder per phase, and checkpoint/.
+run must not make anew, such as the prompt tokenizer), one folder per phase, tensorboard/, and
+checkpoint/ (the model as it is now). Every phase starts from the last of these two, read anew.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -19,17 +21,22 @@ from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.config import Config
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource, open_source
-from nsp.errors import CheckpointError, ConfigError
+from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.families.registry import family
 from nsp.files import write_file
-from nsp.training.config import RunConfig
-from nsp.training.trainer import Phase, shipped_weights
+from nsp.training.config import FREE_OF_PHASE, PhaseConfig, RunConfig
+from nsp.training.optimizer import merge_adapters
+from nsp.training.parallel import gathered
+from nsp.training.tracking import Tracker
+from nsp.training.trainer import Phase
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "checkpoint"
 RUN_NAME = "run.json"
 START_NAME = "start"
+# What a resumed run may change: how long, how it is computed, what is kept of it.
+_FREE = ("precision", "parallel", "compile", "activation_checkpointing", "tracking")
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class RunResult:
     """Where a run left its results."""
 
     checkpoint: Path
-    finished: bool  # False after Ctrl-C
+    finished: bool  # False after a request to stop
+    is_main_process: bool = True  # the one that tells the user
 
 
 def resolve_precision(requested: str) -> str:
@@ -60,79 +68,148 @@ def train(
 ) -> RunResult:
     """Train every phase of `config` up to `last_phase` in `folder` and write `folder`/checkpoint.
 
-    Ctrl-C ends the run early with a checkpoint of what has been learnt; `resume` continues such a
-    run (or any that died) at its last saved step, where only steps and precision may differ from
-    the stored configuration. Raises ConfigError for other differences, and when `folder` holds a
-    run and `resume` is not given.
+    Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint of what has been
+    learnt; `resume` continues such a run (or any that died) at its last saved step. It may change
+    the number of steps, the precision and the devices; other differences from the stored
+    configuration raise ConfigError, as does a folder that holds a run when `resume` is not given.
+    Every process of a distributed run calls this.
     """
     names = [phase.name for phase in config.phases]
     if last_phase is not None and last_phase not in names:
         raise ConfigError(f"unknown phase {last_phase!r} of this run; known: {', '.join(names)}")
-    accelerator = Accelerator(mixed_precision=resolve_precision(config.precision))
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"{accelerator.num_processes} processes: this version trains in one; start one process"
-        )
+    # Asked for, because processes without a GPU would otherwise not find one another.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=resolve_precision(config.precision))
+    if not accelerator.is_main_process:
+        logging.getLogger("nsp").setLevel(logging.ERROR)  # one process speaks for all
     _check_folder(folder, config, resume=resume)
     set_seed(config.seed)
-    record = family(config.family)
-    source = open_source(config.data.source, split="train", skip_bad_files=skip_bad_files)
-    system = _system(folder, config, source, resume=resume).to(accelerator.device)
-    data = ImageDataset(
-        source,
-        system.config.image_size_px,
-        train=True,
-        crop=config.data.crop,
-        flip=config.data.flip,
-        seed=config.seed,
+    source, held_out = _open_data(config, skip_bad_files=skip_bad_files)
+    with Tracker(config.tracking, is_main_process=accelerator.is_main_process) as tracker:
+        accelerator.wait_for_everyone()  # nobody writes before everybody has checked
+        if accelerator.is_main_process:
+            _prepare_folder(folder, config, source, resume=resume)
+        accelerator.wait_for_everyone()
+        tracker.start(config.to_dict(), folder)
+        logger.info(
+            "%s on %s (%s), %d processes: %d pictures, run folder %s",
+            *(config.family, accelerator.device, accelerator.mixed_precision),
+            *(accelerator.num_processes, len(source), folder),
+        )
+        for phase in config.phases:
+            if not _run_phase(phase, config, folder, accelerator, tracker, source, held_out):
+                tracker.close("stopped")
+                return RunResult(folder / CHECKPOINT_NAME, False, accelerator.is_main_process)
+            if phase.name == last_phase:
+                break
+    return RunResult(folder / CHECKPOINT_NAME, True, accelerator.is_main_process)
+
+
+def _run_phase(
+    config: PhaseConfig,
+    run: RunConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    tracker: Tracker,
+    source: ImageSource,
+    held_out: ImageSource | None,
+) -> bool:
+    """Train one phase, starting from the newest checkpoint; return whether all steps are made."""
+    record = read_checkpoint(_newest(folder))
+    steps = dict(record.notes.get("steps", {}))
+    if steps.get(config.name, 0) >= config.steps:
+        logger.info("%s: all %d steps are made", config.name, config.steps)
+        return True
+    system = record.load()
+
+    def pictures(of: ImageSource, *, train: bool) -> ImageDataset:
+        return ImageDataset(
+            of,
+            system.config.image_size_px,
+            train=train,
+            crop=run.data.crop,
+            flip=run.data.flip and train,
+            seed=run.seed,
+        )
+
+    objective = record.family.get("objective")(
+        config.name,
+        config.objective,
+        system,
+        pictures(source, train=True),
+        None if held_out is None else pictures(held_out, train=False),
     )
+    phase = Phase(config, objective, accelerator, folder / config.name, run, tracker)
+    finished = phase.run()
+    steps[config.name] = phase.step
+    with phase.averaged():
+        weights = gathered(system)
+        if accelerator.is_main_process:
+            shipped = _plain(system, weights, config, _newest(folder))
+            _save(folder / CHECKPOINT_NAME, shipped, run, steps)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    return finished
+
+
+def _newest(folder: Path) -> Path:
+    """Return the model a phase of the run in `folder` starts from."""
+    checkpoint = folder / CHECKPOINT_NAME
+    return checkpoint if is_checkpoint(checkpoint) else folder / START_NAME
+
+
+def _plain(
+    system: torch.nn.Module, weights: dict[str, Any] | None, config: PhaseConfig, start: Path
+) -> torch.nn.Module:
+    """Return the system as it is saved: not sharded, without adapters."""
+    if weights is not None:
+        system = read_checkpoint(start).load()
+        system.load_state_dict(weights)
+    elif config.lora is not None:
+        system = copy.deepcopy(system)
+        merge_adapters(system)
+    return system
+
+
+def _open_data(
+    config: RunConfig, *, skip_bad_files: bool
+) -> tuple[ImageSource, ImageSource | None]:
+    """Return the pictures to train on, and those held out where the source lists some."""
+    spec = config.data.source
+    source = open_source(spec, split="train", skip_bad_files=skip_bad_files)
+    try:
+        held_out = open_source(spec, split="heldout", skip_bad_files=True)
+    except DataError:
+        held_out = None
+    return source, held_out
+
+
+def _prepare_folder(folder: Path, config: RunConfig, source: ImageSource, *, resume: bool) -> None:
+    """Make the model a new run starts from and store what the run is."""
+    start = folder / START_NAME
+    if not (resume and is_checkpoint(start)):
+        _save(start, _new_system(config, source), config, {})
     with write_file(folder / RUN_NAME) as partial:  # from here on the folder belongs to this run
         partial.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-    logger.info(
-        "%s on %s (%s): %d pictures, run folder %s",
-        config.family,
-        accelerator.device,
-        accelerator.mixed_precision,
-        len(data),
-        folder,
-    )
-    finished, steps = True, {}
-    for phase_config in config.phases:
-        objective = record.get("objective")(phase_config.name, phase_config.objective, system, data)
-        phase = Phase(
-            phase_config,
-            objective,
-            accelerator,
-            folder / phase_config.name,
-            config.seed,
-            config.data.num_workers,
+
+
+def _new_system(config: RunConfig, source: ImageSource) -> Any:
+    """Return the model before the first step: new, or that of another checkpoint."""
+    if config.start_from is None:
+        return family(config.family).get("system")(config.model, config.text_encoder, source)
+    record = read_checkpoint(Path(config.start_from))
+    if record.family.name != config.family:
+        raise ConfigError(
+            f"{config.start_from} is of family {record.family.name}, this run of {config.family}"
         )
-        if not phase.done:
-            try:
-                phase.run()
-            except KeyboardInterrupt:
-                finished = False
-        steps[phase_config.name] = phase.step
-        with shipped_weights(phase):
-            _save(folder / CHECKPOINT_NAME, system, config, steps)
-        if phase.done:
-            phase.adopt_average()
-        if not finished or phase_config.name == last_phase:
-            break
-    return RunResult(folder / CHECKPOINT_NAME, finished)
-
-
-def _system(folder: Path, config: RunConfig, source: ImageSource, *, resume: bool) -> Any:
-    """Return the model a run starts from: a resumed run's own, else a new one, kept in `folder`.
-
-    Made again, it would follow the captions and the text encoder's folder as they are by then.
-    """
-    start = folder / START_NAME
-    if resume and is_checkpoint(start):
-        return read_checkpoint(start).load()
-    system = family(config.family).get("system")(config.model, config.text_encoder, source)
-    _save(start, system, config, {})
-    return system
+    wanted = record.family.get("config").from_dict(config.model).to_dict()
+    for name, have, want in _different("", dict(record.config), wanted):
+        if not name.startswith("condition."):  # decided by the text encoder it was trained with
+            raise ConfigError(
+                f"{config.start_from} has {name} {have!r}, this run's model {want!r}; take the "
+                "model from its config.json, or train from new weights"
+            )
+    return record.load()
 
 
 def _save(
@@ -155,17 +232,28 @@ def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
             f"{folder} holds a run already; continue it with --resume or choose --output-dir"
         )
     if not resume:
+        for name in (CHECKPOINT_NAME, *(phase.name for phase in config.phases)):
+            if (folder / name).exists():
+                raise ConfigError(
+                    f"{folder} holds {name}/ but no {RUN_NAME}: choose another --output-dir"
+                )
         return
     if not path.exists():
         raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start one")
     for name, stored, given in differences(stored_run(folder), config):
-        if name == "precision" or name.endswith(".steps"):
+        if _is_free(name):
             logger.info("%s: %s is %r from here on, it was %r", folder, name, given, stored)
         else:
             raise ConfigError(
                 f"{path} says {name} is {stored!r}, not {given!r}; leave out what changes it to "
                 "continue that run, or start another with --output-dir"
             )
+
+
+def _is_free(name: str) -> bool:
+    """Return whether a resumed run may change the field `name`, such as "phases.0.steps"."""
+    parts = name.split(".")
+    return parts[0] in _FREE or (parts[0] == "phases" and parts[2] in FREE_OF_PHASE)
 
 
 def stored_run(folder: Path) -> RunConfig:

@@ -1,297 +1,409 @@
 """The training loop: one phase of one run, for any family, on whatever devices accelerate finds."""
 
 import dataclasses
-import json
 import logging
+import math
+import shutil
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sized
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import DataLoader, Dataset
 
-from nsp.errors import CheckpointError, ConfigError
+from nsp.errors import CheckpointError, ConfigError, TrainingError
 from nsp.sheet import contact_sheet
-from nsp.training.config import OptimizerConfig, PhaseConfig
+from nsp.training.average import WeightAverage, full
+from nsp.training.checkpoints import CheckpointStore
+from nsp.training.config import FREE_OF_PHASE, PhaseConfig, RunConfig
+from nsp.training.flops import flops_per_image
+from nsp.training.guard import LossGuard
 from nsp.training.objective import Objective
+from nsp.training.optimizer import add_adapters, new_optimizer, set_rates
+from nsp.training.order import Share, StepSampler, sample_keys, step_seed
+from nsp.training.parallel import GATHERED, accumulating, prepare, whole
 from nsp.training.progress import Progress
-from nsp.training.schedules import lr_ratio, weight_decay
-from nsp.training.state import read_state, write_state
+from nsp.training.stopping import StopRequest
+from nsp.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
-STATE_NAME = "state.pt"
+_SPREAD = StateDictOptions(full_state_dict=True)
+
+Batch = Mapping[str, Any]
 
 
-class _AtEpoch(Dataset[Mapping[str, Any]]):
+class _AtEpoch(Dataset[Batch]):
     """A data set read by (epoch, index), so that workers that read ahead see the right epoch."""
 
-    def __init__(self, data: Dataset[Mapping[str, Any]]) -> None:
+    def __init__(self, data: Dataset[Batch]) -> None:
         self.data = data
         self._set_epoch = getattr(data, "set_epoch", None)
 
-    def __getitem__(self, key: tuple[int, int]) -> Mapping[str, Any]:
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
         if self._set_epoch is not None:
             self._set_epoch(epoch)
         return self.data[index]
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for steps `start` .. `steps` - 1, each a function of (seed, step).
-
-    Every epoch is a new permutation, cut into whole batches, so a run resumed at step k sees what
-    it would have seen.
-    """
-
-    def __init__(self, size: int, batch_size: int, steps: int, *, start: int, seed: int) -> None:
-        if batch_size > size:
-            raise ConfigError(
-                f"batch_size={batch_size} exceeds the {size} pictures of the data set"
-            )
-        self.size, self.batch_size, self.steps = size, batch_size, steps
-        self.start, self.seed = start, seed
-
-    def __len__(self) -> int:
-        """Return the number of batches left."""
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield the (epoch, index) pairs of every step."""
-        per_epoch = self.size // self.batch_size
-        epoch, order = -1, torch.empty(0)
-        for step in range(self.start, self.steps):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.size, generator=generator)
-            first = step % per_epoch * self.batch_size
-            indices = order[first : first + self.batch_size].tolist()
-            yield [(epoch, index) for index in indices]
+class _WentWrong(Exception):
+    """The loss or the gradient is not as it should be; the message says how."""
 
 
-def parameter_groups(objective: Objective) -> list[dict[str, Any]]:
-    """Return AdamW groups: with weight decay (`decayed` true) and without."""
-    named = [(n, p) for n, p in objective.trained.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for n, p in named if objective.decays(n, p) is decayed], "decayed": decayed}
-        for decayed in (True, False)
-    ]
-
-
-def set_rates(
-    optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, steps: int
-) -> float:
-    """Set learning rate and weight decay of every group for `step`; return the learning rate."""
-    ratio = lr_ratio(
-        step,
-        steps,
-        kind=config.schedule,
-        warmup_steps=config.warmup_steps,
-        warmup_start=config.warmup_start,
-        end=config.final_ratio,
-    )
-    end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
-    decay = weight_decay(step, steps, start=config.weight_decay, end=end)
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * ratio
-        group["weight_decay"] = decay if group["decayed"] else 0.0
-    return config.lr * ratio
-
-
-@dataclass
 class Phase:
-    """One phase under way: build it, `run` it; then `weights` are those to ship.
+    """One phase under way: build it, `run` it, then `ship` its weights.
 
-    These are the averaged ones where EMA is on.
+    A step's samples and everything random in it are a function of (seed, step): a run stopped after
+    any step and resumed on as many processes gives the same weights, bit for bit. On another number
+    of them it gives the same up to rounding, but for torch's own generator (dropout, drop path).
     """
 
-    config: PhaseConfig
-    objective: Objective
-    accelerator: Accelerator
-    folder: Path  # of this phase: state.pt, samples/, log.jsonl
-    seed: int
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        """Create optimizer, average and data order; continue from state.pt where there is one."""
+    def __init__(
+        self,
+        config: PhaseConfig,
+        objective: Objective,
+        accelerator: Accelerator,
+        folder: Path,
+        run: RunConfig,
+        tracker: Tracker,
+    ) -> None:
+        self.config, self.objective, self.accelerator = config, objective, accelerator
+        self.folder, self.run_config, self.tracker = folder, run, tracker
         self.step = 0
-        settings = self.config.optimizer
-        beta1, beta2 = settings.betas
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.objective), lr=settings.lr, betas=(beta1, beta2), fused=True
+        self.offset = 0  # data steps left out by rollbacks
+        self.rollbacks = 0
+        self.held_out_loss: tuple[int, float] | None = None  # step, loss
+        self.share = Share(
+            batch_size=config.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            accumulate=config.accumulate,
         )
-        self.average: AveragedModel | None = None
-        if self.config.ema_decay:
-            # torch's swa_utils has no annotations
-            average = get_ema_multi_avg_fn(self.config.ema_decay)  # type: ignore[no-untyped-call]
-            trained = self.objective.trained
-            self.average = AveragedModel(trained, multi_avg_fn=average, use_buffers=False)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.guard = LossGuard(config.guard)
+        self.store = CheckpointStore(folder / "checkpoints", keep_last=config.keep_last)
+        if config.lora is not None:
+            add_adapters(objective.trained, config.lora)
+        objective.to(accelerator.device)
+        self.data, self.held_out = objective.dataset(), objective.held_out()
+        self.flops = flops_per_image(objective, self.data, self.share.micro_batch_size)
+        self.module = prepare(objective, run, accelerator)
+        self.optimizer = accelerator.prepare_optimizer(new_optimizer(objective, config.optimizer))
+        self.average: WeightAverage | None = None
+        if config.ema_decay:
+            self.average = WeightAverage(objective.trained.parameters(), config.ema_decay)
         self._restore()
-        self.module, self.optimizer = self.accelerator.prepare(self.objective, self.optimizer)
 
     @property
     def done(self) -> bool:
         """Whether every step has been made."""
         return self.step >= self.config.steps
 
-    @property
-    def weights(self) -> nn.Module:
-        """The module whose weights are to be shipped."""
-        return self.objective.trained if self.average is None else self.average.module
+    def run(self) -> bool:
+        """Train to the last step and return True, or to a signal's and return False.
 
-    def run(self) -> None:
-        """Train to the last step; state.pt is current after an interruption too.
-
-        After an error it stays as it was last saved: what led there may be in the weights.
+        The step is saved in both cases. After an error the last saved step stays the newest: what
+        led there may be in the weights.
         """
-        loader = self._loader()
-        started = time.monotonic()
-        try:
-            with Progress(self.config, self.step, self.folder / "log.jsonl") as progress:
-                for batch in loader:
-                    metrics = self._train_step(batch)
-                    self.step += 1
-                    progress.advance(self.step, metrics)
-                    if self.step % self.config.sample_every == 0 or self.done:
-                        self._write_samples()
-                    if self.step % self.config.checkpoint_every == 0:
-                        self.save()
-        except KeyboardInterrupt:
-            self.save()
-            raise
+        if self.done:
+            return True
+        self._check_space()
+        started, first = time.monotonic(), self.step
+        main = self.accelerator.is_main_process
+        log = self.folder / "log.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.tracker.phase(self.config.name, self.step)
+        with (
+            StopRequest(self.accelerator) as stop,
+            Progress(
+                self.config, self.step, log, flops_per_image=self.flops, silent=not main
+            ) as progress,
+        ):
+            while not self.done and not stop.agreed():
+                try:
+                    self._train(progress, stop)
+                except _WentWrong as problem:
+                    self._roll_back(str(problem), progress)
         self.save()
+        seconds = time.monotonic() - started
         logger.info(
-            "%s: %d steps in %.0f s", self.config.name, self.step, time.monotonic() - started
+            "%s: %d steps in %.0f s, %.3g images/s",
+            self.config.name,
+            self.step - first,
+            seconds,
+            (self.step - first) * self.config.batch_size / max(seconds, 1e-9),
         )
+        return self.done
 
-    def adopt_average(self) -> None:
-        """Leave the averaged weights in the trained modules: later phases build on these."""
-        if self.average is not None:
-            self.objective.trained.load_state_dict(self.average.module.state_dict())
+    def _train(self, progress: Progress, stop: StopRequest) -> None:
+        """Make the steps that are left, until the end or a request to stop."""
+        loader = iter(self._loader(self.data, self.step + self.offset))
+        pending: Tensor | None = None  # gradient norm of the step before: read one step later
+        while not self.done:
+            norm, metrics = self._train_step(loader)
+            self._check_norm(pending)
+            pending = norm
+            self.step += 1
+            progress.advance(self.step)
+            saves = self.step % self.config.checkpoint_every == 0
+            reports = self.step % self.config.log_every == 0 or self.done
+            if saves or reports:
+                self._check_norm(pending)
+            if reports:
+                self._report(progress, metrics)
+            if self.held_out is not None and self._is_due(self.config.validate_every):
+                self._validate(progress)
+            if self._is_due(self.config.sample_every):
+                self._write_samples()
+            if saves and not self.done:
+                self.save()
+            # Agreeing costs a wait for all processes: several of them do it when they report.
+            if (reports or self.accelerator.num_processes == 1) and stop.agreed():
+                self._check_norm(pending)
+                return
 
-    def _loader(self) -> DataLoader[Mapping[str, Any]]:
-        """Return the batches that are left."""
-        dataset = self.objective.dataset()
-        assert isinstance(dataset, Sized)  # StepSampler draws indices, so it must be map-style
-        sampler = StepSampler(
-            len(dataset), self.config.batch_size, self.config.steps, start=self.step, seed=self.seed
-        )
-        loader = DataLoader(_AtEpoch(dataset), batch_sampler=sampler, num_workers=self.num_workers)
-        prepared: DataLoader[Mapping[str, Any]] = self.accelerator.prepare(loader)
-        return prepared
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.done
 
-    def _step_seed(self) -> int:
-        """Return the seed of this step on this process."""
-        phase = zlib.crc32(self.config.name.encode())
-        key = (self.seed, phase, self.step, self.accelerator.process_index)
-        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-    def _train_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
-        """Make one optimizer step; return the metrics to report."""
+    def _train_step(self, loader: Iterator[Batch]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Make one optimizer step; return the gradient's norm and the metrics to report."""
+        settings, data_step = self.config.optimizer, self.step + self.offset
         self.module.train()
         # What is random in a step depends on the step alone: a resumed run needs no random state.
-        torch.manual_seed(self._step_seed())
-        rate = set_rates(self.optimizer, self.config.optimizer, self.step, self.config.steps)
-        with self.accelerator.autocast():
-            metrics = self.module(batch)
-        if not torch.isfinite(metrics["loss"]):
-            raise CheckpointError(
-                f"phase {self.config.name}: the loss is {metrics['loss'].item()} at step "
-                f"{self.step}; lower the learning rate ({self.config.optimizer.lr}) and start again"
-            )
-        self.accelerator.backward(metrics["loss"])
-        norm = self.accelerator.clip_grad_norm_(
-            self.objective.trained.parameters(), self.config.optimizer.grad_clip
+        torch.manual_seed(
+            step_seed(self.run_config.seed, self.config.name, data_step, self.share.rank)
         )
+        rate = set_rates(self.optimizer, settings, self.step, self.config.steps)
+        total: dict[str, Tensor] = {}
+        for index in range(self.share.accumulate):
+            batch = self._batch(loader, data_step, index)
+            last = index == self.share.accumulate - 1
+            with accumulating(self.module, self.accelerator, last=last):
+                with self.accelerator.autocast():
+                    metrics = self.module(batch)
+                self.accelerator.backward(metrics["loss"] / self.share.accumulate)
+            for name, value in metrics.items():
+                part = value.detach() / self.share.accumulate
+                total[name] = total[name] + part if name in total else part
+        parameters = [p for p in self.objective.trained.parameters() if p.requires_grad]
+        norm = full(self.accelerator.clip_grad_norm_(parameters, settings.grad_clip))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         extra = self.objective.after_step(self.step)
         if self.average is not None:
-            self.average.update_parameters(self.objective.trained)
-        detached = {name: value.detach() for name, value in metrics.items()}
-        return {**detached, "grad_norm": norm, "lr": rate, **extra}
+            self.average.update(self.step)
+        return norm, {**total, "grad_norm": norm, "lr": rate, **extra}
+
+    def _batch(self, loader: Iterator[Batch], data_step: int, micro_batch: int) -> Batch:
+        """Return the next micro-batch on the device, with its samples' keys on the CPU."""
+        batch = send_to_device(next(loader), self.accelerator.device, non_blocking=True)
+        return {
+            **batch,
+            "key": sample_keys(self.share, data_step, micro_batch, seed=self.run_config.seed),
+        }
+
+    def _check_norm(self, norm: Tensor | None) -> None:
+        """Raise for a gradient that is not finite; every process sees the same one."""
+        if norm is None or self.accelerator.scaler is not None:  # a scaler skips such steps
+            return
+        if not math.isfinite(value := norm.item()):
+            raise _WentWrong(f"the gradient's norm is {value}")
+
+    def _report(self, progress: Progress, metrics: Mapping[str, Tensor | float]) -> None:
+        """Report the numbers of the last step, averaged over the processes."""
+        values = self._mean(metrics)
+        if problem := self.guard.judge(values["loss"]):
+            raise _WentWrong(problem)
+        if self.accelerator.device.type == "cuda":
+            values["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.tracker.scalars(self.step, progress.report(self.step, values))
+
+    def _mean(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Return the means over all processes."""
+        values = torch.tensor(
+            [float(value) for value in metrics.values()], device=self.accelerator.device
+        )
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, reduction="mean")
+        return dict(zip(metrics, values.tolist(), strict=True))
+
+    @torch.no_grad()
+    def _validate(self, progress: Progress) -> None:
+        """Report the metrics on the held-out pictures, of the weights that would be shipped."""
+        assert isinstance(self.held_out, Sized)
+        size = min(self.config.batch_size, len(self.held_out)) // self.share.world_size
+        share = Share(
+            batch_size=size * self.share.world_size,
+            rank=self.share.rank,
+            world_size=self.share.world_size,
+        )
+        count = len(self.held_out) // share.batch_size
+        sampler = StepSampler(len(self.held_out), share, start=0, stop=count, seed=0)
+        self.module.eval()
+        total: dict[str, float] = {}
+        with self.averaged():
+            for batch in DataLoader(_AtEpoch(self.held_out), batch_sampler=sampler):
+                placed = send_to_device(batch, self.accelerator.device)
+                keys = sample_keys(share, 0, 0, seed=0)
+                with self.accelerator.autocast():
+                    metrics = self._mean(self.module({**placed, "key": keys}))
+                total = {n: total.get(n, 0.0) + v / count for n, v in metrics.items()}
+        values = {f"held_out_{name}": value for name, value in total.items()}
+        self.held_out_loss = (self.step, total["loss"])
+        progress.note(self.step, **values)
+        self.tracker.scalars(self.step, values)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Hold the averaged weights in the trained modules."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
+
+    @contextmanager
+    def shipped(self) -> Iterator[None]:
+        """Hold the weights to ship in the trained modules, whole: every process must enter it."""
+        with self.averaged(), whole(self.module):
+            yield
 
     def _write_samples(self) -> None:
-        """Write a contact sheet of the current (averaged) weights."""
+        """Write a contact sheet made with the weights that would be shipped."""
+        self.objective.eval()
+        with self.shipped():
+            pictures, titles = self.objective.samples(self.run_config.seed)
         if not self.accelerator.is_main_process:
             return
-        self.objective.eval()
-        with shipped_weights(self):
-            pictures, titles = self.objective.samples(self.seed)
         path = self.folder / "samples" / f"step{self.step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        contact_sheet(pictures, titles).save(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet = contact_sheet(pictures, titles)
+        sheet.save(path)
+        self.tracker.images(self.step, "samples", sheet)
+
+    def _loader(self, data: Dataset[Batch], start: int) -> DataLoader[Batch]:
+        """Return the micro-batches of this process from data step `start` on."""
+        settings: dict[str, Any] = {
+            "num_workers": self.run_config.data.num_workers,
+            "pin_memory": self.accelerator.device.type == "cuda",
+        }
+        assert isinstance(data, Sized)  # StepSampler draws indices, so it must be map-style
+        sampler = StepSampler(
+            len(data),
+            self.share,
+            start=start,
+            stop=self.config.steps + self.offset,
+            seed=self.run_config.seed,
+        )
+        return DataLoader(_AtEpoch(data), batch_sampler=sampler, **settings)
 
     def save(self) -> None:
-        """Write state.pt: weights, average, optimizer and step."""
-        if not self.accelerator.is_main_process:
-            return
+        """Save the step; every process must call this."""
+        trained, optimizer = self.objective.trained, self.optimizer.optimizer
+        scaler = self.accelerator.scaler
         state = {
-            "config": json.dumps(self.config.to_dict()),
             "step": self.step,
-            "trained": self.objective.trained.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "offset": self.offset,
+            "rollbacks": self.rollbacks,
+            "guard": self.guard.memory,
+            "trained": get_model_state_dict(trained, options=GATHERED),
+            "optimizer": get_optimizer_state_dict(trained, optimizer, options=GATHERED),
+            "average": None if self.average is None else self.average.full_tensors(),
+            "scaler": None if scaler is None else scaler.state_dict(),
         }
-        write_state(self.folder / STATE_NAME, state)
+        if self.accelerator.is_main_process:
+            self.store.save(self.step, state, config=self.config, loss=self._loss())
+        self.accelerator.wait_for_everyone()
+
+    def _loss(self) -> float | None:
+        """Return the loss by which the best step is kept.
+
+        It is that of the held-out pictures, or the mean of the last reports where there are none.
+        """
+        if self.held_out is not None:
+            step, loss = self.held_out_loss or (-1, 0.0)
+            return loss if step == self.step else None
+        recent = self.guard.memory[-10:]
+        return sum(recent) / len(recent) if recent else None
 
     def _restore(self) -> None:
-        """Continue from state.pt if it exists."""
-        path = self.folder / STATE_NAME
-        if not path.exists():
+        """Go on from the newest saved step, if there is one."""
+        found = self.store.load()
+        if found is None:
             return
-        saved, state = read_state(path)
-        if dataclasses.replace(saved, steps=self.config.steps) != self.config:
+        saved, state = found
+        free = {name: getattr(self.config, name) for name in FREE_OF_PHASE}
+        if dataclasses.replace(saved.config, **free) != self.config:
             raise ConfigError(
-                f"{path} belongs to a run with other settings; "
+                f"{saved.folder} belongs to a run with other settings; "
                 "use the same preset or another --output-dir"
             )
-        self.step = state["step"]
+        trained, optimizer = self.objective.trained, self.optimizer.optimizer
         try:
-            self.objective.trained.load_state_dict(state["trained"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            set_model_state_dict(trained, state["trained"], options=_SPREAD)
+            set_optimizer_state_dict(trained, optimizer, state["optimizer"], options=_SPREAD)
             if self.average is not None:
-                self.average.load_state_dict(state["average"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+                self.average.load(state["average"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.step, self.offset = state["step"], state["offset"]
+            self.rollbacks, self.guard.memory = state["rollbacks"], state["guard"]
+        except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
-                f"{path} does not fit this model ({reason[:200]}); restore the file of this run, "
-                "or delete it to start the phase again"
+                f"{saved.state_file} does not fit this model ({reason[:200]}); restore the file of "
+                "this run, or delete the folder to start the phase again"
             ) from error
 
-
-class shipped_weights:
-    """Context in which the trained modules carry the weights to ship; the live ones come back."""
-
-    def __init__(self, phase: Phase) -> None:
-        self.phase = phase
-
-    def __enter__(self) -> None:
-        """Swap the average in."""
-        self._swap()
-
-    def __exit__(self, *exc: object) -> None:
-        """Swap the live weights back."""
-        self._swap()
-
-    def _swap(self) -> None:
-        average = self.phase.average
-        if average is None:
-            return
-        pairs = zip(
-            self.phase.objective.trained.parameters(), average.module.parameters(), strict=True
+    def _roll_back(self, problem: str, progress: Progress) -> None:
+        """Go back to the last saved step and leave out the batches since; see GuardConfig."""
+        name, at = self.config.name, self.step
+        reached = at + self.offset + 1  # data steps seen
+        advice = f"lower the learning rate ({self.config.optimizer.lr:g}) and start again"
+        if self.rollbacks >= self.config.guard.max_rollbacks:
+            raise TrainingError(
+                f"phase {name}, step {at}: {problem}, after {self.rollbacks} rollbacks; {advice}"
+            )
+        rollbacks, self.step = self.rollbacks + 1, -1
+        self._restore()
+        if self.step < 0:
+            raise TrainingError(
+                f"phase {name}, step {at}: {problem}, before the first saved step; {advice}"
+            )
+        self.rollbacks, self.offset = rollbacks, reached - self.step
+        logger.warning(
+            "%s, step %d: %s; going back to step %d, leaving out the batches since (rollback %d "
+            "of at most %d)",
+            *(name, at, problem, self.step, rollbacks, self.config.guard.max_rollbacks),
         )
-        with torch.no_grad():
-            for live, averaged in pairs:
-                kept = live.clone()
-                live.copy_(averaged)
-                averaged.copy_(kept)
+        progress.note(at, rolled_back_to=self.step, because=problem)
+        self.tracker.phase(name, self.step)
+
+    def _check_space(self) -> None:
+        """Raise before the first step when the disk cannot hold the steps that will be kept."""
+        total = sum(p.numel() * p.element_size() for p in self.objective.trained.parameters())
+        learnt = sum(p.numel() * 4 for p in self.objective.trained.parameters() if p.requires_grad)
+        each = total + learnt * (2 + (self.average is not None))
+        needed = each * (self.config.keep_last + 2)  # the best, and the one being written
+        existing = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
+        if needed > (free := shutil.disk_usage(existing).free):
+            raise ConfigError(
+                f"phase {self.config.name}: its saved steps take {needed / 2**30:.2f} GiB and "
+                f"{existing} has {free / 2**30:.2f} GiB free; free some, or set keep_last below "
+                f"{self.config.keep_last}"
+            )

@@ -66,7 +66,7 @@ def test_the_advised_command_repeats_the_options_that_still_matter(
 ) -> None:
     folder = ["--output-dir", "my run"]
     rest = ["--phase", "tokenizer", "--skip-bad-files"]
-    monkeypatch.setattr(trainer.Progress, "advance", interrupted)
+    monkeypatch.setattr(trainer.Phase, "_train_step", interrupted)
     result = run(*smoke, *folder, *rest)
     assert result.exit_code == 130
     assert advised(result) == ["--resume", *folder, *rest]

@@ -23,7 +23,6 @@ from nsp.runtime.pipeline import load_pipeline
 from nsp.training.config import RunConfig
 from nsp.training.presets import PRESETS, preset
 from nsp.training.run import train
-from nsp.training.trainer import StepSampler
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +40,7 @@ def test_resumed_run_equals_an_uninterrupted_one(config: RunConfig, tmp_path: Pa
     whole = train(config, tmp_path / "whole")
     assert whole.finished
     train(config, tmp_path / "parts", last_phase="tokenizer")
-    _stop_after(config, tmp_path / "parts", steps=2)
+    _stop_after(config, tmp_path / "parts", steps=3)
     train(config, tmp_path / "parts", resume=True)
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert first.keys() == second.keys()
@@ -50,18 +49,18 @@ def test_resumed_run_equals_an_uninterrupted_one(config: RunConfig, tmp_path: Pa
 
 
 def _stop_after(config: RunConfig, folder: Path, *, steps: int) -> None:
-    """Interrupt the predictor phase after `steps` steps, as Ctrl-C does."""
+    """Ask the predictor phase to stop after `steps` steps, as a batch system does."""
     from nsp.training import trainer
 
     advance: Callable[..., None] = trainer.Progress.advance
 
-    def interrupted(self: trainer.Progress, step: int, metrics: dict[str, float]) -> None:
-        advance(self, step, metrics)
+    def signalled(self: trainer.Progress, step: int) -> None:
+        advance(self, step)
         if step == steps:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Progress, "advance", interrupted)
+        patch.setattr(trainer.Progress, "advance", signalled)
         assert not train(config, folder, resume=True).finished
 
 
@@ -110,26 +109,6 @@ def test_a_used_folder_is_not_overwritten(config: RunConfig, tmp_path: Path) -> 
 def test_resume_without_a_run_says_so(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no run to resume"):
         train(config, tmp_path / "nothing", resume=True)
-
-
-def test_damaged_state_is_named(config: RunConfig, tmp_path: Path) -> None:
-    train(config, tmp_path / "run", last_phase="tokenizer")
-    state = tmp_path / "run/tokenizer/state.pt"
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
-        train(config, tmp_path / "run", resume=True)
-
-
-def test_batch_larger_than_the_data_is_refused() -> None:
-    with pytest.raises(ConfigError, match="batch_size=5 exceeds the 4"):
-        StepSampler(4, 5, 10, start=0, seed=0)
-
-
-def test_steps_from_the_middle_see_what_they_would_have_seen() -> None:
-    whole = list(StepSampler(10, 3, 12, start=0, seed=1))
-    assert list(StepSampler(10, 3, 12, start=5, seed=1)) == whole[5:]
-    first_epoch = [index for batch in whole[:3] for _, index in batch]
-    assert len(set(first_epoch)) == 9
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -302,6 +302,7 @@ def test_recording_goes_on_when_the_store_comes_back(
 def test_metrics_that_a_request_lost_are_sent_with_the_next(
     tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(tracking, "_RETRY_S", 0.0)
     real, requests = mlflow.MlflowClient.log_batch, 0
 

@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
         """Return (G, L, C) and the keys and values `attend` hands back."""
         dtype = self.mat_qkv.weight.dtype
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(dtype)
-        qkv = F.linear(x_GLC.to(dtype), self.mat_qkv.weight, bias)
+        qkv = self.mat_qkv(x_GLC.to(dtype)) + bias  # called, so that adapters in it take part
         q, k, v = torch.unflatten(qkv, -1, (3, self.num_heads, -1)).unbind(2)
         if self.l2_norm:
             gain = self.scale_mul_1H11.float().clamp_max(_MAX_LOG_SCALE).exp().squeeze(0)

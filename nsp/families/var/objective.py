@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather, reduce
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -24,7 +25,9 @@ from nsp.families.var.model import Conditioning, NextScaleTransformer
 from nsp.families.var.quantizer import MultiScaleQuantizer
 from nsp.families.var.system import VarSystem
 from nsp.families.var.vqvae import VQVAE
+from nsp.training.average import write_rows
 from nsp.training.objective import Objective
+from nsp.training.order import sample_uniforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +46,32 @@ class TokenizerObjective(Objective):
 
     trained: VQVAE
 
-    def __init__(self, system: VarSystem, data: ImageDataset, settings: TokenizerSettings) -> None:
+    def __init__(
+        self,
+        system: VarSystem,
+        data: ImageDataset,
+        held_out: ImageDataset | None,
+        settings: TokenizerSettings,
+    ) -> None:
         super().__init__()
         self.trained = system.vae
         self.settings, self._data = settings, data
-        self._candidates: Tensor | None = None  # latents of the last batch, (N, Z)
+        self._held_out = held_out
+        # Of the optimizer step under way, for `after_step`:
+        self._latents: list[Tensor] = []  # (N, Z) each
+        self._hits_SV: Tensor | None = None
 
     def dataset(self) -> Dataset[Mapping[str, Any]]:
         """Return the pictures."""
         return self._data
+
+    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+        """Return the held-out pictures."""
+        return self._held_out
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the levels of encoder and decoder."""
+        return [*self.trained.encoder.down, *self.trained.decoder.up]
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the loss, its parts, PSNR in dB and the number of codes in use."""
@@ -65,41 +85,59 @@ class TokenizerObjective(Objective):
         loss = pixel + self.settings.gradient_weight * gradient
         if self.training:
             self._count(quantized.tokens)
-            self._candidates = latent_BZhw.detach().float().movedim(1, -1).flatten(0, 2)
+            self._latents.append(latent_BZhw.detach().float().movedim(1, -1).flatten(0, 2))
         mse = F.mse_loss(rebuilt.detach().clamp(-1, 1), image)
-        usage = vae.quantize.ema_vocab_hit_SV.mean(0)
         return {
             "loss": loss + self.settings.vq_weight * quantized.loss,
             "l1": pixel.detach(),
             "vq": quantized.loss.detach(),
             "psnr_db": 10 * torch.log10(4 / mse),
-            "codes_used": (usage > 0.03 * usage.mean()).sum(),
         }
 
     def _count(self, tokens: Sequence[Tensor]) -> None:
-        """Update the moving usage per scale and code, as the published models/quant.py does."""
-        table = self.trained.quantize.ema_vocab_hit_SV
-        for scale, index in enumerate(tokens):
-            hits = index.flatten().bincount(minlength=table.shape[1]).float()
-            table[scale].lerp_(hits, 0.1 if table[scale].any() else 1.0)
+        """Add up how often each code was chosen at each scale."""
+        codes = self.trained.config.vocab_size
+        hits = [index.flatten().bincount(minlength=codes).float() for index in tokens]
+        total = torch.stack(hits)
+        self._hits_SV = total if self._hits_SV is None else self._hits_SV + total
 
-    def after_step(self, step: int) -> dict[str, float]:
-        """Move codes nobody uses onto latents of the last batch; report how many moved."""
-        settings = self.settings
-        if not settings.restart_every or (step + 1) % settings.restart_every:
-            return {}
+    @torch.no_grad()
+    def after_step(self, step: int) -> dict[str, float | Tensor]:
+        """Update the usage of codes, and move those nobody uses onto latents of this step.
+
+        The moving average of the usage is that of the published models/quant.py. The step's latents
+        are gathered in the order of its samples, so that all processes choose alike.
+        """
+        latents, self._latents = torch.cat(self._latents), []
+        hits_SV, self._hits_SV = self._hits_SV, None
+        assert hits_SV is not None
+        table_SV = self.trained.quantize.ema_vocab_hit_SV
+        started = table_SV.any(1, keepdim=True)
+        table_SV.lerp_(reduce(hits_SV, "sum"), torch.where(started, 0.1, 1.0))
+        used = table_SV > 0.03 * table_SV.mean(1, keepdim=True)
+        sides = self.trained.quantize.patch_nums
+        report: dict[str, float | Tensor] = {"codes_used": used.any(0).sum()}
+        report |= {f"codes_used_{s}x{s}": n for s, n in zip(sides, used.sum(1), strict=True)}
+        every = self.settings.restart_every
+        if every and (step + 1) % every == 0:
+            report["codes_restarted"] = float(self._restart_codes(gather(latents), step))
+        return report
+
+    def _restart_codes(self, latents_NZ: Tensor, step: int) -> int:
+        """Move codes nobody uses onto random latents; return how many moved."""
         quantize = self.trained.quantize
-        usage = quantize.ema_vocab_hit_SV.sum(0)
-        unused = (usage < settings.restart_share * usage.mean()).nonzero().flatten()
-        if self._candidates is None or len(unused) == 0:
-            return {"codes_restarted": 0.0}
-        picks = torch.randint(len(self._candidates), (len(unused),), device=unused.device)
+        usage_V = quantize.ema_vocab_hit_SV.sum(0)
+        unused = (usage_V < self.settings.restart_share * usage_V.mean()).nonzero().flatten()
+        # On the CPU and of the step alone: the same on every process and device.
+        generator = torch.Generator().manual_seed(step)
+        picks = torch.randint(len(latents_NZ), (len(unused),), generator=generator)
         # Residuals of late scales are small; a random size covers every scale.
-        size = torch.rand(len(unused), 1, device=unused.device)
-        with torch.no_grad():
-            quantize.embedding.weight[unused] = self._candidates[picks] * size
-            quantize.ema_vocab_hit_SV[:, unused] = usage.mean() / len(quantize.ema_vocab_hit_SV)
-        return {"codes_restarted": float(len(unused))}
+        size = torch.rand(len(unused), 1, generator=generator).to(unused.device)
+        new_rows = latents_NZ[picks.to(unused.device)] * size
+        write_rows(quantize.embedding.weight, unused, new_rows)
+        average = usage_V.mean() / len(quantize.ema_vocab_hit_SV)
+        quantize.ema_vocab_hit_SV[:, unused] = average
+        return len(unused)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return False for biases, norms and the codebook."""
@@ -142,9 +180,15 @@ class PredictorObjective(Objective):
     The tokenizer is frozen.
     """
 
-    def __init__(self, system: VarSystem, data: ImageDataset, settings: PredictorSettings) -> None:
+    def __init__(
+        self,
+        system: VarSystem,
+        data: ImageDataset,
+        held_out: ImageDataset | None,
+        settings: PredictorSettings,
+    ) -> None:
         super().__init__()
-        self.settings, self._data = settings, data
+        self.settings, self._data, self._held_out = settings, data, held_out
         self.system = system.requires_grad_(False)
         parts: dict[str, nn.Module] = {"predictor": system.predictor}
         if system.text_encoder is not None and settings.train_text_encoder:
@@ -155,12 +199,25 @@ class PredictorObjective(Objective):
         """Return conditions with tokens, or with pictures where tokens change every epoch."""
         return TokenDataset(self.system, self._data)
 
+    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+        """Return the held-out pictures as `dataset` does."""
+        return None if self._held_out is None else TokenDataset(self.system, self._held_out)
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return attention, feed-forward and modulation of every block.
+
+        Not whole blocks: their modulations and prompt keys are computed ahead of them.
+        """
+        parts = ("attn", "ffn", "ada_lin")
+        blocks = self.system.predictor.blocks
+        return [getattr(b, part) for b in blocks for part in parts if hasattr(b, part)]
+
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the metrics of `predictor_loss`."""
         system = self.system
         condition_B = batch["condition"]
         rate = system.config.predictor.cond_drop_rate if self.training else 0.0
-        dropped = torch.rand(len(condition_B), device=condition_B.device) < rate
+        dropped = sample_uniforms(batch["key"], 1)[:, 0].to(condition_B.device) < rate
         if "tokens" in batch:
             tokens_BL = batch["tokens"].long()
         else:

@@ -92,10 +92,14 @@ def _text_parts(
 
 
 def objective(
-    phase: str, settings: Mapping[str, Any], system: VarSystem, data: ImageDataset
+    phase: str,
+    settings: Mapping[str, Any],
+    system: VarSystem,
+    data: ImageDataset,
+    held_out: ImageDataset | None = None,
 ) -> Objective:
     """Return the objective of a phase; raise ConfigError for an unknown one."""
     if phase not in PHASES:
         raise ConfigError(f"unknown phase {phase!r} of family var; known: {', '.join(PHASES)}")
     make, record = PHASES[phase]
-    return make(system, data, record.from_dict(settings))
+    return make(system, data, held_out, record.from_dict(settings))

@@ -1,0 +1,174 @@
+"""What a phase needs to go on: saved steps, whole or not there, the last few and the best.
+
+    <phase>/checkpoints/step00000250/state.pt      weights, average, optimizer, position
+                                    /about.json    step, loss, configuration, SHA-256 of state.pt
+
+A step is written to a temporary folder, read back, then renamed. A process killed at any moment
+leaves the steps saved before it.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsp.errors import CheckpointError, ConfigError
+from nsp.files import name_failed_write, read_json, write_folder
+from nsp.runtime.manifest import file_sha256
+from nsp.training.config import PhaseConfig
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "state.pt"
+ABOUT_NAME = "about.json"
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """What about.json says of one saved step."""
+
+    folder: Path
+    step: int
+    loss: float | None  # by which the best is chosen; None: it was not measured
+    sha256: str
+    config: PhaseConfig
+
+    @property
+    def state_file(self) -> Path:
+        """The file with the tensors."""
+        return self.folder / STATE_NAME
+
+
+class CheckpointStore:
+    """The saved steps of one phase."""
+
+    def __init__(self, folder: Path, *, keep_last: int) -> None:
+        self.folder, self.keep_last = folder, keep_last
+
+    def save(
+        self, step: int, state: Mapping[str, Any], *, config: PhaseConfig, loss: float | None
+    ) -> None:
+        """Save a step, then drop those that are neither among the last nor the best.
+
+        Raises CheckpointError when it cannot be written; what was saved before stays.
+        """
+        target = self._path(step)
+        try:
+            with write_folder(target) as partial, name_failed_write(target, partial):
+                file = partial / STATE_NAME
+                torch.save(dict(state), file)
+                _flush(file)
+                about = {
+                    "step": step,
+                    "loss": loss,
+                    "sha256": file_sha256(file),
+                    "config": config.to_dict(),
+                }
+                if torch.load(file, mmap=True, weights_only=True)["step"] != step:
+                    raise OSError(f"{file} reads back otherwise than it was written")
+                (partial / ABOUT_NAME).write_text(json.dumps(about, indent=1) + "\n")
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, OSError):
+                reason = error.strerror or str(error)
+            elif "inline_container" in str(error):
+                # How torch's archive writer reports that a write fell short.
+                reason = "the disk may be full"
+            else:
+                raise
+            raise CheckpointError(
+                f"{target} cannot be written ({reason}); free some space and continue with --resume"
+            ) from error
+        self._prune()
+
+    def load(self) -> tuple[SavedStep, dict[str, Any]] | None:
+        """Return the newest saved step that is whole, with its state; None when nothing is saved.
+
+        A damaged one is named in a warning and the one before it is used. Raises CheckpointError
+        when all are damaged.
+        """
+        folders = self._folders()
+        for folder in reversed(folders):
+            try:
+                saved = _about(folder)
+                return saved, _read_state(saved)
+            except CheckpointError as error:
+                logger.warning("%s; the step saved before it is used", error)
+        if folders:
+            raise CheckpointError(
+                f"{self.folder} holds no usable step: all {len(folders)} are damaged; restore a "
+                "copy of one, or delete the folder to start this phase again"
+            )
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step{step:08d}"
+
+    def _folders(self) -> list[Path]:
+        """Return the folders of saved steps, oldest first; what is being written is hidden."""
+        return sorted(path for path in self.folder.glob("step*") if path.is_dir())
+
+    def _prune(self) -> None:
+        """Keep the last few and the one of lowest loss."""
+        saved = list(_readable(self._folders()))
+        measured = [each for each in saved if each.loss is not None]
+        kept = {each.folder for each in saved[-self.keep_last :]}
+        if measured:
+            kept.add(min(measured, key=lambda each: each.loss or 0.0).folder)
+        for each in saved:
+            if each.folder not in kept:
+                # Whole or not there: a folder half removed has a hidden name.
+                gone = each.folder.with_name(f".{each.folder.name}.gone")
+                os.rename(each.folder, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Wait until a file is on the disk: a power cut must not leave a name without its content."""
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _readable(folders: list[Path]) -> Iterator[SavedStep]:
+    for folder in folders:
+        try:
+            yield _about(folder)
+        except CheckpointError:
+            continue  # `load` speaks of it
+
+
+def _about(folder: Path) -> SavedStep:
+    """Return what a saved step says of itself; raise CheckpointError when it is damaged."""
+    path = folder / ABOUT_NAME
+    try:
+        values = read_json(path)
+        loss = values["loss"]
+        return SavedStep(
+            folder=folder,
+            step=int(values["step"]),
+            loss=None if loss is None else float(loss),
+            sha256=str(values["sha256"]),
+            config=PhaseConfig.from_dict(values["config"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())})") from error
+
+
+def _read_state(saved: SavedStep) -> dict[str, Any]:
+    """Return the state of a saved step; raise CheckpointError when it is not what was written."""
+    path = saved.state_file
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if file_sha256(path) != saved.sha256:
+        raise CheckpointError(f"{path} is truncated or damaged (SHA-256)")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # arbitrary bytes: what torch raises has no common base
+        # Its messages advise to load without weights_only, which would run what is in the file.
+        raise CheckpointError(f"{path} is damaged or was not written by train.py") from error
+    return state

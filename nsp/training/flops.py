@@ -1,0 +1,34 @@
+"""How much work one training image is, for the throughput in TFLOP/s."""
+
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, default_collate
+from torch.utils.flop_counter import FlopCounterMode
+
+from nsp.training.objective import Objective
+from nsp.training.order import Share, sample_keys
+
+_BACKWARD = 2  # a backward pass is about two forward ones
+
+
+@torch.no_grad()
+def flops_per_image(
+    objective: Objective, data: Dataset[Mapping[str, Any]], batch_size: int
+) -> float:
+    """Return floating-point operations of one image's forward and backward pass.
+
+    One forward pass is counted, before anything is sharded or compiled, with no gradient and in
+    evaluation mode: it leaves no trace. 0.0 for data without a length.
+    """
+    if not isinstance(data, Sized) or len(data) < batch_size:
+        return 0.0
+    device = next(objective.parameters()).device
+    items = default_collate([data[index] for index in range(batch_size)])
+    batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in items.items()}
+    keys = sample_keys(Share(batch_size=batch_size), 0, 0, seed=0)
+    objective.eval()
+    with FlopCounterMode(display=False) as counter:
+        objective({**batch, "key": keys})
+    return float((1 + _BACKWARD) * counter.get_total_flops() / batch_size)

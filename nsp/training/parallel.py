@@ -1,0 +1,109 @@
+"""Prepares an objective for its devices: adapters, checkpointing, compilation, sharding, DDP.
+
+All of these work on the objective's `units`, the parts that are repeated (transformer blocks).
+"""
+
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from nsp.errors import ConfigError
+from nsp.training.config import RunConfig
+from nsp.training.objective import Objective
+
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def prepare(objective: Objective, config: RunConfig, accelerator: Accelerator) -> nn.Module:
+    """Return what to call with a batch; the objective's modules are changed in place.
+
+    Call it before the optimizer is made: sharding replaces the parameters. FSDP is torch's
+    `fully_shard` (FSDP2) called directly, because accelerate offers it on accelerators only and
+    the same path must run on processors, where it is tested.
+    """
+    objective.to(accelerator.device)
+    for unit in objective.units():
+        if config.activation_checkpointing:
+            _checkpoint_activations(unit)
+        if config.compile:
+            unit.compile()
+    if accelerator.num_processes == 1:
+        return objective
+    if config.parallel == "fsdp":
+        if accelerator.mixed_precision == "fp16":
+            raise ConfigError("fsdp does not scale fp16 losses; use --precision bf16")
+        if any(phase.lora is not None for phase in config.phases):
+            raise ConfigError("adapters (lora) are not sharded: they are small; use ddp")
+        mesh = torch.distributed.device_mesh.init_device_mesh(
+            accelerator.device.type, (accelerator.num_processes,)
+        )
+        # Nothing here writes to what a module returned, which is what this warns of, every step.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for unit in objective.units():
+            fully_shard(unit, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+        return objective
+    prepared: nn.Module = accelerator.prepare_model(objective)
+    return prepared
+
+
+def _checkpoint_activations(unit: nn.Module) -> None:
+    """Make the unit compute its activations again in the backward pass instead of keeping them."""
+    forward = unit.forward
+
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    unit.forward = recomputed
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Hold all parameters of a sharded module whole on every process, to be read.
+
+    Every process must enter it, and make the same calls inside.
+    """
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.reshard()
+
+
+def gathered(module: nn.Module) -> dict[str, Any] | None:
+    """Return the whole state dict of a sharded module on the CPU, None for one that is not.
+
+    Every process must call it; the first one gets the tensors. (`whole` is of no use for this: the
+    state dict of a sharded module is that of its shards at all times.)
+    """
+    if not any(isinstance(part, FSDPModule) for part in module.modules()):
+        return None
+    return get_model_state_dict(module, options=GATHERED)
+
+
+@contextmanager
+def accumulating(module: nn.Module, accelerator: Accelerator, *, last: bool) -> Iterator[None]:
+    """Leave the exchange of gradients to the last micro-batch of a step."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        yield
+    elif last:
+        yield
+    else:
+        with accelerator.no_sync(module):
+            yield

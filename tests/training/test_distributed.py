@@ -1,0 +1,90 @@
+"""Two processes give what one gives with the same global batch, by DDP and by FSDP."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(pictures: Path, folder: Path, *options: str, processes: int = 1) -> str:
+    """Run the smoke preset and return what it printed."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        launch += [f"--master_port={_free_port()}"]
+    words = [*launch, "train.py", "--preset", "smoke", "--output-dir", str(folder)]
+    done = subprocess.run(
+        [*words, "--data", str(pictures), *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Warning" not in done.stdout, done.stdout
+    return done.stdout
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def reports(folder: Path, name: str) -> list[float]:
+    lines = [folder / phase / "log.jsonl" for phase in ("tokenizer", "predictor")]
+    return [json.loads(line)[name] for log in lines for line in log.read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted((folder / "checkpoint").glob("*/model.safetensors"))
+    return {f"{f.parent.name}/{k}": v for f in files for k, v in load_file(f).items()}
+
+
+@pytest.fixture(scope="module")
+def alone(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run(pictures, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(
+    pictures: Path, alone: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "run"
+    output = run(pictures, folder, "--parallel", kind, processes=2)
+    assert output.count("checkpoint: ") == 1  # one process speaks for both
+    for name in ("loss", "grad_norm"):
+        # The order of additions is all that differs.
+        assert reports(folder, name) == pytest.approx(reports(alone, name), rel=2e-5)
+    ours, theirs = weights(folder), weights(alone)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=0, msg=name)
+
+
+def test_a_checkpoint_moves_between_one_process_and_sharded_two(
+    pictures: Path, alone: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(pictures, folder, "--phase", "tokenizer", "--steps", "2")
+    sharded = ("--resume", "--parallel", "fsdp", "--steps")
+    run(pictures, folder, *sharded, "3", "--phase", "tokenizer", processes=2)
+    run(pictures, folder, "--resume", "--parallel", "ddp", "--steps", "4")
+    last = reports(folder, "loss")[2:4]
+    # The schedule follows the number of steps, so only the first steps are the same ones.
+    assert reports(folder, "loss")[:1] == pytest.approx(reports(alone, "loss")[:1], rel=2e-5)
+    assert all(0 < loss < 2 for loss in last)
+    assert len(reports(folder, "loss")) == 8

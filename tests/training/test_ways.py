@@ -1,0 +1,146 @@
+"""Other ways to compute a run: micro-batches, recomputation, compilation, adapters."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nsp.checkpoint import read_checkpoint
+from nsp.errors import ConfigError
+from nsp.runtime.pipeline import load_pipeline
+from nsp.training.config import LoraConfig, RunConfig
+from nsp.training.run import train
+
+
+def with_phases(config: RunConfig, **changes: Any) -> RunConfig:
+    phases = tuple(dataclasses.replace(phase, **changes) for phase in config.phases)
+    return dataclasses.replace(config, phases=phases)
+
+
+def losses(folder: Path) -> list[float]:
+    logs = [folder / phase / "log.jsonl" for phase in ("tokenizer", "predictor")]
+    return [json.loads(line)["loss"] for log in logs for line in log.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from nsp.training.presets import preset
+
+    run = preset("smoke")
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, source=str(pictures)))
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train(run, folder)
+    return folder
+
+
+def test_recomputed_activations_change_nothing(
+    config: RunConfig, plain: Path, tmp_path: Path
+) -> None:
+    train(dataclasses.replace(config, activation_checkpointing=True), tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=2e-5)
+
+
+# torch's own compiler uses what torch deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_predictor_has_the_losses_of_a_plain_one(
+    config: RunConfig, plain: Path, tmp_path: Path
+) -> None:
+    phases = tuple(phase for phase in config.phases if phase.name == "predictor")
+    run = dataclasses.replace(config, phases=phases, start_from=str(plain / "start"))
+    train(run, tmp_path / "plain")
+    train(dataclasses.replace(run, compile=True), tmp_path / "run")
+    first, second = (
+        [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+        for log in (tmp_path / name / "predictor/log.jsonl" for name in ("plain", "run"))
+    )
+    assert second == pytest.approx(first, rel=2e-5)
+
+
+def test_micro_batches_add_up_to_the_batch(config: RunConfig, plain: Path, tmp_path: Path) -> None:
+    train(with_phases(config, accumulate=4), tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=2e-5)
+
+
+@pytest.fixture
+def adapted(config: RunConfig, plain: Path) -> RunConfig:
+    """A run that starts from the plain one's model and trains adapters in its predictor."""
+    lora = LoraConfig(rank=2, targets=("mat_qkv", "fc1"))
+    phases = tuple(
+        dataclasses.replace(phase, lora=lora, ema_decay=0.0)
+        for phase in config.phases
+        if phase.name == "predictor"
+    )
+    return dataclasses.replace(config, phases=phases, start_from=str(plain / "checkpoint"))
+
+
+def test_adapters_are_saved_merged(adapted: RunConfig, plain: Path, tmp_path: Path) -> None:
+    result = train(adapted, tmp_path / "run")
+    before, after = (
+        load_file(folder / "predictor/model.safetensors")
+        for folder in (plain / "checkpoint", result.checkpoint)
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in ("attn.mat_qkv", "ffn.fc1")
+    }
+    for name in changed:
+        update = (after[name] - before[name]).float()
+        assert torch.linalg.matrix_rank(update, rtol=1e-3) <= 2
+    assert load_pipeline(result.checkpoint).generate(prompts=["colour number 3"]).images.any()
+    assert read_checkpoint(result.checkpoint).notes["steps"]["predictor"] == 4
+
+
+def test_an_adapted_run_resumes_exactly(adapted: RunConfig, tmp_path: Path) -> None:
+    whole = train(adapted, tmp_path / "whole").checkpoint
+    train(adapted, tmp_path / "parts")
+    newest = tmp_path / "parts/predictor/checkpoints/step00000004"
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()  # as if killed after step 2
+    notes = tmp_path / "parts/checkpoint/config.json"
+    record = json.loads(notes.read_text())
+    record["notes"]["steps"]["predictor"] = 2
+    notes.write_text(json.dumps(record))
+    parts = train(adapted, tmp_path / "parts", resume=True).checkpoint
+    first, second = (load_file(f / "predictor/model.safetensors") for f in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_adapter_for_a_layer_that_is_not_there_is_refused(
+    adapted: RunConfig, tmp_path: Path
+) -> None:
+    run = with_phases(adapted, lora=LoraConfig(targets=("query",)))
+    with pytest.raises(ConfigError, match=r"'query' is no linear layer .*mat_qkv"):
+        train(run, tmp_path / "run")
+
+
+def test_starting_from_another_kind_of_model_is_refused(
+    config: RunConfig, plain: Path, tmp_path: Path
+) -> None:
+    model = {**config.model, "patch_nums": [1, 2, 4]}
+    run = dataclasses.replace(config, model=model, start_from=str(plain / "checkpoint"))
+    with pytest.raises(ConfigError, match=r"has patch_nums.* this run's model"):
+        train(run, tmp_path / "run")
+
+
+def test_a_batch_that_cannot_be_cut_fails_before_the_first_step(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="choose a multiple of 3"):
+        train(with_phases(config, accumulate=3), tmp_path / "run")
+
+
+def test_no_space_for_the_saved_steps_fails_before_the_first_step(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ConfigError, match="its saved steps take"):
+        train(config, tmp_path / "run")
