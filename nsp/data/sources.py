@@ -18,7 +18,16 @@ from nsp.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["EMOJI_TAR", "ImageSource", "Sample", "Split", "Survey", "open_source", "survey"]
+__all__ = [
+    "EMOJI_TAR",
+    "ImageSource",
+    "Sample",
+    "Split",
+    "Survey",
+    "open_source",
+    "readable",
+    "survey",
+]
 
 EMOJI_TAR = Path(__file__).with_name("emoji.tar")
 HUB_PREFIX = "hf:"
@@ -93,7 +102,14 @@ def open_source(
     """
     if split not in get_args(Split):
         raise ConfigError(f"split {split!r} is unknown; choose from {', '.join(get_args(Split))}")
-    found = survey(spec)
+    found = readable(survey(spec), skip_bad_files=skip_bad_files)
+    source = found.choose(split)
+    logger.info("%s: %d samples in split %s", found.place, len(source), split)
+    return source
+
+
+def readable(found: Survey, *, skip_bad_files: bool) -> Survey:
+    """Return the survey; DataError naming what cannot be used, or a warning for each."""
     if found.problems and not skip_bad_files:
         raise DataError(
             f"{found.place}: {len(found.problems)} files cannot be used: "
@@ -102,9 +118,7 @@ def open_source(
         )
     for problem in found.problems:
         logger.warning("%s: left out %s", found.place, problem)
-    source = found.choose(split)
-    logger.info("%s: %d samples in split %s", found.place, len(source), split)
-    return source
+    return found
 
 
 def survey(spec: str | Path) -> Survey:

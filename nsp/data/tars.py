@@ -1,11 +1,13 @@
-"""Walks a tar member by member; one that is cut or damaged anywhere is an error, not a shorter tar.
+"""Writes tars that depend on their members alone, and walks them; a cut one is no shorter one.
 
 Python's tarfile takes a header that is missing, cut or damaged for the end of the archive. Its real
 end is a block of zeros.
 """
 
+import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import IO, Literal, Self
 
 
@@ -41,3 +43,13 @@ def walk(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         archive.members.clear()  # type: ignore[attr-defined]
         if member.isreg():
             yield member
+
+
+def write_members(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write an uncompressed tar whose bytes depend on names and contents alone."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            header = tarfile.TarInfo(name)  # mtime, owner and group stay 0
+            header.size = len(content)
+            header.mode = 0o644
+            archive.addfile(header, io.BytesIO(content))
