@@ -1,6 +1,7 @@
 """Serves the pictures of an ImageSource to training as uint8 tensors, the same on every resume."""
 
-from typing import TypedDict
+from collections.abc import Iterable, Iterator
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from nsp.data.crops import Crop
 from nsp.data.sources import ImageSource
+from nsp.errors import DataError
 
+T = TypeVar("T")
 CACHE_BYTES = 1 << 30  # of decoded pictures, over all workers of this process
 
 
@@ -96,3 +99,11 @@ class ImageDataset(Dataset[ImageItem]):
 def to_model_range(image_BCHW: Tensor) -> Tensor:
     """Return uint8 pixels (any shape) as float32 in [-1, 1]: 0 becomes -1, 255 becomes 1."""
     return image_BCHW.float() / 127.5 - 1.0
+
+
+def batches(loader: Iterable[T]) -> Iterator[T]:
+    """Yield what a DataLoader yields; a DataError raised in a worker is the one line it was."""
+    try:
+        yield from loader
+    except DataError as error:  # torch makes its message the worker's traceback
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error

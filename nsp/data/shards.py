@@ -1,0 +1,317 @@
+"""Finds the tar shards of a set, here or behind a URL, and reads one from its head to its end."""
+
+import logging
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import IO
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from nsp.data.heldout import HELDOUT_MEMBER, Heldout, parse_heldout
+from nsp.data.index import INDEX_FILE, ShardIndex, ShardRecord, parse_index, read_index
+from nsp.data.samples import (
+    CAPTION_SUFFIX,
+    CLASS_SUFFIX,
+    TAR_SUFFIXES,
+    Problem,
+    is_hidden,
+    parse_caption,
+    parse_class,
+    picture_suffix,
+    tar_key,
+)
+from nsp.data.tars import open_tar, walk
+from nsp.errors import ConfigError, DataError, MissingExtraError
+
+logger = logging.getLogger(__name__)
+
+_CUT_OFF = (23, 141, -13)  # how curl, a shell and others end when we read no further
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One captioned picture as the shard holds it; `content` is empty where it was passed over."""
+
+    key: str
+    caption: str
+    class_id: int  # -1: none
+    content: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSet:
+    """The shards of a set, in order, and what is known before any is read through."""
+
+    urls: tuple[str, ...]
+    records: Mapping[str, ShardRecord]  # of the urls that an index.json lists
+    class_names: tuple[str, ...]
+    heldout: Heldout
+
+
+def find_shards(spec: str | Path, *, allow_commands: bool = False) -> ShardSet:
+    """Return the shards of a folder, or of a path or URL that may hold braces: a-{000..127}.tar.
+
+    The held-out list is gathered from a file `__heldout__` beside local shards, from every local
+    shard that no `index.json` lists (their members are walked through here, once), and from the
+    first member of the first shard. Raises DataError for shards that do not exist, ConfigError for
+    a URL that cannot be read; `pipe:` URLs run a command of the shell and need `allow_commands`.
+    """
+    try:
+        import webdataset.gopen  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("webdataset", "train") from error
+    urls = _expand(spec)
+    for url in urls:
+        _check_scheme(url, allow_commands)
+    local = {url: path for url in urls if (path := _local(url)) is not None}
+    if missing := [str(path) for path in local.values() if not path.is_file()]:
+        raise DataError(f"{spec}: {len(missing)} shards do not exist, first {missing[0]}")
+    indexes = list(_indexes(urls))
+    records = {
+        f"{folder}/{record.file}" if folder else record.file: record
+        for folder, index in indexes
+        for record in index.shards
+    }
+    records = {url: records[url] for url in urls if url in records}
+    rows = [row for path in {path.parent for path in local.values()} for row in _list_beside(path)]
+    unlisted = [url for url in local if url not in records]
+    if unlisted:
+        logger.info("%s: looking through %d shards for held-out lists", spec, len(unlisted))
+    for url in unlisted:
+        with suppress(tarfile.TarError, OSError):  # told when the shard is read
+            rows += _list_inside(url, first_only=False)
+    if urls[0] not in unlisted:
+        try:
+            rows += _list_inside(urls[0], first_only=True)
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(f"{urls[0]}: {_line(error)}; the first shard is needed") from error
+    return ShardSet(
+        urls=urls,
+        records=records,
+        class_names=next((index.class_names for _, index in indexes), ()),
+        heldout=Heldout.of(rows),
+    )
+
+
+def wrong_sizes(shards: ShardSet) -> list[Problem]:
+    """Return the local shards that are longer or shorter than index.json says."""
+    found = []
+    for url, record in shards.records.items():
+        path = _local(url)
+        if path is not None and path.stat().st_size != record.num_bytes:
+            reason = f"{path.stat().st_size} bytes, {INDEX_FILE} says {record.num_bytes}"
+            found.append(Problem(url, reason))
+    return found
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[tarfile.TarFile]:
+    """Yield a shard open for `walk`, as webdataset opens it; raises tarfile.TarError or OSError.
+
+    The command that fetches a URL may hold a token, so no error repeats it.
+    """
+    from webdataset.gopen import gopen
+
+    try:
+        file: IO[bytes] = gopen(url)
+    except OSError:
+        raise
+    except Exception as error:  # every scheme has a library of its own
+        raise OSError(f"cannot be opened: {type(error).__name__}: {error}") from error
+    try:
+        with open_tar(file, seekable=_local(url) is not None) as archive:
+            yield archive
+    except (tarfile.TarError, OSError):
+        if status := _end(file):
+            raise OSError(f"the command that fetches it ended with status {status}") from None
+        raise
+    else:
+        if status := _end(file):
+            raise OSError(f"the command that fetches it ended with status {status}")
+    finally:
+        _end(file)
+
+
+def _end(file: IO[bytes]) -> int:
+    """Close what was opened; return the exit status of a command that failed by itself, else 0."""
+    with suppress(OSError):
+        file.close()
+    status: int | None = getattr(file, "status", None)
+    return 0 if status is None or status in _CUT_OFF else status
+
+
+class ShardReader:
+    """Reads the training samples of shards: none that is held out. Copies may read elsewhere."""
+
+    def __init__(self, known: ShardSet) -> None:
+        self._known = known
+        self._noted: set[str] = set()  # suffixes of members that play no part
+
+    def read(self, url: str, *, skip: int = 0) -> Iterator[RawSample | Problem]:
+        """Yield the samples in order; the first `skip` without their pictures, which is cheap.
+
+        A sample or shard that cannot be used is a Problem instead. Raises DataError for a held-out
+        list that was not known beforehand: what it names may have been yielded.
+        """
+        number, key = 0, "its head"
+        try:
+            with _opened(url) as archive:
+                for key, group in groupby(self._members(url, archive), key=lambda m: m.key):
+                    found = self._sample(url, key, list(group), number >= skip)
+                    if found is not None:
+                        number += isinstance(found, RawSample)
+                        yield found
+        except (tarfile.TarError, OSError) as error:
+            yield Problem(url, f"{_line(error)}; its samples after {key} are lost")
+
+    def _members(self, url: str, archive: tarfile.TarFile) -> Iterator["_Member"]:
+        """Yield the members that make samples."""
+        can_rewind = _local(url) is not None
+        for info in walk(archive):
+            key, suffix = tar_key(info.name)
+            if info.name == HELDOUT_MEMBER:
+                self._check_list(url, _extract(archive, info))
+            elif is_hidden(info.name):
+                continue
+            elif suffix in TAR_SUFFIXES:
+                content = None if can_rewind else _extract(archive, info)
+                yield _Member(key, suffix, archive, info, content)
+            elif suffix not in self._noted:
+                self._noted.add(suffix)
+                logger.warning("%s: not used: %s and others like it", url, info.name)
+
+    def _check_list(self, url: str, content: bytes) -> None:
+        rows = parse_heldout(content.decode("utf-8"), where=f"{url}: {HELDOUT_MEMBER}")
+        if unknown := set(rows) - self._known.heldout.rows:
+            raise DataError(
+                f"{url} holds out {len(unknown)} samples that the first shard does not, as "
+                f"{min(unknown)}; put the list at the head of every shard, as nsp data pack does"
+            )
+
+    def _sample(
+        self, url: str, key: str, members: list["_Member"], with_picture: bool
+    ) -> RawSample | Problem | None:
+        """Return one sample, or why it is none; None when it is held out."""
+        by_suffix: dict[str, _Member] = {}
+        try:
+            for member in members:
+                if member.suffix in by_suffix:
+                    raise DataError(f"two members end in {member.suffix}")
+                by_suffix[member.suffix] = member
+            picture = by_suffix[picture_suffix(key, by_suffix)]
+            caption = parse_caption(by_suffix[CAPTION_SUFFIX].read())
+            class_id = -1
+            if CLASS_SUFFIX in by_suffix:
+                number = by_suffix[CLASS_SUFFIX].read()
+                class_id = parse_class(number, len(self._known.class_names))
+        except DataError as error:
+            return Problem(f"{url}: {key}", str(error))
+        if self._known.heldout.covers(key, caption):
+            return None
+        return RawSample(key, caption, class_id, picture.read() if with_picture else b"")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One member of a tar; of a tar that cannot be rewound, what it holds."""
+
+    key: str
+    suffix: str
+    archive: tarfile.TarFile
+    info: tarfile.TarInfo
+    content: bytes | None
+
+    def read(self) -> bytes:
+        """Return what it holds."""
+        return _extract(self.archive, self.info) if self.content is None else self.content
+
+
+def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(info)
+    assert file is not None  # a regular file
+    return file.read()
+
+
+def _expand(spec: str | Path) -> tuple[str, ...]:
+    if Path(spec).is_dir():
+        urls = [str(path) for path in sorted(Path(spec).glob("*.tar")) if path.name[0] != "."]
+        if not urls:
+            raise DataError(f"{spec}: no .tar in this folder")
+        return tuple(urls)
+    from webdataset.shardlists import expand_urls  # type: ignore[import-untyped]
+
+    try:
+        return tuple(expand_urls(str(spec)))
+    except (ValueError, AssertionError) as error:  # unbalanced braces; ${NAME} without WDS_NAME
+        raise ConfigError(f"{spec}: not a path or URL of shards: {error}") from error
+
+
+def _check_scheme(url: str, allow_commands: bool) -> None:
+    from webdataset.gopen import gopen_schemes
+
+    scheme = urlparse(url).scheme
+    if scheme == "pipe" and not allow_commands:
+        raise ConfigError(
+            f"{url} would run a command of the shell; mount what it reads, or use an https: URL"
+        )
+    if scheme and scheme != "file" and scheme not in gopen_schemes:
+        known = ", ".join(sorted({*gopen_schemes, "file"} - {"__default__", "pipe"}))
+        raise ConfigError(f"{url}: {scheme}: cannot be read; choose a path or one of {known}")
+
+
+def _local(url: str) -> Path | None:
+    parts = urlparse(url)
+    if parts.scheme == "file":
+        return Path(url2pathname(parts.path))
+    return None if parts.scheme else Path(url)
+
+
+def _indexes(urls: Iterable[str]) -> Iterator[tuple[str, ShardIndex]]:
+    """Yield every index.json beside shards with the folder it is in, as the urls spell it."""
+    for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
+        path = _local(f"{folder}/x")
+        if path is not None:
+            index = read_index(path.parent if folder else Path())
+        elif folder.startswith("pipe:"):
+            index = None
+        else:
+            index = _remote_index(f"{folder}/{INDEX_FILE}")
+        if index is not None:
+            yield folder, index
+
+
+def _remote_index(url: str) -> ShardIndex | None:
+    from webdataset.gopen import gopen
+
+    try:
+        with closing(gopen(url)) as file:
+            return parse_index(file.read(), where=url)
+    except Exception:  # of any library; where the index lies is a guess, and all works without
+        logger.info("%s: not found; shards are read where they could be passed over", url)
+        return None
+
+
+def _list_beside(folder: Path) -> list[tuple[str, str]]:
+    path = folder / HELDOUT_MEMBER
+    return parse_heldout(path.read_text("utf-8"), where=str(path)) if path.is_file() else []
+
+
+def _list_inside(url: str, *, first_only: bool) -> list[tuple[str, str]]:
+    """Return the held-out rows of a shard, or only those that it opens with."""
+    rows = []
+    with _opened(url) as archive:
+        for info in walk(archive):
+            if info.name == HELDOUT_MEMBER:
+                text = _extract(archive, info).decode("utf-8")
+                rows += parse_heldout(text, where=f"{url}: {HELDOUT_MEMBER}")
+            if first_only:
+                break
+    return rows
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,302 @@
+"""Serves pictures from tar shards as they are read, for sets too large to list: exact on resume.
+
+endless list of shards   every epoch's permutation, one after the other
+-> lane                  every (world_size x num_lanes)-th of that list
+-> samples               of the lane's shards, shuffled in blocks that end with the epoch
+-> batches               `batch_size` samples each; step k of a rank is from lane k % num_lanes
+-> worker                steps first, first + num_workers, ...: as DataLoader collects them
+"""
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from nsp.data.crops import Crop
+from nsp.data.pictures import decode_rgb
+from nsp.data.samples import Problem
+from nsp.data.shards import RawSample, ShardReader, ShardSet, find_shards, wrong_sizes
+from nsp.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+MAX_LANES = 8  # unless asked for; a power of two, as numbers of workers mostly are
+MAX_EMPTY_EPOCHS = 20  # of a lane, in a row, before a set is found to hold nothing
+_MAX_WORKERS = 1024  # that count what they leave out
+
+
+class StreamItem(TypedDict):
+    """One picture as training sees it."""
+
+    image: Tensor  # uint8 (3, H, W)
+    caption: str
+    class_id: int  # -1: none
+    key: str
+
+
+class ShardStream(IterableDataset[StreamItem]):
+    """The training samples of tar shards as StreamItems, H = W = image_size_px, cut as `Crop` says.
+
+    Guaranteed, while the shards stay as they are:
+
+    - With `train`, it never ends. The batch of step k on one rank is a function of (shards, seed,
+      batch_size, rank, world_size, num_lanes, shuffle_buffer, k) alone: neither of the number of
+      DataLoader workers nor of `start_step`, from which on batches are given. Passing over the
+      steps before decodes nothing; shards whose length `index.json` tells are not even opened.
+    - Over all ranks, every sample comes once in every epoch. Ranks (and lanes) need not be in the
+      same epoch: they drift apart as far as shards differ in length.
+    - No sample is held out: neither by name nor by caption.
+    - What cannot be used is a DataError that names it. With `skip_bad_files` it is a warning, and
+      counts in `num_left_out`. A sample that is found bad when it is decoded leaves its place to
+      another of its batch, so that no later batch moves.
+    - Without `train`, every sample comes once, in order, and the stream ends.
+
+    Each shard is read by one worker where the number of workers divides `num_lanes`, else by
+    several. Iterate it through `loader`: a DataLoader must have the same batch size, and nothing
+    may split or shuffle it again (accelerate's `prepare` would).
+    """
+
+    def __init__(
+        self,
+        spec: str | Path | ShardSet,
+        image_size_px: int,
+        *,
+        batch_size: int,
+        train: bool,
+        crop: bool,
+        flip: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        skip_bad_files: bool = False,
+        num_lanes: int | None = None,
+        shuffle_buffer: int = 512,
+    ) -> None:
+        """Find the shards; of the samples nothing is read yet (see find_shards for the held-out).
+
+        `batch_size` is that of one rank; `num_lanes` None is the largest power of two up to 8 that
+        leaves a shard to every lane of every rank; `shuffle_buffer` samples are kept, undecoded,
+        per lane. Raises ConfigError for numbers that do not fit, DataError for shards that are
+        missing or of another size than index.json says.
+        """
+        super().__init__()
+        _check_numbers(batch_size, rank, world_size, start_step, shuffle_buffer)
+        self.shards = spec if isinstance(spec, ShardSet) else find_shards(spec)
+        self.batch_size, self.start_step = batch_size, start_step
+        self.train, self.seed, self.skip_bad_files = train, seed, skip_bad_files
+        self.num_lanes = _choose_lanes(len(self.shards.urls), world_size, num_lanes, train)
+        self._rank, self._world_size = rank, world_size
+        self._block = shuffle_buffer if train else 1
+        self._squares = Crop(
+            image_size_px=image_size_px, train=train, crop=crop, flip=flip, seed=seed
+        )
+        self._reader = ShardReader(self.shards)
+        self._left_out = torch.zeros(_MAX_WORKERS, dtype=torch.int64)
+        self._left_out.share_memory_()  # type: ignore[no-untyped-call]  # workers count here
+        self._warned: set[str] = set()
+        # What index.json tells holds only where every sample is used.
+        records = {} if skip_bad_files else self.shards.records
+        if not skip_bad_files and (wrong := wrong_sizes(self.shards)):
+            raise DataError(
+                f"{len(wrong)} shards are not as they were packed, first {wrong[0]}; restore it, "
+                "or train on what is left with --skip-bad-files"
+            )
+        self._lengths = {url: record.num_train for url, record in records.items()}
+
+    @property
+    def num_left_out(self) -> int:
+        """How often a sample or shard was left out so far, by all workers.
+
+        One that comes again in another epoch counts again.
+        """
+        return int(self._left_out.sum())
+
+    def loader(self, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
+        """Return the batches from `start_step` on."""
+        return DataLoader(
+            self, batch_size=self.batch_size, num_workers=num_workers, pin_memory=pin_memory
+        )
+
+    def __iter__(self) -> Iterator[StreamItem]:
+        """Yield the items of this worker's batches."""
+        worker = get_worker_info()
+        first, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        lanes: dict[int, _Lane] = {}
+        for step in itertools.count(self.start_step + first, count):
+            lane, number = step % self.num_lanes, step // self.num_lanes
+            start = number * self.batch_size
+            if lane not in lanes:
+                lanes[lane] = _Lane(self._samples(lane, start), start)
+            batch = lanes[lane].take(start, self.batch_size)
+            if not batch:
+                return
+            yield from self._items(batch)
+
+    def _items(self, batch: "list[_Placed]") -> Iterator[StreamItem]:
+        """Yield the batch decoded; when training, another sample stands in for one that cannot."""
+        items = [self._item(placed) for placed in batch]
+        good = [item for item in items if item is not None]
+        if not good and self.train:
+            raise DataError(
+                f"{batch[0].url}: no picture of a whole batch can be decoded, from "
+                f"{batch[0].sample.key} on; repair the shard"
+            )
+        for place, item in enumerate(items):
+            if item is not None:
+                yield item
+            elif self.train:
+                yield good[place % len(good)]
+
+    def _item(self, placed: "_Placed") -> StreamItem | None:
+        sample = placed.sample
+        try:
+            pixels_hw3 = self._squares.resize(decode_rgb(sample.content))
+        except DataError as error:
+            self._report(Problem(f"{placed.url}: {sample.key}", str(error)))
+            return None
+        number = int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest())
+        image_3HW = self._squares.cut(pixels_hw3, epoch=placed.epoch, number=number)
+        return {
+            "image": torch.from_numpy(image_3HW),
+            "caption": sample.caption,
+            "class_id": sample.class_id,
+            "key": sample.key,
+        }
+
+    def _samples(self, lane: int, start: int) -> "Iterator[_Placed]":
+        """Yield the samples of a lane, shuffled, from number `start` on."""
+        empty = 0
+        for epoch in itertools.count() if self.train else (0,):
+            whole = start - start % self._block  # blocks before the one that holds `start`
+            samples = self._in_order(lane, epoch, whole)
+            total = sum(1 for _ in itertools.islice(samples, whole))
+            drop = start - whole
+            for number in itertools.count(whole // self._block):
+                block = list(itertools.islice(samples, self._block))
+                if not block:
+                    break
+                for index in self._block_order(lane, epoch, number, len(block))[drop:]:
+                    placed = block[index]
+                    assert placed is not None  # only those before `whole` are
+                    yield placed
+                total += len(block)
+                drop = 0
+            start = max(0, start - total)
+            empty = 0 if total else empty + 1
+            if empty > MAX_EMPTY_EPOCHS:
+                raise DataError(
+                    f"{self.shards.urls[0]} and the other {len(self.shards.urls) - 1} shards hold "
+                    "no usable training sample; look at them with: nsp data stats"
+                )
+
+    def _in_order(self, lane: int, epoch: int, skip: int) -> "Iterator[_Placed | None]":
+        """Yield the samples of a lane's epoch as they lie; None for each of the first `skip`."""
+        for url in self._lane_urls(lane, epoch):
+            length = self._lengths.get(url)
+            if length is not None and length <= skip:
+                yield from itertools.repeat(None, length)
+                skip -= length
+                continue
+            number = 0
+            for found in self._reader.read(url, skip=skip):
+                if isinstance(found, Problem):
+                    self._report(found)
+                    continue
+                number += 1
+                yield _Placed(found, url, epoch) if number > skip else None
+            if length not in (None, number) and not self.skip_bad_files:
+                raise DataError(
+                    f"{url}: {number} training samples, expected {length}; it has changed, or the "
+                    "index.json beside it is of other shards: pack them again"
+                )
+            self._lengths[url] = number
+            skip = max(0, skip - number)
+
+    def _lane_urls(self, lane: int, epoch: int) -> list[str]:
+        """Return the shards of a lane in one epoch, in order."""
+        urls = self.shards.urls
+        order: Iterable[int] = range(len(urls))
+        if self.train:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(urls)).tolist()
+        num_slots = self._world_size * self.num_lanes
+        slot = lane * self._world_size + self._rank
+        # Counted on through all epochs, so that a remainder does not always go to the same lanes.
+        first = (slot - epoch * len(urls)) % num_slots
+        return [urls[index] for index in list(order)[first::num_slots]]
+
+    def _block_order(self, lane: int, epoch: int, number: int, size: int) -> NDArray[np.int64]:
+        if not self.train:
+            return np.arange(size)
+        slot = lane * self._world_size + self._rank
+        # 1: another stream than the order of shards
+        return np.random.default_rng([self.seed, epoch, 1, slot, number]).permutation(size)
+
+    def _report(self, problem: Problem) -> None:
+        """Raise, or count and warn, once in this process."""
+        if not self.skip_bad_files:
+            raise DataError(
+                f"{problem}; repair or remove it, or leave it out with --skip-bad-files"
+            )
+        worker = get_worker_info()
+        self._left_out[0 if worker is None else worker.id % _MAX_WORKERS] += 1
+        if problem.name not in self._warned:
+            self._warned.add(problem.name)
+            logger.warning("left out %s", problem)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A sample, where it lies and when it comes."""
+
+    sample: RawSample
+    url: str
+    epoch: int
+
+
+class _Lane:
+    """The samples of one lane, of which each batch is taken once and in order."""
+
+    def __init__(self, samples: Iterator[_Placed], position: int) -> None:
+        self._samples, self._position = samples, position
+
+    def take(self, start: int, count: int) -> list[_Placed]:
+        """Return samples `start` .. `start` + `count` - 1, fewer at the end."""
+        passed_over = start - self._position
+        self._position = start + count
+        return list(itertools.islice(self._samples, passed_over, passed_over + count))
+
+
+def _check_numbers(
+    batch_size: int, rank: int, world_size: int, start_step: int, shuffle_buffer: int
+) -> None:
+    if batch_size < 1 or start_step < 0 or shuffle_buffer < 1 or not 0 <= rank < world_size:
+        raise ConfigError(
+            f"batch_size={batch_size}, start_step={start_step}, shuffle_buffer={shuffle_buffer}, "
+            f"rank={rank}, world_size={world_size}: sizes are at least 1, start_step at least 0, "
+            "and rank below world_size"
+        )
+
+
+def _choose_lanes(num_shards: int, world_size: int, wanted: int | None, train: bool) -> int:
+    """Return the number of lanes of a rank; ConfigError where one would have no shard."""
+    lanes = wanted or 1
+    if wanted is None and train:
+        while 2 * lanes <= min(MAX_LANES, num_shards // world_size):
+            lanes *= 2
+    if lanes < 1 or num_shards < world_size * lanes or (lanes > 1 and not train):
+        raise ConfigError(
+            f"{num_shards} shards for {world_size} ranks of {lanes} lanes: every lane needs one; "
+            "pack more shards (nsp data pack --samples-per-shard), or ask for fewer lanes (without "
+            "training, one)"
+        )
+    return lanes
