@@ -1,0 +1,208 @@
+"""Counts what lies in a source: sizes, captions, classes, duplicates, bad and held-out files."""
+
+import hashlib
+import json
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from nsp.config import Config
+from nsp.data.heldout import fold_caption
+from nsp.data.layouts import Entry
+from nsp.data.pictures import decode_rgb
+from nsp.data.samples import Sample
+from nsp.data.sources import Survey
+from nsp.errors import DataError
+from nsp.files import write_file
+from nsp.sheet import contact_sheet
+
+MOST_NAMED = 20  # sizes, words, classes and duplicates that are listed
+SHEET_PICTURES = 48
+SHEET_SIDE_PX = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread(Config):
+    """The least, the median, the mean and the most of some numbers."""
+
+    least: float
+    median: float
+    mean: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of at least one number."""
+        return cls(
+            least=min(values),
+            median=statistics.median(values),
+            mean=statistics.fmean(values),
+            most=max(values),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duplicates(Config):
+    """Samples that are the same in one respect; of the largest groups, the first names."""
+
+    num_groups: int
+    num_extra: int  # samples beyond the first of each group
+    groups: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutStats(Config):
+    """The held-out list against what is there."""
+
+    num_listed: int
+    num_found: int  # samples withheld from training, by name or by caption
+    absent: tuple[str, ...]  # listed names without a sample
+    num_by_caption_only: int  # withheld although the list does not name them
+    same_picture: tuple[str, ...]  # training samples with the very picture of a held-out one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats(Config):
+    """All that `nsp data stats` tells. Counters list the most frequent first."""
+
+    place: str
+    num_samples: int
+    num_train: int
+    num_bytes: int  # of the picture files
+    width_px: Spread
+    height_px: Spread
+    sizes: dict[str, int]
+    num_sizes: int
+    caption_words: Spread
+    num_captions: int  # different ones
+    num_words: int  # different ones: the vocabulary
+    words: dict[str, int]
+    classes: dict[str, int]
+    duplicate_pictures: Duplicates
+    duplicate_captions: Duplicates
+    heldout: HeldoutStats
+    problems: tuple[str, ...]  # what cannot be used, and why
+    unused: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one picture is."""
+
+    size: tuple[int, int]
+    num_bytes: int
+    digest: bytes  # of size and pixels: equal pictures in different files are equal
+
+
+def collect(found: Survey) -> Stats:
+    """Return the statistics of what a survey found; DataError when it found no usable picture."""
+    if not found.entries:
+        problems = f", {len(found.problems)} bad files" if found.problems else ""
+        raise DataError(f"{found.place}: no usable picture{problems}")
+    with ThreadPoolExecutor() as pool:  # decoding and hashing release the interpreter lock
+        looks = list(pool.map(_look, found.entries))
+    samples = [sample for sample, _ in found.entries]
+    sizes = Counter("{}x{}".format(*look.size) for look in looks)
+    words = Counter(word for sample in samples for word in _words(sample.caption))
+    classes = Counter(sample.class_id for sample in samples if sample.class_id is not None)
+    named = {found.class_names[number]: count for number, count in classes.most_common()}
+    heldout = _heldout(found, samples, looks)
+    names = [sample.name for sample in samples]
+    captions = [fold_caption(sample.caption) for sample in samples]
+    return Stats(
+        place=found.place,
+        num_samples=len(samples),
+        num_train=len(samples) - heldout.num_found,
+        num_bytes=sum(look.num_bytes for look in looks),
+        width_px=Spread.of([look.size[0] for look in looks]),
+        height_px=Spread.of([look.size[1] for look in looks]),
+        sizes=dict(sizes.most_common(MOST_NAMED)),
+        num_sizes=len(sizes),
+        caption_words=Spread.of([len(sample.caption.split()) for sample in samples]),
+        num_captions=len(set(captions)),
+        num_words=len(words),
+        words=dict(words.most_common(MOST_NAMED)),
+        classes=named | {name: 0 for name in found.class_names if name not in named},
+        duplicate_pictures=_duplicates(names, [look.digest for look in looks]),
+        duplicate_captions=_duplicates(names, captions),
+        heldout=heldout,
+        problems=tuple(str(problem) for problem in found.problems),
+        unused=tuple(found.unused),
+    )
+
+
+def sample_sheet(found: Survey, *, count: int = SHEET_PICTURES, seed: int = 0) -> Image.Image:
+    """Return a contact sheet of pictures drawn from all usable ones, whole and with captions."""
+    picks = np.random.default_rng(seed).permutation(len(found.entries))[:count]
+    chosen = [found.entries[index] for index in sorted(picks.tolist())]
+    pictures = [decode_rgb(file.read()) for _, file in chosen]
+    side = min(SHEET_SIDE_PX, max(max(picture.size) for picture in pictures))
+    padded = [
+        np.asarray(
+            ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, color="white"), np.uint8
+        )
+        for picture in pictures
+    ]
+    return contact_sheet(padded, [sample.caption for sample, _ in chosen])
+
+
+def write_stats(stats: Stats, found: Survey, output_dir: Path, *, seed: int = 0) -> Path:
+    """Write stats.json and samples.png, each in one move; return the path of the sheet."""
+    with write_file(output_dir / "stats.json") as partial:
+        partial.write_text(
+            json.dumps(stats.to_dict(), ensure_ascii=False, indent=1) + "\n", "utf-8"
+        )
+    sheet = output_dir / "samples.png"
+    with write_file(sheet) as partial:
+        sample_sheet(found, seed=seed).save(partial, "PNG")
+    return sheet
+
+
+def _look(entry: Entry) -> _Look:
+    content = entry[1].read()
+    picture = decode_rgb(content)
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+    return _Look(picture.size, len(content), digest)
+
+
+def _words(caption: str) -> list[str]:
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", caption.casefold())
+
+
+def _duplicates(names: Sequence[str], values: Iterable[object]) -> Duplicates:
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, value in zip(names, values, strict=True):
+        groups[value].append(name)
+    repeated = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
+    return Duplicates(
+        num_groups=len(repeated),
+        num_extra=sum(len(group) - 1 for group in repeated),
+        groups=tuple(tuple(group[:MOST_NAMED]) for group in repeated[:MOST_NAMED]),
+    )
+
+
+def _heldout(found: Survey, samples: list[Sample], looks: list[_Look]) -> HeldoutStats:
+    held = [found.heldout.covers(sample.name, sample.caption) for sample in samples]
+    names = {sample.name for sample in samples}
+    withheld = {look.digest for look, is_held in zip(looks, held, strict=True) if is_held}
+    return HeldoutStats(
+        num_listed=len(found.heldout.rows),
+        num_found=sum(held),
+        absent=tuple(sorted(found.heldout.names - names)),
+        num_by_caption_only=sum(
+            is_held and sample.name not in found.heldout.names
+            for sample, is_held in zip(samples, held, strict=True)
+        ),
+        same_picture=tuple(
+            sample.name
+            for sample, look, is_held in zip(samples, looks, held, strict=True)
+            if not is_held and look.digest in withheld
+        ),
+    )
