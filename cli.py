@@ -24,6 +24,7 @@ from nsp.command_line import (
     seed_option,
     verbose_option,
 )
+from nsp.data.verbs import data
 from nsp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -346,6 +347,8 @@ def doctor(*, as_json: bool) -> None:
     else:
         _print_tables(render_findings(found))
 
+
+main.add_command(data)
 
 if __name__ == "__main__":
     main()

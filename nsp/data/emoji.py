@@ -1,6 +1,6 @@
 """Builds the embedded data set: Noto Color Emoji at 64 px, captioned with their English names.
 
-    python -m nsp.data.emoji --font NotoColorEmoji.ttf --output nsp/data/emoji.tar
+    nsp data build --font NotoColorEmoji.ttf --output nsp/data/emoji.tar
 
 The same font and the same versions of Pillow, libwebp and `emoji` give the same bytes.
 The result is one tar:
@@ -14,16 +14,15 @@ The pictures are Noto Emoji, SIL Open Font License 1.1: see NOTICE.md beside thi
 
 import io
 import logging
-import os
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 from PIL import Image, ImageDraw, ImageFont, features
 
 from nsp.data.heldout import HELDOUT_MEMBER, parse_heldout
-from nsp.errors import DataError, MissingExtraError, NspError
+from nsp.data.tars import write_members
+from nsp.errors import DataError, MissingExtraError
+from nsp.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -128,34 +127,7 @@ def build(font_path: Path, output: Path, *, heldout_path: Path = HELDOUT_FILE) -
     for entry in entries:
         members.append((f"{entry.codepoints}.txt", entry.caption.encode("utf-8")))
         members.append((f"{entry.codepoints}.webp", encode_webp(render(font, entry.text))))
-    write_tar(output, members)
+    with write_file(output) as partial:
+        write_members(partial, members)
     logger.info("%s: %d pictures, %d bytes", output, len(entries), output.stat().st_size)
     return len(entries)
-
-
-def write_tar(output: Path, members: list[tuple[str, bytes]]) -> None:
-    """Write an uncompressed tar whose bytes depend on names and contents alone."""
-    partial = output.with_name(output.name + ".partial")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in members:
-            header = tarfile.TarInfo(name)  # mtime, owner and group stay 0
-            header.size = len(content)
-            header.mode = 0o644
-            archive.addfile(header, io.BytesIO(content))
-    os.replace(partial, output)
-
-
-@click.command()
-@click.option("--font", type=click.Path(path_type=Path), required=True, help="NotoColorEmoji.ttf")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="tar to write")
-def main(font: Path, output: Path) -> None:
-    """Build the embedded emoji set."""
-    try:
-        count = build(font, output)
-    except NspError as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(f"{output}: {count} pictures")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from PIL import Image, features
 
 from nsp.data import emoji as builder
@@ -101,14 +100,3 @@ def test_a_heldout_emoji_that_is_not_built_stops_the_build(
     with pytest.raises(DataError, match="green apple"):
         builder.build(font_path, tmp_path / "out.tar", heldout_path=two_emoji)
     assert not (tmp_path / "out.tar").exists()
-
-
-def test_a_file_that_is_no_font_ends_in_one_line(tmp_path: Path) -> None:
-    if not features.check("raqm"):
-        pytest.skip("needs Pillow with RAQM")
-    fake = tmp_path / "fake.ttf"
-    fake.write_text("x")
-    options = ["--font", str(fake), "--output", str(tmp_path / "o.tar")]
-    result = CliRunner().invoke(builder.main, options)
-    assert result.exit_code == 1
-    assert "fonts-noto-color-emoji" in result.output

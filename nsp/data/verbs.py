@@ -1,0 +1,169 @@
+"""`nsp data …`: every verb is a thin function: parse, library call, report."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nsp.command_line import (
+    COUNT,
+    FILE,
+    FOLDER,
+    Program,
+    json_option,
+    output_dir_option,
+    print_json,
+    seed_option,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from nsp.data.stats import Stats
+
+_SHOWN = 8  # entries of a counter in the table; --json has them all
+
+source_argument = click.argument("source")
+skip_option = click.option(
+    "--skip-bad-files", is_flag=True, help="Leave out what cannot be used, with a warning each."
+)
+
+
+@click.group("data", cls=Program)
+def data() -> None:
+    """Build, pack and look at sets of captioned pictures.
+
+    SOURCE is `emoji` (the embedded set), a folder, a .tar, or hf:NAME_OR_FOLDER[:SPLIT].
+    """
+
+
+@data.command()
+@click.option("--font", type=FILE, required=True, help="NotoColorEmoji.ttf.")
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Tar to write."
+)
+@verbose_option
+def build(*, font: Path, output: Path) -> None:
+    """Draw the embedded emoji set from its font."""
+    from nsp.data.emoji import build as build_emoji
+
+    count = build_emoji(font, output)
+    click.echo(f"{output}: {count} pictures")
+
+
+@data.command()
+@source_argument
+@click.argument("output_dir", type=FOLDER)
+@click.option("--samples-per-shard", type=COUNT, help="Where a shard ends, by samples ...")
+@click.option(
+    "--shard-size-mb",
+    type=click.FloatRange(min=0, min_open=True),
+    help="... or by size, in 10^6 bytes.  [default: 100]",
+)
+@seed_option("Seed of the order.")
+@skip_option
+@json_option
+@verbose_option
+def pack(
+    *,
+    source: str,
+    output_dir: Path,
+    samples_per_shard: int | None,
+    shard_size_mb: float | None,
+    seed: int,
+    skip_bad_files: bool,
+    as_json: bool,
+) -> None:
+    """Write SOURCE as webdataset shards with an index into a new folder OUTPUT_DIR.
+
+    The order is shuffled; the same source and options give the same bytes. Held-out samples are
+    packed with their list, and kept from training as before.
+    """
+    from nsp.data.pack import pack as pack_shards
+
+    index = pack_shards(
+        source,
+        output_dir,
+        samples_per_shard=samples_per_shard,
+        shard_size_mb=shard_size_mb,
+        seed=seed,
+        skip_bad_files=skip_bad_files,
+    )
+    if as_json:
+        print_json(index.to_dict())
+        return
+    held = f", {index.num_heldout} of them held out" if index.num_heldout else ""
+    click.echo(f"{output_dir}: {index.num_samples} samples{held}, {len(index.shards)} shards")
+
+
+@data.command()
+@source_argument
+@output_dir_option("outputs/data", "Where stats.json and samples.png go.")
+@seed_option("Seed of the pictures on the sheet.")
+@json_option
+@verbose_option
+def stats(*, source: str, output_dir: Path, seed: int, as_json: bool) -> None:
+    """Count what lies in SOURCE, name what cannot be used, and draw a sample sheet."""
+    from nsp.data.sources import survey
+    from nsp.data.stats import collect, write_stats
+    from nsp.terminal import results_console
+
+    found = survey(source)
+    result = collect(found)
+    sheet = write_stats(result, found, output_dir, seed=seed)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(result):
+        table.add_row(name, value)
+    results_console().print(table)
+    click.echo(f"sample sheet: {sheet}")
+
+
+def _rows(stats: "Stats") -> Iterator[tuple[str, str]]:
+    """Yield what is known, a line each; what is not there has none."""
+    width, height, words = stats.width_px, stats.height_px, stats.caption_words
+    yield "samples", f"{stats.num_samples} ({stats.num_train} to train on)"
+    yield "pictures", f"{stats.num_bytes / 1e6:.1f} MB"
+    yield "width, px", f"{width.least:g} to {width.most:g}, median {width.median:g}"
+    yield "height, px", f"{height.least:g} to {height.most:g}, median {height.median:g}"
+    yield "sizes", _counter(stats.sizes, stats.num_sizes)
+    yield "captions", f"{stats.num_captions} different"
+    yield "caption words", f"{words.least:g} to {words.most:g}, mean {words.mean:.1f}"
+    yield "vocabulary", _counter(stats.words, stats.num_words)
+    if stats.classes:
+        yield "classes", _counter(stats.classes, len(stats.classes))
+    for name, same in (
+        ("same picture", stats.duplicate_pictures),
+        ("same caption", stats.duplicate_captions),
+    ):
+        if same.num_groups:
+            first = ", ".join(same.groups[0][:_SHOWN])
+            yield name, f"{same.num_extra} extra samples in {same.num_groups} groups, as {first}"
+    held = stats.heldout
+    if held.num_listed:
+        only = f", {held.num_by_caption_only} by caption only" if held.num_by_caption_only else ""
+        yield "held out", f"{held.num_listed} listed, {held.num_found} samples withheld{only}"
+    if held.absent:
+        yield "held out, absent", _names(held.absent)
+    if held.same_picture:
+        yield "held-out pictures", f"{_names(held.same_picture)}: in training too"
+    if stats.problems:
+        yield "cannot be used", f"{len(stats.problems)}: {', '.join(stats.problems)}"
+    if stats.unused:
+        yield "not used", _names(stats.unused)
+
+
+def _counter(counts: dict[str, int], total: int) -> str:
+    shown = [f"{name} ({count})" for name, count in list(counts.items())[:_SHOWN]]
+    return f"{total}: {_names(shown, total)}"
+
+
+def _names(names: "list[str] | tuple[str, ...]", total: int | None = None) -> str:
+    rest = (len(names) if total is None else total) - min(_SHOWN, len(names))
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest else "")
