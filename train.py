@@ -31,7 +31,9 @@ _OPTIONS = (
 @click.command()
 @click.option("--preset", help="Named run: emoji, quick, smoke.  [default: emoji]")
 @click.option("--config", type=FOLDER, help="JSON file of a run, instead of a preset.")
-@click.option("--data", help="'emoji', a .tar, or a folder of captioned pictures.")
+@click.option("--data", help="'emoji', a .tar, a folder, hf:NAME_OR_FOLDER, or shards.")
+@click.option("--stream", is_flag=True, help="Read --data (shards, paths or URLs) as it comes.")
+@click.option("--token-cache", help="Tokens of the pictures, made by nsp data cache.")
 @click.option("--text-encoder", help="Pretrained CLIP or pipeline folder to start from.")
 @click.option(
     "--output-dir", type=FOLDER, help="Run folder.  [default: runs/PRESET or runs/NAME of FILE]"
@@ -105,6 +107,8 @@ def configure(
     text_encoder: str | None = None,
     steps: int | None = None,
     mlflow: str | None = None,
+    stream: bool = False,
+    token_cache: str | None = None,
     **changes: Any,
 ) -> "RunConfig":
     """Return the run a command line describes: a file's, a preset's or a resumed folder's, changed.
@@ -138,6 +142,10 @@ def configure(
         values["data"]["source"] = data
     if text_encoder is not None:
         values["text_encoder"]["folder"] = text_encoder
+    if stream:
+        values["data"]["stream"] = True
+    if token_cache is not None:
+        values["data"]["token_cache"] = token_cache
     if mlflow is not None:
         values["tracking"]["mlflow"] = mlflow
     values |= {name: value for name, value in changes.items() if value is not None}
@@ -154,7 +162,7 @@ def _with_options_of(run: "RunConfig", stored: "RunConfig") -> "RunConfig":
     folder = {k: v for k, v in stored.text_encoder.items() if k == "folder"}
     return dataclasses.replace(
         run,
-        data=dataclasses.replace(run.data, source=stored.data.source),
+        data=stored.data,
         text_encoder={**run.text_encoder, **folder},
         **{name: getattr(stored, name) for name in _OPTIONS},
         phases=tuple(

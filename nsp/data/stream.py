@@ -121,6 +121,17 @@ class ShardStream(IterableDataset[StreamItem]):
         """
         return int(self._left_out.sum())
 
+    def in_order(self) -> "ShardStream":
+        """Return every training sample once, in order, uncropped at random: to look at."""
+        return ShardStream(
+            self.shards,
+            self._squares.image_size_px,
+            batch_size=self.batch_size,
+            train=False,
+            crop=self._squares.crop,
+            skip_bad_files=self.skip_bad_files,
+        )
+
     def loader(self, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
         """Return the batches from `start_step` on."""
         return DataLoader(

@@ -125,6 +125,32 @@ def stats(*, source: str, output_dir: Path, seed: int, as_json: bool) -> None:
     click.echo(f"sample sheet: {sheet}")
 
 
+@data.command()
+@source_argument
+@click.option("--checkpoint", type=FOLDER, required=True, help="Model whose tokenizer to use.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="File to write (.safetensors).",
+)
+@skip_option
+@verbose_option
+def cache(*, source: str, checkpoint: Path, output: Path, skip_bad_files: bool) -> None:
+    """Run a model's tokenizer over SOURCE once, for later runs (data.token_cache)."""
+    from nsp.checkpoint import read_checkpoint
+    from nsp.data.dataset import ImageDataset
+    from nsp.data.sources import open_source
+
+    record = read_checkpoint(checkpoint)
+    system = record.load()
+    found = open_source(source, skip_bad_files=skip_bad_files)
+    pictures = ImageDataset(found, system.config.image_size_px, train=True, crop=False)
+    record.family.get("cache")(system, pictures, output)
+    click.echo(f"{output}: {len(pictures)} pictures")
+    click.echo(f"next: python train.py --start-from {checkpoint} --token-cache {output}")
+
+
 def _rows(stats: "Stats") -> Iterator[tuple[str, str]]:
     """Yield what is known, a line each; what is not there has none."""
     width, height, words = stats.width_px, stats.height_px, stats.caption_words

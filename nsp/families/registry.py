@@ -18,7 +18,8 @@ class Family:
     loop: str  # generator over scale steps
     request: str  # record of one batch for the loop
     system: str  # torch: new_system(run config, source) -> module with all weights
-    objective: str  # torch: (phase name, settings, system, data, held out) -> Objective
+    objective: str  # torch: (phase name, settings, system, data, held out, cache) -> Objective
+    cache: str  # torch: (system, data, file): what the tokenizer makes of the data
     stages: str  # torch: (system, kv_layout) -> {stage name: module}
     load_checkpoint: str  # torch: (folder, config dict) -> system
     save_checkpoint: str  # torch: (folder, system, notes, sampling)
@@ -45,6 +46,7 @@ FAMILIES: Mapping[str, Family] = {
         request=f"{_VAR}.loop:Request",
         system=f"{_VAR}.training:new_system",
         objective=f"{_VAR}.training:objective",
+        cache=f"{_VAR}.training:write_cache",
         stages=f"{_VAR}.stages:build_stages",
         load_checkpoint=f"{_VAR}.checkpoint:load_checkpoint",
         save_checkpoint=f"{_VAR}.checkpoint:save_checkpoint",

@@ -141,7 +141,10 @@ class PhaseConfig(Config):
 class DataConfig(Config):
     """Which pictures, at what size, with which augmentation."""
 
-    source: str = "emoji"  # 'emoji', a .tar, or a folder
+    source: str = "emoji"  # 'emoji', a .tar, a folder, hf:NAME_OR_FOLDER[:SPLIT], or shards
+    stream: bool = False  # read shards (paths or URLs) as they come, without listing them first
+    heldout: str | None = None  # list (name<TAB>caption) of what must not be among the pictures
+    token_cache: str | None = None  # made by `nsp data cache`; None: the run makes its own
     crop: bool = False  # resize the short side to 1.125 x size, then crop at random
     flip: bool = False
     num_workers: int = 0

@@ -1,10 +1,11 @@
 """How much work one training image is, for the throughput in TFLOP/s."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsp.training.objective import Objective
@@ -20,12 +21,14 @@ def flops_per_image(
     """Return floating-point operations of one image's forward and backward pass.
 
     One forward pass is counted, before anything is sharded or compiled, with no gradient and in
-    evaluation mode: it leaves no trace. 0.0 for data without a length.
+    evaluation mode: it leaves no trace.
     """
-    if not isinstance(data, Sized) or len(data) < batch_size:
-        return 0.0
     device = next(objective.parameters()).device
-    items = default_collate([data[index] for index in range(batch_size)])
+    if isinstance(data, IterableDataset):
+        first = list(islice(iter(data), batch_size))
+    else:
+        first = [data[index] for index in range(batch_size)]
+    items = default_collate(first)
     batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in items.items()}
     keys = sample_keys(Share(batch_size=batch_size), 0, 0, seed=0)
     objective.eval()

@@ -19,22 +19,24 @@ from accelerate.utils import set_seed
 
 from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.config import Config
-from nsp.data.dataset import ImageDataset
-from nsp.data.sources import ImageSource, open_source
-from nsp.errors import CheckpointError, ConfigError, DataError
+from nsp.data.sources import ImageSource
+from nsp.errors import CheckpointError, ConfigError
 from nsp.families.registry import family
 from nsp.files import write_file
 from nsp.training.config import FREE_OF_PHASE, PhaseConfig, RunConfig
 from nsp.training.optimizer import merge_adapters
 from nsp.training.parallel import gathered
+from nsp.training.pictures import Pictures, open_pictures
+from nsp.training.stopping import StopRequest
 from nsp.training.tracking import Tracker
-from nsp.training.trainer import Phase
+from nsp.training.trainer import Phase, share_of
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "checkpoint"
 RUN_NAME = "run.json"
 START_NAME = "start"
+TOKENS_NAME = "tokens.safetensors"
 # What a resumed run may change: how long, how it is computed, what is kept of it.
 _FREE = ("precision", "parallel", "compile", "activation_checkpointing", "tracking")
 
@@ -84,25 +86,29 @@ def train(
         logging.getLogger("nsp").setLevel(logging.ERROR)  # one process speaks for all
     _check_folder(folder, config, resume=resume)
     set_seed(config.seed)
-    source, held_out = _open_data(config, skip_bad_files=skip_bad_files)
-    with Tracker(config.tracking, is_main_process=accelerator.is_main_process) as tracker:
+    data = open_pictures(config.data, skip_bad_files=skip_bad_files)
+    is_main = accelerator.is_main_process
+    with (
+        Tracker(config.tracking, is_main_process=is_main) as tracker,
+        StopRequest(accelerator) as stop,
+    ):
         accelerator.wait_for_everyone()  # nobody writes before everybody has checked
-        if accelerator.is_main_process:
-            _prepare_folder(folder, config, source, resume=resume)
+        if is_main:
+            _prepare_folder(folder, config, data.source, resume=resume)
         accelerator.wait_for_everyone()
         tracker.start(config.to_dict(), folder)
         logger.info(
-            "%s on %s (%s), %d processes: %d pictures, run folder %s",
+            "%s on %s (%s), %d processes: %s, run folder %s",
             *(config.family, accelerator.device, accelerator.mixed_precision),
-            *(accelerator.num_processes, len(source), folder),
+            *(accelerator.num_processes, data, folder),
         )
         for phase in config.phases:
-            if not _run_phase(phase, config, folder, accelerator, tracker, source, held_out):
+            if not _run_phase(phase, config, folder, accelerator, stop, tracker, data):
                 tracker.close("stopped")
-                return RunResult(folder / CHECKPOINT_NAME, False, accelerator.is_main_process)
+                return RunResult(folder / CHECKPOINT_NAME, False, is_main)
             if phase.name == last_phase:
                 break
-    return RunResult(folder / CHECKPOINT_NAME, True, accelerator.is_main_process)
+    return RunResult(folder / CHECKPOINT_NAME, True, is_main)
 
 
 def _run_phase(
@@ -110,9 +116,9 @@ def _run_phase(
     run: RunConfig,
     folder: Path,
     accelerator: Accelerator,
+    stop: StopRequest,
     tracker: Tracker,
-    source: ImageSource,
-    held_out: ImageSource | None,
+    data: Pictures,
 ) -> bool:
     """Train one phase, starting from the newest checkpoint; return whether all steps are made."""
     record = read_checkpoint(_newest(folder))
@@ -122,25 +128,17 @@ def _run_phase(
         return True
     system = record.load()
 
-    def pictures(of: ImageSource, *, train: bool) -> ImageDataset:
-        return ImageDataset(
-            of,
-            system.config.image_size_px,
-            train=train,
-            crop=run.data.crop,
-            flip=run.data.flip and train,
-            seed=run.seed,
-        )
-
+    size = system.config.image_size_px
     objective = record.family.get("objective")(
         config.name,
         config.objective,
         system,
-        pictures(source, train=True),
-        None if held_out is None else pictures(held_out, train=False),
+        data.to_train(size, run, share_of(config, accelerator)),
+        data.to_validate(size, run),
+        Path(run.data.token_cache) if run.data.token_cache else folder / TOKENS_NAME,
     )
     phase = Phase(config, objective, accelerator, folder / config.name, run, tracker)
-    finished = phase.run()
+    finished = phase.run(stop)
     steps[config.name] = phase.step
     with phase.averaged():
         weights = gathered(system)
@@ -171,20 +169,9 @@ def _plain(
     return system
 
 
-def _open_data(
-    config: RunConfig, *, skip_bad_files: bool
-) -> tuple[ImageSource, ImageSource | None]:
-    """Return the pictures to train on, and those held out where the source lists some."""
-    spec = config.data.source
-    source = open_source(spec, split="train", skip_bad_files=skip_bad_files)
-    try:
-        held_out = open_source(spec, split="heldout", skip_bad_files=True)
-    except DataError:
-        held_out = None
-    return source, held_out
-
-
-def _prepare_folder(folder: Path, config: RunConfig, source: ImageSource, *, resume: bool) -> None:
+def _prepare_folder(
+    folder: Path, config: RunConfig, source: ImageSource | None, *, resume: bool
+) -> None:
     """Make the model a new run starts from and store what the run is."""
     start = folder / START_NAME
     if not (resume and is_checkpoint(start)):
@@ -193,7 +180,7 @@ def _prepare_folder(folder: Path, config: RunConfig, source: ImageSource, *, res
         partial.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
 
-def _new_system(config: RunConfig, source: ImageSource) -> Any:
+def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
     """Return the model before the first step: new, or that of another checkpoint."""
     if config.start_from is None:
         return family(config.family).get("system")(config.model, config.text_encoder, source)

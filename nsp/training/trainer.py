@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import DataLoader, Dataset
 
+from nsp.data.stream import ShardStream
 from nsp.errors import CheckpointError, ConfigError, TrainingError
 from nsp.sheet import contact_sheet
 from nsp.training.average import WeightAverage, full
@@ -86,12 +87,7 @@ class Phase:
         self.offset = 0  # data steps left out by rollbacks
         self.rollbacks = 0
         self.held_out_loss: tuple[int, float] | None = None  # step, loss
-        self.share = Share(
-            batch_size=config.batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            accumulate=config.accumulate,
-        )
+        self.share = share_of(config, accelerator)
         self.guard = LossGuard(config.guard)
         self.store = CheckpointStore(folder / "checkpoints", keep_last=config.keep_last)
         if config.lora is not None:
@@ -111,7 +107,7 @@ class Phase:
         """Whether every step has been made."""
         return self.step >= self.config.steps
 
-    def run(self) -> bool:
+    def run(self, stop: StopRequest) -> bool:
         """Train to the last step and return True, or to a signal's and return False.
 
         The step is saved in both cases. After an error the last saved step stays the newest: what
@@ -125,12 +121,9 @@ class Phase:
         log = self.folder / "log.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         self.tracker.phase(self.config.name, self.step)
-        with (
-            StopRequest(self.accelerator) as stop,
-            Progress(
-                self.config, self.step, log, flops_per_image=self.flops, silent=not main
-            ) as progress,
-        ):
+        with Progress(
+            self.config, self.step, log, flops_per_image=self.flops, silent=not main
+        ) as progress:
             while not self.done and not stop.agreed():
                 try:
                     self._train(progress, stop)
@@ -224,6 +217,8 @@ class Phase:
     def _report(self, progress: Progress, metrics: Mapping[str, Tensor | float]) -> None:
         """Report the numbers of the last step, averaged over the processes."""
         values = self._mean(metrics)
+        if isinstance(self.data, ShardStream):
+            values["left_out"] = float(self.data.num_left_out)
         if problem := self.guard.judge(values["loss"]):
             raise _WentWrong(problem)
         if self.accelerator.device.type == "cuda":
@@ -302,6 +297,9 @@ class Phase:
             "num_workers": self.run_config.data.num_workers,
             "pin_memory": self.accelerator.device.type == "cuda",
         }
+        if isinstance(data, ShardStream):  # of which this process has its own part
+            data.start_step = start * self.share.accumulate
+            return data.loader(**settings)
         assert isinstance(data, Sized)  # StepSampler draws indices, so it must be map-style
         sampler = StepSampler(
             len(data),
@@ -407,3 +405,13 @@ class Phase:
                 f"{existing} has {free / 2**30:.2f} GiB free; free some, or set keep_last below "
                 f"{self.config.keep_last}"
             )
+
+
+def share_of(config: PhaseConfig, accelerator: Accelerator) -> Share:
+    """Return this process's part of every step's batch."""
+    return Share(
+        batch_size=config.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulate=config.accumulate,
+    )

@@ -37,7 +37,7 @@ def test_ctrl_c_before_the_first_step_leaves_the_folder_usable(
     smoke: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "open_source", interrupted)
+        patch.setattr(run_module, "open_pictures", interrupted)
         result = run(*smoke)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("stopped before the first step")

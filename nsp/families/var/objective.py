@@ -8,6 +8,7 @@ without an adversary.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from torch.utils.data import Dataset
 
 from nsp.config import Config
 from nsp.data.dataset import ImageDataset, to_model_range
-from nsp.errors import ConfigError
+from nsp.data.preview import preview
+from nsp.data.stream import ShardStream
 from nsp.families.var.model import Conditioning, NextScaleTransformer
 from nsp.families.var.quantizer import MultiScaleQuantizer
 from nsp.families.var.system import VarSystem
+from nsp.families.var.tokens import TokenDataset, check_classes
 from nsp.families.var.vqvae import VQVAE
 from nsp.training.average import write_rows
 from nsp.training.objective import Objective
@@ -49,7 +52,7 @@ class TokenizerObjective(Objective):
     def __init__(
         self,
         system: VarSystem,
-        data: ImageDataset,
+        data: ImageDataset | ShardStream,
         held_out: ImageDataset | None,
         settings: TokenizerSettings,
     ) -> None:
@@ -146,9 +149,7 @@ class TokenizerObjective(Objective):
     @torch.no_grad()
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return pictures beside their reconstructions."""
-        rng = np.random.default_rng(seed)
-        picks = rng.choice(len(self._data), size=min(16, len(self._data)), replace=False)
-        items = [self._data[int(i)] for i in picks]
+        items = preview(self._data, 16, seed=seed)
         device = next(self.trained.parameters()).device
         image = torch.stack([item["image"] for item in items]).to(device)
         vae = self.trained
@@ -183,12 +184,14 @@ class PredictorObjective(Objective):
     def __init__(
         self,
         system: VarSystem,
-        data: ImageDataset,
+        data: ImageDataset | ShardStream,
         held_out: ImageDataset | None,
         settings: PredictorSettings,
+        token_cache: Path | None = None,
     ) -> None:
         super().__init__()
         self.settings, self._data, self._held_out = settings, data, held_out
+        self._token_cache = token_cache
         self.system = system.requires_grad_(False)
         parts: dict[str, nn.Module] = {"predictor": system.predictor}
         if system.text_encoder is not None and settings.train_text_encoder:
@@ -196,8 +199,10 @@ class PredictorObjective(Objective):
         self.trained = nn.ModuleDict(parts).requires_grad_(True)
 
     def dataset(self) -> Dataset[Mapping[str, Any]]:
-        """Return conditions with tokens, or with pictures where tokens change every epoch."""
-        return TokenDataset(self.system, self._data)
+        """Return conditions with tokens, or the pictures of a stream."""
+        if isinstance(self._data, ShardStream):
+            return self._data
+        return TokenDataset(self.system, self._data, self._token_cache)
 
     def held_out(self) -> Dataset[Mapping[str, Any]] | None:
         """Return the held-out pictures as `dataset` does."""
@@ -215,7 +220,7 @@ class PredictorObjective(Objective):
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the metrics of `predictor_loss`."""
         system = self.system
-        condition_B = batch["condition"]
+        condition_B = batch["condition"] if "condition" in batch else self._conditions(batch)
         rate = system.config.predictor.cond_drop_rate if self.training else 0.0
         dropped = sample_uniforms(batch["key"], 1)[:, 0].to(condition_B.device) < rate
         if "tokens" in batch:
@@ -229,6 +234,14 @@ class PredictorObjective(Objective):
             tokens_BL,
             label_smoothing=self.settings.label_smoothing if self.training else 0.0,
         )
+
+    def _conditions(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return class ids (B,) or prompt token ids (B, T) of a stream's pictures."""
+        if self.system.config.text is None:
+            class_ids: Tensor = batch["class_id"]
+            check_classes(class_ids, self.system.config.num_classes)
+            return class_ids
+        return self.system.encode_prompts(batch["caption"]).to(batch["image"].device)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return the published rule."""
@@ -292,56 +305,3 @@ def predictor_loss(
         "accuracy": correct_BL.mean(),
         "accuracy_last": correct_BL[:, -lengths[-1] :].mean(),
     }
-
-
-class TokenDataset(Dataset[Mapping[str, Any]]):
-    """Conditions with tokens, or with pictures where crops and flips change the tokens.
-
-    Tokens that a picture always gives are computed here, once.
-    """
-
-    def __init__(self, system: VarSystem, data: ImageDataset, batch_size: int = 64) -> None:
-        self._data = data
-        if system.config.text is None:
-            classes = [sample.class_id for sample in data.source.samples]
-            if None in classes:
-                raise ConfigError(
-                    "a class-conditional model needs class folders; this data has only captions"
-                )
-            if len(data.source.class_names) > system.config.num_classes:
-                raise ConfigError(
-                    f"{len(data.source.class_names)} class folders for a model of "
-                    f"{system.config.num_classes} classes; set condition.num_classes"
-                )
-            self._conditions = torch.tensor(classes)
-        else:
-            captions = [sample.caption for sample in data.source.samples]
-            self._conditions = system.encode_prompts(captions)
-        self._tokens = None
-        if not (data.crop or data.flip):
-            self._tokens = self._tokenize(system.vae, batch_size)
-
-    def _tokenize(self, vae: VQVAE, batch_size: int) -> Tensor:
-        """Return the tokens (N, L) int64 of all pictures."""
-        device = next(vae.parameters()).device
-        rows = []
-        for start in range(0, len(self._data), batch_size):
-            stop = min(start + batch_size, len(self._data))
-            image = torch.stack([self._data[i]["image"] for i in range(start, stop)])
-            rows.append(torch.cat(vae.tokenize(to_model_range(image.to(device))), 1).cpu())
-        return torch.cat(rows)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose crops and flips come next."""
-        self._data.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        """Return the number of pictures."""
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `condition`, and `tokens` (L,) or `image` (3, H, W) uint8."""
-        condition = self._conditions[index]
-        if self._tokens is not None:
-            return {"condition": condition, "tokens": self._tokens[index]}
-        return {"condition": condition, "image": self._data[index]["image"]}

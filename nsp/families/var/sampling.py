@@ -1,9 +1,13 @@
 """Pictures generated while training, through the same loop and stages that are deployed."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from nsp.data.dataset import ImageDataset
+from nsp.data.preview import preview
+from nsp.data.stream import ShardStream
 from nsp.families.registry import family
 from nsp.families.var.system import VarSystem
 from nsp.runtime.pipeline import torch_pipeline
@@ -12,20 +16,15 @@ _NUM_SAMPLES = 24
 
 
 def sample_grid(
-    system: VarSystem, data: ImageDataset, seed: int, guidance_scale: float
+    system: VarSystem, data: ImageDataset | ShardStream, seed: int, guidance_scale: float
 ) -> tuple[NDArray[np.uint8], list[str]]:
     """Return greedy samples (N, H, W, 3) and their captions; `seed` picks these from the data."""
-    rng = np.random.default_rng(seed)
-    picks = rng.choice(len(data), size=min(_NUM_SAMPLES, len(data)), replace=False)
-    samples = [data.source.samples[int(i)] for i in picks]
+    items = preview(data, _NUM_SAMPLES, seed=seed)
+    titles = [item["caption"] for item in items]
+    conditions: dict[str, Any] = {"prompts": titles}
+    if system.config.text is None:
+        conditions = {"class_ids": [item["class_id"] for item in items]}
     device = str(next(system.parameters()).device)
     pipeline = torch_pipeline(family("var"), system, device=device)
-    titles = [sample.caption for sample in samples]
-    if system.config.text is None:
-        ids = [int(sample.class_id) for sample in samples if sample.class_id is not None]
-        result = pipeline.generate(class_ids=ids, seed=seed, guidance_scale=guidance_scale, top_k=1)
-    else:
-        result = pipeline.generate(
-            prompts=titles, seed=seed, guidance_scale=guidance_scale, top_k=1
-        )
+    result = pipeline.generate(**conditions, seed=seed, guidance_scale=guidance_scale, top_k=1)
     return result.images, titles

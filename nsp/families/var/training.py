@@ -1,7 +1,7 @@
 """What the trainer asks of the family `var`: a new model, and the objective of each phase."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,9 @@ from torch import nn
 from nsp.config import Config
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource
+from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
+from nsp.families.var import tokens
 from nsp.families.var.config import TextCondition, VarConfig, with_condition
 from nsp.families.var.model import initialize
 from nsp.families.var.objective import (
@@ -21,6 +23,7 @@ from nsp.families.var.objective import (
     TokenizerSettings,
 )
 from nsp.families.var.system import VarSystem
+from nsp.families.var.tokens import is_constant
 from nsp.text.encoder import build_text_encoder, load_text_encoder
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
 from nsp.training.objective import Objective
@@ -28,10 +31,7 @@ from nsp.training.objective import Objective
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
-PHASES: Mapping[str, tuple[Callable[..., Objective], type[Config]]] = {
-    "tokenizer": (TokenizerObjective, TokenizerSettings),
-    "predictor": (PredictorObjective, PredictorSettings),
-}
+PHASES = ("tokenizer", "predictor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,14 @@ class TextEncoderSettings(Config):
 
 
 def new_system(
-    config: Mapping[str, Any], text_encoder: Mapping[str, Any], source: ImageSource
+    config: Mapping[str, Any], text_encoder: Mapping[str, Any], source: ImageSource | None
 ) -> VarSystem:
     """Return a freshly initialised model.
 
     `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length of
     the text condition; otherwise the prompt tokenizer is trained on the captions of `source` and
-    the encoder is new. Weights are drawn from torch's global generator, which the caller seeds.
+    the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
+    generator, which the caller seeds.
     """
     var_config = VarConfig.from_dict(config)
     encoder, tokenizer = None, None
@@ -72,7 +73,7 @@ def new_system(
 
 
 def _text_parts(
-    settings: TextEncoderSettings, text: TextCondition, source: ImageSource
+    settings: TextEncoderSettings, text: TextCondition, source: ImageSource | None
 ) -> tuple[PromptTokenizer, "CLIPTextModel"]:
     """Return prompt tokenizer and text encoder, pretrained or new."""
     if settings.folder is not None:
@@ -81,6 +82,11 @@ def _text_parts(
         encoder = load_text_encoder(folder, subfolder="text_encoder" if is_pipeline else None)
         tokenizer = PromptTokenizer.load(folder, subfolder="tokenizer" if is_pipeline else None)
         return tokenizer, encoder
+    if source is None:
+        raise ConfigError(
+            "the captions of a stream are not known ahead, so no prompt tokenizer can be trained "
+            "on them; give a CLIP folder with --text-encoder, or a checkpoint with --start-from"
+        )
     captions = sorted({sample.caption for sample in source.samples})
     tokenizer = train_tokenizer(
         captions, vocab_size=settings.vocab_size, max_tokens=text.max_tokens
@@ -95,11 +101,24 @@ def objective(
     phase: str,
     settings: Mapping[str, Any],
     system: VarSystem,
-    data: ImageDataset,
+    data: ImageDataset | ShardStream,
     held_out: ImageDataset | None = None,
+    cache: Path | None = None,
 ) -> Objective:
-    """Return the objective of a phase; raise ConfigError for an unknown one."""
+    """Return the objective of a phase; raise ConfigError for an unknown one.
+
+    `cache` is where the pictures' tokens are kept, for the phase that needs them.
+    """
     if phase not in PHASES:
         raise ConfigError(f"unknown phase {phase!r} of family var; known: {', '.join(PHASES)}")
-    make, record = PHASES[phase]
-    return make(system, data, held_out, record.from_dict(settings))
+    if phase == "tokenizer":
+        return TokenizerObjective(system, data, held_out, TokenizerSettings.from_dict(settings))
+    predictor = PredictorSettings.from_dict(settings)
+    return PredictorObjective(system, data, held_out, predictor, cache)
+
+
+def write_cache(system: VarSystem, data: ImageDataset, file: Path) -> None:
+    """Write the tokens of all pictures to `file`, for `data.token_cache` of later runs."""
+    if not is_constant(data):
+        raise ConfigError("crops and flips change the tokens: only whole pictures can be cached")
+    tokens.write_cache(system.vae, data, file)

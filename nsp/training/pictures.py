@@ -1,0 +1,94 @@
+"""The pictures of a run, as its configuration describes them: listed or streamed, and held out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nsp.data.dataset import ImageDataset
+from nsp.data.heldout import HELDOUT_MEMBER, Heldout, parse_heldout
+from nsp.data.shards import ShardSet, find_shards
+from nsp.data.sources import ImageSource, readable, survey
+from nsp.data.stream import ShardStream
+from nsp.errors import ConfigError
+from nsp.training.config import DataConfig, RunConfig
+from nsp.training.order import Share
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a run trains on, and what it never sees."""
+
+    train: ImageSource | ShardSet
+    held_out: ImageSource | None
+    skip_bad_files: bool
+
+    @property
+    def source(self) -> ImageSource | None:
+        """The listed pictures; None for a stream."""
+        return self.train if isinstance(self.train, ImageSource) else None
+
+    def __str__(self) -> str:
+        """Say how much there is."""
+        if isinstance(self.train, ImageSource):
+            return f"{len(self.train)} pictures"
+        return f"a stream of {len(self.train.urls)} shards"
+
+    def to_train(self, size_px: int, run: RunConfig, share: Share) -> ImageDataset | ShardStream:
+        """Return the training set at `size_px`; of a stream, this process's part."""
+        crop, flip, seed = run.data.crop, run.data.flip, run.seed
+        if isinstance(self.train, ImageSource):
+            return ImageDataset(self.train, size_px, train=True, crop=crop, flip=flip, seed=seed)
+        return ShardStream(
+            self.train,
+            size_px,
+            batch_size=share.micro_batch_size,
+            train=True,
+            crop=crop,
+            flip=flip,
+            seed=seed,
+            rank=share.rank,
+            world_size=share.world_size,
+            skip_bad_files=self.skip_bad_files,
+        )
+
+    def to_validate(self, size_px: int, run: RunConfig) -> ImageDataset | None:
+        """Return the held-out pictures at `size_px`, where there are some."""
+        if self.held_out is None:
+            return None
+        return ImageDataset(self.held_out, size_px, train=False, crop=run.data.crop)
+
+
+def open_pictures(config: DataConfig, *, skip_bad_files: bool) -> Pictures:
+    """Return the pictures of a run, every listed one found readable.
+
+    Raises DataError for files that cannot be used, ConfigError for held-out ones among those to
+    train on and for settings that a stream cannot honour.
+    """
+    if config.stream:
+        if config.token_cache is not None or config.heldout is not None:
+            raise ConfigError(
+                "a stream is not listed ahead: data.token_cache and data.heldout are for listed "
+                "pictures; shards carry their own list of what is held out"
+            )
+        return Pictures(find_shards(config.source), None, skip_bad_files)
+    found = readable(survey(config.source), skip_bad_files=skip_bad_files)
+    train = found.choose("train")
+    if config.heldout is not None:
+        _check_held_out(train, config.heldout)
+    held_out = found.choose("heldout") if found.heldout.rows else None
+    return Pictures(train, held_out, skip_bad_files)
+
+
+def _check_held_out(source: ImageSource, path: str) -> None:
+    """Raise ConfigError when the pictures to train on hold captions of the list at `path`."""
+    try:
+        rows = parse_heldout(Path(path).read_text(encoding="utf-8"), where=path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.heldout: {path} cannot be read ({error})") from error
+    heldout = Heldout.of(rows)
+    seen = [each for each in source.samples if heldout.covers(each.name, each.caption)]
+    if seen:
+        raise ConfigError(
+            f"{len(seen)} pictures to train on are held out by {path}, first {seen[0].name} "
+            f"({seen[0].caption!r}); put the list beside the pictures as {HELDOUT_MEMBER}, "
+            "or remove them"
+        )
