@@ -1,0 +1,34 @@
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from benchmarks.loader import LoaderReport, main
+from tests.data.picture_files import encoded, write_files
+
+
+def test_every_loader_is_measured_beside_the_consumption(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {}
+    for number in range(20):
+        files |= {f"{number}.png": encoded(".png", number), f"{number}.txt": f"picture {number}"}
+    source = write_files(tmp_path, files)
+    options = ["--source", str(source), "--image-size", "8", "--batch-size", "4"]
+    options += ["--workers", "0", "--seconds", "0.1", "--consumption", "10"]
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code == 0
+    report = LoaderReport.from_dict(json.loads(result.stdout.splitlines()[-1]))
+    assert [rate.loader for rate in report.rates] == [
+        "map-style, decoding",
+        "map-style, cached",
+        "stream",
+    ]
+    for rate in report.rates:
+        assert rate.images_per_s > 0
+        assert rate.of_consumption == rate.images_per_s / 10
+    assert "images/s" in result.stdout
+
+
+def test_a_source_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["--source", str(tmp_path / "nowhere")])
+    assert result.exit_code == 1
+    assert "not found" in result.stderr
