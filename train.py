@@ -1,6 +1,7 @@
 """`python train.py`: train a model; without arguments, the demo model on the embedded emoji set."""
 
 import dataclasses
+import json
 import logging
 import shlex
 import sys
@@ -93,9 +94,32 @@ def main(
         sys.exit(DONE if result.finished else INTERRUPTED)
     if not result.finished:
         click.echo(f"stopped; continue with: {shlex.join(again)}", err=True)
+    for line in summary(run, folder):
+        click.echo(line)
     click.echo(f"checkpoint: {result.checkpoint}")
     click.echo(f"next: {shlex.join(['nsp', 'export', '--checkpoint', str(result.checkpoint)])}")
     sys.exit(DONE if result.finished else INTERRUPTED)
+
+
+def summary(run: "RunConfig", folder: Path) -> list[str]:
+    """Return what each phase reached and where a run's things lie, a line each."""
+    lines = []
+    for phase in run.phases:
+        log = folder / phase.name / "log.jsonl"
+        reports = log.read_text().splitlines() if log.is_file() else []
+        rows = [row for row in map(json.loads, reports) if "loss" in row]
+        if rows:
+            last = rows[-1]
+            lines.append(
+                f"{phase.name}: {last['step']} of {phase.steps} steps, loss {last['loss']:.4g}"
+            )
+            if any((folder / phase.name / "samples").glob("*.png")):
+                lines.append(f"  samples: {folder / phase.name / 'samples'}")
+    if (folder / "tensorboard").is_dir():
+        lines.append(
+            f"watch: {shlex.join(['tensorboard', '--logdir', str(folder / 'tensorboard')])}"
+        )
+    return lines
 
 
 def configure(

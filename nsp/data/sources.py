@@ -1,5 +1,6 @@
 """Opens captioned pictures, wherever they lie, as one ImageSource."""
 
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -96,7 +97,8 @@ def open_source(
     `spec` is 'emoji' (the embedded set), a `.tar`, a folder, or 'hf:NAME_OR_FOLDER[:SPLIT]' (a data
     set that Hugging Face's `datasets` reads); nsp/data/layouts.py and nsp/data/hub.py say how each
     is read. Where the source lists held-out samples (the emoji set does, and so does every copy of
-    its tar), 'train' and 'heldout' part it by name and by caption; elsewhere 'train' is everything.
+    its tar), 'train' and 'heldout' part it by name and by caption, and 'train' is without copies of
+    held-out pictures; elsewhere 'train' is everything.
     Raises DataError naming the files that cannot be used; with `skip_bad_files` each is logged as a
     warning and left out.
     """
@@ -194,12 +196,21 @@ def _choose(place: str, entries: list[Entry], heldout: Heldout, split: Split) ->
     absent = heldout.names - {sample.name for sample, _ in entries}
     if absent:
         logger.warning("%s: held out but not among the samples: %s", place, _first(sorted(absent)))
-    wants_heldout = split == "heldout"
-    return [
-        (sample, file)
-        for sample, file in entries
-        if heldout.covers(sample.name, sample.caption) == wants_heldout
-    ]
+    covered = [entry for entry in entries if heldout.covers(entry[0].name, entry[0].caption)]
+    if split == "heldout" or not covered:
+        return covered if split == "heldout" else entries
+    # A held-out picture under another name and caption would be seen all the same.
+    pictures = {_digest(file) for _, file in covered}
+    names = {sample.name for sample, _ in covered}
+    rest = [entry for entry in entries if entry[0].name not in names]
+    copies = [sample.name for sample, file in rest if _digest(file) in pictures]
+    if copies:
+        logger.info("%s: copies of held-out pictures, left out: %s", place, _first(copies))
+    return [entry for entry in rest if entry[0].name not in set(copies)]
+
+
+def _digest(file: PictureFile) -> bytes:
+    return hashlib.blake2b(file.read(), digest_size=16).digest()
 
 
 def _first(lines: Sequence[str]) -> str:

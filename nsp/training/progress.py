@@ -4,7 +4,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -80,6 +81,13 @@ class Progress:
         """Show that `step` steps are done now."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out of the rates: that of what is not a step."""
+        begun = time.monotonic()
+        yield
+        self._since += time.monotonic() - begun
 
     def note(self, step: int, **facts: str | float | int | None) -> None:
         """Keep a line about something else than the usual numbers."""

@@ -5,59 +5,34 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.utils.data import DataLoader, Dataset
 
+from nsp.data.dataset import batches
 from nsp.data.stream import ShardStream
 from nsp.errors import CheckpointError, ConfigError, TrainingError
 from nsp.sheet import contact_sheet
-from nsp.training.average import WeightAverage, full
+from nsp.training.average import full
 from nsp.training.checkpoints import CheckpointStore
 from nsp.training.config import FREE_OF_PHASE, PhaseConfig, RunConfig
 from nsp.training.flops import flops_per_image
-from nsp.training.guard import LossGuard
+from nsp.training.loading import Batch, training_loader, validation_loader
 from nsp.training.objective import Objective
 from nsp.training.optimizer import add_adapters, new_optimizer, set_rates
-from nsp.training.order import Share, StepSampler, sample_keys, step_seed
-from nsp.training.parallel import GATHERED, accumulating, prepare, whole
+from nsp.training.order import Share, sample_keys, step_seed
+from nsp.training.parallel import accumulating, prepare, whole
 from nsp.training.progress import Progress
+from nsp.training.state import TrainingState
 from nsp.training.stopping import StopRequest
 from nsp.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
-
-_SPREAD = StateDictOptions(full_state_dict=True)
-
-Batch = Mapping[str, Any]
-
-
-class _AtEpoch(Dataset[Batch]):
-    """A data set read by (epoch, index), so that workers that read ahead see the right epoch."""
-
-    def __init__(self, data: Dataset[Batch]) -> None:
-        self.data = data
-        self._set_epoch = getattr(data, "set_epoch", None)
-
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        epoch, index = key
-        if self._set_epoch is not None:
-            self._set_epoch(epoch)
-        return self.data[index]
 
 
 class _WentWrong(Exception):
@@ -83,12 +58,8 @@ class Phase:
     ) -> None:
         self.config, self.objective, self.accelerator = config, objective, accelerator
         self.folder, self.run_config, self.tracker = folder, run, tracker
-        self.step = 0
-        self.offset = 0  # data steps left out by rollbacks
-        self.rollbacks = 0
         self.held_out_loss: tuple[int, float] | None = None  # step, loss
         self.share = share_of(config, accelerator)
-        self.guard = LossGuard(config.guard)
         self.store = CheckpointStore(folder / "checkpoints", keep_last=config.keep_last)
         if config.lora is not None:
             add_adapters(objective.trained, config.lora)
@@ -97,10 +68,15 @@ class Phase:
         self.flops = flops_per_image(objective, self.data, self.share.micro_batch_size)
         self.module = prepare(objective, run, accelerator)
         self.optimizer = accelerator.prepare_optimizer(new_optimizer(objective, config.optimizer))
-        self.average: WeightAverage | None = None
-        if config.ema_decay:
-            self.average = WeightAverage(objective.trained.parameters(), config.ema_decay)
+        self.state = TrainingState(
+            config, objective.trained, self.optimizer.optimizer, accelerator.scaler
+        )
         self._restore()
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps made."""
+        return self.state.step
 
     @property
     def done(self) -> bool:
@@ -142,13 +118,24 @@ class Phase:
 
     def _train(self, progress: Progress, stop: StopRequest) -> None:
         """Make the steps that are left, until the end or a request to stop."""
-        loader = iter(self._loader(self.data, self.step + self.offset))
+        offset, run = self.state.offset, self.run_config
+        loader = batches(
+            training_loader(
+                self.data,
+                self.share,
+                start=self.step + offset,
+                stop=self.config.steps + offset,
+                seed=run.seed,
+                num_workers=run.data.num_workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+        )
         pending: Tensor | None = None  # gradient norm of the step before: read one step later
         while not self.done:
             norm, metrics = self._train_step(loader)
             self._check_norm(pending)
             pending = norm
-            self.step += 1
+            self.state.step += 1
             progress.advance(self.step)
             saves = self.step % self.config.checkpoint_every == 0
             reports = self.step % self.config.log_every == 0 or self.done
@@ -156,12 +143,13 @@ class Phase:
                 self._check_norm(pending)
             if reports:
                 self._report(progress, metrics)
-            if self.held_out is not None and self._is_due(self.config.validate_every):
-                self._validate(progress)
-            if self._is_due(self.config.sample_every):
-                self._write_samples()
-            if saves and not self.done:
-                self.save()
+            with progress.paused():
+                if self.held_out is not None and self._is_due(self.config.validate_every):
+                    self._validate(progress)
+                if self._is_due(self.config.sample_every):
+                    self._write_samples()
+                if saves and not self.done:
+                    self.save()
             # Agreeing costs a wait for all processes: several of them do it when they report.
             if (reports or self.accelerator.num_processes == 1) and stop.agreed():
                 self._check_norm(pending)
@@ -172,7 +160,7 @@ class Phase:
 
     def _train_step(self, loader: Iterator[Batch]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Make one optimizer step; return the gradient's norm and the metrics to report."""
-        settings, data_step = self.config.optimizer, self.step + self.offset
+        settings, data_step = self.config.optimizer, self.step + self.state.offset
         self.module.train()
         # What is random in a step depends on the step alone: a resumed run needs no random state.
         torch.manual_seed(
@@ -195,8 +183,8 @@ class Phase:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         extra = self.objective.after_step(self.step)
-        if self.average is not None:
-            self.average.update(self.step)
+        if self.state.average is not None:
+            self.state.average.update(self.step)
         return norm, {**total, "grad_norm": norm, "lr": rate, **extra}
 
     def _batch(self, loader: Iterator[Batch], data_step: int, micro_batch: int) -> Batch:
@@ -216,10 +204,11 @@ class Phase:
 
     def _report(self, progress: Progress, metrics: Mapping[str, Tensor | float]) -> None:
         """Report the numbers of the last step, averaged over the processes."""
+        if isinstance(self.data, ShardStream):  # the mean of these is the sum over processes
+            count = self.data.num_left_out * self.share.world_size
+            metrics = {**metrics, "left_out": float(count)}
         values = self._mean(metrics)
-        if isinstance(self.data, ShardStream):
-            values["left_out"] = float(self.data.num_left_out)
-        if problem := self.guard.judge(values["loss"]):
+        if problem := self.state.guard.judge(values["loss"]):
             raise _WentWrong(problem)
         if self.accelerator.device.type == "cuda":
             values["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -237,24 +226,17 @@ class Phase:
     @torch.no_grad()
     def _validate(self, progress: Progress) -> None:
         """Report the metrics on the held-out pictures, of the weights that would be shipped."""
-        assert isinstance(self.held_out, Sized)
-        size = min(self.config.batch_size, len(self.held_out)) // self.share.world_size
-        share = Share(
-            batch_size=size * self.share.world_size,
-            rank=self.share.rank,
-            world_size=self.share.world_size,
-        )
-        count = len(self.held_out) // share.batch_size
-        sampler = StepSampler(len(self.held_out), share, start=0, stop=count, seed=0)
+        assert self.held_out is not None
+        loader, share = validation_loader(self.held_out, self.share)
+        keys = sample_keys(share, 0, 0, seed=0)
         self.module.eval()
         total: dict[str, float] = {}
         with self.averaged():
-            for batch in DataLoader(_AtEpoch(self.held_out), batch_sampler=sampler):
+            for batch in batches(loader):
                 placed = send_to_device(batch, self.accelerator.device)
-                keys = sample_keys(share, 0, 0, seed=0)
                 with self.accelerator.autocast():
                     metrics = self._mean(self.module({**placed, "key": keys}))
-                total = {n: total.get(n, 0.0) + v / count for n, v in metrics.items()}
+                total = {n: total.get(n, 0.0) + v / len(loader) for n, v in metrics.items()}
         values = {f"held_out_{name}": value for name, value in total.items()}
         self.held_out_loss = (self.step, total["loss"])
         progress.note(self.step, **values)
@@ -263,14 +245,14 @@ class Phase:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Hold the averaged weights in the trained modules."""
-        if self.average is None:
+        if self.state.average is None:
             yield
             return
-        self.average.swap()
+        self.state.average.swap()
         try:
             yield
         finally:
-            self.average.swap()
+            self.state.average.swap()
 
     @contextmanager
     def shipped(self) -> Iterator[None]:
@@ -291,39 +273,9 @@ class Phase:
         sheet.save(path)
         self.tracker.images(self.step, "samples", sheet)
 
-    def _loader(self, data: Dataset[Batch], start: int) -> DataLoader[Batch]:
-        """Return the micro-batches of this process from data step `start` on."""
-        settings: dict[str, Any] = {
-            "num_workers": self.run_config.data.num_workers,
-            "pin_memory": self.accelerator.device.type == "cuda",
-        }
-        if isinstance(data, ShardStream):  # of which this process has its own part
-            data.start_step = start * self.share.accumulate
-            return data.loader(**settings)
-        assert isinstance(data, Sized)  # StepSampler draws indices, so it must be map-style
-        sampler = StepSampler(
-            len(data),
-            self.share,
-            start=start,
-            stop=self.config.steps + self.offset,
-            seed=self.run_config.seed,
-        )
-        return DataLoader(_AtEpoch(data), batch_sampler=sampler, **settings)
-
     def save(self) -> None:
         """Save the step; every process must call this."""
-        trained, optimizer = self.objective.trained, self.optimizer.optimizer
-        scaler = self.accelerator.scaler
-        state = {
-            "step": self.step,
-            "offset": self.offset,
-            "rollbacks": self.rollbacks,
-            "guard": self.guard.memory,
-            "trained": get_model_state_dict(trained, options=GATHERED),
-            "optimizer": get_optimizer_state_dict(trained, optimizer, options=GATHERED),
-            "average": None if self.average is None else self.average.full_tensors(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
+        state = self.state.gather()
         if self.accelerator.is_main_process:
             self.store.save(self.step, state, config=self.config, loss=self._loss())
         self.accelerator.wait_for_everyone()
@@ -336,14 +288,14 @@ class Phase:
         if self.held_out is not None:
             step, loss = self.held_out_loss or (-1, 0.0)
             return loss if step == self.step else None
-        recent = self.guard.memory[-10:]
+        recent = self.state.guard.memory[-10:]
         return sum(recent) / len(recent) if recent else None
 
-    def _restore(self) -> None:
-        """Go on from the newest saved step, if there is one."""
+    def _restore(self) -> bool:
+        """Go on from the newest saved step; return whether there is one."""
         found = self.store.load()
         if found is None:
-            return
+            return False
         saved, state = found
         free = {name: getattr(self.config, name) for name in FREE_OF_PHASE}
         if dataclasses.replace(saved.config, **free) != self.config:
@@ -351,52 +303,39 @@ class Phase:
                 f"{saved.folder} belongs to a run with other settings; "
                 "use the same preset or another --output-dir"
             )
-        trained, optimizer = self.objective.trained, self.optimizer.optimizer
         try:
-            set_model_state_dict(trained, state["trained"], options=_SPREAD)
-            set_optimizer_state_dict(trained, optimizer, state["optimizer"], options=_SPREAD)
-            if self.average is not None:
-                self.average.load(state["average"])
-            if self.accelerator.scaler is not None and state["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step, self.offset = state["step"], state["offset"]
-            self.rollbacks, self.guard.memory = state["rollbacks"], state["guard"]
-        except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-            reason = " ".join(str(error).split())
+            self.state.load(state)
+        except ValueError as error:
             raise CheckpointError(
-                f"{saved.state_file} does not fit this model ({reason[:200]}); restore the file of "
-                "this run, or delete the folder to start the phase again"
+                f"{saved.state_file} does not fit this model ({error}); restore the file of this "
+                "run, or delete the folder to start the phase again"
             ) from error
+        return True
 
     def _roll_back(self, problem: str, progress: Progress) -> None:
         """Go back to the last saved step and leave out the batches since; see GuardConfig."""
-        name, at = self.config.name, self.step
-        reached = at + self.offset + 1  # data steps seen
+        name, state, most = self.config.name, self.state, self.config.guard.max_rollbacks
+        at, rollbacks = state.step, state.rollbacks + 1
+        reached = at + state.offset + 1  # data steps seen
+        problem = f"phase {name}, step {at}: {problem}"
         advice = f"lower the learning rate ({self.config.optimizer.lr:g}) and start again"
-        if self.rollbacks >= self.config.guard.max_rollbacks:
-            raise TrainingError(
-                f"phase {name}, step {at}: {problem}, after {self.rollbacks} rollbacks; {advice}"
-            )
-        rollbacks, self.step = self.rollbacks + 1, -1
-        self._restore()
-        if self.step < 0:
-            raise TrainingError(
-                f"phase {name}, step {at}: {problem}, before the first saved step; {advice}"
-            )
-        self.rollbacks, self.offset = rollbacks, reached - self.step
+        if rollbacks > most:
+            raise TrainingError(f"{problem}, after {most} rollbacks; {advice}")
+        if not self._restore():
+            raise TrainingError(f"{problem}, before the first saved step; {advice}")
+        state.rollbacks, state.offset = rollbacks, reached - state.step
         logger.warning(
-            "%s, step %d: %s; going back to step %d, leaving out the batches since (rollback %d "
-            "of at most %d)",
-            *(name, at, problem, self.step, rollbacks, self.config.guard.max_rollbacks),
+            "%s; going back to step %d, leaving out the batches since (rollback %d of at most %d)",
+            *(problem, state.step, rollbacks, most),
         )
-        progress.note(at, rolled_back_to=self.step, because=problem)
-        self.tracker.phase(name, self.step)
+        progress.note(at, rolled_back_to=state.step, because=problem)
+        self.tracker.phase(name, state.step)
 
     def _check_space(self) -> None:
         """Raise before the first step when the disk cannot hold the steps that will be kept."""
         total = sum(p.numel() * p.element_size() for p in self.objective.trained.parameters())
         learnt = sum(p.numel() * 4 for p in self.objective.trained.parameters() if p.requires_grad)
-        each = total + learnt * (2 + (self.average is not None))
+        each = total + learnt * (2 + (self.state.average is not None))
         needed = each * (self.config.keep_last + 2)  # the best, and the one being written
         existing = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
         if needed > (free := shutil.disk_usage(existing).free):

@@ -89,3 +89,16 @@ def test_an_output_folder_that_is_a_file_is_one_line(smoke: list[str]) -> None:
     assert result.stderr.splitlines() == [
         "error: file is not a folder; choose another --output-dir"
     ]
+
+
+def test_a_finished_run_says_where_everything_lies_and_what_comes_next(smoke: list[str]) -> None:
+    result = run(*smoke)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("tokenizer: 4 of 4 steps, loss ")
+    assert "  samples: runs/smoke/predictor/samples" in lines
+    assert "watch: tensorboard --logdir runs/smoke/tensorboard" in lines
+    assert lines[-2:] == [
+        "checkpoint: runs/smoke/checkpoint",
+        "next: nsp export --checkpoint runs/smoke/checkpoint",
+    ]

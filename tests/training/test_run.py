@@ -146,7 +146,7 @@ def test_a_pretrained_clip_folder_can_be_the_text_encoder(
 
 def test_every_epoch_draws_its_own_crops(pictures: Path, tmp_path: Path) -> None:
     from nsp.data.dataset import ImageDataset
-    from nsp.training.trainer import _AtEpoch
+    from nsp.training.loading import _AtEpoch
 
     rng = np.random.default_rng(1)
     noise = rng.integers(0, 256, (40, 40, 3), np.uint8)

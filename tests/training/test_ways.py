@@ -1,7 +1,9 @@
 """Other ways to compute a run: micro-batches, recomputation, compilation, adapters."""
 
-import dataclasses
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ from safetensors.torch import load_file
 
 from nsp.checkpoint import read_checkpoint
 from nsp.errors import ConfigError
+from nsp.families import registry
 from nsp.runtime.pipeline import load_pipeline
 from nsp.training.config import LoraConfig, RunConfig
 from nsp.training.run import train
 
 
 def with_phases(config: RunConfig, **changes: Any) -> RunConfig:
-    phases = tuple(dataclasses.replace(phase, **changes) for phase in config.phases)
-    return dataclasses.replace(config, phases=phases)
+    phases = tuple(replace(phase, **changes) for phase in config.phases)
+    return replace(config, phases=phases)
 
 
 def losses(folder: Path) -> list[float]:
@@ -31,7 +34,7 @@ def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nsp.training.presets import preset
 
     run = preset("smoke")
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, source=str(pictures)))
+    run = replace(run, data=replace(run.data, source=str(pictures)))
     folder = tmp_path_factory.mktemp("plain") / "run"
     train(run, folder)
     return folder
@@ -40,7 +43,7 @@ def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_recomputed_activations_change_nothing(
     config: RunConfig, plain: Path, tmp_path: Path
 ) -> None:
-    train(dataclasses.replace(config, activation_checkpointing=True), tmp_path / "run")
+    train(replace(config, activation_checkpointing=True), tmp_path / "run")
     assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=2e-5)
 
 
@@ -51,19 +54,38 @@ def test_a_compiled_predictor_has_the_losses_of_a_plain_one(
     config: RunConfig, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phases = tuple(phase for phase in config.phases if phase.name == "predictor")
-    run = dataclasses.replace(config, phases=phases, start_from=str(plain / "start"))
+    run = replace(config, phases=phases, start_from=str(plain / "start"))
     train(run, tmp_path / "plain")
     compile_unit = torch.nn.Module.compile
     # Without generating C++: 45 s less, and how units are compiled is what is tested here.
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda unit: compile_unit(unit, backend="aot_eager")
     )
-    train(dataclasses.replace(run, compile=True), tmp_path / "run")
+    train(replace(run, compile=True), tmp_path / "run")
     first, second = (
         [json.loads(line)["loss"] for line in log.read_text().splitlines()]
         for log in (tmp_path / name / "predictor/log.jsonl" for name in ("plain", "run"))
     )
     assert second == pytest.approx(first, rel=2e-5)
+
+
+def test_bf16_trains_close_to_fp32(config: RunConfig, plain: Path, tmp_path: Path) -> None:
+    """In a process of its own: accelerate keeps one precision for the life of a process."""
+    source = config.data.source
+    words = ["train.py", "--preset", "smoke", "--data", source, "--precision", "bf16"]
+    done = subprocess.run(
+        [sys.executable, *words, "--output-dir", str(tmp_path / "run")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(bf16)" in done.stderr
+    first, second = losses(plain), losses(tmp_path / "run")
+    assert second == pytest.approx(first, rel=0.03)
+    assert second != first
 
 
 def test_micro_batches_add_up_to_the_batch(config: RunConfig, plain: Path, tmp_path: Path) -> None:
@@ -76,11 +98,11 @@ def adapted(config: RunConfig, plain: Path) -> RunConfig:
     """A run that starts from the plain one's model and trains adapters in its predictor."""
     lora = LoraConfig(rank=2, targets=("mat_qkv", "fc1"))
     phases = tuple(
-        dataclasses.replace(phase, lora=lora, ema_decay=0.0)
+        replace(phase, lora=lora, ema_decay=0.0)
         for phase in config.phases
         if phase.name == "predictor"
     )
-    return dataclasses.replace(config, phases=phases, start_from=str(plain / "checkpoint"))
+    return replace(config, phases=phases, start_from=str(plain / "checkpoint"))
 
 
 def test_adapters_are_saved_merged(adapted: RunConfig, plain: Path, tmp_path: Path) -> None:
@@ -129,8 +151,18 @@ def test_starting_from_another_kind_of_model_is_refused(
     config: RunConfig, plain: Path, tmp_path: Path
 ) -> None:
     model = {**config.model, "patch_nums": [1, 2, 4]}
-    run = dataclasses.replace(config, model=model, start_from=str(plain / "checkpoint"))
+    run = replace(config, model=model, start_from=str(plain / "checkpoint"))
     with pytest.raises(ConfigError, match=r"has patch_nums.* this run's model"):
+        train(run, tmp_path / "run")
+
+
+def test_starting_from_a_checkpoint_of_another_family_is_refused(
+    config: RunConfig, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {**registry.FAMILIES, "other": replace(registry.FAMILIES["var"], name="other")}
+    monkeypatch.setattr(registry, "FAMILIES", known)
+    run = replace(config, family="other", start_from=str(plain / "checkpoint"))
+    with pytest.raises(ConfigError, match="is of family var, this run of other"):
         train(run, tmp_path / "run")
 
 

@@ -1,0 +1,54 @@
+"""From data sets to the micro-batches of one process."""
+
+from collections.abc import Mapping, Sized
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from nsp.data.stream import ShardStream
+from nsp.training.order import Share, StepSampler
+
+Batch = Mapping[str, Any]
+
+
+class _AtEpoch(Dataset[Batch]):
+    """A data set read by (epoch, index), so that workers that read ahead see the right epoch."""
+
+    def __init__(self, data: Dataset[Batch]) -> None:
+        self.data = data
+        self._set_epoch = getattr(data, "set_epoch", None)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        epoch, index = key
+        if self._set_epoch is not None:
+            self._set_epoch(epoch)
+        return self.data[index]
+
+
+def training_loader(
+    data: Dataset[Batch],
+    share: Share,
+    *,
+    start: int,
+    stop: int,
+    seed: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader[Batch]:
+    """Return the micro-batches of data steps `start` .. `stop` - 1; of a stream, without end."""
+    settings: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+    if isinstance(data, ShardStream):  # of which this process has its own part
+        data.start_step = start * share.accumulate
+        return data.loader(**settings)
+    assert isinstance(data, Sized)  # StepSampler draws indices, so it must be map-style
+    sampler = StepSampler(len(data), share, start=start, stop=stop, seed=seed)
+    return DataLoader(_AtEpoch(data), batch_sampler=sampler, **settings)
+
+
+def validation_loader(data: Dataset[Batch], share: Share) -> tuple[DataLoader[Batch], Share]:
+    """Return whole batches of `data`, the same every time, and this process's share of each."""
+    assert isinstance(data, Sized)
+    size = min(share.batch_size, len(data)) // share.world_size * share.world_size
+    whole = Share(batch_size=size, rank=share.rank, world_size=share.world_size)
+    sampler = StepSampler(len(data), whole, start=0, stop=len(data) // size, seed=0)
+    return DataLoader(_AtEpoch(data), batch_sampler=sampler), whole
