@@ -7,6 +7,14 @@ import pytest
 from tests.goldens.var_tiny.fixtures import GOLDEN_DIR
 from tests.models import new_tiny_checkpoint
 
+# Minutes in one file each: begun last, one of them would run alone on one of two workers.
+SLOW_FILES = ("tests/test_readme.py", "tests/training/test_distributed.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW_FILES))
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,3 +1,4 @@
+import functools
 import json
 import signal
 import subprocess
@@ -26,7 +27,9 @@ def nsp(*args: object) -> Result:
 def nsp_process(*args: object, **options) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **{**pipes, **options})
+    # A suite started in the background passes on that it ignores Ctrl-C.
+    heeds_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, preexec_fn=heeds_ctrl_c, **{**pipes, **options})
 
 
 @pytest.fixture

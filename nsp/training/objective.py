@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,13 @@ class Objective(nn.Module, ABC):
     """
 
     trained: nn.Module
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of what learns; frozen modules stay in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        self.trained.train(mode)
+        return self
 
     @abstractmethod
     def dataset(self) -> Dataset[Mapping[str, Any]]:

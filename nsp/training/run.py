@@ -6,6 +6,7 @@ checkpoint/ (the model as it is now). Every phase starts from the last of these 
 """
 
 import copy
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -227,6 +228,7 @@ def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
         return
     if not path.exists():
         raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start one")
+    _check_order(folder, config)
     for name, stored, given in differences(stored_run(folder), config):
         if _is_free(name):
             logger.info("%s: %s is %r from here on, it was %r", folder, name, given, stored)
@@ -234,6 +236,18 @@ def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
             raise ConfigError(
                 f"{path} says {name} is {stored!r}, not {given!r}; leave out what changes it to "
                 "continue that run, or start another with --output-dir"
+            )
+
+
+def _check_order(folder: Path, config: RunConfig) -> None:
+    """Raise when an earlier phase would go on under a later one that was trained on its result."""
+    made = read_checkpoint(_newest(folder)).notes.get("steps", {})
+    for phase, later in itertools.pairwise(config.phases):
+        if 0 < made.get(phase.name, 0) < phase.steps and (folder / later.name).exists():
+            raise ConfigError(
+                f"{folder}: {later.name} was trained on {phase.name} as it is after "
+                f"{made[phase.name]} steps, and {phase.steps} are asked for; delete "
+                f"{folder / later.name} to train it again afterwards"
             )
 
 

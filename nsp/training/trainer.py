@@ -40,7 +40,7 @@ class _WentWrong(Exception):
 
 
 class Phase:
-    """One phase under way: build it, `run` it, then `ship` its weights.
+    """One phase under way: build it and `run` it; `averaged` then holds the weights to keep.
 
     A step's samples and everything random in it are a function of (seed, step): a run stopped after
     any step and resumed on as many processes gives the same weights, bit for bit. On another number
@@ -64,7 +64,8 @@ class Phase:
         if config.lora is not None:
             add_adapters(objective.trained, config.lora)
         objective.to(accelerator.device)
-        self.data, self.held_out = objective.dataset(), objective.held_out()
+        with accelerator.main_process_first():  # what it writes the others read
+            self.data, self.held_out = objective.dataset(), objective.held_out()
         self.flops = flops_per_image(objective, self.data, self.share.micro_batch_size)
         self.module = prepare(objective, run, accelerator)
         self.optimizer = accelerator.prepare_optimizer(new_optimizer(objective, config.optimizer))

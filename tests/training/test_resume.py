@@ -33,7 +33,8 @@ def test_resuming_with_changed_captions_keeps_the_prompt_tokenizer(
     train(run, tmp_path / "run")
     ids = PromptTokenizer.load(tmp_path / "run/checkpoint/tokenizer").encode(["colour number 3"])
     write_pictures(data, "many other words in every caption")
-    longer = tuple(dataclasses.replace(phase, steps=6) for phase in run.phases)
+    tokenizer, predictor = run.phases
+    longer = (tokenizer, dataclasses.replace(predictor, steps=6))
     train(dataclasses.replace(run, phases=longer), tmp_path / "run", resume=True)
     resumed = PromptTokenizer.load(tmp_path / "run/checkpoint/tokenizer")
     assert (resumed.encode(["colour number 3"]) == ids).all()
@@ -90,3 +91,13 @@ def test_steps_may_change_and_are_logged(
 def test_a_file_and_a_preset_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give one of them"):
         configure("smoke", None, config=tmp_path / "run.json")
+
+
+def test_a_phase_does_not_go_on_under_a_later_one(config: RunConfig, tmp_path: Path) -> None:
+    train(config, tmp_path / "run")
+    tokenizer, predictor = config.phases
+    longer = dataclasses.replace(tokenizer, steps=6)
+    with pytest.raises(ConfigError, match="predictor was trained on tokenizer as it is after 4"):
+        train(
+            dataclasses.replace(config, phases=(longer, predictor)), tmp_path / "run", resume=True
+        )
