@@ -1,10 +1,10 @@
 """What the trainer costs: its steps beside those of a plain PyTorch loop of the same model.
 
-    python -m benchmarks.training [--preset emoji] [--phase predictor] [--rounds 5]
+    python -m benchmarks.training [--preset emoji] [--phase predictor] [--steps 40]
 
-Both sides train the same phase on the same batches with the same optimizer. They take turns, a few
-steps each, in one process; the trainer's include its sampler, checks, reports and averages, not
-saving and samples, which happen once in hundreds of steps.
+Both train the same phase on the same batches with the same optimizer, in one process, a step each
+in turn. The trainer's include its sampler, checks, reports and averages, not saving and samples,
+which happen once in hundreds of steps.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,69 +35,63 @@ from nsp.training.tracking import Tracker
 from nsp.training.trainer import Phase
 
 GOAL = 0.03
+WARMUP = 2  # steps of each that are not counted
 
 
 class _Enough(Exception):
-    """The steps of this turn are made."""
+    """All steps are measured."""
 
 
-def trainer_steps(phase: Phase, accelerator: Accelerator) -> Callable[[int], float]:
-    """Return a function that makes so many steps with the trainer and returns the seconds."""
-
-    def run(count: int) -> float:
-        left = count + 1  # the first one starts the loader and is not counted
-        started = 0.0
-        advance = Progress.advance
-
-        def counted(self: Progress, step: int) -> None:
-            nonlocal left, started
-            advance(self, step)
-            left -= 1
-            if left == count:
-                started = time.perf_counter()
-            if left == 0:
-                raise _Enough
-
-        Progress.advance = counted  # type: ignore[method-assign]
-        try:
-            with StopRequest(accelerator) as stop:
-                phase.run(stop)
-        except _Enough:
-            return time.perf_counter() - started
-        finally:
-            Progress.advance = advance  # type: ignore[method-assign]
-        raise AssertionError("the phase ended early")
-
-    return run
-
-
-def plain_steps(objective: Objective, config: PhaseConfig, seed: int) -> Callable[[int], float]:
-    """Return a function that makes so many steps as one writes them by hand, and the seconds."""
+def plain_loop(objective: Objective, config: PhaseConfig, seed: int) -> Iterator[None]:
+    """Make a step each time it is asked, as one writes them by hand."""
     optimizer = new_optimizer(objective, config.optimizer)
     parameters = [p for p in objective.trained.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
-    batches = _batches(objective, config, seed)
+    for step, batch in enumerate(_batches(objective, config, seed)):
+        objective.train()
+        set_rates(optimizer, config.optimizer, step, config.steps)
+        loss = objective(batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        objective.after_step(step)
+        if config.ema_decay:
+            live = [p.detach() for p in parameters]
+            torch._foreach_lerp_(average, live, 1 - config.ema_decay)
+        yield
 
-    def run(count: int) -> float:
-        started = 0.0
-        for step in range(count + 1):
-            batch = next(batches)
-            objective.train()
-            set_rates(optimizer, config.optimizer, step, config.steps)
-            loss = objective(batch)["loss"]
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            objective.after_step(step)
-            if config.ema_decay:
-                live = [p.detach() for p in parameters]
-                torch._foreach_lerp_(average, live, 1 - config.ema_decay)
-            if step == 0:
-                started = time.perf_counter()
-        return time.perf_counter() - started
 
-    return run
+def interleaved(
+    phase: Phase, plain: Iterator[None], accelerator: Accelerator, *, steps: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each step of both; a plain one follows each of the trainer's."""
+    times: dict[str, list[float]] = {"trainer": [], "plain": []}
+    marked = 0.0
+    advance = Progress.advance
+
+    def measured(self: Progress, step: int) -> None:
+        nonlocal marked
+        advance(self, step)
+        now = time.perf_counter()
+        if step > WARMUP:
+            times["trainer"].append(now - marked)
+        if len(times["trainer"]) == steps:
+            raise _Enough
+        next(plain)
+        marked = time.perf_counter()
+        if step > WARMUP:
+            times["plain"].append(marked - now)
+
+    Progress.advance = measured  # type: ignore[method-assign]
+    try:
+        with StopRequest(accelerator) as stop:
+            phase.run(stop)
+    except _Enough:
+        return {name: seconds[: steps - 1] for name, seconds in times.items()}
+    finally:
+        Progress.advance = advance  # type: ignore[method-assign]
+    raise AssertionError("the phase ended early")
 
 
 def _batches(objective: Objective, config: PhaseConfig, seed: int) -> Iterator[Mapping[str, Any]]:
@@ -109,7 +103,7 @@ def _batches(objective: Objective, config: PhaseConfig, seed: int) -> Iterator[M
         yield {**batch, "key": sample_keys(share, step, 0, seed=seed)}
 
 
-def measure(run: RunConfig, config: PhaseConfig, *, rounds: int, steps: int) -> dict[str, Any]:
+def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> dict[str, Any]:
     """Return the times of both, from one interleaved run."""
     with tempfile.TemporaryDirectory() as folder:
         pictures = open_pictures(run.data, skip_bad_files=False)
@@ -133,14 +127,8 @@ def measure(run: RunConfig, config: PhaseConfig, *, rounds: int, steps: int) -> 
         tracker = Tracker(run.tracking)
         tracker.start(run.to_dict(), Path(folder))
         phase = Phase(config, objective(), accelerator, Path(folder) / "phase", run, tracker)
-        sides = {
-            "trainer": trainer_steps(phase, accelerator),
-            "plain": plain_steps(objective(), config, run.seed),
-        }
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(rounds):
-            for name, make in sides.items():
-                times[name].append(make(steps) / steps)
+        plain = plain_loop(objective(), config, run.seed)
+        times = interleaved(phase, plain, accelerator, steps=steps)
         tracker.close("finished")
     ratios = [a / b for a, b in zip(times["trainer"], times["plain"], strict=True)]
     return {
@@ -148,7 +136,6 @@ def measure(run: RunConfig, config: PhaseConfig, *, rounds: int, steps: int) -> 
         "batch_size": config.batch_size,
         "threads": torch.get_num_threads(),
         "device": str(accelerator.device),
-        "steps_per_turn": steps,
         "step_ms": {name: [1e3 * s for s in seconds] for name, seconds in times.items()},
         "ratio_median": statistics.median(ratios),
         "overhead": statistics.median(ratios) - 1,
@@ -159,9 +146,8 @@ def measure(run: RunConfig, config: PhaseConfig, *, rounds: int, steps: int) -> 
 @click.command()
 @click.option("--preset", default="emoji", show_default=True)
 @click.option("--phase", "phases", multiple=True, help="Repeatable.  [default: all]")
-@click.option("--rounds", default=7, show_default=True)
-@click.option("--steps", default=4, show_default=True, help="Steps of each turn.")
-def main(preset: str, phases: tuple[str, ...], rounds: int, steps: int) -> None:
+@click.option("--steps", default=40, show_default=True, help="Steps of each.")
+def main(preset: str, phases: tuple[str, ...], steps: int) -> None:
     """Print the trainer's step time beside a plain loop's, and a JSON line for programs."""
     run = named_run(preset)
     found = []
@@ -172,12 +158,12 @@ def main(preset: str, phases: tuple[str, ...], rounds: int, steps: int) -> None:
         config = dataclasses.replace(
             config, steps=10**6, sample_every=10**6, checkpoint_every=10**6, validate_every=10**6
         )
-        result = measure(run, config, rounds=rounds, steps=steps)
+        result = measure(run, config, steps=steps)
         medians = {name: statistics.median(ms) for name, ms in result["step_ms"].items()}
         click.echo(
             f"{config.name}: trainer {medians['trainer']:.1f} ms, plain loop "
             f"{medians['plain']:.1f} ms a step; {100 * result['overhead']:+.1f} % "
-            f"(median of {rounds} ratios; goal: {100 * GOAL:.0f} %)"
+            f"(median ratio of neighbours; goal: {100 * GOAL:.0f} %)"
         )
         found.append(result)
     click.echo(json.dumps(found))
