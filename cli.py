@@ -294,17 +294,45 @@ def convert(
     help="Images per call. Repeatable.",
 )
 @click.option("--rounds", type=COUNT, help="Measured calls of each side per batch size.")
+@click.option(
+    "--fidelity",
+    is_flag=True,
+    help="Measure instead whether pictures show what their prompts name.",
+)
+@click.option(
+    "--num-captions", type=COUNT, default=200, show_default=True, help="Of each split, for it."
+)
+@click.option("--data", default="emoji", show_default=True, help="Captioned pictures, for it.")
 @seed_option("Seed of the images made.")
 @output_dir_option("outputs/bench", "Where bench.json and bench.md go.")
 @json_option
 @verbose_option
-def bench(*, engine_dir: Path | None, as_json: bool, **options: Any) -> None:
-    """Measure speed, memory and parity of engines beside PyTorch."""
+def bench(
+    *,
+    engine_dir: Path | None,
+    as_json: bool,
+    fidelity: bool,
+    num_captions: int,
+    data: str,
+    **options: Any,
+) -> None:
+    """Measure speed, memory and parity of engines beside PyTorch, or the fidelity of pictures."""
     from benchmarks.bench import BenchOptions, run
     from nsp.terminal import progress_bar, results_console
 
     precision = one_precision(options)
     folder = engine_dir or Path("engines")
+    if fidelity:
+        kept = ("output_dir", "checkpoint", "backend", "seed")
+        _measure_fidelity(
+            as_json=as_json,
+            engine_dir=folder,
+            precision=precision,
+            source=data,
+            num_captions=num_captions,
+            **{name: options[name] for name in kept},
+        )
+        return
     bench_options = BenchOptions(engine_dir=folder, precision=precision, **options)
     with progress_bar() as show:
         report = run(bench_options, on_event=lambda e: show(e.activity, e.done, e.total))
@@ -313,6 +341,28 @@ def bench(*, engine_dir: Path | None, as_json: bool, **options: Any) -> None:
         click.echo(f"report: {report.markdown_path}")
         click.echo(f"data: {report.json_path}")
     click.echo(report.summary_json())
+
+
+def _measure_fidelity(*, as_json: bool, **options: Any) -> None:
+    """Measure and report."""
+    from benchmarks.fidelity import FidelityOptions, run
+    from nsp.terminal import progress_bar
+
+    chosen = FidelityOptions(**options)
+    with progress_bar() as show:
+        result = run(chosen, on_step=lambda name, done, total: show(name, done, total))
+    if as_json:
+        print_json(result.to_dict())
+        return
+    for split in result.splits:
+        click.echo(f"{split.name}: recall@1 {split.recall_at_1}, recall@5 {split.recall_at_5}")
+        if split.reconstruction_at_1 is not None:
+            click.echo(
+                f"  tokenizer: recall@1 {split.reconstruction_at_1}, "
+                f"median PSNR {split.reconstruction_psnr_db:.1f} dB"
+            )
+    click.echo(f"report: {chosen.output_dir / 'fidelity.md'}")
+    click.echo(f"contact sheet: {chosen.output_dir / 'fidelity.png'}")
 
 
 @main.command()

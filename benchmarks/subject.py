@@ -80,7 +80,7 @@ class Subject:
             model_hash=pipeline.model_hash,
             backend=backend.name,
             device=self.device,
-            precision=_precision(pipeline),
+            precision=engine_precision(pipeline),
             kv_dtype=backend.kv_dtype(),
             kv_layout=backend.kv_layout,
             schedule=tuple(config.patch_nums),
@@ -159,14 +159,15 @@ def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:
     return Side(source=source, pipeline=load_pipeline(folder, BASELINE, **options))
 
 
-def _precision(pipeline: Pipeline) -> str:
+def engine_precision(pipeline: Pipeline) -> str:
+    """Return the precision of the engines that were loaded."""
     dtype = pipeline.backend.kv_dtype()
     return next(name for name, kv_dtype in PRECISION_DTYPES.items() if kv_dtype == dtype)
 
 
 def _engines_mib(manifest: Manifest, folder: Path, pipeline: Pipeline) -> float:
     """Return the size of the engine files that were loaded."""
-    precision = _precision(pipeline)
+    precision = engine_precision(pipeline)
     files = {
         name
         for stage in manifest.stages

@@ -14,6 +14,7 @@ from benchmarks.bench import QUICK
 from cli import main
 from nsp.runtime.images import read_metadata
 from nsp.runtime.pipeline import load_pipeline
+from tests.data.picture_files import encoded, write_captioned, write_files
 from tests.disk import largest_file
 
 ROOT = Path(__file__).parent.parent
@@ -170,3 +171,26 @@ def test_export_without_a_checkpoint_names_both_places_it_looked(tmp_path, monke
     assert "runs" in line
     assert "demo" in line
     assert "--checkpoint" in line
+
+
+def test_fidelity_is_measured_on_seen_and_held_out_captions(engines, tmp_path):
+    data, out = write_captioned(tmp_path / "pictures"), tmp_path / "out"
+    words = ("--fidelity", "--engine-dir", engines, "--output-dir", out, "--num-captions", 2)
+    result = nsp("bench", *words, "--data", data)
+    assert result.exit_code == 0, result.stderr
+    assert "held out: recall@1" in result.stdout
+    assert "tokenizer: recall@1" in result.stdout
+    found = json.loads((out / "fidelity.json").read_text())
+    assert [split["name"] for split in found["splits"]] == ["seen", "held out"]
+    assert [split["recall_at_1"]["count"] for split in found["splits"]] == [2, 2]
+    assert (found["num_distinct"], found["precision"]) == (4, "fp32")
+    assert "| held out | 2 |" in (out / "fidelity.md").read_text()
+    assert (out / "fidelity.png").is_file()
+
+
+def test_fidelity_needs_held_out_captions(engines, tmp_path):
+    write_files(tmp_path / "plain", {"a.png": encoded(".png"), "a.txt": "red"})
+    words = ("--fidelity", "--engine-dir", engines, "--data", tmp_path / "plain")
+    result = nsp("bench", *words, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "lists no held-out samples" in result.stderr

@@ -19,6 +19,7 @@ class Family:
     request: str  # record of one batch for the loop
     system: str  # torch: new_system(run config, source) -> module with all weights
     objective: str  # torch: (phase name, settings, system, data, held out, cache) -> Objective
+    reconstruct: str  # torch: (system, pictures (B,H,W,3) uint8) -> them, through the tokenizer
     cache: str  # torch: (system, data, file): what the tokenizer makes of the data
     stages: str  # torch: (system, kv_layout) -> {stage name: module}
     load_checkpoint: str  # torch: (folder, config dict) -> system
@@ -46,6 +47,7 @@ FAMILIES: Mapping[str, Family] = {
         request=f"{_VAR}.loop:Request",
         system=f"{_VAR}.training:new_system",
         objective=f"{_VAR}.training:objective",
+        reconstruct=f"{_VAR}.sampling:reconstruct",
         cache=f"{_VAR}.training:write_cache",
         stages=f"{_VAR}.stages:build_stages",
         load_checkpoint=f"{_VAR}.checkpoint:load_checkpoint",

@@ -44,3 +44,14 @@ def captioned(tmp_path: Path) -> Path:
         files[f"{number}.png"] = encoded(".png", number)
         files[f"{number}.txt"] = f"picture {number}\n"
     return write_files(tmp_path / "captioned", files)
+
+
+def write_captioned(root: Path) -> Path:
+    """Write five captioned 64 px pictures, b and e alike, c and d held out; return `root`."""
+    files: dict[str, bytes | str] = {}
+    captions = {"a": "red", "b": "green", "c": "blue", "d": "grey", "e": "dark green"}
+    for seed, (name, caption) in enumerate(captions.items()):
+        picture = encoded(".png", 1 if name == "e" else seed, (64, 64))
+        files |= {f"{name}.png": picture, f"{name}.txt": caption}
+    files["__heldout__"] = "name\tcaption\nc.png\tblue\nd.png\tgrey\n"
+    return write_files(root, files)
