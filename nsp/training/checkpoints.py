@@ -106,6 +106,10 @@ class CheckpointStore:
             )
         return None
 
+    def num_bytes(self) -> int:
+        """Return how much the saved steps take."""
+        return sum(file.stat().st_size for file in self.folder.glob("step*/*"))
+
     def _path(self, step: int) -> Path:
         return self.folder / f"step{step:08d}"
 
@@ -114,7 +118,9 @@ class CheckpointStore:
         return sorted(path for path in self.folder.glob("step*") if path.is_dir())
 
     def _prune(self) -> None:
-        """Keep the last few and the one of lowest loss."""
+        """Keep the last few and the one of lowest loss, and nothing of saves that were killed."""
+        for left in self.folder.glob(".step*"):
+            shutil.rmtree(left, ignore_errors=True)
         saved = list(_readable(self._folders()))
         measured = [each for each in saved if each.loss is not None]
         kept = {each.folder for each in saved[-self.keep_last :]}

@@ -75,14 +75,25 @@ def whole(module: nn.Module) -> Iterator[None]:
 
     Every process must enter it, and make the same calls inside.
     """
-    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in sharded:
+    for part in _sharded(module):
         part.unshard()
     try:
         yield
     finally:
-        for part in sharded:
-            part.reshard()
+        shard_again(module)
+
+
+def shard_again(module: nn.Module) -> None:
+    """Let go of the whole parameters that a forward pass without a backward one has left.
+
+    torch keeps those of the outermost module, and computes with them until a backward pass ends.
+    """
+    for part in _sharded(module):
+        part.reshard()
+
+
+def _sharded(module: nn.Module) -> list[FSDPModule]:
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def gathered(module: nn.Module) -> dict[str, Any] | None:
@@ -91,7 +102,7 @@ def gathered(module: nn.Module) -> dict[str, Any] | None:
     Every process must call it; the first one gets the tensors. (`whole` is of no use for this: the
     state dict of a sharded module is that of its shards at all times.)
     """
-    if not any(isinstance(part, FSDPModule) for part in module.modules()):
+    if not _sharded(module):
         return None
     return get_model_state_dict(module, options=GATHERED)
 

@@ -19,6 +19,7 @@ from nsp.training.guard import LossGuard
 from nsp.training.parallel import GATHERED
 
 _SPREAD = StateDictOptions(full_state_dict=True)
+FIRST_SCALE = 65536.0  # of fp16 losses; torch's own
 
 
 class TrainingState:
@@ -42,6 +43,9 @@ class TrainingState:
         if config.ema_decay:
             self.average = WeightAverage(trained.parameters(), config.ema_decay)
         self._trained, self._optimizer, self._scaler = trained, optimizer, scaler
+        if scaler is not None:  # of the whole run: a phase must not depend on the one before
+            first = {"scale": FIRST_SCALE, "_growth_tracker": 0}
+            scaler.load_state_dict({**scaler.state_dict(), **first})
 
     def gather(self) -> dict[str, Any]:
         """Return everything as plain whole tensors and numbers; every process must call this."""

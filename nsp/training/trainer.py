@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from nsp.data.dataset import batches
 from nsp.data.stream import ShardStream
@@ -26,7 +27,7 @@ from nsp.training.loading import Batch, training_loader, validation_loader
 from nsp.training.objective import Objective
 from nsp.training.optimizer import add_adapters, new_optimizer, set_rates
 from nsp.training.order import Share, sample_keys, step_seed
-from nsp.training.parallel import accumulating, prepare, whole
+from nsp.training.parallel import accumulating, prepare, shard_again, whole
 from nsp.training.progress import Progress
 from nsp.training.state import TrainingState
 from nsp.training.stopping import StopRequest
@@ -65,7 +66,7 @@ class Phase:
             add_adapters(objective.trained, config.lora)
         objective.to(accelerator.device)
         with accelerator.main_process_first():  # what it writes the others read
-            self.data, self.held_out = objective.dataset(), objective.held_out()
+            self.data, self.held_out = objective.dataset(), self._enough(objective.held_out())
         self.flops = flops_per_image(objective, self.data, self.share.micro_batch_size)
         self.module = prepare(objective, run, accelerator)
         self.optimizer = accelerator.prepare_optimizer(new_optimizer(objective, config.optimizer))
@@ -156,6 +157,17 @@ class Phase:
                 self._check_norm(pending)
                 return
 
+    def _enough(self, held_out: Dataset[Batch] | None) -> Dataset[Batch] | None:
+        """Return the held-out pictures, or None where not every process can have one."""
+        count = len(held_out) if isinstance(held_out, Sized) else 0
+        if held_out is None or count >= self.share.world_size:
+            return held_out
+        logger.warning(
+            "%d held-out pictures are too few for %d processes: nothing is measured on them",
+            *(count, self.share.world_size),
+        )
+        return None
+
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.done
 
@@ -238,6 +250,7 @@ class Phase:
                 with self.accelerator.autocast():
                     metrics = self._mean(self.module({**placed, "key": keys}))
                 total = {n: total.get(n, 0.0) + v / len(loader) for n, v in metrics.items()}
+            shard_again(self.module)  # the next step computes with other weights
         values = {f"held_out_{name}": value for name, value in total.items()}
         self.held_out_loss = (self.step, total["loss"])
         progress.note(self.step, **values)
@@ -339,9 +352,10 @@ class Phase:
         each = total + learnt * (2 + (self.state.average is not None))
         needed = each * (self.config.keep_last + 2)  # the best, and the one being written
         existing = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
+        needed -= self.store.num_bytes()  # what a resumed run has there already
         if needed > (free := shutil.disk_usage(existing).free):
             raise ConfigError(
-                f"phase {self.config.name}: its saved steps take {needed / 2**30:.2f} GiB and "
+                f"phase {self.config.name}: its saved steps take {needed / 2**30:.2f} GiB more and "
                 f"{existing} has {free / 2**30:.2f} GiB free; free some, or set keep_last below "
                 f"{self.config.keep_last}"
             )

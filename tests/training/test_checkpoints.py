@@ -57,6 +57,15 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "none", keep_last=1).load() is None
 
 
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    saved = store(tmp_path, [1.0])
+    (tmp_path / ".step00000002.abcdefgh").mkdir()
+    (tmp_path / ".step00000002.abcdefgh/state.pt").write_bytes(b"half")
+    saved.save(2, {"step": 2}, config=PHASE, loss=None)
+    assert steps(tmp_path) == [1, 2]
+    assert saved.num_bytes() == sum(file.stat().st_size for file in tmp_path.glob("*/*"))
+
+
 @pytest.mark.parametrize("kind", ["truncated", "noise", "pickle", "missing", "about"])
 def test_a_damaged_step_is_named_and_the_one_before_it_is_used(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture

@@ -1,26 +1,35 @@
 """Two processes give what one gives with the same global batch, by DDP and by FSDP."""
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from nsp.data.heldout import format_heldout
+from nsp.training.config import RunConfig
+from tests.training.pictures import write_pictures
+
 ROOT = Path(__file__).parents[2]
 
 
-def run(pictures: Path, folder: Path, *options: str, processes: int = 1) -> str:
-    """Run the smoke preset and return what it printed."""
+def run(
+    pictures: Path, folder: Path, *options: str, processes: int = 1, config: Path | None = None
+) -> str:
+    """Run the smoke preset, or a file's run, and return what it printed."""
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         launch += [f"--master_port={_free_port()}"]
-    words = [*launch, "train.py", "--preset", "smoke", "--output-dir", str(folder)]
+    what = ["--preset", "smoke"] if config is None else ["--config", str(config)]
+    words = [*launch, "train.py", *what, "--output-dir", str(folder)]
     done = subprocess.run(
         [*words, "--data", str(pictures), *options],
         cwd=ROOT,
@@ -73,6 +82,29 @@ def test_two_processes_train_as_one_does(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=0, msg=name)
+
+
+def test_looking_at_held_out_pictures_does_not_change_sharded_training(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """They are looked at with the averaged weights, which the next step must not compute with."""
+    pictures = write_pictures(tmp_path / "pictures")
+    rows = [(f"{index}.png", f"colour number {index}") for index in (10, 11)]
+    (pictures / "__heldout__").write_text(format_heldout(rows))
+    optimizer = dataclasses.replace(config.phases[0].optimizer, warmup_steps=0)
+    changes: dict[str, Any] = {"validate_every": 1, "checkpoint_every": 100, "ema_decay": 0.9}
+    phase = dataclasses.replace(config.phases[0], optimizer=optimizer, **changes)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(dataclasses.replace(config, phases=(phase,)).to_dict()))
+    found = []
+    for count, kind in ((1, "ddp"), (2, "fsdp")):
+        folder = tmp_path / kind
+        run(pictures, folder, "--parallel", kind, processes=count, config=file)
+        lines = (folder / "tokenizer/log.jsonl").read_text().splitlines()
+        rows_of = [json.loads(line) for line in lines]
+        found.append([row["loss"] for row in rows_of if "loss" in row])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=2e-5)
 
 
 def test_a_checkpoint_moves_between_one_process_and_sharded_two(
