@@ -149,6 +149,11 @@ class DataConfig(Config):
     flip: bool = False
     num_workers: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the count."""
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers must be at least 0, got {self.num_workers}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):

@@ -44,12 +44,21 @@ def set_rates(
 
 
 def add_adapters(trained: nn.Module, config: LoraConfig) -> None:
-    """Put adapters into the target layers of `trained`; from then on only they learn.
-
-    Raises ConfigError naming the linear layers there are when a target matches none.
-    """
+    """Put adapters into the target layers of `trained`; from then on only they learn."""
     import peft
 
+    check_targets(trained, config)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+    )
+    peft.inject_adapter_in_model(settings, trained)
+
+
+def check_targets(trained: nn.Module, config: LoraConfig) -> None:
+    """Raise ConfigError naming the linear layers of `trained` when a target is none of them."""
     linear = [name for name, module in trained.named_modules() if isinstance(module, nn.Linear)]
     for target in config.targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
@@ -58,13 +67,6 @@ def add_adapters(trained: nn.Module, config: LoraConfig) -> None:
                 f"lora target {target!r} is no linear layer of this phase; there are: "
                 f"{', '.join(known)}"
             )
-    settings = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(config.targets),
-    )
-    peft.inject_adapter_in_model(settings, trained)
 
 
 def merge_adapters(module: nn.Module) -> None:

@@ -25,7 +25,9 @@ from nsp.errors import CheckpointError, ConfigError
 from nsp.families.registry import family
 from nsp.files import write_file
 from nsp.training.config import FREE_OF_PHASE, PhaseConfig, RunConfig
-from nsp.training.optimizer import merge_adapters
+from nsp.training.objective import Objective
+from nsp.training.optimizer import check_targets, merge_adapters
+from nsp.training.order import StepSampler
 from nsp.training.parallel import gathered
 from nsp.training.pictures import Pictures, open_pictures
 from nsp.training.stopping import StopRequest
@@ -39,7 +41,14 @@ RUN_NAME = "run.json"
 START_NAME = "start"
 TOKENS_NAME = "tokens.safetensors"
 # What a resumed run may change: how long, how it is computed, what is kept of it.
-_FREE = ("precision", "parallel", "compile", "activation_checkpointing", "tracking")
+_FREE = (
+    "precision",
+    "parallel",
+    "compile",
+    "activation_checkpointing",
+    "tracking",
+    "data.num_workers",
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,11 @@ def train(
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=resolve_precision(config.precision))
     if not accelerator.is_main_process:
-        logging.getLogger("nsp").setLevel(logging.ERROR)  # one process speaks for all
+        speak_less()
     _check_folder(folder, config, resume=resume)
     set_seed(config.seed)
     data = open_pictures(config.data, skip_bad_files=skip_bad_files)
+    _check_batches(config, accelerator, data)
     is_main = accelerator.is_main_process
     with (
         Tracker(config.tracking, is_main_process=is_main) as tracker,
@@ -95,7 +105,7 @@ def train(
     ):
         accelerator.wait_for_everyone()  # nobody writes before everybody has checked
         if is_main:
-            _prepare_folder(folder, config, data.source, resume=resume)
+            _prepare_folder(folder, config, accelerator, data, resume=resume)
         accelerator.wait_for_everyone()
         tracker.start(config.to_dict(), folder)
         logger.info(
@@ -110,6 +120,12 @@ def train(
             if phase.name == last_phase:
                 break
     return RunResult(folder / CHECKPOINT_NAME, True, is_main)
+
+
+def speak_less() -> None:
+    """Let the first process speak for all, but each name the files that it alone meets."""
+    logging.getLogger("nsp").setLevel(logging.ERROR)
+    logging.getLogger("nsp.data.stream").setLevel(logging.WARNING)
 
 
 def _run_phase(
@@ -129,15 +145,7 @@ def _run_phase(
         return True
     system = record.load()
 
-    size = system.config.image_size_px
-    objective = record.family.get("objective")(
-        config.name,
-        config.objective,
-        system,
-        data.to_train(size, run, share_of(config, accelerator)),
-        data.to_validate(size, run),
-        Path(run.data.token_cache) if run.data.token_cache else folder / TOKENS_NAME,
-    )
+    objective = _objective(config, run, folder, accelerator, data, system)
     phase = Phase(config, objective, accelerator, folder / config.name, run, tracker)
     finished = phase.run(stop)
     steps[config.name] = phase.step
@@ -149,6 +157,27 @@ def _run_phase(
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return finished
+
+
+def _objective(
+    config: PhaseConfig,
+    run: RunConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    data: Pictures,
+    system: Any,
+) -> Objective:
+    """Return the objective of a phase over the modules of `system`."""
+    size = system.config.image_size_px
+    made: Objective = family(run.family).get("objective")(
+        config.name,
+        config.objective,
+        system,
+        data.to_train(size, run, share_of(config, accelerator)),
+        data.to_validate(size, run),
+        Path(run.data.token_cache) if run.data.token_cache else folder / TOKENS_NAME,
+    )
+    return made
 
 
 def _newest(folder: Path) -> Path:
@@ -171,14 +200,45 @@ def _plain(
 
 
 def _prepare_folder(
-    folder: Path, config: RunConfig, source: ImageSource | None, *, resume: bool
+    folder: Path, config: RunConfig, accelerator: Accelerator, data: Pictures, *, resume: bool
 ) -> None:
     """Make the model a new run starts from and store what the run is."""
     start = folder / START_NAME
     if not (resume and is_checkpoint(start)):
-        _save(start, _new_system(config, source), config, {})
+        system = _new_system(config, data.source)
+        for phase in config.phases:  # a later one's mistakes must not wait for its turn
+            objective = _objective(phase, config, folder, accelerator, data, system)
+            if phase.lora is not None:
+                check_targets(objective.trained, phase.lora)
+        _save(start, system, config, {})
+    _begin_again(folder, config, accelerator, data)
     with write_file(folder / RUN_NAME) as partial:  # from here on the folder belongs to this run
         partial.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+
+
+def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data: Pictures) -> None:
+    """Take a phase whose saved steps were deleted out of checkpoint/: it starts as it once did.
+
+    One that is complete needs them no more, and starts again when its whole folder is gone and no
+    later phase was trained on its result.
+    """
+    record = read_checkpoint(_newest(folder))
+    steps = dict(record.notes.get("steps", {}))
+    for index, phase in enumerate(config.phases):
+        own, made = folder / phase.name, steps.get(phase.name, 0)
+        later = any((folder / each.name).exists() for each in config.phases[index + 1 :])
+        complete = made >= phase.steps and (own.exists() or later)
+        if not made or complete or any((own / "checkpoints").glob("step*")):
+            continue
+        logger.warning("%s holds no saved steps: %s starts again", own, phase.name)
+        system, fresh = record.load(), read_checkpoint(folder / START_NAME).load()
+        now, then = (
+            _objective(phase, config, folder, accelerator, data, each) for each in (system, fresh)
+        )
+        now.trained.load_state_dict(then.trained.state_dict())
+        del steps[phase.name]
+        _save(folder / CHECKPOINT_NAME, system, config, steps)
+        record = read_checkpoint(folder / CHECKPOINT_NAME)
 
 
 def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
@@ -228,15 +288,30 @@ def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
         return
     if not path.exists():
         raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start one")
+    stored = stored_run(folder)
+    then, now = ([phase.name for phase in run.phases] for run in (stored, config))
+    if then != now:
+        raise ConfigError(
+            f"{path} has the phases {', '.join(then)}, not {', '.join(now)}; leave out what "
+            "changes them to continue that run, or start another with --output-dir"
+        )
     _check_order(folder, config)
-    for name, stored, given in differences(stored_run(folder), config):
+    for name, was, given in differences(stored, config):
         if _is_free(name):
-            logger.info("%s: %s is %r from here on, it was %r", folder, name, given, stored)
+            logger.info("%s: %s is %r from here on, it was %r", folder, name, given, was)
         else:
             raise ConfigError(
-                f"{path} says {name} is {stored!r}, not {given!r}; leave out what changes it to "
+                f"{path} says {name} is {was!r}, not {given!r}; leave out what changes it to "
                 "continue that run, or start another with --output-dir"
             )
+
+
+def _check_batches(config: RunConfig, accelerator: Accelerator, data: Pictures) -> None:
+    """Raise when the batch of a phase cannot be cut, or exceeds the pictures."""
+    for phase in config.phases:
+        share = share_of(phase, accelerator)
+        if data.source is not None:
+            StepSampler(len(data.source), share, start=0, stop=0, seed=0)
 
 
 def _check_order(folder: Path, config: RunConfig) -> None:
@@ -254,7 +329,9 @@ def _check_order(folder: Path, config: RunConfig) -> None:
 def _is_free(name: str) -> bool:
     """Return whether a resumed run may change the field `name`, such as "phases.0.steps"."""
     parts = name.split(".")
-    return parts[0] in _FREE or (parts[0] == "phases" and parts[2] in FREE_OF_PHASE)
+    return (
+        name in _FREE or parts[0] in _FREE or (parts[0] == "phases" and parts[2] in FREE_OF_PHASE)
+    )
 
 
 def stored_run(folder: Path) -> RunConfig:

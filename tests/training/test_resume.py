@@ -1,11 +1,15 @@
 """A resumed run is the run that was stopped: its own prompt tokenizer, its own settings."""
 
 import dataclasses
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from nsp.errors import ConfigError
 from nsp.text.tokenizer import PromptTokenizer
@@ -101,3 +105,41 @@ def test_a_phase_does_not_go_on_under_a_later_one(config: RunConfig, tmp_path: P
         train(
             dataclasses.replace(config, phases=(longer, predictor)), tmp_path / "run", resume=True
         )
+
+
+def test_the_number_of_workers_may_change(stopped: tuple[RunConfig, Path]) -> None:
+    run, folder = stopped
+    other = dataclasses.replace(run, data=dataclasses.replace(run.data, num_workers=1))
+    assert train(other, folder, last_phase="tokenizer", resume=True).finished
+    train(run, folder, last_phase="tokenizer", resume=True)
+
+
+def test_a_run_with_other_phases_is_refused_in_one_line(
+    stopped: tuple[RunConfig, Path],
+) -> None:
+    run, folder = stopped
+    fewer = dataclasses.replace(run, phases=run.phases[:1])
+    with pytest.raises(ConfigError, match="has the phases tokenizer, predictor, not tokenizer;"):
+        train(fewer, folder, resume=True)
+
+
+def test_a_phase_whose_folder_is_deleted_is_trained_again_from_where_it_started(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    tokenizer, predictor = config.phases
+    longer = dataclasses.replace(
+        config, phases=(dataclasses.replace(tokenizer, steps=6), predictor)
+    )
+    train(config, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/predictor")
+    train(longer, tmp_path / "again", resume=True)
+    train(config, tmp_path / "once", last_phase="tokenizer")
+    train(longer, tmp_path / "once", resume=True)
+    for part in ("vae", "predictor", "text_encoder"):
+        again, once = (
+            load_file(tmp_path / name / "checkpoint" / part / "model.safetensors")
+            for name in ("again", "once")
+        )
+        assert all(torch.equal(again[name], once[name]) for name in once), part
+    rows = (tmp_path / "again/predictor/log.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]

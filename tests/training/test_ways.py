@@ -1,22 +1,28 @@
 """Other ways to compute a run: micro-batches, recomputation, compilation, adapters."""
 
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
 
 from nsp.checkpoint import read_checkpoint
 from nsp.errors import ConfigError
 from nsp.families import registry
 from nsp.runtime.pipeline import load_pipeline
 from nsp.training.config import LoraConfig, RunConfig
-from nsp.training.run import train
+from nsp.training.order import Share
+from nsp.training.run import speak_less, train
+from nsp.training.state import TrainingState
+from nsp.training.trainer import Phase
 
 
 def with_phases(config: RunConfig, **changes: Any) -> RunConfig:
@@ -171,6 +177,66 @@ def test_a_batch_that_cannot_be_cut_fails_before_the_first_step(
 ) -> None:
     with pytest.raises(ConfigError, match="choose a multiple of 3"):
         train(with_phases(config, accumulate=3), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"accumulate": 3}, "choose a multiple of 3"),
+        ({"batch_size": 16}, "batch_size=16 exceeds the 12 pictures"),
+        ({"objective": {"label_smoting": 0.1}}, "unknown key 'label_smoting'"),
+        ({"name": "pred"}, "unknown phase 'pred' of family var"),
+        ({"lora": LoraConfig(targets=("query",))}, "'query' is no linear layer"),
+    ],
+)
+def test_what_is_wrong_with_a_later_phase_is_said_before_the_first_step(
+    config: RunConfig, tmp_path: Path, changes: dict[str, Any], refusal: str
+) -> None:
+    tokenizer, predictor = config.phases
+    run = replace(config, phases=(tokenizer, replace(predictor, **changes)))
+    with pytest.raises(ConfigError, match=refusal):
+        train(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_negative_number_of_workers_is_refused(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="num_workers must be at least 0"):
+        replace(config.data, num_workers=-1)
+
+
+def test_fewer_held_out_pictures_than_processes_are_left_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    phase: Any = SimpleNamespace(share=Share(batch_size=2, world_size=2))
+    one: Any = TensorDataset(torch.zeros(1))
+    two: Any = TensorDataset(torch.zeros(2))
+    assert Phase._enough(phase, two) is two
+    assert Phase._enough(phase, one) is None
+    assert "1 held-out pictures are too few for 2 processes" in caplog.text
+
+
+def test_the_gradient_scaler_of_a_phase_does_not_depend_on_the_phase_before(
+    config: RunConfig,
+) -> None:
+    """A run resumed at the start of the phase has a new one."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    used, new = torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu")
+    used.load_state_dict({**used.state_dict(), "scale": 8.0, "_growth_tracker": 7})
+    TrainingState(config.phases[0], model, optimizer, used)
+    assert used.state_dict() == new.state_dict()
+
+
+def test_every_process_names_the_bad_files_that_it_alone_meets() -> None:
+    loggers = [logging.getLogger(name) for name in ("nsp", "nsp.data.stream")]
+    levels = [each.level for each in loggers]
+    try:
+        speak_less()
+        assert not logging.getLogger("nsp.training.run").isEnabledFor(logging.WARNING)
+        assert logging.getLogger("nsp.data.stream").isEnabledFor(logging.WARNING)
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
 
 
 def test_no_space_for_the_saved_steps_fails_before_the_first_step(
