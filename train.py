@@ -143,8 +143,8 @@ def configure(
     allowed.
     """
     from nsp.training.config import RunConfig
+    from nsp.training.folder import RUN_NAME, stored_run
     from nsp.training.presets import preset as named_run
-    from nsp.training.run import RUN_NAME, stored_run
 
     stored: RunConfig | None = None
     if resumed is not None and (resumed / RUN_NAME).is_file():

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from nsp.checkpoint import read_checkpoint
 from nsp.families.registry import family
 from nsp.training.config import PhaseConfig, RunConfig
-from nsp.training.objective import Objective
+from nsp.training.objective import Objective, TokenCache
 from nsp.training.optimizer import new_optimizer, set_rates
 from nsp.training.order import Share, StepSampler, sample_keys
 from nsp.training.pictures import open_pictures
@@ -111,7 +111,7 @@ def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> dict[str, Any
         record = family(run.family)
         new = record.get("system")(run.model, run.text_encoder, pictures.source)
         record.get("save_checkpoint")(start, new, notes={}, sampling={})
-        cache = Path(folder) / "tokens.safetensors"
+        cache = TokenCache(Path(folder) / "tokens.safetensors")
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
 
         def objective() -> Objective:

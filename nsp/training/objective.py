@@ -2,12 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The file that keeps what the tokenizer makes of the pictures."""
+
+    file: Path
+    is_given: bool = False  # by the user: it must fit, and is never written
 
 
 class Objective(nn.Module, ABC):

@@ -5,7 +5,7 @@ All of these work on the objective's `units`, the parts that are repeated (trans
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from nsp.errors import ConfigError
+from nsp.errors import ConfigError, NspError, TrainingError
 from nsp.training.config import RunConfig
 from nsp.training.objective import Objective
 
@@ -94,6 +94,22 @@ def shard_again(module: nn.Module) -> None:
 
 def _sharded(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do `work` on the first process while the others wait; its failure ends all of them."""
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except (NspError, OSError) as caught:
+            error = caught
+    if accelerator.num_processes > 1:
+        failed = torch.tensor(float(error is not None), device=accelerator.device)
+        if accelerator.reduce(failed, reduction="sum").item() and error is None:
+            raise TrainingError("the first process cannot go on; its message says why")
+    if error is not None:
+        raise error
 
 
 def gathered(module: nn.Module) -> dict[str, Any] | None:

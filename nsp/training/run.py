@@ -6,29 +6,38 @@ checkpoint/ (the model as it is now). Every phase starts from the last of these 
 """
 
 import copy
-import itertools
 import json
 import logging
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-from nsp.checkpoint import is_checkpoint, read_checkpoint
-from nsp.config import Config
+from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
 from nsp.data.sources import ImageSource
-from nsp.errors import CheckpointError, ConfigError
+from nsp.errors import ConfigError
 from nsp.families.registry import family
 from nsp.files import write_file
-from nsp.training.config import FREE_OF_PHASE, PhaseConfig, RunConfig
-from nsp.training.objective import Objective
+from nsp.training.config import PhaseConfig, RunConfig
+from nsp.training.folder import (
+    CHECKPOINT_NAME,
+    RUN_NAME,
+    START_NAME,
+    TOKENS_NAME,
+    check_folder,
+    differing_values,
+    locked,
+    newest_model,
+)
+from nsp.training.objective import Objective, TokenCache
 from nsp.training.optimizer import check_targets, merge_adapters
 from nsp.training.order import StepSampler
-from nsp.training.parallel import gathered
+from nsp.training.parallel import gathered, on_main
 from nsp.training.pictures import Pictures, open_pictures
 from nsp.training.stopping import StopRequest
 from nsp.training.tracking import Tracker
@@ -36,19 +45,8 @@ from nsp.training.trainer import Phase, share_of
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_NAME = "checkpoint"
-RUN_NAME = "run.json"
-START_NAME = "start"
-TOKENS_NAME = "tokens.safetensors"
-# What a resumed run may change: how long, how it is computed, what is kept of it.
-_FREE = (
-    "precision",
-    "parallel",
-    "compile",
-    "activation_checkpointing",
-    "tracking",
-    "data.num_workers",
-)
+
+_PATIENCE = timedelta(hours=4)
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,15 @@ def train(
         raise ConfigError(f"unknown phase {last_phase!r} of this run; known: {', '.join(names)}")
     # Asked for, because processes without a GPU would otherwise not find one another.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=resolve_precision(config.precision))
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=resolve_precision(config.precision),
+        # While the first process tokenizes a large set or writes a large checkpoint.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )
     if not accelerator.is_main_process:
         speak_less()
-    _check_folder(folder, config, resume=resume)
+    check_folder(folder, config, resume=resume)
     set_seed(config.seed)
     data = open_pictures(config.data, skip_bad_files=skip_bad_files)
     _check_batches(config, accelerator, data)
@@ -102,11 +105,15 @@ def train(
     with (
         Tracker(config.tracking, is_main_process=is_main) as tracker,
         StopRequest(accelerator) as stop,
+        ExitStack() as held,  # the folder's lock, until the run ends
     ):
-        accelerator.wait_for_everyone()  # nobody writes before everybody has checked
-        if is_main:
+
+        def begin() -> None:
+            held.enter_context(locked(folder))
             _prepare_folder(folder, config, accelerator, data, resume=resume)
-        accelerator.wait_for_everyone()
+
+        accelerator.wait_for_everyone()  # nobody writes before everybody has checked
+        on_main(accelerator, begin)
         tracker.start(config.to_dict(), folder)
         logger.info(
             "%s on %s (%s), %d processes: %s, run folder %s",
@@ -138,7 +145,7 @@ def _run_phase(
     data: Pictures,
 ) -> bool:
     """Train one phase, starting from the newest checkpoint; return whether all steps are made."""
-    record = read_checkpoint(_newest(folder))
+    record = newest_model(folder)
     steps = dict(record.notes.get("steps", {}))
     if steps.get(config.name, 0) >= config.steps:
         logger.info("%s: all %d steps are made", config.name, config.steps)
@@ -151,10 +158,11 @@ def _run_phase(
     steps[config.name] = phase.step
     with phase.averaged():
         weights = gathered(system)
-        if accelerator.is_main_process:
-            shipped = _plain(system, weights, config, _newest(folder))
-            _save(folder / CHECKPOINT_NAME, shipped, run, steps)
-    accelerator.wait_for_everyone()
+
+        def save() -> None:
+            _save(folder / CHECKPOINT_NAME, _plain(system, weights, config, record), run, steps)
+
+        on_main(accelerator, save)
     accelerator.free_memory()
     return finished
 
@@ -175,23 +183,22 @@ def _objective(
         system,
         data.to_train(size, run, share_of(config, accelerator)),
         data.to_validate(size, run),
-        Path(run.data.token_cache) if run.data.token_cache else folder / TOKENS_NAME,
+        TokenCache(Path(run.data.token_cache), is_given=True)
+        if run.data.token_cache
+        else TokenCache(folder / TOKENS_NAME),
     )
     return made
 
 
-def _newest(folder: Path) -> Path:
-    """Return the model a phase of the run in `folder` starts from."""
-    checkpoint = folder / CHECKPOINT_NAME
-    return checkpoint if is_checkpoint(checkpoint) else folder / START_NAME
-
-
 def _plain(
-    system: torch.nn.Module, weights: dict[str, Any] | None, config: PhaseConfig, start: Path
+    system: torch.nn.Module,
+    weights: dict[str, Any] | None,
+    config: PhaseConfig,
+    record: CheckpointRecord,
 ) -> torch.nn.Module:
     """Return the system as it is saved: not sharded, without adapters."""
     if weights is not None:
-        system = read_checkpoint(start).load()
+        system = record.load()
         system.load_state_dict(weights)
     elif config.lora is not None:
         system = copy.deepcopy(system)
@@ -222,7 +229,7 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
     One that is complete needs them no more, and starts again when its whole folder is gone and no
     later phase was trained on its result.
     """
-    record = read_checkpoint(_newest(folder))
+    record = newest_model(folder)
     steps = dict(record.notes.get("steps", {}))
     for index, phase in enumerate(config.phases):
         own, made = folder / phase.name, steps.get(phase.name, 0)
@@ -251,7 +258,7 @@ def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
             f"{config.start_from} is of family {record.family.name}, this run of {config.family}"
         )
     wanted = record.family.get("config").from_dict(config.model).to_dict()
-    for name, have, want in _different("", dict(record.config), wanted):
+    for name, have, want in differing_values(dict(record.config), wanted):
         if not name.startswith("condition."):  # decided by the text encoder it was trained with
             raise ConfigError(
                 f"{config.start_from} has {name} {have!r}, this run's model {want!r}; take the "
@@ -270,92 +277,9 @@ def _save(
     )
 
 
-def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
-    """Raise when `folder` does (not) hold a run, or one that `config` does not continue."""
-    path = folder / RUN_NAME
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; choose another --output-dir")
-    if path.exists() and not resume:
-        raise ConfigError(
-            f"{folder} holds a run already; continue it with --resume or choose --output-dir"
-        )
-    if not resume:
-        for name in (CHECKPOINT_NAME, *(phase.name for phase in config.phases)):
-            if (folder / name).exists():
-                raise ConfigError(
-                    f"{folder} holds {name}/ but no {RUN_NAME}: choose another --output-dir"
-                )
-        return
-    if not path.exists():
-        raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start one")
-    stored = stored_run(folder)
-    then, now = ([phase.name for phase in run.phases] for run in (stored, config))
-    if then != now:
-        raise ConfigError(
-            f"{path} has the phases {', '.join(then)}, not {', '.join(now)}; leave out what "
-            "changes them to continue that run, or start another with --output-dir"
-        )
-    _check_order(folder, config)
-    for name, was, given in differences(stored, config):
-        if _is_free(name):
-            logger.info("%s: %s is %r from here on, it was %r", folder, name, given, was)
-        else:
-            raise ConfigError(
-                f"{path} says {name} is {was!r}, not {given!r}; leave out what changes it to "
-                "continue that run, or start another with --output-dir"
-            )
-
-
 def _check_batches(config: RunConfig, accelerator: Accelerator, data: Pictures) -> None:
     """Raise when the batch of a phase cannot be cut, or exceeds the pictures."""
     for phase in config.phases:
         share = share_of(phase, accelerator)
         if data.source is not None:
             StepSampler(len(data.source), share, start=0, stop=0, seed=0)
-
-
-def _check_order(folder: Path, config: RunConfig) -> None:
-    """Raise when an earlier phase would go on under a later one that was trained on its result."""
-    made = read_checkpoint(_newest(folder)).notes.get("steps", {})
-    for phase, later in itertools.pairwise(config.phases):
-        if 0 < made.get(phase.name, 0) < phase.steps and (folder / later.name).exists():
-            raise ConfigError(
-                f"{folder}: {later.name} was trained on {phase.name} as it is after "
-                f"{made[phase.name]} steps, and {phase.steps} are asked for; delete "
-                f"{folder / later.name} to train it again afterwards"
-            )
-
-
-def _is_free(name: str) -> bool:
-    """Return whether a resumed run may change the field `name`, such as "phases.0.steps"."""
-    parts = name.split(".")
-    return (
-        name in _FREE or parts[0] in _FREE or (parts[0] == "phases" and parts[2] in FREE_OF_PHASE)
-    )
-
-
-def stored_run(folder: Path) -> RunConfig:
-    """Return the configuration of the run in `folder`; raise CheckpointError when it is damaged."""
-    path = folder / RUN_NAME
-    try:
-        return RunConfig.from_dict(json.loads(path.read_text()))
-    except (ValueError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); start another run with --output-dir"
-        ) from error
-
-
-def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted name and both values of everything two configurations differ in."""
-    yield from _different("", stored.to_dict(), given.to_dict())
-
-
-def _different(name: str, stored: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(stored, dict) and isinstance(given, dict):
-        for key in [*stored, *(key for key in given if key not in stored)]:
-            yield from _different(f"{name}.{key}", stored.get(key), given.get(key))
-    elif isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
-        for index, pair in enumerate(zip(stored, given, strict=True)):
-            yield from _different(f"{name}.{index}", *pair)
-    elif stored != given:
-        yield name.removeprefix("."), stored, given

@@ -27,7 +27,7 @@ from nsp.training.loading import Batch, training_loader, validation_loader
 from nsp.training.objective import Objective
 from nsp.training.optimizer import add_adapters, new_optimizer, set_rates
 from nsp.training.order import Share, sample_keys, step_seed
-from nsp.training.parallel import accumulating, prepare, shard_again, whole
+from nsp.training.parallel import accumulating, on_main, prepare, shard_again, whole
 from nsp.training.progress import Progress
 from nsp.training.state import TrainingState
 from nsp.training.stopping import StopRequest
@@ -120,7 +120,7 @@ class Phase:
 
     def _train(self, progress: Progress, stop: StopRequest) -> None:
         """Make the steps that are left, until the end or a request to stop."""
-        offset, run = self.state.offset, self.run_config
+        offset, run, config = self.state.offset, self.run_config, self.config
         loader = batches(
             training_loader(
                 self.data,
@@ -146,7 +146,8 @@ class Phase:
             if reports:
                 self._report(progress, metrics)
             with progress.paused():
-                if self.held_out is not None and self._is_due(self.config.validate_every):
+                # A step that is saved is measured: the best of them is kept.
+                if self.held_out is not None and (saves or self._is_due(config.validate_every)):
                     self._validate(progress)
                 if self._is_due(self.config.sample_every):
                     self._write_samples()
@@ -290,9 +291,10 @@ class Phase:
     def save(self) -> None:
         """Save the step; every process must call this."""
         state = self.state.gather()
-        if self.accelerator.is_main_process:
-            self.store.save(self.step, state, config=self.config, loss=self._loss())
-        self.accelerator.wait_for_everyone()
+        on_main(
+            self.accelerator,
+            lambda: self.store.save(self.step, state, config=self.config, loss=self._loss()),
+        )
 
     def _loss(self) -> float | None:
         """Return the loss by which the best step is kept.

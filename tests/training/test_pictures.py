@@ -16,6 +16,7 @@ from nsp.errors import ConfigError, DataError
 from nsp.families.registry import family
 from nsp.families.var.tokens import cached_tokens, tokenize
 from nsp.training.config import RunConfig
+from nsp.training.objective import TokenCache
 from nsp.training.presets import preset
 from nsp.training.run import train
 
@@ -87,15 +88,21 @@ def test_cached_tokens_are_those_of_the_tokenizer_and_follow_its_weights(
     family("var").get("cache")(system, data, cache)
     written = cache.stat().st_mtime_ns
     expected = tokenize(vae, data)
-    assert torch.equal(cached_tokens(vae, data, cache), expected)
+    given, own = TokenCache(cache, is_given=True), TokenCache(cache)
+    assert torch.equal(cached_tokens(vae, data, given), expected)
     assert cache.stat().st_mtime_ns == written
     with torch.no_grad():
         vae.encoder.conv_in.weight.mul_(-1)
-    assert not torch.equal(cached_tokens(vae, data, cache), expected)
+    with pytest.raises(ConfigError, match="is of another tokenizer or other pictures; make it"):
+        cached_tokens(vae, data, given)
+    assert cache.stat().st_mtime_ns == written  # what the user gave is never written
+    assert not torch.equal(cached_tokens(vae, data, own), expected)
     assert "is of another tokenizer or other pictures; made again" in caplog.text
     cache.write_bytes(b"x")
     with pytest.raises(DataError, match="is damaged"):
-        cached_tokens(vae, data, cache)
+        cached_tokens(vae, data, own)
+    with pytest.raises(ConfigError, match="does not exist; make it with nsp data cache"):
+        cached_tokens(vae, data, TokenCache(tmp_path / "typo", is_given=True))
 
 
 def test_crops_cannot_be_cached(plain: Path, pictures: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from nsp.errors import ConfigError
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.config import RunConfig
+from nsp.training.folder import locked
 from nsp.training.run import train
 from tests.training.pictures import write_pictures
 from train import configure
@@ -143,3 +144,20 @@ def test_a_phase_whose_folder_is_deleted_is_trained_again_from_where_it_started(
         assert all(torch.equal(again[name], once[name]) for name in once), part
     rows = (tmp_path / "again/predictor/log.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_folder_is_made_again_from_the_saved_steps(
+    config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(config, tmp_path / "run")
+    weights = (tmp_path / "run/checkpoint/vae/model.safetensors").read_bytes()
+    (tmp_path / "run/checkpoint/config.json").write_text("junk")
+    assert train(config, tmp_path / "run", resume=True).finished
+    assert "it is made again from the saved steps" in caplog.text
+    assert (tmp_path / "run/checkpoint/vae/model.safetensors").read_bytes() == weights
+
+
+def test_two_runs_in_one_folder_are_refused(config: RunConfig, tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(ConfigError, match="another process trains in"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

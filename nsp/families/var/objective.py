@@ -8,7 +8,6 @@ without an adversary.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from nsp.families.var.system import VarSystem
 from nsp.families.var.tokens import TokenDataset, check_classes
 from nsp.families.var.vqvae import VQVAE
 from nsp.training.average import write_rows
-from nsp.training.objective import Objective
+from nsp.training.objective import Objective, TokenCache
 from nsp.training.order import sample_uniforms
 
 
@@ -187,7 +186,7 @@ class PredictorObjective(Objective):
         data: ImageDataset | ShardStream,
         held_out: ImageDataset | None,
         settings: PredictorSettings,
-        token_cache: Path | None = None,
+        token_cache: TokenCache | None = None,
     ) -> None:
         super().__init__()
         self.settings, self._data, self._held_out = settings, data, held_out

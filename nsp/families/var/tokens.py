@@ -18,6 +18,7 @@ from nsp.errors import ConfigError, DataError
 from nsp.families.var.system import VarSystem
 from nsp.families.var.vqvae import VQVAE
 from nsp.files import write_file
+from nsp.training.objective import TokenCache
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,9 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
     Tokens that a picture always gives are made once; `cache` is the file that keeps them.
     """
 
-    def __init__(self, system: VarSystem, data: ImageDataset, cache: Path | None = None) -> None:
+    def __init__(
+        self, system: VarSystem, data: ImageDataset, cache: TokenCache | None = None
+    ) -> None:
         self._data = data
         if system.config.text is None:
             classes = [sample.class_id for sample in data.source.samples]
@@ -46,9 +49,10 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
         self._tokens = None
         if is_constant(data):
             self._tokens = cached_tokens(system.vae, data, cache)
-        elif cache is not None and cache.exists():
+        elif cache is not None and cache.is_given:
             raise ConfigError(
-                f"{cache} holds tokens of whole pictures; leave it out, or data.crop and data.flip"
+                f"{cache.file} holds tokens of whole pictures; leave it out, or data.crop and "
+                "data.flip"
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,18 +85,26 @@ def check_classes(class_ids: Tensor, num_classes: int) -> None:
         )
 
 
-def cached_tokens(vae: VQVAE, data: ImageDataset, cache: Path | None) -> Tensor:
-    """Return the tokens (N, L) of all pictures, read from `cache` where it is of these."""
+def cached_tokens(vae: VQVAE, data: ImageDataset, cache: TokenCache | None) -> Tensor:
+    """Return the tokens (N, L) of all pictures, from the cache where it is of these.
+
+    Raises ConfigError when one that the user gave is missing or of something else.
+    """
     if cache is None:
         return tokenize(vae, data)
-    key = cache_key(vae, data)
-    if cache.exists():
-        if _key_of(cache) == key:
-            with safe_open(cache, framework="pt") as file:
-                tokens: Tensor = file.get_tensor("tokens")
-            return tokens.long()
-        logger.warning("%s is of another tokenizer or other pictures; made again", cache)
-    return write_cache(vae, data, cache)
+    exists = cache.file.exists()
+    if exists and _key_of(cache.file) == cache_key(vae, data):
+        with safe_open(cache.file, framework="pt") as file:
+            tokens: Tensor = file.get_tensor("tokens")
+        return tokens.long()
+    if cache.is_given:
+        problem = "is of another tokenizer or other pictures" if exists else "does not exist"
+        raise ConfigError(
+            f"{cache.file} {problem}; make it with nsp data cache, or leave data.token_cache out"
+        )
+    if exists:
+        logger.warning("%s is of another tokenizer or other pictures; made again", cache.file)
+    return write_cache(vae, data, cache.file)
 
 
 def write_cache(vae: VQVAE, data: ImageDataset, cache: Path) -> Tensor:

@@ -26,7 +26,7 @@ from nsp.families.var.system import VarSystem
 from nsp.families.var.tokens import is_constant
 from nsp.text.encoder import build_text_encoder, load_text_encoder
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
-from nsp.training.objective import Objective
+from nsp.training.objective import Objective, TokenCache
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -103,7 +103,7 @@ def objective(
     system: VarSystem,
     data: ImageDataset | ShardStream,
     held_out: ImageDataset | None = None,
-    cache: Path | None = None,
+    cache: TokenCache | None = None,
 ) -> Objective:
     """Return the objective of a phase; raise ConfigError for an unknown one.
 

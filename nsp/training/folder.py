@@ -1,0 +1,159 @@
+"""The folder of a run: what lies in it, and whether a command may begin or continue a run there."""
+
+import fcntl
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
+from nsp.config import Config
+from nsp.errors import CheckpointError, ConfigError
+from nsp.training.config import FREE_OF_PHASE, RunConfig
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_NAME = "checkpoint"
+RUN_NAME = "run.json"
+START_NAME = "start"
+TOKENS_NAME = "tokens.safetensors"
+_LOCK_NAME = ".lock"
+# What a resumed run may change: how long, how it is computed, what is kept of it.
+_FREE = (
+    "precision",
+    "parallel",
+    "compile",
+    "activation_checkpointing",
+    "tracking",
+    "data.num_workers",
+)
+
+
+def newest_model(folder: Path) -> CheckpointRecord:
+    """Return the model a phase of the run in `folder` starts from.
+
+    A damaged checkpoint/ is named in a warning; the phases' saved steps make it again.
+    """
+    checkpoint = folder / CHECKPOINT_NAME
+    if is_checkpoint(checkpoint):
+        try:
+            return read_checkpoint(checkpoint)
+        except CheckpointError as error:
+            logger.warning("%s; it is made again from the saved steps", error)
+    return read_checkpoint(folder / START_NAME)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; ConfigError when another process trains in it.
+
+    A folder in which no run began is left as it was.
+    """
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _LOCK_NAME
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"another process trains in {folder}; wait for it or choose another --output-dir"
+            ) from error
+        try:
+            yield
+        finally:
+            if not (folder / RUN_NAME).exists():
+                path.unlink(missing_ok=True)
+                if not existed and not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
+    """Raise when `folder` does (not) hold a run, or one that `config` does not continue."""
+    path = folder / RUN_NAME
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; choose another --output-dir")
+    if path.exists() and not resume:
+        raise ConfigError(
+            f"{folder} holds a run already; continue it with --resume or choose --output-dir"
+        )
+    if not resume:
+        for name in (CHECKPOINT_NAME, *(phase.name for phase in config.phases)):
+            if (folder / name).exists():
+                raise ConfigError(
+                    f"{folder} holds {name}/ but no {RUN_NAME}: choose another --output-dir"
+                )
+        return
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start one")
+    stored = stored_run(folder)
+    then, now = ([phase.name for phase in run.phases] for run in (stored, config))
+    if then != now:
+        raise ConfigError(
+            f"{path} has the phases {', '.join(then)}, not {', '.join(now)}; leave out what "
+            "changes them to continue that run, or start another with --output-dir"
+        )
+    _check_order(folder, config)
+    for name, was, given in differences(stored, config):
+        if _is_free(name):
+            logger.info("%s: %s is %r from here on, it was %r", folder, name, given, was)
+        else:
+            raise ConfigError(
+                f"{path} says {name} is {was!r}, not {given!r}; leave out what changes it to "
+                "continue that run, or start another with --output-dir"
+            )
+
+
+def _check_order(folder: Path, config: RunConfig) -> None:
+    """Raise when an earlier phase would go on under a later one that was trained on its result."""
+    made = newest_model(folder).notes.get("steps", {})
+    for phase, later in itertools.pairwise(config.phases):
+        if 0 < made.get(phase.name, 0) < phase.steps and (folder / later.name).exists():
+            raise ConfigError(
+                f"{folder}: {later.name} was trained on {phase.name} as it is after "
+                f"{made[phase.name]} steps, and {phase.steps} are asked for; delete "
+                f"{folder / later.name} to train it again afterwards"
+            )
+
+
+def _is_free(name: str) -> bool:
+    """Return whether a resumed run may change the field `name`, such as "phases.0.steps"."""
+    parts = name.split(".")
+    return (
+        name in _FREE or parts[0] in _FREE or (parts[0] == "phases" and parts[2] in FREE_OF_PHASE)
+    )
+
+
+def stored_run(folder: Path) -> RunConfig:
+    """Return the configuration of the run in `folder`; raise CheckpointError when it is damaged."""
+    path = folder / RUN_NAME
+    try:
+        return RunConfig.from_dict(json.loads(path.read_text()))
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); start another run with --output-dir"
+        ) from error
+
+
+def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted name and both values of everything two configurations differ in."""
+    yield from differing_values(stored.to_dict(), given.to_dict())
+
+
+def differing_values(stored: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted name and both values of everything two dictionaries differ in."""
+    yield from _different("", stored, given)
+
+
+def _different(name: str, stored: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in [*stored, *(key for key in given if key not in stored)]:
+            yield from _different(f"{name}.{key}", stored.get(key), given.get(key))
+    elif isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
+        for index, pair in enumerate(zip(stored, given, strict=True)):
+            yield from _different(f"{name}.{index}", *pair)
+    elif stored != given:
+        yield name.removeprefix("."), stored, given
