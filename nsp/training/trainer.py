@@ -44,8 +44,9 @@ class Phase:
     """One phase under way: build it and `run` it; `averaged` then holds the weights to keep.
 
     A step's samples and everything random in it are a function of (seed, step): a run stopped after
-    any step and resumed on as many processes gives the same weights, bit for bit. On another number
-    of them it gives the same up to rounding, but for torch's own generator (dropout, drop path).
+    any step and resumed on as many processes gives the same weights, bit for bit where the kernels
+    are deterministic (on CPUs they are). On another number of processes it gives the same up to
+    rounding, but for torch's own generator (dropout, drop path).
     """
 
     def __init__(
