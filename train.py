@@ -97,7 +97,10 @@ def main(
     for line in summary(run, folder):
         click.echo(line)
     click.echo(f"checkpoint: {result.checkpoint}")
-    click.echo(f"next: {shlex.join(['nsp', 'export', '--checkpoint', str(result.checkpoint)])}")
+    following = ["nsp", "export", "--checkpoint", str(result.checkpoint)]
+    if phase is not None and phase != run.phases[-1].name:
+        following = ["python", "train.py", "--resume", "--output-dir", str(folder)]
+    click.echo(f"next: {shlex.join(following)}")
     sys.exit(DONE if result.finished else INTERRUPTED)
 
 

@@ -102,3 +102,8 @@ def test_a_finished_run_says_where_everything_lies_and_what_comes_next(smoke: li
         "checkpoint: runs/smoke/checkpoint",
         "next: nsp export --checkpoint runs/smoke/checkpoint",
     ]
+
+
+def test_after_the_first_phase_alone_the_rest_comes_next(smoke: list[str]) -> None:
+    lines = run(*smoke, "--phase", "tokenizer").stdout.splitlines()
+    assert lines[-1] == "next: python train.py --resume --output-dir runs/smoke"
