@@ -41,6 +41,7 @@ _OPTIONS = (
 )
 @click.option("--steps", type=int, help="Steps of every phase, instead of the preset's.")
 @click.option("--phase", help="Stop after this phase.")
+@click.option("--from-phase", help="Leave out the phases before this one (with --start-from).")
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of weights, data order and samples."
 )
@@ -136,6 +137,7 @@ def configure(
     mlflow: str | None = None,
     stream: bool = False,
     token_cache: str | None = None,
+    from_phase: str | None = None,
     **changes: Any,
 ) -> "RunConfig":
     """Return the run a command line describes: a file's, a preset's or a resumed folder's, changed.
@@ -177,10 +179,25 @@ def configure(
         values["tracking"]["mlflow"] = mlflow
     values |= {name: value for name, value in changes.items() if value is not None}
     run = RunConfig.from_dict(values)
+    if from_phase is not None:
+        run = _from_phase(run, from_phase)
     if steps is not None:
         phases = tuple(dataclasses.replace(each, steps=steps) for each in run.phases)
         run = dataclasses.replace(run, phases=phases)
     return run
+
+
+def _from_phase(run: "RunConfig", name: str) -> "RunConfig":
+    """Return the run without the phases before `name`; their results must come from elsewhere."""
+    names = [phase.name for phase in run.phases]
+    if name not in names:
+        raise ConfigError(f"unknown phase {name!r} of this run; known: {', '.join(names)}")
+    if name != names[0] and run.start_from is None:
+        raise ConfigError(
+            f"--from-phase {name} leaves out {names[0]}: give the checkpoint that has it with "
+            "--start-from"
+        )
+    return dataclasses.replace(run, phases=run.phases[names.index(name) :])
 
 
 def _with_options_of(run: "RunConfig", stored: "RunConfig") -> "RunConfig":

@@ -1,5 +1,6 @@
 """`nsp data …`: every verb is a thin function: parse, library call, report."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,7 +149,8 @@ def cache(*, source: str, checkpoint: Path, output: Path, skip_bad_files: bool) 
     pictures = ImageDataset(found, system.config.image_size_px, train=True, crop=False)
     record.family.get("cache")(system, pictures, output)
     click.echo(f"{output}: {len(pictures)} pictures")
-    click.echo(f"next: python train.py --start-from {checkpoint} --token-cache {output}")
+    words = ["--start-from", str(checkpoint), "--from-phase", "predictor"]
+    click.echo(f"next: {shlex.join(['python', 'train.py', *words, '--token-cache', str(output)])}")
 
 
 def _rows(stats: "Stats") -> Iterator[tuple[str, str]]:

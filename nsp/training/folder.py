@@ -2,7 +2,6 @@
 
 import fcntl
 import itertools
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
 from nsp.config import Config
 from nsp.errors import CheckpointError, ConfigError
+from nsp.files import read_json
 from nsp.training.config import FREE_OF_PHASE, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,8 @@ def stored_run(folder: Path) -> RunConfig:
     """Return the configuration of the run in `folder`; raise CheckpointError when it is damaged."""
     path = folder / RUN_NAME
     try:
-        return RunConfig.from_dict(json.loads(path.read_text()))
-    except (ValueError, ConfigError) as error:
+        return RunConfig.from_dict(read_json(path))
+    except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); start another run with --output-dir"
         ) from error

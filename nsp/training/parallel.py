@@ -26,11 +26,11 @@ GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def prepare(objective: Objective, config: RunConfig, accelerator: Accelerator) -> nn.Module:
     """Return what to call with a batch; the objective's modules are changed in place.
 
-    Call it before the optimizer is made: sharding replaces the parameters. FSDP is torch's
+    The objective is on its device. Call it before the optimizer is made: sharding replaces the
+    parameters. FSDP is torch's
     `fully_shard` (FSDP2) called directly, because accelerate offers it on accelerators only and
     the same path must run on processors, where it is tested.
     """
-    objective.to(accelerator.device)
     for unit in objective.units():
         if config.activation_checkpointing:
             _checkpoint_activations(unit)

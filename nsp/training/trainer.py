@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from nsp.data.dataset import batches
 from nsp.data.stream import ShardStream
 from nsp.errors import CheckpointError, ConfigError, TrainingError
+from nsp.files import write_file
 from nsp.sheet import contact_sheet
 from nsp.training.average import full
 from nsp.training.checkpoints import CheckpointStore
@@ -281,13 +282,15 @@ class Phase:
         self.objective.eval()
         with self.shipped():
             pictures, titles = self.objective.samples(self.run_config.seed)
-        if not self.accelerator.is_main_process:
-            return
         path = self.folder / "samples" / f"step{self.step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet = contact_sheet(pictures, titles)
-        sheet.save(path)
-        self.tracker.images(self.step, "samples", sheet)
+
+        def write() -> None:
+            sheet = contact_sheet(pictures, titles)
+            with write_file(path) as partial:
+                sheet.save(partial, "PNG")
+            self.tracker.images(self.step, "samples", sheet)
+
+        on_main(self.accelerator, write)
 
     def save(self) -> None:
         """Save the step; every process must call this."""

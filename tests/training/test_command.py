@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from cli import main as nsp
 from nsp.training import run as run_module
 from nsp.training import trainer
 from train import main
@@ -107,3 +108,36 @@ def test_a_finished_run_says_where_everything_lies_and_what_comes_next(smoke: li
 def test_after_the_first_phase_alone_the_rest_comes_next(smoke: list[str]) -> None:
     lines = run(*smoke, "--phase", "tokenizer").stdout.splitlines()
     assert lines[-1] == "next: python train.py --resume --output-dir runs/smoke"
+
+
+def test_the_command_after_nsp_data_cache_trains_the_predictor_on_it(smoke: list[str]) -> None:
+    assert run(*smoke, "--output-dir", "first", "--mlflow", "local").exit_code == 0
+    assert Path("first/mlflow").is_dir()
+    cache = ["data", "cache", smoke[-1], "--checkpoint", "first/checkpoint"]
+    made = CliRunner().invoke(nsp, [*cache, "--output", "t.safetensors"])
+    assert made.exit_code == 0, made.stderr
+    words = shlex.split(made.stdout.splitlines()[-1].removeprefix("next: python train.py "))
+    written = Path("t.safetensors").stat().st_mtime_ns
+    second = run(*smoke, *words, "--output-dir", "second")
+    assert second.exit_code == 0, second.stderr
+    assert Path("t.safetensors").stat().st_mtime_ns == written
+    assert not Path("second/tokenizer").exists()
+    same = [Path(name, "checkpoint/vae/model.safetensors") for name in ("first", "second")]
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--from-phase", "predictor"], "leaves out tokenizer: give the checkpoint"),
+        (["--from-phase", "decoder"], "unknown phase 'decoder'"),
+        (["--token-cache", "t.safetensors"], "which this phase would change"),
+    ],
+)
+def test_phases_and_caches_that_do_not_fit_are_refused_at_once(
+    smoke: list[str], options: list[str], message: str
+) -> None:
+    result = run(*smoke, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert not Path("runs/smoke/run.json").exists()

@@ -112,6 +112,11 @@ def objective(
     if phase not in PHASES:
         raise ConfigError(f"unknown phase {phase!r} of family var; known: {', '.join(PHASES)}")
     if phase == "tokenizer":
+        if cache is not None and cache.is_given:
+            raise ConfigError(
+                f"{cache.file} holds tokens of a finished tokenizer, which this phase would change;"
+                " leave it out, or the phase: --from-phase predictor"
+            )
         return TokenizerObjective(system, data, held_out, TokenizerSettings.from_dict(settings))
     predictor = PredictorSettings.from_dict(settings)
     return PredictorObjective(system, data, held_out, predictor, cache)
