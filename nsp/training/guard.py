@@ -24,10 +24,15 @@ class LossGuard:
     def memory(self, losses: Sequence[float]) -> None:
         self._recent = deque(losses, maxlen=self._config.window)
 
-    def judge(self, loss: float) -> str | None:
-        """Return what is wrong with a reported loss, or None and remember it."""
+    def judge(self, loss: float, *, spikes: bool = True) -> str | None:
+        """Return what is wrong with a reported loss, or None and remember it.
+
+        Without `spikes` it compares with no other and must only be finite.
+        """
         if not math.isfinite(loss):
             return f"the loss is {loss}"
+        if not spikes:
+            return None
         ratio = self._config.spike_ratio
         if ratio and len(self._recent) >= self._config.window // 2:
             usual = statistics.median(self._recent)

@@ -30,6 +30,7 @@ class Objective(nn.Module, ABC):
     """
 
     trained: nn.Module
+    work: float = 1.0  # of a training step, as a share of a full one's: for the throughput
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of what learns; frozen modules stay in evaluation mode."""
@@ -70,6 +71,14 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return pictures (N, H, W, 3) that show the state of training, and a title for each."""
+
+    def before_step(self, step: int, steps: int) -> bool:
+        """Prepare for optimizer step `step` of a phase of `steps`.
+
+        Return whether the step's loss compares with those of other such steps: the guard looks for
+        spikes among these only.
+        """
+        return True
 
     def after_step(self, step: int) -> dict[str, float | Tensor]:
         """Do what belongs between optimizer steps; return further numbers to report.

@@ -95,14 +95,19 @@ class Progress:
             self._log.write(json.dumps({"step": step, **facts}) + "\n")
             self._log.flush()
 
-    def report(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Show and keep the numbers of the last finished step; return them with the throughput."""
+    def report(
+        self, step: int, metrics: Mapping[str, float], *, work: float = 1.0
+    ) -> dict[str, float]:
+        """Show and keep the numbers of the last finished step; return them with the throughput.
+
+        `work` is the share of a full step's operations that the steps did.
+        """
         now = time.monotonic()
         rate = (step - self._since_step) / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
         values = {**metrics, "steps_per_s": rate, "images_per_s": rate * self.config.batch_size}
         if self._flops:
-            values["tflops_per_s"] = 1e-12 * self._flops * values["images_per_s"]
+            values["tflops_per_s"] = 1e-12 * self._flops * work * values["images_per_s"]
         if self._silent:
             return values
         self.note(step, **values)

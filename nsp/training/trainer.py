@@ -62,6 +62,7 @@ class Phase:
         self.config, self.objective, self.accelerator = config, objective, accelerator
         self.folder, self.run_config, self.tracker = folder, run, tracker
         self.held_out_loss: tuple[int, float] | None = None  # step, loss
+        self.comparable = True  # the loss of the step under way, with others
         self.share = share_of(config, accelerator)
         self.store = CheckpointStore(folder / "checkpoints", keep_last=config.keep_last)
         if config.lora is not None:
@@ -183,6 +184,7 @@ class Phase:
             step_seed(self.run_config.seed, self.config.name, data_step, self.share.rank)
         )
         rate = set_rates(self.optimizer, settings, self.step, self.config.steps)
+        self.comparable = self.objective.before_step(self.step, self.config.steps)
         total: dict[str, Tensor] = {}
         for index in range(self.share.accumulate):
             batch = self._batch(loader, data_step, index)
@@ -224,11 +226,13 @@ class Phase:
             count = self.data.num_left_out * self.share.world_size
             metrics = {**metrics, "left_out": float(count)}
         values = self._mean(metrics)
-        if problem := self.state.guard.judge(values["loss"]):
+        if problem := self.state.guard.judge(values["loss"], spikes=self.comparable):
             raise _WentWrong(problem)
         if self.accelerator.device.type == "cuda":
             values["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.tracker.scalars(self.step, progress.report(self.step, values))
+        self.tracker.scalars(
+            self.step, progress.report(self.step, values, work=self.objective.work)
+        )
 
     def _mean(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Return the means over all processes."""

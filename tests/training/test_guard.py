@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nsp.errors import ConfigError, TrainingError
-from nsp.families.var.objective import TokenizerObjective
+from nsp.families.var.tokenizer_objective import TokenizerObjective
 from nsp.training.config import GuardConfig, RunConfig
 from nsp.training.guard import LossGuard
 from nsp.training.run import train
@@ -31,6 +31,14 @@ def test_without_a_ratio_only_what_is_not_finite_counts() -> None:
     guard = LossGuard(GuardConfig(spike_ratio=0, window=2))
     assert [guard.judge(loss) for loss in (1.0, 1.0, 1e9)] == [None] * 3
     assert guard.judge(math.inf) is not None
+
+
+def test_a_loss_that_compares_with_no_other_must_only_be_finite() -> None:
+    guard = LossGuard(GuardConfig(spike_ratio=3, window=2))
+    guard.judge(1.0)
+    assert guard.judge(1e9, spikes=False) is None
+    assert guard.memory == [1.0]
+    assert guard.judge(math.nan, spikes=False) is not None
 
 
 @pytest.mark.parametrize("values", [{"spike_ratio": 0.5}, {"window": 1}, {"max_rollbacks": -1}])

@@ -1,11 +1,10 @@
-"""Training losses of the family `var`: tokenizer phase, then predictor phase.
+"""The predictor phase of the family `var`: the transformer learns the frozen tokenizer's tokens.
 
-Axes: B batch, L tokens of all scales, T prompt tokens, V codes, Z latent channels.
-Source: arXiv:2404.02905; github.com/FoundationVision/VAR, trainer.py. The published tokenizer
-recipe is not public beyond its VQ loss: reconstruction here is L1 plus L1 of image gradients,
-without an adversary.
+Axes: B batch, L tokens of all scales, T prompt tokens, V codes.
+Source: arXiv:2404.02905; github.com/FoundationVision/VAR, trainer.py.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,156 +12,36 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather, reduce
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nsp.config import Config
 from nsp.data.dataset import ImageDataset, to_model_range
-from nsp.data.preview import preview
 from nsp.data.stream import ShardStream
+from nsp.errors import ConfigError
 from nsp.families.var.model import Conditioning, NextScaleTransformer
 from nsp.families.var.quantizer import MultiScaleQuantizer
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokens import TokenDataset, check_classes
-from nsp.families.var.vqvae import VQVAE
-from nsp.training.average import write_rows
 from nsp.training.objective import Objective, TokenCache
 from nsp.training.order import sample_uniforms
 
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerSettings(Config):
-    """Settings of the tokenizer phase."""
+class ScalePrefix(Config):
+    """Some of the steps train only the first scales.
 
-    gradient_weight: float = 1.0  # of the L1 between image gradients: keeps edges sharp
-    vq_weight: float = 1.0
-    restart_every: int = 50  # steps between restarts of unused codes; 0: never
-    restart_until: float = 0.7  # fraction of the phase after which codes are left alone
-    restart_share: float = 0.03  # a code used less than this share of the average is unused
+    Late scales have most of the tokens, and the first ones decide what the picture shows. Teacher
+    forcing lets every scale learn from the start, so the steps are mixed, and all scales see the
+    whole schedule of learning rates; the published progressive training (train.py --pg) adds scales
+    one after another.
+    """
 
-
-class TokenizerObjective(Objective):
-    """Trains the VQVAE to reproduce pictures through its token maps."""
-
-    trained: VQVAE
-
-    def __init__(
-        self,
-        system: VarSystem,
-        data: ImageDataset | ShardStream,
-        held_out: ImageDataset | None,
-        settings: TokenizerSettings,
-    ) -> None:
-        super().__init__()
-        self.trained = system.vae
-        self.settings, self._data = settings, data
-        self._held_out = held_out
-        # Of the optimizer step under way, for `after_step`:
-        self._latents: list[Tensor] = []  # (N, Z) each
-        self._hits_SV: Tensor | None = None
-
-    def dataset(self) -> Dataset[Mapping[str, Any]]:
-        """Return the pictures."""
-        return self._data
-
-    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
-        """Return the held-out pictures."""
-        return self._held_out
-
-    def units(self) -> Sequence[nn.Module]:
-        """Return the levels of encoder and decoder."""
-        return [*self.trained.encoder.down, *self.trained.decoder.up]
-
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the loss, its parts, PSNR in dB and the number of codes in use."""
-        vae = self.trained
-        image = to_model_range(batch["image"])
-        latent_BZhw = vae.encode(image)
-        quantized = vae.quantize(latent_BZhw)
-        rebuilt = vae.decode(quantized.latent_BChw)
-        pixel = F.l1_loss(rebuilt, image)
-        gradient = image_gradient_loss(rebuilt, image)
-        loss = pixel + self.settings.gradient_weight * gradient
-        if self.training:
-            self._count(quantized.tokens)
-            self._latents.append(latent_BZhw.detach().float().movedim(1, -1).flatten(0, 2))
-        mse = F.mse_loss(rebuilt.detach().clamp(-1, 1), image)
-        return {
-            "loss": loss + self.settings.vq_weight * quantized.loss,
-            "l1": pixel.detach(),
-            "vq": quantized.loss.detach(),
-            "psnr_db": 10 * torch.log10(4 / mse),
-        }
-
-    def _count(self, tokens: Sequence[Tensor]) -> None:
-        """Add up how often each code was chosen at each scale."""
-        codes = self.trained.config.vocab_size
-        hits = [index.flatten().bincount(minlength=codes).float() for index in tokens]
-        total = torch.stack(hits)
-        self._hits_SV = total if self._hits_SV is None else self._hits_SV + total
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> dict[str, float | Tensor]:
-        """Update the usage of codes, and move those nobody uses onto latents of this step.
-
-        The moving average of the usage is that of the published models/quant.py. The step's latents
-        are gathered in the order of its samples, so that all processes choose alike.
-        """
-        latents, self._latents = torch.cat(self._latents), []
-        hits_SV, self._hits_SV = self._hits_SV, None
-        assert hits_SV is not None
-        table_SV = self.trained.quantize.ema_vocab_hit_SV
-        started = table_SV.any(1, keepdim=True)
-        table_SV.lerp_(reduce(hits_SV, "sum"), torch.where(started, 0.1, 1.0))
-        used = table_SV > 0.03 * table_SV.mean(1, keepdim=True)
-        sides = self.trained.quantize.patch_nums
-        report: dict[str, float | Tensor] = {"codes_used": used.any(0).sum()}
-        report |= {f"codes_used_{s}x{s}": n for s, n in zip(sides, used.sum(1), strict=True)}
-        every = self.settings.restart_every
-        if every and (step + 1) % every == 0:
-            report["codes_restarted"] = float(self._restart_codes(gather(latents), step))
-        return report
-
-    def _restart_codes(self, latents_NZ: Tensor, step: int) -> int:
-        """Move codes nobody uses onto random latents; return how many moved."""
-        quantize = self.trained.quantize
-        usage_V = quantize.ema_vocab_hit_SV.sum(0)
-        unused = (usage_V < self.settings.restart_share * usage_V.mean()).nonzero().flatten()
-        # On the CPU and of the step alone: the same on every process and device.
-        generator = torch.Generator().manual_seed(step)
-        picks = torch.randint(len(latents_NZ), (len(unused),), generator=generator)
-        # Residuals of late scales are small; a random size covers every scale.
-        size = torch.rand(len(unused), 1, generator=generator).to(unused.device)
-        new_rows = latents_NZ[picks.to(unused.device)] * size
-        write_rows(quantize.embedding.weight, unused, new_rows)
-        average = usage_V.mean() / len(quantize.ema_vocab_hit_SV)
-        quantize.ema_vocab_hit_SV[:, unused] = average
-        return len(unused)
-
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return False for biases, norms and the codebook."""
-        return parameter.ndim > 1 and "embedding" not in name
-
-    @torch.no_grad()
-    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
-        """Return pictures beside their reconstructions."""
-        items = preview(self._data, 16, seed=seed)
-        device = next(self.trained.parameters()).device
-        image = torch.stack([item["image"] for item in items]).to(device)
-        vae = self.trained
-        rebuilt = vae.decode(vae.quantize(vae.encode(to_model_range(image))).latent_BChw)
-        rebuilt = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        pairs = torch.stack([image, rebuilt], 1).flatten(0, 1).movedim(1, -1)
-        titles = [t for item in items for t in (item["caption"], "reconstruction")]
-        return pairs.cpu().numpy(), titles
-
-
-def image_gradient_loss(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean absolute difference of horizontal and vertical finite differences."""
-    horizontal = F.l1_loss(a.diff(dim=-1), b.diff(dim=-1))
-    return horizontal + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
+    num_scales: int  # at least 2
+    share: float  # of the steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +51,7 @@ class PredictorSettings(Config):
     label_smoothing: float = 0.0
     sample_guidance_scale: float = 2.0
     train_text_encoder: bool = True  # False keeps a pretrained one as it is
+    prefixes: tuple[ScalePrefix, ...] = ()  # steps of fewer scales; the rest trains all
 
 
 class PredictorObjective(Objective):
@@ -191,6 +71,8 @@ class PredictorObjective(Objective):
         super().__init__()
         self.settings, self._data, self._held_out = settings, data, held_out
         self._token_cache = token_cache
+        self._num_scales = system.config.num_scales
+        _check_prefixes(settings.prefixes, self._num_scales)
         self.system = system.requires_grad_(False)
         parts: dict[str, nn.Module] = {"predictor": system.predictor}
         if system.text_encoder is not None and settings.train_text_encoder:
@@ -216,6 +98,14 @@ class PredictorObjective(Objective):
         blocks = self.system.predictor.blocks
         return [getattr(b, part) for b in blocks for part in parts if hasattr(b, part)]
 
+    def before_step(self, step: int, steps: int) -> bool:
+        """Choose how many scales this step trains; only losses of all of them compare."""
+        sides = self.system.config.patch_nums
+        self._num_scales = _scales_of_step(step, self.settings.prefixes, len(sides))
+        lengths = [side**2 for side in sides]
+        self.work = sum(lengths[: self._num_scales]) / sum(lengths)
+        return self._num_scales == len(sides)
+
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the metrics of `predictor_loss`."""
         system = self.system
@@ -232,6 +122,7 @@ class PredictorObjective(Objective):
             system.condition(condition_B, dropped),
             tokens_BL,
             label_smoothing=self.settings.label_smoothing if self.training else 0.0,
+            num_scales=self._num_scales if self.training else None,
         )
 
     def _conditions(self, batch: Mapping[str, Any]) -> Tensor:
@@ -252,6 +143,27 @@ class PredictorObjective(Objective):
         from nsp.families.var.sampling import sample_grid
 
         return sample_grid(self.system, self._data, seed, self.settings.sample_guidance_scale)
+
+
+def _check_prefixes(prefixes: Sequence[ScalePrefix], num_scales: int) -> None:
+    """Raise ConfigError for a prefix that is none, or shares that leave nothing to all scales."""
+    for prefix in prefixes:
+        if not 2 <= prefix.num_scales < num_scales:
+            raise ConfigError(
+                f"prefixes: num_scales must be in 2..{num_scales - 1}, got {prefix.num_scales}"
+            )
+    if any(prefix.share <= 0 for prefix in prefixes) or sum(p.share for p in prefixes) >= 1:
+        raise ConfigError("prefixes: shares must be above 0, and below 1 together")
+
+
+def _scales_of_step(step: int, prefixes: Sequence[ScalePrefix], num_scales: int) -> int:
+    """Return how many scales a step trains: a function of the step, spread evenly by share."""
+    place = step * _GOLDEN % 1  # multiples of the golden ratio fill [0, 1) evenly from any step on
+    for prefix in prefixes:
+        if place < prefix.share:
+            return prefix.num_scales
+        place -= prefix.share
+    return num_scales
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -16,13 +16,9 @@ from nsp.errors import ConfigError
 from nsp.families.var import tokens
 from nsp.families.var.config import TextCondition, VarConfig, with_condition
 from nsp.families.var.model import initialize
-from nsp.families.var.objective import (
-    PredictorObjective,
-    PredictorSettings,
-    TokenizerObjective,
-    TokenizerSettings,
-)
+from nsp.families.var.objective import PredictorObjective, PredictorSettings
 from nsp.families.var.system import VarSystem
+from nsp.families.var.tokenizer_objective import TokenizerObjective, TokenizerSettings
 from nsp.families.var.tokens import is_constant
 from nsp.text.encoder import build_text_encoder, load_text_encoder
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer

@@ -1,0 +1,166 @@
+"""The tokenizer phase of the family `var`: a VQVAE that reproduces pictures through its token maps.
+
+Axes: B batch, N latent cells of a step, S scales, V codes, Z latent channels. The published
+tokenizer recipe is not public beyond its VQ loss (arXiv:2404.02905, algorithms 1 and 2):
+reconstruction here is L1 plus L1 of image gradients, without an adversary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather, reduce
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nsp.config import Config
+from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.preview import preview
+from nsp.data.stream import ShardStream
+from nsp.families.var.system import VarSystem
+from nsp.families.var.vqvae import VQVAE
+from nsp.training.average import write_rows
+from nsp.training.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings(Config):
+    """Settings of the tokenizer phase."""
+
+    gradient_weight: float = 1.0  # of the L1 between image gradients: keeps edges sharp
+    vq_weight: float = 1.0
+    restart_every: int = 50  # steps between restarts of unused codes; 0: never
+    restart_until: float = 0.9  # fraction of the phase after which codes are left alone
+    restart_share: float = 0.03  # a code used less than this share of the average is unused
+
+
+class TokenizerObjective(Objective):
+    """Trains the VQVAE to reproduce pictures through its token maps."""
+
+    trained: VQVAE
+
+    def __init__(
+        self,
+        system: VarSystem,
+        data: ImageDataset | ShardStream,
+        held_out: ImageDataset | None,
+        settings: TokenizerSettings,
+    ) -> None:
+        super().__init__()
+        self.trained = system.vae
+        self.settings, self._data = settings, data
+        self._held_out = held_out
+        self._restarts = True
+        # Of the optimizer step under way, for `after_step`:
+        self._latents: list[Tensor] = []  # (N, Z) each
+        self._hits_SV: Tensor | None = None
+
+    def dataset(self) -> Dataset[Mapping[str, Any]]:
+        """Return the pictures."""
+        return self._data
+
+    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+        """Return the held-out pictures."""
+        return self._held_out
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the levels of encoder and decoder."""
+        return [*self.trained.encoder.down, *self.trained.decoder.up]
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the loss, its parts, PSNR in dB and the number of codes in use."""
+        vae = self.trained
+        image = to_model_range(batch["image"])
+        latent_BZhw = vae.encode(image)
+        quantized = vae.quantize(latent_BZhw)
+        rebuilt = vae.decode(quantized.latent_BChw)
+        pixel = F.l1_loss(rebuilt, image)
+        gradient = image_gradient_loss(rebuilt, image)
+        loss = pixel + self.settings.gradient_weight * gradient
+        if self.training:
+            self._count(quantized.tokens)
+            self._latents.append(latent_BZhw.detach().float().movedim(1, -1).flatten(0, 2))
+        mse = F.mse_loss(rebuilt.detach().clamp(-1, 1), image)
+        return {
+            "loss": loss + self.settings.vq_weight * quantized.loss,
+            "l1": pixel.detach(),
+            "vq": quantized.loss.detach(),
+            "psnr_db": 10 * torch.log10(4 / mse),
+        }
+
+    def before_step(self, step: int, steps: int) -> bool:
+        """Note whether unused codes may still move: the decoder must get to know the last ones."""
+        self._restarts = step < self.settings.restart_until * steps
+        return True
+
+    def _count(self, tokens: Sequence[Tensor]) -> None:
+        """Add up how often each code was chosen at each scale."""
+        codes = self.trained.config.vocab_size
+        hits = [index.flatten().bincount(minlength=codes).float() for index in tokens]
+        total = torch.stack(hits)
+        self._hits_SV = total if self._hits_SV is None else self._hits_SV + total
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> dict[str, float | Tensor]:
+        """Update the usage of codes, and move those nobody uses onto latents of this step.
+
+        The moving average of the usage is that of the published models/quant.py. The step's latents
+        are gathered in the order of its samples, so that all processes choose alike.
+        """
+        latents, self._latents = torch.cat(self._latents), []
+        hits_SV, self._hits_SV = self._hits_SV, None
+        assert hits_SV is not None
+        table_SV = self.trained.quantize.ema_vocab_hit_SV
+        started = table_SV.any(1, keepdim=True)
+        table_SV.lerp_(reduce(hits_SV, "sum"), torch.where(started, 0.1, 1.0))
+        used = table_SV > 0.03 * table_SV.mean(1, keepdim=True)
+        sides = self.trained.quantize.patch_nums
+        report: dict[str, float | Tensor] = {"codes_used": used.any(0).sum()}
+        report |= {f"codes_used_{s}x{s}": n for s, n in zip(sides, used.sum(1), strict=True)}
+        every = self.settings.restart_every
+        if every and self._restarts and (step + 1) % every == 0:
+            report["codes_restarted"] = float(self._restart_codes(gather(latents), step))
+        return report
+
+    def _restart_codes(self, latents_NZ: Tensor, step: int) -> int:
+        """Move codes nobody uses onto random latents; return how many moved."""
+        quantize = self.trained.quantize
+        usage_V = quantize.ema_vocab_hit_SV.sum(0)
+        unused = (usage_V < self.settings.restart_share * usage_V.mean()).nonzero().flatten()
+        # On the CPU and of the step alone: the same on every process and device.
+        generator = torch.Generator().manual_seed(step)
+        picks = torch.randint(len(latents_NZ), (len(unused),), generator=generator)
+        # Residuals of late scales are small; a random size covers every scale.
+        size = torch.rand(len(unused), 1, generator=generator).to(unused.device)
+        new_rows = latents_NZ[picks.to(unused.device)] * size
+        write_rows(quantize.embedding.weight, unused, new_rows)
+        average = usage_V.mean() / len(quantize.ema_vocab_hit_SV)
+        quantize.ema_vocab_hit_SV[:, unused] = average
+        return len(unused)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return False for biases, norms and the codebook."""
+        return parameter.ndim > 1 and "embedding" not in name
+
+    @torch.no_grad()
+    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Return pictures beside their reconstructions."""
+        items = preview(self._data, 16, seed=seed)
+        device = next(self.trained.parameters()).device
+        image = torch.stack([item["image"] for item in items]).to(device)
+        vae = self.trained
+        rebuilt = vae.decode(vae.quantize(vae.encode(to_model_range(image))).latent_BChw)
+        rebuilt = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        pairs = torch.stack([image, rebuilt], 1).flatten(0, 1).movedim(1, -1)
+        titles = [t for item in items for t in (item["caption"], "reconstruction")]
+        return pairs.cpu().numpy(), titles
+
+
+def image_gradient_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean absolute difference of horizontal and vertical finite differences."""
+    horizontal = F.l1_loss(a.diff(dim=-1), b.diff(dim=-1))
+    return horizontal + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
