@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.retrieval import PictureSet, Recall, at_side, psnr_db
-from benchmarks.subject import engine_precision
 from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
 from nsp.config import Config
 from nsp.data.sources import ImageSource, survey
@@ -127,7 +126,7 @@ def run(options: FidelityOptions, *, on_step: OnStep = lambda *_: None) -> Fidel
         schema_version=SCHEMA,
         model_hash=manifest.model_hash,
         backend=pipeline.backend.name,
-        precision=engine_precision(pipeline),
+        precision=pipeline.precision,
         source=options.source,
         num_distinct=len(pictures.pixels),
         seed=options.seed,

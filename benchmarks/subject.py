@@ -12,7 +12,7 @@ from benchmarks.results import Model
 from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import BackendError, CheckpointError
 from nsp.runtime.backends.registry import availability
-from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, read_manifest
+from nsp.runtime.manifest import Manifest, read_manifest
 from nsp.runtime.pipeline import Pipeline, load_pipeline
 from nsp.runtime.repair import checkpoint_folder
 
@@ -80,7 +80,7 @@ class Subject:
             model_hash=pipeline.model_hash,
             backend=backend.name,
             device=self.device,
-            precision=engine_precision(pipeline),
+            precision=pipeline.precision,
             kv_dtype=backend.kv_dtype(),
             kv_layout=backend.kv_layout,
             schedule=tuple(config.patch_nums),
@@ -159,20 +159,13 @@ def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:
     return Side(source=source, pipeline=load_pipeline(folder, BASELINE, **options))
 
 
-def engine_precision(pipeline: Pipeline) -> str:
-    """Return the precision of the engines that were loaded."""
-    dtype = pipeline.backend.kv_dtype()
-    return next(name for name, kv_dtype in PRECISION_DTYPES.items() if kv_dtype == dtype)
-
-
 def _engines_mib(manifest: Manifest, folder: Path, pipeline: Pipeline) -> float:
     """Return the size of the engine files that were loaded."""
-    precision = engine_precision(pipeline)
     files = {
         name
         for stage in manifest.stages
         for variant in manifest.variants(stage, pipeline.backend.name)
-        if variant.precision == precision
+        if variant.precision == pipeline.precision
         for name in variant.files
     }
     return _mib(folder / name for name in files)

@@ -18,6 +18,7 @@ from export.onnx_export import MODEL_NAME, export_stage
 from export.parity import Subject, check_stage
 from export.plan import ExportPlan, PlannedBuild
 from export.precision import at_precision
+from export.quantize import quantize
 from export.reference import Reference, record_reference
 from export.store import EngineStore, with_variant
 from nsp.runtime.backends.base import Backend
@@ -99,6 +100,8 @@ class StageBuilder:
             opset=build.opset,
             trace_sizes=self._family.get("trace_sizes"),
         )
+        if build.stored_precision == "int8":
+            quantize(model)
         self._report(build, "lint", _START["lint"], "checking the graph")
         check_graph(model, build)
         return model

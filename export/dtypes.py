@@ -15,9 +15,13 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 def precision_map(weights: StageWeights, precision: str) -> dict[str, str]:
     """Return the dtype of every pattern of one stage, for the manifest."""
     full = dict.fromkeys(weights.full, "float32")
-    return {**dict.fromkeys(weights.half, PRECISION_DTYPES[precision]), **full}
+    narrow = dict.fromkeys(weights.half, PRECISION_DTYPES[precision])
+    if precision == "int8":
+        narrow |= dict.fromkeys(weights.int8, "int8")
+    return {**narrow, **full}
 
 
 def stored_precision(weights: StageWeights, precision: str) -> str:
-    """Return the precision a stage really has: without half weights it is always fp32."""
-    return precision if weights.half else "fp32"
+    """Return the precision a stage really has: fp32 where no weight takes the one asked for."""
+    narrow = weights.int8 if precision == "int8" else weights.half
+    return precision if narrow else "fp32"

@@ -51,7 +51,7 @@ def export_stage(
         for spec in io.inputs.values()
     )
     try:
-        with _quiet():
+        with quiet("torch.onnx", "onnxscript", "onnx_ir"):
             program = torch.onnx.export(
                 _Positional(stage).eval(),
                 arguments,
@@ -68,7 +68,7 @@ def export_stage(
             f"{name}: torch.onnx.export failed ({type(error).__name__}: {reason})"
         ) from error
     assert program is not None
-    return _save(program.model, folder)
+    return save(program.model, folder)
 
 
 def _tensors(io: StageIO, sizes: Sizes) -> Iterator[Tensor]:
@@ -77,8 +77,11 @@ def _tensors(io: StageIO, sizes: Sizes) -> Iterator[Tensor]:
         yield torch.from_numpy(np.asarray(array)).to(getattr(torch, spec.dtype))
 
 
-def _save(model: onnx_ir.Model, folder: Path) -> Path:
-    """Write a model without the exporter's notes, which hold paths and change between runs."""
+def save(model: onnx_ir.Model, folder: Path) -> Path:
+    """Write a model without the exporter's notes, which hold paths and change between runs.
+
+    Returns its path.
+    """
     _strip(model)
     path = folder / MODEL_NAME
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
@@ -101,9 +104,9 @@ def _strip(model: onnx_ir.Model) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks off the terminal: absent operators, axes that share a name."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+def quiet(*names: str) -> Iterator[None]:
+    """Keep a library's remarks off the terminal: absent operators, axes that share a name."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

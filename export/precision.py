@@ -15,9 +15,10 @@ from nsp.runtime.manifest import PRECISION_DTYPES
 def at_precision(system: nn.Module, weights: Mapping[str, StageWeights], precision: str) -> Any:
     """Return `system` for "fp32", else a copy with the weights declared `half` in that precision.
 
-    The modules compute in the dtype of their weights, so nothing else changes.
+    The modules compute in the dtype of their weights, so nothing else changes. For "int8" the model
+    stays as it is: its graphs are quantized (quantize.py).
     """
-    if precision == "fp32":
+    if precision in ("fp32", "int8"):
         return system
     dtype = getattr(torch, PRECISION_DTYPES[precision])
     patterns = [pattern for each in weights.values() for pattern in each.half]

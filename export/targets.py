@@ -39,7 +39,7 @@ TARGETS: Mapping[str, Target] = {
         backend="onnxruntime",
         kv_layout="present",
         opset=23,
-        precisions=("fp32", "fp16"),
+        precisions=("fp32", "fp16", "int8"),
         compiles=False,
     ),
     # TensorRT's parsers refuse that operator: attention as matrix products (opset 18), cache as an
@@ -135,13 +135,14 @@ def _automatic(options: ExportOptions) -> list[tuple[Target, str]]:
     """Return what suits this machine and say why."""
     runtime = TARGETS["onnxruntime"]
     precisions = [p for p in options.precisions if p in runtime.precisions]
-    if "fp32" not in precisions and not (precisions and _onnxruntime_has_gpu()):
+    asked_narrow = {"fp32", "int8"}.isdisjoint(precisions)
+    if asked_narrow and not (precisions and _onnxruntime_has_gpu()):
         precisions.insert(0, "fp32")
         logger.info("target auto: fp32 too, which ONNX Runtime on a CPU runs fastest")
     pairs = [(runtime, precision) for precision in precisions]
     for target in (TARGETS["tensorrt-rtx"], TARGETS["tensorrt"]):
         if is_installed(target):
-            pairs += [(target, precision) for precision in options.precisions]
+            pairs += [(target, p) for p in options.precisions if p in target.precisions]
         else:
             logger.info("target auto: no %s, because it is not installed", target.name)
     if missing := set(options.precisions) - {precision for _, precision in pairs}:

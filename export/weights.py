@@ -10,7 +10,7 @@ from export.dtypes import matches
 from nsp.errors import CheckpointError
 from nsp.families.precision import StageWeights
 
-_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # int8: of what is not quantized
 
 
 def stage_bytes(
@@ -26,6 +26,11 @@ def stage_bytes(
         half = sum(n for name, n in sizes.items() if matches(name, declared.half))
         full = sum(n for name, n in sizes.items() if matches(name, declared.full))
         result[stage] = half * _ITEM_BYTES[precision] + full * _ITEM_BYTES["fp32"]
+        if precision == "int8":
+            bytes_saved = _ITEM_BYTES["int8"] - 1
+            result[stage] -= bytes_saved * sum(
+                n for name, n in sizes.items() if matches(name, declared.int8)
+            )
     return result
 
 

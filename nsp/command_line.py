@@ -128,11 +128,11 @@ def seed_option(help_text: str) -> Callable[[_F], _F]:
     return click.option("--seed", type=seed, default=0, show_default=True, help=help_text)
 
 
-PRECISIONS = ("fp16", "bf16", "fp32")
+PRECISIONS = ("fp16", "bf16", "fp32", "int8")
 
 
 def precision_options(help_text: str) -> Callable[[_F], _F]:
-    """Return the flags --fp16, --bf16 and --fp32; `given_precisions` reads them."""
+    """Return the flags --fp16, --bf16, --fp32 and --int8; `given_precisions` reads them."""
 
     def add(verb: _F) -> _F:
         for name in reversed(PRECISIONS):

@@ -31,6 +31,7 @@ class Engines:
     manifest: Manifest
     family: Family
     backend: Backend
+    precision: str
     tokenizer: "PromptTokenizer | None"
     max_batch: int | None  # images per batch; None: any
 
@@ -47,9 +48,9 @@ def open_engine_dir(
     """Return the loaded engines of `folder`.
 
     `backend`: a name, or "auto" for the first in the registry's order that works here and has every
-    stage. `precision`: "fp32", "fp16" or "bf16"; None is what suits the device. `device`: "cpu" or
-    "cuda"; None is the GPU where the backend can use it. `num_threads`: None is every physical core
-    this process may use. `verify=False` skips the SHA-256 of the files.
+    stage. `precision`: "fp32", "fp16", "bf16" or "int8"; None is what suits the device. `device`:
+    "cpu" or "cuda"; None is the GPU where one can be used. `num_threads`: None is every physical
+    core this process may use. `verify=False` skips the SHA-256 of the files.
 
     Raises EngineError for a folder that is missing, damaged, incomplete or for another machine,
     BackendError for a backend that does not work here, ConfigError for an unknown one.
@@ -83,6 +84,7 @@ def open_engine_dir(
         manifest=manifest,
         family=record,
         backend=loaded,
+        precision=variants.precision,
         tokenizer=tokenizer,
         max_batch=min(batches, default=None),
     )

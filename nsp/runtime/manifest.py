@@ -27,8 +27,14 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_DIR = "tokenizer"
 STAGING_NAME = ".export"  # folder of an export in progress, with a manifest of what is finished
 
-Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
-PRECISION_DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
+# Dtypes of the tensors between stages; with int8 only the products inside them are narrow.
+PRECISION_DTYPES: Mapping[str, str] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "float32",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

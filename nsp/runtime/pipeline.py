@@ -88,11 +88,12 @@ class Pipeline:
         sampling: SamplingConfig | None = None,
         model_hash: str = "",
         max_batch: int | None = None,
+        precision: str = "fp32",
     ) -> None:
         self.family, self.config, self.backend = family, config, backend
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()
-        self.model_hash, self.max_batch = model_hash, max_batch
+        self.model_hash, self.max_batch, self.precision = model_hash, max_batch, precision
         self._loop = family.get("loop")
         self._request = family.get("request")
 
@@ -263,6 +264,7 @@ def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pi
         sampling=SamplingConfig.from_dict(manifest.sampling),
         model_hash=manifest.model_hash,
         max_batch=engines.max_batch,
+        precision=engines.precision,
     )
 
 

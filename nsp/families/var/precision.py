@@ -53,7 +53,8 @@ def _step(config: VarConfig) -> StageWeights:
     if config.text is not None:
         half += [f"{_BLOCK}.cross.q.*", f"{_BLOCK}.cross.proj.*"]
         full.append(f"{_BLOCK}.cross.scale_mul_1H11")
-    return StageWeights(half=tuple(half), full=tuple(full))
+    # Nearly all of an image's products are in this stage; the others stay as they are in int8.
+    return StageWeights(half=tuple(half), int8=tuple(half), full=tuple(full))
 
 
 def _decoder() -> StageWeights:

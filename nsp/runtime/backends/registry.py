@@ -198,7 +198,7 @@ BACKENDS: Mapping[str, BackendRecord] = {
             needs="it runs on any CPU, and on NVIDIA GPUs as onnxruntime-gpu",
             probe=_probe_onnxruntime,
             loader="nsp.runtime.backends.onnxruntime:load_engines",
-            precisions={"cpu": ("fp32", "fp16"), "cuda": ("fp16", "fp32")},
+            precisions={"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp16", "fp32")},
         ),
         BackendRecord(
             name="torch",

@@ -1,0 +1,80 @@
+"""What an int8 export promises: narrow products in the step, all else as in fp32, when asked."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+
+from export.options import ExportOptions
+from export.run import export
+from nsp.errors import ConfigError
+from nsp.runtime.manifest import Manifest, Variant
+from nsp.runtime.pipeline import load_pipeline
+
+
+@pytest.fixture(scope="module")
+def int8_engines(
+    half_engines: tuple[Path, Manifest],
+    small_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("int8") / "engines"
+    shutil.copytree(half_engines[0], folder)
+    options = ExportOptions(
+        checkpoint=str(small_checkpoint),
+        engine_dir=str(folder),
+        targets=("onnxruntime",),
+        precisions=("int8",),
+    )
+    return folder, export(options)
+
+
+def variant(manifest: Manifest, stage: str, precision: str) -> Variant:
+    return next(v for v in manifest.stages[stage] if v.precision == precision)
+
+
+def test_every_product_with_weights_in_the_step_is_of_integers(int8_engines):
+    folder, manifest = int8_engines
+    counts = {}
+    for precision in ("fp32", "int8"):
+        model = onnx.load(folder / next(iter(variant(manifest, "step", precision).files)))
+        weights = {tensor.name for tensor in model.graph.initializer}
+        nodes = [node for node in model.graph.node if "MatMul" in node.op_type]
+        counts[precision] = Counter(
+            node.op_type for node in nodes if weights & set(node.input) or "Integer" in node.op_type
+        )
+    assert counts["fp32"].keys() == {"MatMul"}
+    assert counts["int8"] == {"MatMulInteger": counts["fp32"]["MatMul"]}
+    assert not list((folder / "step").rglob("quantized*"))
+
+
+def test_other_stages_are_those_of_fp32_and_the_figures_are_kept(int8_engines):
+    _, manifest = int8_engines
+    for stage in manifest.stages:
+        narrow, wide = (variant(manifest, stage, precision) for precision in ("int8", "fp32"))
+        assert (narrow.files == wide.files) == (stage != "step")
+    step = variant(manifest, "step", "int8")
+    assert set(step.precision_map.values()) == {"int8", "float32"}
+    assert 1e-4 < step.parity["outputs"]["logits"]["relative"] < 0.05
+    assert all(0.8 <= scale["agreement"] <= 1 for scale in step.parity["scales"])
+
+
+def test_it_runs_when_asked_for_and_only_then(int8_engines):
+    folder, _ = int8_engines
+    assert load_pipeline(folder, "onnxruntime", device="cpu").precision == "fp32"
+    pipeline = load_pipeline(folder, "onnxruntime", device="cpu", precision="int8")
+    assert pipeline.precision == "int8"
+    assert pipeline.generate(prompts=["red apple"]).images.shape[0] == 1
+
+
+def test_targets_without_it_say_so(small_checkpoint, tmp_path):
+    options = ExportOptions(
+        checkpoint=str(small_checkpoint),
+        engine_dir=str(tmp_path / "engines"),
+        targets=("tensorrt-rtx",),
+        precisions=("int8",),
+    )
+    with pytest.raises(ConfigError, match="tensorrt-rtx has no int8"):
+        export(options)
