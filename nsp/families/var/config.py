@@ -250,15 +250,15 @@ def _published(depth: int, image_size_px: int = 256, *, shared_aln: bool = False
     )
 
 
-# 64 px to 8x8 latents, 103 tokens in five scale steps. Two pixels are folded into channels first:
-# on a CPU the full-resolution level would cost more than all others together.
+# 64 px to 8x8 latents, 130 tokens in six scale steps. Four by four pixels are folded into channels
+# first: on a CPU the levels of full and half resolution would cost twice all others together.
 EMOJI_VAE = VaeConfig(
     vocab_size=1024,
     latent_channels=16,
-    base_channels=32,
-    channel_multipliers=(1, 2, 4),
+    base_channels=64,
+    channel_multipliers=(1, 2),
     num_res_blocks=1,
-    patch_size=2,
+    patch_size=4,
     norm_groups=8,
     share_quant_resi=1,
 )
@@ -270,7 +270,7 @@ SIZES: Mapping[str, VarConfig] = {
     "d30": _published(30),
     "d36-s": _published(36, 512, shared_aln=True),
     "emoji": VarConfig(
-        patch_nums=(1, 2, 3, 5, 8),
+        patch_nums=(1, 2, 3, 4, 6, 8),
         vae=EMOJI_VAE,
         predictor=PredictorConfig(depth=6, width=192, num_heads=3, shared_aln=True),
         condition=TextCondition(text_width=128, max_tokens=16),
