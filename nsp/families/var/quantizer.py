@@ -63,7 +63,7 @@ class _PartialPhis(nn.Module):
 class QuantizerOutput:
     """What tokenizer training needs from one pass."""
 
-    latent_BChw: Tensor  # straight-through f_hat: value of f_hat, gradient of f
+    latents: list[Tensor]  # straight-through f_hat of every scale: its value, the gradient of f
     loss: Tensor  # scalar VQ loss
     tokens: list[Tensor]  # per scale (B, L)
 
@@ -148,7 +148,7 @@ class MultiScaleQuantizer(nn.Module):
 
     @_in_float32
     def forward(self, latent_BChw: Tensor) -> QuantizerOutput:
-        """Return the straight-through latent, the VQ loss and the tokens of `latent_BChw`.
+        """Return the straight-through latents, the VQ loss and the tokens of `latent_BChw`.
 
         loss = mean over scales of beta mse(sg(f_hat_s), f) + mse(f_hat_s, sg(f)).
         """
@@ -161,7 +161,7 @@ class MultiScaleQuantizer(nn.Module):
                 for f_hat in latents
             ]
         ).mean()
-        return QuantizerOutput(f + (latents[-1] - f).detach(), loss, tokens)
+        return QuantizerOutput([f + (f_hat - f).detach() for f_hat in latents], loss, tokens)
 
     @_in_float32
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:

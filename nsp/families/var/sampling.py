@@ -39,6 +39,6 @@ def reconstruct(system: VarSystem, pictures_BHW3: NDArray[np.uint8]) -> NDArray[
     pictures_B3HW = torch.from_numpy(pictures_BHW3).movedim(-1, 1)
     for batch in torch.split(pictures_B3HW, _BATCH):
         latent = vae.encode(to_model_range(batch.to(next(vae.parameters()).device)))
-        rebuilt = vae.decode(vae.quantize(latent).latent_BChw)
+        rebuilt = vae.decode(vae.quantize(latent).latents[-1])
         rows.append(((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(rows).movedim(1, -1).numpy()

@@ -21,10 +21,12 @@ from nsp.config import Config
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.preview import preview
 from nsp.data.stream import ShardStream
+from nsp.errors import ConfigError
 from nsp.families.var.system import VarSystem
 from nsp.families.var.vqvae import VQVAE
 from nsp.training.average import write_rows
 from nsp.training.objective import Objective
+from nsp.training.order import sample_uniforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,15 @@ class TokenizerSettings(Config):
     restart_every: int = 50  # steps between restarts of unused codes; 0: never
     restart_until: float = 0.9  # fraction of the phase after which codes are left alone
     restart_share: float = 0.03  # a code used less than this share of the average is unused
+    # Share of pictures decoded from the first scales only, a random number of at least half of
+    # them (quantizer dropout: Zeghidour et al. 2021, arXiv:2107.03312): the first tokens then say
+    # as much of a picture as they can, and a decoder draws it from them.
+    prefix_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 <= self.prefix_share < 1:
+            raise ConfigError(f"prefix_share must be in [0, 1), got {self.prefix_share}")
 
 
 class TokenizerObjective(Objective):
@@ -77,7 +88,7 @@ class TokenizerObjective(Objective):
         image = to_model_range(batch["image"])
         latent_BZhw = vae.encode(image)
         quantized = vae.quantize(latent_BZhw)
-        rebuilt = vae.decode(quantized.latent_BChw)
+        rebuilt = vae.decode(self._decoded(quantized.latents, batch))
         pixel = F.l1_loss(rebuilt, image)
         gradient = image_gradient_loss(rebuilt, image)
         loss = pixel + self.settings.gradient_weight * gradient
@@ -91,6 +102,17 @@ class TokenizerObjective(Objective):
             "vq": quantized.loss.detach(),
             "psnr_db": 10 * torch.log10(4 / mse),
         }
+
+    def _decoded(self, latents: Sequence[Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """Return the latent (B, C, h, w) that is decoded of each picture."""
+        share = self.settings.prefix_share if self.training else 0.0
+        if share == 0:
+            return latents[-1]
+        fewest, most = len(latents) // 2, len(latents) - 1  # scales kept where some are left out
+        dropped, place = sample_uniforms(batch["key"], 2).unbind(1)
+        kept = (fewest + place * (most - fewest + 1)).long().clamp(1, most)
+        last = torch.where(dropped < share, kept - 1, len(latents) - 1).to(latents[0].device)
+        return torch.stack(list(latents))[last, torch.arange(len(last), device=last.device)]
 
     def before_step(self, step: int, steps: int) -> bool:
         """Note whether unused codes may still move: the decoder must get to know the last ones."""
@@ -153,7 +175,7 @@ class TokenizerObjective(Objective):
         device = next(self.trained.parameters()).device
         image = torch.stack([item["image"] for item in items]).to(device)
         vae = self.trained
-        rebuilt = vae.decode(vae.quantize(vae.encode(to_model_range(image))).latent_BChw)
+        rebuilt = vae.decode(vae.quantize(vae.encode(to_model_range(image))).latents[-1])
         rebuilt = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         pairs = torch.stack([image, rebuilt], 1).flatten(0, 1).movedim(1, -1)
         titles = [t for item in items for t in (item["caption"], "reconstruction")]

@@ -72,11 +72,11 @@ def test_training_pass_and_gradients_match(case: str) -> None:
     assert (missing, extra) == (["ema_vocab_hit_SV"], [])
     f = values["f"].clone().requires_grad_()
     result = quantizer(f)
-    (result.loss + (result.latent_BChw * values["vq/G"]).sum()).backward()
+    (result.loss + (result.latents[-1] * values["vq/G"]).sum()).backward()
     for scale, tokens in enumerate(result.tokens):
         assert torch.equal(tokens, values[f"idx/{scale}"])
     torch.testing.assert_close(result.loss, values["vq/loss"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(result.latent_BChw, values["vq/f_hat_st"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.latents[-1], values["vq/f_hat_st"], atol=1e-5, rtol=0)
     assert f.grad is not None
     torch.testing.assert_close(f.grad, values["vq/grad_f"], atol=1e-5, rtol=0)
     gradients = part(values, "vq/grad/quantize.")

@@ -1,9 +1,18 @@
-"""Codes nobody uses move onto latents, until the phase nears its end."""
+"""The tokenizer's objective: codes nobody uses, and pictures decoded from their first scales."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import pytest
+import torch
+
+from nsp.data.dataset import ImageDataset
+from nsp.data.sources import ImageSource
+from nsp.errors import ConfigError
+from nsp.families.var.config import SIZES, ClassCondition, with_condition
+from nsp.families.var.system import VarSystem
+from nsp.families.var.tokenizer_objective import TokenizerObjective, TokenizerSettings
 from nsp.training.presets import preset
 from nsp.training.run import train
 from tests.training.pictures import write_pictures
@@ -21,3 +30,26 @@ def test_codes_are_left_alone_after_the_stated_fraction(tmp_path: Path) -> None:
     moved = [row.get("codes_restarted") for row in map(json.loads, log) if "lr" in row]
     assert [count is None for count in moved] == [False, False, True, True]
     assert moved[0] > 0
+
+
+def test_some_pictures_are_decoded_from_their_first_scales_only() -> None:
+    torch.manual_seed(0)
+    source = ImageSource((), (), ())
+    system = VarSystem(with_condition(SIZES["tiny"], ClassCondition(num_classes=2)))
+    data = ImageDataset(source, 16, train=True, crop=False, flip=False, seed=0)
+    settings = TokenizerSettings(prefix_share=0.5)
+    objective = TokenizerObjective(system, data, None, settings)
+    latents = [torch.full((400, 1, 1, 1), float(scale)) for scale in range(4)]
+    batch = {"key": torch.arange(400)}
+    last = objective.train()._decoded(latents, batch).flatten()
+    counts = last.long().bincount(minlength=4)
+    assert counts[0] == 0  # at least half of the scales
+    assert counts[3] == pytest.approx(200, abs=40)
+    assert counts[1] == pytest.approx(100, abs=40)
+    assert torch.equal(last, objective._decoded(latents, batch).flatten())  # of the key alone
+    assert objective.eval()._decoded(latents, batch).unique() == 3
+
+
+def test_a_share_of_all_pictures_is_refused() -> None:
+    with pytest.raises(ConfigError, match="prefix_share"):
+        TokenizerSettings(prefix_share=1.0)
