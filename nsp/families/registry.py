@@ -15,8 +15,9 @@ class Family:
     name: str
     config: str  # Config record of the model
     stages_io: str  # (config, kv_layout, float dtype) -> {stage name: StageIO}
-    loop: str  # generator over scale steps
-    request: str  # record of one batch for the loop
+    request: str  # record of one batch
+    loop_inputs: str  # (config, request) -> {name: array} for the loop
+    loop: str  # generator over scale steps: (backend, config, uploaded inputs)
     system: str  # torch: new_system(run config, source) -> module with all weights
     objective: str  # torch: (phase name, settings, system, data, held out, cache) -> Objective
     reconstruct: str  # torch: (system, pictures (B,H,W,3) uint8) -> them, through the tokenizer
@@ -43,8 +44,9 @@ FAMILIES: Mapping[str, Family] = {
         name="var",
         config=f"{_VAR}.config:VarConfig",
         stages_io=f"{_VAR}.io:stages_io",
-        loop=f"{_VAR}.loop:generate",
         request=f"{_VAR}.loop:Request",
+        loop_inputs=f"{_VAR}.loop:loop_inputs",
+        loop=f"{_VAR}.loop:generate",
         system=f"{_VAR}.training:new_system",
         objective=f"{_VAR}.training:objective",
         reconstruct=f"{_VAR}.sampling:reconstruct",

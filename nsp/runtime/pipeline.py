@@ -14,6 +14,7 @@ from nsp.errors import ConfigError
 from nsp.families.registry import Family
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.engine_dir import open_engine_dir
+from nsp.runtime.kv_arena import Array
 from nsp.runtime.requests import (
     check_forced_tokens,
     check_gumbel,
@@ -94,7 +95,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()
         self.model_hash, self.max_batch, self.precision = model_hash, max_batch, precision
-        self._loop = family.get("loop")
+        self._loop, self._inputs = family.get("loop"), family.get("loop_inputs")
         self._request = family.get("request")
 
     def generate(
@@ -118,8 +119,7 @@ class Pipeline:
         """
         prompts = list(prompts) if isinstance(prompts, Iterator) else prompts  # read twice
         class_ids = list(class_ids) if isinstance(class_ids, Iterator) else class_ids
-        tokens, logits, latents, last = [], [], [], None
-        for last in self.stream(
+        request = self._checked_request(
             prompts=prompts,
             class_ids=class_ids,
             seed=seed,
@@ -127,19 +127,15 @@ class Pipeline:
             forced_tokens=forced_tokens,
             gumbel=gumbel,
             **sampling,
-        ):
-            if trace:
-                tokens.append(last.tokens)
-                logits.append(last.logits)
-                latents.append(last.latent)
-        assert last is not None  # a schedule has at least one scale
-        image = last.decode()
+        )
+        traced = self._trace(request) if trace else None
+        image = self._picture(request) if traced is None else traced.image
         return GenerateResult(
             images=to_uint8(image),
             seed=checked_seed(seed),
             prompts=() if prompts is None else prompt_texts(prompts),
             class_ids=tuple(int(c) for c in (() if class_ids is None else class_ids)),
-            trace=Trace(tokens, logits, latents, image) if trace else None,
+            trace=traced,
         )
 
     def stream(
@@ -157,6 +153,29 @@ class Pipeline:
 
         Arguments are those of `generate`, checked before the first step.
         """
+        request = self._checked_request(
+            prompts=prompts,
+            class_ids=class_ids,
+            seed=seed,
+            uniforms=uniforms,
+            forced_tokens=forced_tokens,
+            gumbel=gumbel,
+            **sampling,
+        )
+        return self._steps(request)
+
+    def _checked_request(
+        self,
+        *,
+        prompts: Iterable[str] | None,
+        class_ids: Iterable[int] | None,
+        seed: int,
+        uniforms: NDArray[np.float32] | None,
+        forced_tokens: NDArray[np.int64] | None,
+        gumbel: NDArray[np.float32] | None,
+        **sampling: Any,
+    ) -> Any:
+        """Return the family's Request; raise ConfigError for what this model does not take."""
         settings, seed = self.sampling.changed(sampling), checked_seed(seed)
         conditions = self._conditions(prompts, class_ids)
         batch = len(next(iter(conditions.values())))
@@ -177,7 +196,7 @@ class Pipeline:
             check_gumbel(gumbel, shape, more_smooth=settings.more_smooth)
         elif settings.more_smooth:
             gumbel = draw_gumbel(seed, batch, length, vocab_size)
-        request = self._request(
+        return self._request(
             sampling=settings,
             uniforms=uniforms,
             forced_tokens=forced_tokens,
@@ -185,12 +204,38 @@ class Pipeline:
             null_token_ids=self._null_prompt(),
             **conditions,
         )
-        return self._steps(request)
 
     def _steps(self, request: Any) -> Iterator[StreamStep]:
-        for step in self._loop(self.backend, self.config, request):
+        for step in self.backend.play("scales", self._host(request), self._scales):
             tokens = self.backend.download(step.tokens)
             yield StreamStep(step.scale, step.num_scales, tokens, self, step)
+
+    def _picture(self, request: Any) -> NDArray[np.float32]:
+        """Return the picture alone: from condition to decoder in one piece, nothing in between."""
+        (image,) = self.backend.play("picture", self._host(request), self._scales_and_decoder)
+        return self.backend.download(image)
+
+    def _trace(self, request: Any) -> Trace:
+        tokens, logits, latents, last = [], [], [], None
+        for last in self._steps(request):
+            tokens.append(last.tokens)
+            logits.append(last.logits)
+            latents.append(last.latent)
+        assert last is not None  # a schedule has at least one scale
+        return Trace(tokens, logits, latents, last.decode())
+
+    def _host(self, request: Any) -> dict[str, NDArray[Any]]:
+        inputs: dict[str, NDArray[Any]] = self._inputs(self.config, request)
+        return inputs
+
+    def _scales(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Any]:
+        return iter(self._loop(backend, self.config, inputs))
+
+    def _scales_and_decoder(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Array]:
+        last: Any = None
+        for step in self._loop(backend, self.config, inputs):
+            last = step
+        yield backend.run("decoder", {"latent": last.latent})["image"]
 
     def _conditions(
         self, prompts: Iterable[str] | None, class_ids: Iterable[int] | None

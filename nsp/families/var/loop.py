@@ -4,8 +4,9 @@ It does no arithmetic on tensors: it hands over views and advances counters. It 
 yields after every scale step, so the caller owns progress, previews and early stop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,11 @@ from nsp.layers.resample import area_matrix, bicubic_matrix
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.kv_arena import Array, KVShape
 from nsp.runtime.sampling import SamplingConfig, scale_ratios
+
+# What is different at every scale and goes to its stages.
+_SELECT = ("uniforms", "forced", "guidance")
+_SMOOTH = ("gumbel", "ratio")
+_RESIZE = ("up_rows", "up_cols", "down_rows", "down_cols", "phi")
 
 
 @dataclass(frozen=True)
@@ -46,70 +52,130 @@ class ScaleStep:
     latent: Array  # (B, C, h, w) f_hat so far
 
 
-def generate(backend: Backend, config: VarConfig, request: Request) -> Iterator[ScaleStep]:
-    """Yield one ScaleStep per scale; the last one's latent is the decoder's input."""
+def loop_inputs(config: VarConfig, request: Request) -> dict[str, NDArray[Any]]:
+    """Return all that the loop takes from the host; what is for scale s is named `..._s`.
+
+    What the loop does follows from the names and shapes alone, so it can be recorded.
+    """
     sampling, batch = request.sampling, request.batch
     guidance = sampling.guidance_per_scale(config.num_scales)
     guided = any(value != 1 for value in guidance)
-    rows = batch * (2 if guided else 1)
-    conditioning = dict(_condition(backend, config, request, guided=guided))
-    x = conditioning.pop("x")
-    plan = _ScalePlan(backend, config, request)
-    arena = backend.arena(_kv_shape(backend, config, rows))
-    image_rows = backend.upload(np.tile(np.arange(batch, dtype=np.int64), rows // batch))
     side = config.latent_side
-    latent = backend.upload(np.zeros((batch, config.vae.latent_channels, side, side), np.float32))
-    for scale, length in enumerate(plan.lengths):
+    ranks = sampling.num_ranks(config.vae.vocab_size)
+    inputs = {
+        **_condition_inputs(config, request, guided=guided),
+        "image_rows": np.tile(np.arange(batch, dtype=np.int64), 2 if guided else 1),
+        "latent": np.zeros((batch, config.vae.latent_channels, side, side), np.float32),
+        "temperature": np.array(sampling.temperature, np.float32),
+        "top_p": np.array(sampling.nucleus, np.float32),
+        "ranks": np.arange(ranks, dtype=np.int64),
+    }
+    forced = request.forced_tokens
+    if forced is None:
+        forced = np.full(request.uniforms.shape, -1, np.int64)
+    ratios, phis = scale_ratios(config.num_scales), config.vae.phi_indices(config.num_scales)
+    stop = 0
+    for scale, grid in enumerate(config.patch_nums):
+        start, stop = stop, stop + grid**2
+        here: dict[str, NDArray[Any]] = {
+            "positions": np.arange(start, stop),
+            "uniforms": np.ascontiguousarray(request.uniforms[:, start:stop]),
+            "forced": np.ascontiguousarray(forced[:, start:stop]),
+            "guidance": np.array(guidance[scale], np.float32),
+            "phi": np.array(phis[scale], np.int64),
+            **_resize_inputs(config, scale),
+        }
+        if sampling.more_smooth:
+            assert request.gumbel is not None
+            here["gumbel"] = np.ascontiguousarray(request.gumbel[:, start:stop])
+            here["ratio"] = np.array(ratios[scale], np.float32)
+        inputs |= {f"{name}_{scale}": array for name, array in here.items()}
+    return inputs
+
+
+def _condition_inputs(
+    config: VarConfig, request: Request, *, guided: bool
+) -> dict[str, NDArray[Any]]:
+    """Return class ids (G,), or distinct prompts and the prompt of every row; null rows are last.
+
+    Row N is the null condition: a learned one inside the stage, else "" encoded as the last prompt.
+    """
+    if config.text is None:
+        ids = request.class_ids
+        assert ids is not None
+        null = np.full_like(ids, config.num_classes)
+        return {"class_ids": np.concatenate([ids, null]) if guided else ids}
+    assert request.token_ids is not None
+    prompts, rows = np.unique(request.token_ids, axis=0, return_inverse=True)
+    rows = rows.reshape(-1).astype(np.int64)
+    if guided:
+        rows = np.concatenate([rows, np.full(request.batch, len(prompts), np.int64)])
+        if config.text.null == "empty_prompt":
+            assert request.null_token_ids is not None
+            prompts = np.concatenate([prompts, request.null_token_ids])
+    return {"token_ids": prompts, "prompt_rows": rows}
+
+
+def _resize_inputs(config: VarConfig, scale: int) -> dict[str, NDArray[np.float32]]:
+    """Return the resizing matrices of one scale.
+
+    The last scale has no next grid and gets the first one's.
+    """
+    sides = config.patch_nums
+    up = bicubic_matrix(sides[scale], sides[-1])
+    down = area_matrix(sides[-1], sides[(scale + 1) % len(sides)])
+    return {"up_rows": up, "up_cols": up, "down_rows": down, "down_cols": down}
+
+
+def generate(
+    backend: Backend, config: VarConfig, inputs: Mapping[str, Array]
+) -> Iterator[ScaleStep]:
+    """Yield one ScaleStep per scale of `loop_inputs`; the last latent is the decoder's input."""
+    batch, rows = inputs["uniforms_0"].shape[0], inputs["image_rows"].shape[0]
+    conditioning = _condition(backend, inputs)
+    x, latent = conditioning.pop("x"), inputs["latent"]
+    arena = backend.arena(_kv_shape(backend, config, rows))
+    for scale, grid in enumerate(config.patch_nums):
+        here = _of_scale(inputs, scale)
         stepped = backend.run(
             "step",
-            {"x": x, "positions": plan.positions[scale], **conditioning, **arena.past()},
-            arena.new(length),
+            {"x": x, "positions": here["positions"], **conditioning, **arena.past()},
+            arena.new(grid**2),
         )
-        arena.advance(length)
-        selected = plan.select(scale, stepped["logits"], guidance[scale])
-        grid = config.patch_nums[scale]
+        arena.advance(grid**2)
+        selected = _select(backend, inputs, here, stepped["logits"])
         codes = selected["codes"].reshape((batch, grid, grid, config.vae.latent_channels))
+        resize = {name: here[name] for name in _RESIZE}
         grown = backend.run(
             "accumulate",
-            {"codes": codes, "latent": latent, "rows": image_rows, **plan.resize(scale)},
+            {"codes": codes, "latent": latent, "rows": inputs["image_rows"], **resize},
         )
         latent, x = grown["new_latent"], grown["x"]
         yield ScaleStep(scale, config.num_scales, selected["tokens"], selected["guided"], latent)
 
 
-def _condition(
-    backend: Backend, config: VarConfig, request: Request, *, guided: bool
+def _condition(backend: Backend, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the outputs of `condition`."""
+    if "class_ids" in inputs:
+        return dict(backend.run("condition", {"class_ids": inputs["class_ids"]}))
+    encoded = backend.run("text_encoder", {"token_ids": inputs["token_ids"]})
+    return dict(backend.run("condition", {**encoded, "rows": inputs["prompt_rows"]}))
+
+
+def _of_scale(inputs: Mapping[str, Array], scale: int) -> dict[str, Array]:
+    """Return what is for one scale, without its number."""
+    end = f"_{scale}"
+    return {n.removesuffix(end): array for n, array in inputs.items() if n.endswith(end)}
+
+
+def _select(
+    backend: Backend, inputs: Mapping[str, Array], here: Mapping[str, Array], logits: Array
 ) -> dict[str, Array]:
-    """Return the outputs of `condition` for the batch; when guided, null rows come behind it."""
-    if config.text is None:
-        ids = request.class_ids
-        assert ids is not None
-        null = np.full_like(ids, config.num_classes)
-        both = np.concatenate([ids, null]) if guided else ids
-        return backend.run("condition", {"class_ids": backend.upload(both)})
-    prompts, rows = _unique_prompts(config, request, guided=guided)
-    encoded = backend.run("text_encoder", {"token_ids": backend.upload(prompts)})
-    return backend.run("condition", {**encoded, "rows": backend.upload(rows)})
-
-
-def _unique_prompts(
-    config: VarConfig, request: Request, *, guided: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return distinct prompts (N, T) to encode, and the prompt of every transformer row (G,).
-
-    Row N is the null condition: a learned one inside the stage, else "" encoded as the last prompt.
-    """
-    assert request.token_ids is not None
-    assert config.text is not None
-    prompts, rows = np.unique(request.token_ids, axis=0, return_inverse=True)
-    rows = rows.reshape(-1).astype(np.int64)
-    if not guided:
-        return prompts, rows
-    null_rows = np.full(request.batch, len(prompts), np.int64)
-    if config.text.null == "empty_prompt":
-        assert request.null_token_ids is not None
-        prompts = np.concatenate([prompts, request.null_token_ids])
-    return prompts, np.concatenate([rows, null_rows])
+    """Run the selection stage of one scale: the smooth one where its noise is given."""
+    stage = "select_smooth" if "gumbel" in here else "select"
+    own = (*_SELECT, *(_SMOOTH if stage == "select_smooth" else ()))
+    settings = {name: inputs[name] for name in ("temperature", "top_p", "ranks")}
+    return backend.run(stage, {"logits": logits, **{n: here[n] for n in own}, **settings})
 
 
 def _kv_shape(backend: Backend, config: VarConfig, rows: int) -> KVShape:
@@ -123,66 +189,3 @@ def _kv_shape(backend: Backend, config: VarConfig, rows: int) -> KVShape:
         head_width=predictor.head_width,
         dtype=backend.kv_dtype(),
     )
-
-
-class _ScalePlan:
-    """What the scales need and is known beforehand: positions, random numbers, matrices."""
-
-    def __init__(self, backend: Backend, config: VarConfig, request: Request) -> None:
-        self.backend, self.config, self.request = backend, config, request
-        self.lengths = [side**2 for side in config.patch_nums]
-        stops = np.cumsum(self.lengths)
-        self._slices = [slice(int(e - n), int(e)) for e, n in zip(stops, self.lengths, strict=True)]
-        forced = request.forced_tokens
-        if forced is None:
-            forced = np.full(request.uniforms.shape, -1, np.int64)
-        self.positions = self._per_scale(np.arange(config.num_tokens)[None], squeeze=True)
-        self._uniforms = self._per_scale(request.uniforms)
-        self._forced = self._per_scale(forced)
-        sampling = request.sampling
-        ranks = np.arange(sampling.num_ranks(config.vae.vocab_size), dtype=np.int64)
-        self._settings = {
-            "temperature": backend.scalar(sampling.temperature),
-            "top_p": backend.scalar(sampling.nucleus),
-            "ranks": backend.upload(ranks),
-        }
-        self._ratios = scale_ratios(config.num_scales)
-        self._phis = config.vae.phi_indices(config.num_scales)
-
-    def _per_scale(self, rows: NDArray[np.generic], *, squeeze: bool = False) -> list[Array]:
-        """Return the columns of every scale as contiguous device arrays."""
-        parts = [np.ascontiguousarray(rows[:, part]) for part in self._slices]
-        return [self.backend.upload(part[0] if squeeze else part) for part in parts]
-
-    def select(self, scale: int, logits: Array, guidance: float) -> dict[str, Array]:
-        """Run the selection stage of one scale."""
-        feeds = {
-            "logits": logits,
-            "uniforms": self._uniforms[scale],
-            "forced": self._forced[scale],
-            "guidance": self.backend.scalar(guidance),
-            **self._settings,
-        }
-        gumbel = self.request.gumbel
-        if not self.request.sampling.more_smooth:
-            return self.backend.run("select", feeds)
-        assert gumbel is not None
-        part = np.ascontiguousarray(gumbel[:, self._slices[scale]])
-        feeds |= {
-            "gumbel": self.backend.upload(part),
-            "ratio": self.backend.scalar(self._ratios[scale]),
-        }
-        return self.backend.run("select_smooth", feeds)
-
-    def resize(self, scale: int) -> dict[str, Array]:
-        """Return the matrices and the phi of one scale.
-
-        The last scale has no next grid and gets the first one's.
-        """
-        sides = self.config.patch_nums
-        following = sides[(scale + 1) % len(sides)]
-        upload = self.backend.upload
-        up = upload(bicubic_matrix(sides[scale], sides[-1]))
-        down = upload(area_matrix(sides[-1], following))
-        phi = self.backend.scalar(self._phis[scale], "int64")
-        return {"up_rows": up, "up_cols": up, "down_rows": down, "down_cols": down, "phi": phi}

@@ -1,14 +1,17 @@
 """What a backend is: it runs stages on named arrays and owns the memory they live in."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsp.runtime.io import Shape, StageIO
 from nsp.runtime.kv_arena import ARENAS, Array, KVArena, KVShape
+
+T = TypeVar("T")
+Loop: TypeAlias = Callable[["Backend", Mapping[str, Array]], Iterator[T]]
 
 
 class Backend(ABC):
@@ -53,6 +56,15 @@ class Backend(ABC):
     def kv_dtype(self) -> str:
         """Return the dtype of keys and values."""
         return self.stages_io["step"].inputs["past_k_0"].dtype
+
+    def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
+        """Return what `loop` yields on the uploaded `inputs`; its results belong to the caller.
+
+        A backend may record what the loop called `name` does and repeat that for later inputs of
+        the same names, shapes and dtypes. So a loop depends on nothing else, uploads and downloads
+        nothing, and runs its stages on the backend it is given.
+        """
+        return loop(self, {name: self.upload(array) for name, array in inputs.items()})
 
     def scalar(self, value: float, dtype: str = "float32") -> Array:
         """Return a zero-dimensional array."""
