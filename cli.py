@@ -173,6 +173,12 @@ def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: boo
     metavar="FROM TO",
     help="Where `interval` guides: fractions of the schedule.",
 )
+@click.option(
+    "--guidance-until",
+    type=click.IntRange(0),
+    metavar="SCALES",
+    help="Guide the first SCALES scales only: the last, largest ones then cost half.",
+)
 @click.option("--top-k", type=int, help="Draw from the K likeliest codes; 0 is off, 1 greedy.")
 @click.option("--top-p", type=float, help="Draw from the likeliest codes of mass P; 1 is off.")
 @click.option("--temperature", type=float, help="Divides the logits; below 1 is safer.")

@@ -127,6 +127,10 @@ class TimedBackend(Backend):
         """Return the inner backend's memory."""
         return self.inner.allocate(shape, dtype)
 
+    def copy_rows(self, source: Array, target: Array) -> None:
+        """Let the inner backend copy."""
+        self.inner.copy_rows(source, target)
+
     def arena(self, shape: KVShape) -> KVArena:
         """Return the inner backend's arena."""
         return self.inner.arena(shape)

@@ -6,8 +6,7 @@ width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 from nsp.runtime.io import Shape
@@ -39,11 +38,25 @@ class KVShape:
     dtype: str
 
 
+class Memory(Protocol):
+    """What an arena needs of a backend."""
+
+    def allocate(self, shape: Shape, dtype: str) -> Array:
+        """Return uninitialised memory."""
+
+    def copy_rows(self, source: Array, target: Array) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+
+
 class KVArena(ABC):
     """Hands out the past and room for what is new; `advance` after every step."""
 
     def __init__(self, shape: KVShape) -> None:
         self.shape, self.length = shape, 0
+
+    @abstractmethod
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first `rows` rows, in the past and from now on."""
 
     @abstractmethod
     def past(self) -> dict[str, Array]:
@@ -62,16 +75,25 @@ class KVArena(ABC):
         return [f"{prefix}_{kind}_{i}" for i in layers for kind in ("k", "v")]
 
 
-Allocate = Callable[[Shape, str], Array]
-
-
 class DeltaArena(KVArena):
     """Token-major (S, G, H, K) buffers: the past is the head of each, the new lands behind it."""
 
-    def __init__(self, shape: KVShape, allocate: Allocate) -> None:
+    def __init__(self, shape: KVShape, memory: Memory) -> None:
         super().__init__(shape)
-        full = (shape.num_tokens, shape.rows, shape.num_heads, shape.head_width)
-        self._buffers = [allocate(full, shape.dtype) for _ in range(2 * shape.num_layers)]
+        self._memory, self._buffers = memory, self._allocate(memory)
+
+    def _allocate(self, memory: Memory) -> list[Array]:
+        kv = self.shape
+        full = (kv.num_tokens, kv.rows, kv.num_heads, kv.head_width)
+        return [memory.allocate(full, kv.dtype) for _ in range(2 * kv.num_layers)]
+
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first `rows` rows: rows lie inside tokens, so they are copied."""
+        before, self.shape = self._buffers, replace(self.shape, rows=rows)
+        self._buffers = self._allocate(self._memory)
+        if self.length:
+            for source, target in zip(before, self._buffers, strict=True):
+                self._memory.copy_rows(source[: self.length], target[: self.length])
 
     def past(self) -> dict[str, Array]:
         """Return views (P, G, H, K)."""
@@ -90,12 +112,18 @@ class PresentArena(KVArena):
     The operator reads the past from one and writes past and new into the other.
     """
 
-    def __init__(self, shape: KVShape, allocate: Allocate) -> None:
+    def __init__(self, shape: KVShape, memory: Memory) -> None:
         super().__init__(shape)
         size = shape.num_tokens * shape.rows * shape.num_heads * shape.head_width
         count = 2 * shape.num_layers
-        self._pair = [[allocate((size,), shape.dtype) for _ in range(count)] for _ in range(2)]
+        self._pair = [
+            [memory.allocate((size,), shape.dtype) for _ in range(count)] for _ in range(2)
+        ]
         self._current = 0
+
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first `rows` rows: what is packed starts with them."""
+        self.shape = replace(self.shape, rows=rows)
 
     def past(self) -> dict[str, Array]:
         """Return packed views (G, H, P, K) of the current buffers."""

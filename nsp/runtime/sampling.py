@@ -25,6 +25,7 @@ class SamplingConfig(Config):
     guidance_scale: float = 2.0  # 1.0: off. The published code's cfg c is 1 + c here
     guidance_schedule: Literal["ramp", "constant", "interval"] = "ramp"
     guidance_interval: tuple[float, ...] = (0.0, 1.0)  # of the schedule, for "interval"
+    guidance_until: int | None = None  # scales with guidance, of any schedule; None: all
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1.0: off
     temperature: float = 1.0
@@ -52,6 +53,11 @@ class SamplingConfig(Config):
                 f"guidance_interval={self.guidance_interval} must be two fractions, "
                 "0 <= from <= to <= 1"
             )
+        if self.guidance_until is not None and self.guidance_until < 0:
+            raise ConfigError(
+                f"guidance_until={self.guidance_until} must be at least 0, the number of scales "
+                "with guidance; leave it out for all"
+            )
         if self.guidance_schedule != "interval" and (low, high) != (0, 1):
             raise ConfigError(
                 f"guidance_interval={self.guidance_interval} has no effect with guidance_schedule="
@@ -75,15 +81,19 @@ class SamplingConfig(Config):
         "ramp" grows linearly from 1 (off) at the first scale to `guidance_scale` at the last, as
         the published code does; "interval" applies it where the scale's ratio s/(S-1) lies in
         `guidance_interval`, 1 elsewhere (Kynkäänniemi et al. 2024, arXiv:2404.07724, with scales
-        for noise levels).
+        for noise levels). From scale `guidance_until` on it is 1: the null condition's half of the
+        work is then left out.
         """
         ratios = scale_ratios(num_scales)
-        if self.guidance_schedule == "ramp":
-            return [1 + (self.guidance_scale - 1) * ratio for ratio in ratios]
-        if self.guidance_schedule == "constant":
-            return [self.guidance_scale] * num_scales
         low, high = self.guidance_interval
-        return [self.guidance_scale if low <= ratio <= high else 1.0 for ratio in ratios]
+        if self.guidance_schedule == "ramp":
+            values = [1 + (self.guidance_scale - 1) * ratio for ratio in ratios]
+        elif self.guidance_schedule == "constant":
+            values = [self.guidance_scale] * num_scales
+        else:
+            values = [self.guidance_scale if low <= ratio <= high else 1.0 for ratio in ratios]
+        until = num_scales if self.guidance_until is None else self.guidance_until
+        return [*values[:until], *[1.0] * (num_scales - until)]
 
     def num_ranks(self, vocab_size: int) -> int:
         """Return how many of the largest logits must be ranked."""

@@ -9,8 +9,19 @@ from numpy.typing import NDArray
 from nsp.runtime.kv_arena import ARENAS, DeltaArena, KVArena, KVShape, PresentArena
 
 
-def allocate(shape: tuple[int, ...], dtype: str) -> NDArray[np.float32]:
-    return np.full(shape, np.nan, dtype)  # so that reading what was never written shows
+class Host:
+    """Host memory, which keeps what it allocates."""
+
+    def __init__(self) -> None:
+        self.buffers: list[NDArray[np.float32]] = []
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> NDArray[np.float32]:
+        # NaN, so that reading what was never written shows.
+        self.buffers.append(np.full(shape, np.nan, dtype))
+        return self.buffers[-1]
+
+    def copy_rows(self, source: NDArray[np.float32], target: NDArray[np.float32]) -> None:
+        target[...] = source[:, : target.shape[1]]
 
 
 def shape_for(schedule: list[int], rows: int = 2) -> KVShape:
@@ -60,7 +71,7 @@ schedules = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 @given(schedules, st.integers(1, 3))
 def test_both_layouts_hold_the_whole_past_after_every_step(schedule: list[int], rows: int) -> None:
     kv = shape_for(schedule, rows)
-    delta, present = DeltaArena(kv, allocate), PresentArena(kv, allocate)
+    delta, present = DeltaArena(kv, Host()), PresentArena(kv, Host())
     for length in schedule:
         grow(delta, length)
         grow(present, length)
@@ -72,21 +83,30 @@ def test_both_layouts_hold_the_whole_past_after_every_step(schedule: list[int], 
 
 
 @pytest.mark.parametrize("layout", ARENAS)
+@pytest.mark.parametrize("kept_after", [0, 1, 2])
+def test_the_first_rows_can_be_kept_alone(layout: str, kept_after: int) -> None:
+    schedule = [1, 4, 9]
+    arena = ARENAS[layout](shape_for(schedule, rows=4), Host())
+    for scale, length in enumerate(schedule):
+        if scale == kept_after:
+            arena.keep_rows(2)
+        grow(arena, length)
+    expected = new_entries(shape_for(schedule, rows=2), 0, arena.length)
+    for name, values in token_major(arena).items():
+        np.testing.assert_array_equal(values, expected[name.removeprefix("past_")])
+
+
+@pytest.mark.parametrize("layout", ARENAS)
 def test_an_empty_past_has_the_address_of_the_arena(layout: str) -> None:
-    buffers = []
-
-    def keep(shape: tuple[int, ...], dtype: str) -> NDArray[np.float32]:
-        buffers.append(allocate(shape, dtype))
-        return buffers[-1]
-
-    past = ARENAS[layout](shape_for([1, 4]), keep).past()
+    host = Host()
+    past = ARENAS[layout](shape_for([1, 4]), host).past()
     assert all(array.size == 0 for array in past.values())
-    assert {a.ctypes.data for a in past.values()} <= {b.ctypes.data for b in buffers} - {0}
+    assert {a.ctypes.data for a in past.values()} <= {b.ctypes.data for b in host.buffers} - {0}
 
 
 @pytest.mark.parametrize("layout", ARENAS)
 def test_views_are_contiguous_and_new_entries_never_overlap_the_past(layout: str) -> None:
-    arena = ARENAS[layout](shape_for([2, 3]), allocate)
+    arena = ARENAS[layout](shape_for([2, 3]), Host())
     for length in (2, 3):
         past, new = arena.past(), arena.new(length)
         for old, fresh in zip(past.values(), new.values(), strict=True):
@@ -97,16 +117,11 @@ def test_views_are_contiguous_and_new_entries_never_overlap_the_past(layout: str
 
 
 def test_the_delta_layout_allocates_each_entry_once_and_moves_nothing() -> None:
-    sizes = []
-    kv = shape_for([1, 4, 9])
-
-    def count(shape: tuple[int, ...], dtype: str) -> NDArray[np.float32]:
-        sizes.append(int(np.prod(shape)))
-        return allocate(shape, dtype)
-
-    arena = DeltaArena(kv, count)
+    kv, host = shape_for([1, 4, 9]), Host()
+    arena = DeltaArena(kv, host)
     before = arena.new(1)["new_k_0"].ctypes.data
     for length in (1, 4, 9):
         grow(arena, length)
     assert arena.past()["past_k_0"].ctypes.data == before
+    sizes = [buffer.size for buffer in host.buffers]
     assert sum(sizes) == 2 * kv.num_layers * kv.num_tokens * kv.rows * kv.num_heads * kv.head_width

@@ -176,6 +176,27 @@ def test_prompts_and_guidance_matter(pipe: Pipeline) -> None:
     assert (plain != tokens("red apple", 4.0)).any()
 
 
+@pytest.mark.parametrize("until", [1, 2, 3])
+def test_scales_after_the_guided_ones_are_those_of_the_condition_alone(
+    pipe: Pipeline, until: int
+) -> None:
+    request = {"prompts": ["red apple", "cat"], "seed": 3, "trace": True}
+    part = pipe.generate(**request, guidance_scale=4.0, guidance_until=until).trace
+    whole = pipe.generate(**request, guidance_scale=4.0).trace
+    assert part is not None
+    assert whole is not None
+    for scale in range(until):
+        np.testing.assert_array_equal(part.tokens[scale], whole.tokens[scale])
+    # Without any guidance, on the same tokens so far: an independent way to the same logits.
+    alone = pipe.generate(
+        **request, guidance_scale=1.0, forced_tokens=np.concatenate(part.tokens, 1)
+    ).trace
+    assert alone is not None
+    for scale in range(until, len(part.tokens)):
+        np.testing.assert_array_equal(part.tokens[scale], alone.tokens[scale])
+        np.testing.assert_allclose(part.logits[scale], alone.logits[scale], atol=1e-4)
+
+
 def test_a_trace_has_every_scale(pipe: Pipeline) -> None:
     result = pipe.generate(prompts=PROMPTS[:2], trace=True)
     config = pipe.config

@@ -59,12 +59,12 @@ def loop_inputs(config: VarConfig, request: Request) -> dict[str, NDArray[Any]]:
     """
     sampling, batch = request.sampling, request.batch
     guidance = sampling.guidance_per_scale(config.num_scales)
-    guided = any(value != 1 for value in guidance)
+    # Rows of the null condition are left out once nothing is guided any more.
+    guided_scales = max((s + 1 for s, value in enumerate(guidance) if value != 1), default=0)
     side = config.latent_side
     ranks = sampling.num_ranks(config.vae.vocab_size)
     inputs = {
-        **_condition_inputs(config, request, guided=guided),
-        "image_rows": np.tile(np.arange(batch, dtype=np.int64), 2 if guided else 1),
+        **_condition_inputs(config, request, guided=guided_scales > 0),
         "latent": np.zeros((batch, config.vae.latent_channels, side, side), np.float32),
         "temperature": np.array(sampling.temperature, np.float32),
         "top_p": np.array(sampling.nucleus, np.float32),
@@ -74,7 +74,7 @@ def loop_inputs(config: VarConfig, request: Request) -> dict[str, NDArray[Any]]:
     if forced is None:
         forced = np.full(request.uniforms.shape, -1, np.int64)
     ratios, phis = scale_ratios(config.num_scales), config.vae.phi_indices(config.num_scales)
-    stop = 0
+    images, stop = np.arange(batch, dtype=np.int64), 0
     for scale, grid in enumerate(config.patch_nums):
         start, stop = stop, stop + grid**2
         here: dict[str, NDArray[Any]] = {
@@ -83,6 +83,7 @@ def loop_inputs(config: VarConfig, request: Request) -> dict[str, NDArray[Any]]:
             "forced": np.ascontiguousarray(forced[:, start:stop]),
             "guidance": np.array(guidance[scale], np.float32),
             "phi": np.array(phis[scale], np.int64),
+            "next_rows": np.tile(images, 2 if scale + 1 < guided_scales else 1),
             **_resize_inputs(config, scale),
         }
         if sampling.more_smooth:
@@ -99,21 +100,22 @@ def _condition_inputs(
     """Return class ids (G,), or distinct prompts and the prompt of every row; null rows are last.
 
     Row N is the null condition: a learned one inside the stage, else "" encoded as the last prompt.
+    `rows_alone` are the rows without null rows.
     """
     if config.text is None:
         ids = request.class_ids
         assert ids is not None
         null = np.full_like(ids, config.num_classes)
-        return {"class_ids": np.concatenate([ids, null]) if guided else ids}
+        return {"rows": np.concatenate([ids, null]) if guided else ids, "rows_alone": ids}
     assert request.token_ids is not None
-    prompts, rows = np.unique(request.token_ids, axis=0, return_inverse=True)
-    rows = rows.reshape(-1).astype(np.int64)
+    prompts, alone = np.unique(request.token_ids, axis=0, return_inverse=True)
+    rows = alone = alone.reshape(-1).astype(np.int64)
     if guided:
-        rows = np.concatenate([rows, np.full(request.batch, len(prompts), np.int64)])
+        rows = np.concatenate([alone, np.full(request.batch, len(prompts), np.int64)])
         if config.text.null == "empty_prompt":
             assert request.null_token_ids is not None
             prompts = np.concatenate([prompts, request.null_token_ids])
-    return {"token_ids": prompts, "prompt_rows": rows}
+    return {"token_ids": prompts, "rows": rows, "rows_alone": alone}
 
 
 def _resize_inputs(config: VarConfig, scale: int) -> dict[str, NDArray[np.float32]]:
@@ -131,12 +133,17 @@ def generate(
     backend: Backend, config: VarConfig, inputs: Mapping[str, Array]
 ) -> Iterator[ScaleStep]:
     """Yield one ScaleStep per scale of `loop_inputs`; the last latent is the decoder's input."""
-    batch, rows = inputs["uniforms_0"].shape[0], inputs["image_rows"].shape[0]
-    conditioning = _condition(backend, inputs)
+    batch, rows = inputs["uniforms_0"].shape[0], inputs["rows"].shape[0]
+    encoded = _encoded(backend, inputs)
+    conditioning = _condition(backend, encoded, inputs["rows"])
     x, latent = conditioning.pop("x"), inputs["latent"]
     arena = backend.arena(_kv_shape(backend, config, rows))
     for scale, grid in enumerate(config.patch_nums):
         here = _of_scale(inputs, scale)
+        if x.shape[0] < arena.shape.rows:  # guidance has ended
+            conditioning = _condition(backend, encoded, inputs["rows_alone"])
+            del conditioning["x"]
+            arena.keep_rows(batch)
         stepped = backend.run(
             "step",
             {"x": x, "positions": here["positions"], **conditioning, **arena.past()},
@@ -147,19 +154,24 @@ def generate(
         codes = selected["codes"].reshape((batch, grid, grid, config.vae.latent_channels))
         resize = {name: here[name] for name in _RESIZE}
         grown = backend.run(
-            "accumulate",
-            {"codes": codes, "latent": latent, "rows": inputs["image_rows"], **resize},
+            "accumulate", {"codes": codes, "latent": latent, "rows": here["next_rows"], **resize}
         )
         latent, x = grown["new_latent"], grown["x"]
         yield ScaleStep(scale, config.num_scales, selected["tokens"], selected["guided"], latent)
 
 
-def _condition(backend: Backend, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the outputs of `condition`."""
-    if "class_ids" in inputs:
-        return dict(backend.run("condition", {"class_ids": inputs["class_ids"]}))
-    encoded = backend.run("text_encoder", {"token_ids": inputs["token_ids"]})
-    return dict(backend.run("condition", {**encoded, "rows": inputs["prompt_rows"]}))
+def _encoded(backend: Backend, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the encoded prompts; nothing for a class-conditional model."""
+    if "token_ids" not in inputs:
+        return {}
+    return backend.run("text_encoder", {"token_ids": inputs["token_ids"]})
+
+
+def _condition(backend: Backend, encoded: Mapping[str, Array], rows: Array) -> dict[str, Array]:
+    """Return the outputs of `condition` for rows (G,): numbers of encoded prompts, or classes."""
+    if not encoded:
+        return dict(backend.run("condition", {"class_ids": rows}))
+    return dict(backend.run("condition", {**encoded, "rows": rows}))
 
 
 def _of_scale(inputs: Mapping[str, Array], scale: int) -> dict[str, Array]:

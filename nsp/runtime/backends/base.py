@@ -49,9 +49,13 @@ class Backend(ABC):
     def allocate(self, shape: Shape, dtype: str) -> Array:
         """Return uninitialised memory."""
 
+    @abstractmethod
+    def copy_rows(self, source: Array, target: Array) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+
     def arena(self, shape: KVShape) -> KVArena:
         """Return an empty arena in this backend's layout."""
-        return ARENAS[self.kv_layout](shape, self.allocate)
+        return ARENAS[self.kv_layout](shape, self)
 
     def kv_dtype(self) -> str:
         """Return the dtype of keys and values."""

@@ -152,6 +152,10 @@ class OnnxRuntimeBackend(Backend):
                 f"onnxruntime: out of memory ({error}); use a smaller --batch-size"
             ) from error
 
+    def copy_rows(self, source: Any, target: Any) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+        target[...] = source[:, : target.shape[1]]
+
     def _load(self, stage: str, path: Path) -> Any:
         """Return the session of one stage."""
         ort = self._ort

@@ -65,6 +65,10 @@ class TorchBackend(Backend):
         """Return an uninitialised tensor."""
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
+    def copy_rows(self, source: Any, target: Any) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+        target.copy_(source[:, : target.shape[1]])
+
 
 def _usable_device(device: Any) -> torch.device:
     """Return the device; raise ConfigError for an unknown one, BackendError without it here."""
