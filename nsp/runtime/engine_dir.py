@@ -16,6 +16,7 @@ from nsp.runtime.cores import usable_cores
 from nsp.runtime.engine_choice import choose_backend, choose_variants
 from nsp.runtime.io import StageIO
 from nsp.runtime.manifest import TOKENIZER_DIR, Manifest, check_files, read_manifest
+from nsp.runtime.memory_plan import plan_memory
 from nsp.runtime.repair import repair
 
 if TYPE_CHECKING:  # class-conditional models need no tokenizer
@@ -70,6 +71,8 @@ def open_engine_dir(
         if verify:
             _verify(folder, files)
         tokenizer = _load_tokenizer(folder, stages_io)
+        if planned := plan_memory(folder, variants.stages):
+            logger.info("%s: %s", folder, planned)
         loaded = chosen.load()(
             {stage: folder / next(iter(v.files)) for stage, v in variants.stages.items()},
             stages_io,

@@ -6,6 +6,7 @@ checks are computed from it.
 """
 
 import ast
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -21,7 +22,13 @@ Sizes: TypeAlias = Mapping[str, int]
 
 _MAX_AXIS = 80  # characters
 
-DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
+DTYPES = tuple(ITEM_BYTES)
+
+
+def array_bytes(shape: Shape, dtype: str) -> int:
+    """Return the bytes of a packed array."""
+    return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 @dataclass(frozen=True)
