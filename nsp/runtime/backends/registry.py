@@ -36,7 +36,7 @@ class BackendRecord:
     needs: str  # in words
     probe: Callable[["BackendRecord"], Availability]
     # "module:name" of (stage files, stages' I/O, kv_layout, device, num_threads) -> Backend;
-    # None: no engines, or this version of nsp builds them and does not run them.
+    # None: it runs no engines.
     loader: str | None
     # Precisions it runs on each device, best first; fp16 is computed through casts on a CPU.
     precisions: Mapping[Device, tuple[str, ...]] = field(
@@ -148,17 +148,49 @@ def _only_one(package: str) -> str:
 
 
 def _probe_tensorrt(record: BackendRecord) -> Availability:
-    """Report what can be built; the module is not imported (0.6 s, and 500 MB of libraries)."""
+    """Report what can be built and run.
+
+    The module is imported (0.6 s, and 500 MB of libraries) only where it may run.
+    """
     gpu = find_gpu()
     detail = {record.module: record.version() or "unknown"}
-    if gpu is not None:
-        detail |= {"gpu": gpu.name, "compute_capability": gpu.compute_capability}
     builds = not record.build_needs_gpu or gpu is not None
     can = "builds engines here" if builds else "cannot build engines here"
     if gpu is None:
         return Availability(False, f"{can}, cannot run them: no NVIDIA driver", None, None, detail)
-    later = "this version of nsp does not run them yet; use the onnxruntime backend"
-    return Availability(False, f"{can}; {later}", None, "cuda", detail)
+    detail |= {
+        "gpu": gpu.name,
+        "compute_capability": gpu.compute_capability,
+        "driver_cuda": gpu.driver_cuda,
+    }
+    needed = _cuda_needed(record)
+    if int(gpu.driver_cuda.split(".")[0]) < needed:
+        reason = (
+            f"{can}, cannot run them: the driver of {gpu.name} is for CUDA {gpu.driver_cuda}, "
+            f"{record.module} needs one for CUDA {needed}.0 or later"
+        )
+        return Availability(False, reason, None, "cuda", detail)
+    if not _has_cuda_bindings():
+        reason = f"{can}, cannot run them: cuda-bindings, which reach the GPU, are not installed"
+        return Availability(False, reason, record.install, "cuda", detail)
+    from nsp.runtime.backends.tensorrt import why_not_here
+
+    if reason := why_not_here(record.module):
+        return Availability(False, f"{can}, cannot run them: {reason}", None, "cuda", detail)
+    return Availability(True, f"runs engines on the GPU {gpu.name}", None, "cuda", detail)
+
+
+def _cuda_needed(record: BackendRecord) -> int:
+    """Return the major version of CUDA an installed package is built for."""
+    name = next((name for name in record.distributions if _version(name)), "")
+    return 12 if name.endswith("cu12") else 13
+
+
+def _has_cuda_bindings() -> bool:
+    try:
+        return importlib.util.find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 # In order of preference for `--backend auto`.
@@ -173,7 +205,7 @@ BACKENDS: Mapping[str, BackendRecord] = {
             install="pip install 'nsp[tensorrt]'",
             needs="it needs an NVIDIA GPU to build and to run engines",
             probe=_probe_tensorrt,
-            loader=None,
+            loader="nsp.runtime.backends.tensorrt:load_tensorrt",
             portable=False,
             build_needs_gpu=True,
         ),
@@ -185,7 +217,7 @@ BACKENDS: Mapping[str, BackendRecord] = {
             install="pip install 'nsp[tensorrt-rtx]'",
             needs="it builds engines on any machine and needs an NVIDIA RTX GPU to run them",
             probe=_probe_tensorrt,
-            loader=None,
+            loader="nsp.runtime.backends.tensorrt:load_tensorrt_rtx",
             portable=False,
         ),
         BackendRecord(

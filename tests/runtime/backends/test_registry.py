@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nsp.errors import BackendError, ConfigError
-from nsp.runtime.backends import onnxruntime, registry
+from nsp.runtime.backends import onnxruntime, registry, tensorrt
 from nsp.runtime.backends.registry import BACKENDS, availability, backend_record
 from nsp.runtime.nvidia import Gpu
 
@@ -133,13 +133,40 @@ def test_tensorrt_rtx_without_a_driver_builds_and_does_not_run(machine: Machine)
     assert "tensorrt_rtx" not in sys.modules  # 0.6 s and 500 MB of libraries for one sentence
 
 
-def test_tensorrt_with_a_gpu_says_plainly_that_it_is_not_run_yet(machine: Machine) -> None:
+@pytest.fixture
+def with_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_has_cuda_bindings", lambda: True)
+
+
+@pytest.mark.usefixtures("with_bindings")
+@pytest.mark.parametrize("problem", ["", "tensorrt: no CUDA-capable device"])
+def test_tensorrt_with_a_gpu_runs_there_or_says_why_not(machine: Machine, problem: str) -> None:
     machine.install("tensorrt", tensorrt_cu13="11.4.0")
     machine.set_gpu(H200)
+    machine.monkeypatch.setattr(tensorrt, "why_not_here", lambda module: problem)
+    found = availability("tensorrt")
+    assert (found.works, found.device) == (not problem, "cuda")
+    assert (problem or "runs engines on the GPU NVIDIA H200") in found.reason
+    assert found.detail["compute_capability"] == "9.0"
+
+
+def test_tensorrt_without_the_cuda_bindings_names_the_extra_that_has_them(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.install("tensorrt_rtx", tensorrt_rtx_cu13="1.7.1")
+    machine.set_gpu(H200)
+    monkeypatch.setattr(registry, "_has_cuda_bindings", lambda: False)
+    found = availability("tensorrt-rtx")
+    assert "cuda-bindings" in found.reason
+    assert found.install == "pip install 'nsp[tensorrt-rtx]'"
+
+
+def test_a_driver_too_old_for_the_package_is_named(machine: Machine) -> None:
+    machine.install("tensorrt", tensorrt_cu13="11.4.0")
+    machine.set_gpu(Gpu(name="NVIDIA L4", compute_capability="8.9", driver_cuda="12.8"))
     found = availability("tensorrt")
     assert not found.works
-    assert "this version of nsp does not run them yet" in found.reason
-    assert found.detail["compute_capability"] == "9.0"
+    assert "for CUDA 12.8, tensorrt needs one for CUDA 13.0 or later" in found.reason
 
 
 def test_tensorrt_without_a_gpu_cannot_even_build(machine: Machine) -> None:
