@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from export.engine import ENGINE_NAME, Engine, build_engine
+from export.engine import ENGINE_NAME, TIMING_CACHE, Engine, build_engine
 from export.images import check_images
 from export.lint import check_graph
 from export.onnx_export import MODEL_NAME, export_stage
@@ -79,6 +79,7 @@ class StageBuilder:
                     model,
                     folder / ENGINE_NAME,
                     timeout_s=self._plan.options.build_timeout_s,
+                    timing_cache=self._store.folder / TIMING_CACHE,
                     on_progress=lambda done, message: self._report(
                         build, "build", _START["build"] + (1 - _START["build"]) * done, message
                     ),

@@ -1,11 +1,13 @@
 """The child process of an engine build: `python -m export.build_child JOB.json`.
 
-Progress and the result go to stdout as JSON, one object a line. Imports neither torch nor
-onnxruntime.
+Progress and the result go to stdout as JSON, one object a line. The build is stopped when stdin
+ends: the parent asks for it, or is gone. Imports neither torch nor onnxruntime.
 """
 
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from nsp.errors import NspError
 def main(job_file: str) -> int:
     """Run one job and report it; return the exit status."""
     job = json.loads(Path(job_file).read_text())
+    stop = _stop_request()
     started = time.monotonic()
     try:
         device = compile_engine(
@@ -25,7 +28,9 @@ def main(job_file: str) -> int:
             plan=Path(job["plan"]),
             profiles=job["profiles"],
             gpu_archs=job["gpu_archs"],
+            timing_cache=Path(job["timing_cache"]) if job["timing_cache"] else None,
             on_progress=lambda done, phase: _say({"progress": done, "phase": phase}),
+            should_stop=stop.is_set,
         )
     except (NspError, OSError, MemoryError) as error:
         _say({"error": str(error) or type(error).__name__})
@@ -33,6 +38,22 @@ def main(job_file: str) -> int:
     seconds = time.monotonic() - started
     _say({"device": device, "seconds": seconds, "peak_mib": _peak_mib()})
     return 0
+
+
+def _stop_request() -> threading.Event:
+    """Return an event that is set when stdin ends.
+
+    A signal's handler would wait for the compiler, which holds the main thread.
+    """
+    stop = threading.Event()
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return stop
 
 
 def _peak_mib() -> float:

@@ -1,4 +1,8 @@
-"""One engine from one graph, compiled in a child process: a crash there takes nothing with it."""
+"""One engine from one graph, compiled in a child process: a crash there takes nothing with it.
+
+Ctrl-C and the timeout ask the child to stop between two steps of the compiler, so that what it
+measured is kept, and end it when it does not.
+"""
 
 import json
 import logging
@@ -21,7 +25,9 @@ from nsp.errors import ExportError
 logger = logging.getLogger(__name__)
 
 ENGINE_NAME = "engine.plan"
+TIMING_CACHE = "tensorrt.timing_cache"  # in the engine folder; of TensorRT, for later builds
 _CHILD = "export.build_child"
+_GRACE_S = 10.0  # for a child that is asked to stop; TensorRT asks back every second or so
 
 
 @dataclass(frozen=True)
@@ -39,21 +45,31 @@ def build_engine(
     *,
     timeout_s: float,
     on_progress: Callable[[float, str], None],
+    timing_cache: Path | None = None,
     child: str = _CHILD,
 ) -> Engine:
     """Compile the graph `model` to the engine `plan`.
 
-    Raises ExportError with one line for a refused graph, a crash, a timeout or too little memory.
+    `timing_cache` is the file in which a target that tries kernels keeps how long they took. Raises
+    ExportError with one line for a refused graph, a crash, a timeout or too little memory.
     """
+    target = TARGETS[build.target]
+    times_kernels = timing_cache is not None and target.times_kernels
     job = {
-        "module": TARGETS[build.target].runtime.module,
+        "module": target.runtime.module,
         "model": str(model),
         "plan": str(plan),
         "profiles": list(build.profiles),
         "gpu_archs": list(build.gpu_archs),
+        "timing_cache": str(timing_cache) if times_kernels else None,
     }
     label = f"{build.stage} ({build.target} {build.precision})"
-    outcome = _run_child(job, label, timeout_s, on_progress, child)
+    try:
+        outcome = _run_child(job, label, timeout_s, on_progress, child)
+    finally:
+        if timing_cache is not None:  # what a child that was killed while writing leaves
+            for partial in timing_cache.parent.glob(f".{timing_cache.name}.*.partial"):
+                partial.unlink(missing_ok=True)
     if error := outcome.get("error"):
         raise ExportError(f"{label}: {error}")
     logger.info(
@@ -77,22 +93,27 @@ def _run_child(
     with tempfile.TemporaryDirectory(prefix="nsp-build-") as scratch:
         job_file, log_file = Path(scratch, "job.json"), Path(scratch, "log.txt")
         job_file.write_text(json.dumps(job))
-        with log_file.open("wb") as log, _started(child, job_file, log) as process:
-            killer = threading.Timer(timeout_s, process.kill)
-            killer.start()
-            outcome: dict[str, Any] = {}
-            try:
-                for message in _messages(process):
-                    if "progress" in message:
-                        on_progress(message["progress"], message["phase"])
-                    outcome |= message
-                code = process.wait()
-            finally:
-                timed_out = killer.finished.is_set()
-                killer.cancel()
+        outcome: dict[str, Any] = {}
+        with (
+            log_file.open("wb") as log,
+            _started(child, job_file, log) as process,
+            _time_limit(process, timeout_s) as timed_out,
+        ):
+            for message in _messages(process):
+                if "progress" in message:
+                    on_progress(message["progress"], message["phase"])
+                outcome |= message
+            code = process.wait()
+        if timed_out.is_set() and "device" not in outcome:
+            raise ExportError(
+                f"{label}: the build took more than {timeout_s:g} s and was stopped; "
+                "raise build_timeout_s"
+            )
         if "device" in outcome or "error" in outcome:
             return outcome
-        raise ExportError(f"{label}: {_cause(code, timed_out, timeout_s)}{_last_line(log_file)}")
+        said = log_file.read_text(errors="replace").strip().splitlines()
+        last = said[-1].strip()[:300] if said else ""
+        raise ExportError(f"{label}: {_cause(code, last)}" + (f": {last}" if last else ""))
 
 
 @contextmanager
@@ -103,19 +124,49 @@ def _started(child: str, job_file: Path, log: Any) -> Iterator[subprocess.Popen[
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", child, str(job_file)],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        process_group=0,  # Ctrl-C reaches this process alone, which stops the child in order
     )
     try:
         yield process
     finally:
-        process.kill()
-        process.wait()
+        _stop(process)
         assert process.stdout is not None
         process.stdout.close()
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Ask the child to stop, and end it when it does not; nothing where it has ended."""
+    try:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        logger.debug("the build does not stop by itself")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _time_limit(process: subprocess.Popen[str], seconds: float) -> Iterator[threading.Event]:
+    """Stop the child after `seconds`; yield an event that is set by then."""
+    reached = threading.Event()
+
+    def stop() -> None:
+        reached.set()
+        _stop(process)
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    try:
+        yield reached
+    finally:
+        timer.cancel()
 
 
 def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
@@ -129,19 +180,11 @@ def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
                 logger.debug("build: %s", line.rstrip())
 
 
-def _cause(code: int, timed_out: bool, timeout_s: float) -> str:
+def _cause(code: int, last_words: str) -> str:
     """Return why a child ended without a result."""
-    if timed_out:
-        return f"the build took more than {timeout_s:g} s and was stopped; raise build_timeout_s"
-    if code == -signal.SIGKILL:
+    if code == -signal.SIGKILL or "bad_alloc" in last_words:
         return "the build was killed, most likely for lack of memory; use a smaller --max-batch"
     if code < 0:
         name = signal.Signals(-code).name
         return f"the compiler crashed ({name}) on this graph; export with --target onnxruntime"
     return f"the build ended with exit code {code} and no result"
-
-
-def _last_line(log: Path) -> str:
-    """Return the last thing the child said on stderr, after a colon."""
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return f": {lines[-1].strip()[:300]}" if lines else ""

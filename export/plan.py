@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from export.built_for import built_for
 from export.dtypes import precision_map, stored_precision
 from export.fingerprint import fingerprint, tool_versions
 from export.options import ExportOptions
@@ -41,6 +42,7 @@ class PlannedBuild:
     profiles: tuple[dict[str, Any], ...]
     max_batch: int | None
     gpu_archs: tuple[str, ...]
+    built_for: dict[str, str]  # system and GPU of a compiled engine; an ONNX file fits all
     estimated_bytes: int
     precision_map: dict[str, str]
     tools: dict[str, str]
@@ -107,6 +109,7 @@ def _stages(
     stages_io = family.get("stages_io")(config, target.kv_layout, PRECISION_DTYPES[precision])
     profiles = _profiles(plan, target, stages_io)
     archs = gpu_archs(target, options)
+    machine = built_for(archs) if target.compiles else {}
     tools = {
         **tool_versions(),
         target.runtime.module: target.runtime.recorded_version() or "unknown",
@@ -127,6 +130,7 @@ def _stages(
             dtypes=dtypes,
             profiles=profiles[stage],
             gpu_archs=archs,
+            built_for=machine,
             tools=tools,
         )
         estimate = sizes[stage] + _GRAPH_BYTES + _PROFILE_BYTES * len(profiles[stage])
@@ -142,6 +146,7 @@ def _stages(
                 profiles=profiles[stage],
                 max_batch=options.max_batch if target.compiles else None,
                 gpu_archs=archs,
+                built_for=machine,
                 estimated_bytes=estimate,
                 precision_map=dtypes,
                 tools=tools,
@@ -226,6 +231,9 @@ def _why_build(build: PlannedBuild, plan: ExportPlan, store: EngineStore) -> str
         before, now = old.tools.get(tool), build.tools.get(tool)
         if before != now:
             return f"{tool} was {before or 'absent'}, is {now or 'absent'}"
+    for fact, now in build.built_for.items():
+        if old.device.get(fact) != now:
+            return f"built for {fact} {old.device.get(fact) or 'unknown'}, not {now}"
     if list(old.profiles) != list(build.profiles):
         return "other batch or profile sizes"
     return "other settings or exporter"

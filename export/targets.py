@@ -24,6 +24,7 @@ class Target:
     compiles: bool  # to an engine, else the ONNX file is one
     gpu_archs: tuple[str, ...] = ()  # that can be built for on any machine; () means this one's GPU
     default_gpu_archs: tuple[str, ...] = ()
+    times_kernels: bool = False  # its builder tries kernels, and a timing cache spares it work
 
     @property
     def runtime(self) -> BackendRecord:
@@ -61,6 +62,7 @@ TARGETS: Mapping[str, Target] = {
         opset=18,
         precisions=("fp32", "fp16", "bf16"),
         compiles=True,
+        times_kernels=True,
     ),
 }
 

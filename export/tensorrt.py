@@ -1,23 +1,29 @@
 """ONNX graphs to engines with TensorRT or TensorRT for RTX: one code path, two module names.
 
 Runs in a child process (build_child.py). TensorRT-RTX builds ahead of time for the architectures
-named, without a GPU; TensorRT builds for the GPU of this machine.
+named, without a GPU; TensorRT builds for the GPU of this machine, trying many kernels: how long
+each took is kept in a timing cache, so that a later or a resumed build need not try them again.
 """
 
 import importlib
-import platform
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
+from export.built_for import built_for
 from nsp.errors import ConfigError, ExportError, MissingExtraError
 from nsp.files import write_file
-from nsp.runtime.nvidia import find_gpu
+
+logger = logging.getLogger(__name__)
 
 OnProgress: TypeAlias = Callable[[float, str], None]
 Profile: TypeAlias = Mapping[str, Sequence[Sequence[int]]]  # input -> min, opt, max
 
+# What TensorRT says, in one way or another, when the GPU's or the host's memory is exhausted.
+_MEMORY_HINTS = ("out of memory", "outofmemory", "memory allocation", "insufficient memory")
 _EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
@@ -28,13 +34,17 @@ def compile_engine(
     plan: Path,
     profiles: Sequence[Profile],
     gpu_archs: Sequence[str],
+    timing_cache: Path | None = None,
     on_progress: OnProgress,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
     """Write the engine of `model` to `plan` and return what it was built for.
 
-    One optimization profile per entry of `profiles`, in order. Raises MissingExtraError when the
-    module is absent, ConfigError for an architecture it does not build for, ExportError with
-    TensorRT's own words when it refuses.
+    One optimization profile per entry of `profiles`, in order. `timing_cache` is read, when it fits
+    this GPU and version, and written, also by a build that fails or is stopped. Weights outside the
+    model file are found beside it. Raises MissingExtraError when the module is absent, ConfigError
+    for an architecture it does not build for, ExportError with TensorRT's own words when it refuses
+    and when `should_stop`, asked at every step, says so.
     """
     trt = _import(module)
     log = _logger(trt)
@@ -49,13 +59,14 @@ def compile_engine(
     inputs = [network.get_input(i).name for i in range(network.num_inputs)]
     for profile in profiles:
         config.add_optimization_profile(_profile(builder, profile, inputs))
-    config.progress_monitor = _monitor(trt, on_progress)
-    engine = builder.build_serialized_network(network, config)
+    config.progress_monitor = _monitor(trt, on_progress, should_stop)
+    with _timing_cache(config, timing_cache, log):
+        engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise ExportError(f"{module} cannot build an engine: {_one_line(log.errors)}")
+        raise ExportError(_refusal(module, log.errors, stopped=should_stop()))
     with write_file(plan) as partial:
         partial.write_bytes(engine)
-    return {"module": module, "version": str(trt.__version__), **_target(gpu_archs)}
+    return {"module": module, "version": str(trt.__version__), **built_for(gpu_archs)}
 
 
 def _import(module: str) -> ModuleType:
@@ -100,14 +111,40 @@ def _profile(builder: Any, sizes: Profile, inputs: Sequence[str]) -> Any:
     return profile
 
 
-def _target(gpu_archs: Sequence[str]) -> dict[str, str]:
-    """Return the machine an engine is for; the runtime refuses it on another (engine_choice.py)."""
-    target = {"os": platform.system().lower(), "machine": platform.machine()}
-    if gpu_archs and "current" not in gpu_archs:
-        capabilities = [f"{arch[:-1]}.{arch[-1]}" for arch in gpu_archs]
-        return {**target, "compute_capability": " ".join(capabilities)}
-    gpu = find_gpu()
-    return target if gpu is None else {**target, "compute_capability": gpu.compute_capability}
+@contextmanager
+def _timing_cache(config: Any, path: Path | None, log: Any) -> Iterator[None]:
+    """Let the builder use the times in the file `path`, and keep there what it measures.
+
+    The file is replaced in one move, so that whatever ends the build leaves a whole one.
+    """
+    if path is None:
+        yield
+        return
+    known = path.read_bytes() if path.is_file() else b""
+    for content in (known, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            break
+    if known and log.errors:
+        logger.warning("%s is of another GPU or version, or damaged: started anew", path)
+        log.errors.clear()  # they are not the build's
+    try:
+        yield
+    finally:
+        with write_file(path) as partial:
+            partial.write_bytes(config.get_timing_cache().serialize())
+
+
+def _refusal(module: str, problems: Sequence[str], *, stopped: bool) -> str:
+    """Return one line about a build that gave no engine."""
+    if stopped:
+        return "the build was stopped"
+    if any(hint in problem.lower() for problem in problems for hint in _MEMORY_HINTS):
+        return (
+            f"{module} ran out of memory while building; close what else uses the GPU, or use a "
+            f"smaller --max-batch ({_one_line(problems)})"
+        )
+    return f"{module} cannot build an engine: {_one_line(problems)}"
 
 
 def _one_line(problems: Sequence[str]) -> str:
@@ -131,8 +168,8 @@ def _logger(trt: Any) -> Any:
     return Log()
 
 
-def _monitor(trt: Any, on_progress: OnProgress) -> Any:
-    """Return a progress monitor that reports the outermost phase's share."""
+def _monitor(trt: Any, on_progress: OnProgress, should_stop: Callable[[], bool]) -> Any:
+    """Return a progress monitor that reports the outermost phase's share and can end the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -146,7 +183,7 @@ def _monitor(trt: Any, on_progress: OnProgress) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             if steps := self.outer.get(phase_name):
                 on_progress(min(1.0, (step + 1) / steps), phase_name)
-            return True
+            return not should_stop()
 
         def phase_finish(self, phase_name: str) -> None:
             self.outer.pop(phase_name, None)

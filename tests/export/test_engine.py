@@ -7,22 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import export.built_for
 import export.engine
 import export.targets
-from export.engine import build_engine
+from export.engine import TIMING_CACHE, build_engine
+from export.lint import check_graph
+from export.onnx_export import export_stage
 from export.options import ExportOptions
+from export.precision import at_precision
 from export.run import export as run_export
 from export.run import plan
 from export.tensorrt import compile_engine
 from nsp.errors import BackendError, ConfigError, ExportError
+from nsp.families.registry import family
 from nsp.runtime.io import Axes, StageIO
-from nsp.runtime.manifest import check_files
-from tests.export.small import new_small_checkpoint
+from nsp.runtime.manifest import PRECISION_DTYPES, check_files
+from nsp.runtime.nvidia import Gpu
 from tests.export.test_lint import planned
+from tests.export.test_run import STAGES
 
 IO = StageIO(inputs={"x": Axes("B 4")}, outputs={"y": Axes("B 4")})
 CHILDREN = "tests.export.children"
@@ -42,16 +49,39 @@ def write_model(folder: Path, op: str = "Relu", dtype: int = TensorProto.FLOAT, 
     return path
 
 
-def run(folder: Path, *, child: str = "export.build_child", timeout_s: float = 60.0, **model):
+WIDE = 300
+
+
+def write_model_with_weights_beside(folder: Path) -> Path:
+    """Write y = x W, its weights in a file of their own as for models beyond protobuf's 2 GB."""
+    values = np.random.default_rng(0).standard_normal((4, WIDE * WIDE // 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["wide"]),
+        helper.make_node("ReduceSum", ["wide", "last"], ["sum"], keepdims=1),
+        helper.make_node("Add", ["x", "sum"], ["y"]),
+    ]
+    initializers = [
+        onnx.numpy_helper.from_array(values, "w"),
+        onnx.numpy_helper.from_array(np.array([1]), "last"),
+    ]
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 4]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    folder.mkdir()
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    return folder / "model.onnx"
+
+
+def run(folder: Path, **settings):
     """Build an engine of a small graph and return (engine, progress)."""
     progress: list[float] = []
+    model = settings.pop("model", None) or write_model(folder, settings.pop("op", "Relu"))
+    defaults = {"timeout_s": 60.0, "on_progress": lambda done, message: progress.append(done)}
     engine = build_engine(
         replace(planned(IO), gpu_archs=("80",)),
-        write_model(folder, **model),
+        model,
         folder / "engine.plan",
-        timeout_s=timeout_s,
-        on_progress=lambda done, message: progress.append(done),
-        child=child,
+        **{**defaults, **settings},
     )
     return engine, progress
 
@@ -97,27 +127,78 @@ def test_an_architecture_of_another_release_is_refused(tmp_path):
         ("refuse", 60.0, r"step \(tensorrt-rtx fp16\): no such operator"),
     ],
 )
-def test_a_child_that_ends_badly_is_one_clear_line(tmp_path, child, timeout_s, message):
+def test_a_child_that_ends_badly_is_one_clear_line(
+    tmp_path, child, timeout_s, message, monkeypatch
+):
+    monkeypatch.setattr(export.engine, "_GRACE_S", 0.1)
     with pytest.raises(ExportError, match=message) as caught:
         run(tmp_path, child=f"{CHILDREN}.{child}", timeout_s=timeout_s)
     assert "\n" not in str(caught.value)
 
 
+def test_ctrl_c_stops_the_child_in_order_and_leaves_no_engine(tmp_path):
+    def interrupt(done: float, phase: str) -> None:
+        raise KeyboardInterrupt
+
+    cache = tmp_path / TIMING_CACHE
+    cache.write_bytes(b"times of earlier builds")
+    (tmp_path / f".{TIMING_CACHE}.7.partial").touch()  # as of a child killed while it wrote
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, child=f"{CHILDREN}.polite", on_progress=interrupt, timing_cache=cache)
+    assert (tmp_path / "stopped").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {TIMING_CACHE, "model.onnx", "stopped"}
+    assert cache.read_bytes() == b"times of earlier builds"
+
+
+def test_the_timeout_stops_the_child_in_order(tmp_path):
+    with pytest.raises(ExportError, match=r"took more than 0\.3 s and was stopped"):
+        run(tmp_path, child=f"{CHILDREN}.polite", timeout_s=0.3)
+    assert (tmp_path / "stopped").exists()
+
+
 @rtx
-def test_a_whole_model_becomes_tensorrt_rtx_engines(tmp_path):
-    checkpoint = new_small_checkpoint(tmp_path / "checkpoint", num_classes=5)
+def test_the_compiler_stops_when_asked(tmp_path):
+    with pytest.raises(ExportError, match="the build was stopped"):
+        compile_engine(
+            module="tensorrt_rtx",
+            model=write_model(tmp_path),
+            plan=tmp_path / "engine.plan",
+            profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
+            gpu_archs=["80"],
+            on_progress=lambda done, phase: None,
+            should_stop=lambda: True,
+        )
+    assert not (tmp_path / "engine.plan").exists()
+
+
+@rtx
+def test_weights_outside_the_model_file_are_found_beside_it(tmp_path, monkeypatch):
+    model = write_model_with_weights_beside(tmp_path / "graphs")
+    assert model.stat().st_size < 1000
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, model=model)
+    assert (tmp_path / "engine.plan").stat().st_size > 4 * WIDE**2
+    (tmp_path / "graphs/model.onnx.data").unlink()
+    with pytest.raises(ExportError, match="cannot read the graph: .*initializer: w") as caught:
+        run(tmp_path, model=model)
+    assert "\n" not in str(caught.value)
+
+
+@rtx
+def test_every_engine_of_every_stage_builds_without_a_gpu(small_checkpoint, tmp_path):
     folder = tmp_path / "engines"
     options = ExportOptions(
-        checkpoint=str(checkpoint),
+        checkpoint=str(small_checkpoint),
         engine_dir=str(folder),
         targets=("tensorrt-rtx",),
         precisions=("fp16",),
         max_batch=2,
-        gpu_archs=("86",),
+        gpu_archs=("86", "120"),
     )
     events = []
     manifest = run_export(options, on_event=events.append)
     assert manifest.backends() == ("tensorrt_rtx",)
+    assert tuple(manifest.stages) == STAGES
     for stage, (variant,) in manifest.stages.items():
         (name,) = variant.files
         assert name.endswith("/engine.plan"), stage
@@ -125,17 +206,60 @@ def test_a_whole_model_becomes_tensorrt_rtx_engines(tmp_path):
         scales = 3 if stage in ("step", "select", "select_smooth", "accumulate") else 1
         assert len(variant.profiles) == scales
         assert (variant.max_batch, variant.kv_layout, variant.opset) == (2, "delta", 18)
-        assert variant.device["compute_capability"] == "8.6"
+        assert variant.device["compute_capability"] == "8.6 12.0"
         assert variant.build_peak_mib > 50
         assert variant.tools["tensorrt_rtx"].startswith("1.")
         assert "ONNX Runtime" in variant.parity["checked"]
     assert not list(folder.rglob("*.onnx"))
+    assert not (folder / TIMING_CACHE).exists()  # TensorRT-RTX tries no kernels
     assert any(event.phase == "build" and "Building" in event.message for event in events)
     assert {b.action for b in plan(options)} == {"reuse"}
-    other = replace(options, max_batch=3)
-    assert {(b.action, b.reason) for b in plan(other)} == {
-        ("build", "other batch or profile sizes")
-    }
+    for change, reason in (
+        ({"max_batch": 3}, "other batch or profile sizes"),
+        ({"gpu_archs": ("89",)}, "built for compute_capability 8.6 12.0, not 8.9"),
+    ):
+        assert {(b.action, b.reason) for b in plan(replace(options, **change))} == {
+            ("build", reason)
+        }
+
+
+@rtx
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_steps_build_in_the_other_precisions(system, tmp_path, precision):
+    record = family("var")
+    narrowed = at_precision(system, record.get("precision")(system.config), precision)
+    io = record.get("stages_io")(system.config, "delta", PRECISION_DTYPES[precision])["step"]
+    sizes = {"G": 2, "L": 4, "P": 1}
+    shapes = {name: [list(shape)] * 3 for name, shape in io.input_shapes(sizes).items()}
+    model = export_stage(
+        record.get("stages")(narrowed, "delta")["step"],
+        io,
+        tmp_path,
+        name="step",
+        opset=18,
+        trace_sizes=record.get("trace_sizes"),
+    )
+    check_graph(model, replace(planned(io), profiles=(shapes,), precision=precision))
+    build = replace(planned(io), profiles=(shapes,), gpu_archs=("120",))
+    plan_file = tmp_path / "engine.plan"
+    build_engine(build, model, plan_file, timeout_s=60, on_progress=lambda done, phase: None)
+    weights = sum(p.nbytes for p in record.get("stages")(narrowed, "delta")["step"].parameters())
+    assert plan_file.stat().st_size > weights / 2  # the decoder's and the tokenizer's are not here
+
+
+def test_an_engine_for_this_machine_is_not_that_of_another_gpu(small_checkpoint, monkeypatch):
+    monkeypatch.setattr(export.targets, "is_installed", lambda target: True)
+    options = ExportOptions(checkpoint=str(small_checkpoint), targets=("tensorrt",))
+
+    def prints(capability: str, system: str = "Linux") -> list[str]:
+        gpu = Gpu(name="a GPU", compute_capability=capability, driver_cuda="13.0")
+        monkeypatch.setattr(export.built_for, "find_gpu", lambda: gpu)
+        monkeypatch.setattr(platform, "system", lambda: system)
+        return [build.fingerprint for build in plan(options)]
+
+    assert prints("9.0") == prints("9.0")
+    assert not set(prints("9.0")) & set(prints("8.9"))
+    assert not set(prints("9.0")) & set(prints("9.0", "Windows"))
 
 
 @pytest.mark.parametrize(
@@ -184,8 +308,29 @@ def test_auto_adds_fp32_for_a_cpu_and_every_installed_tensorrt(small_checkpoint,
 def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
     """Return a module with the part of TensorRT 10's API that a build uses."""
 
+    class Cache:
+        def __init__(self, content):
+            self.content = content
+
+        def serialize(self):
+            return self.content + b"+measured"
+
     class Config:
         progress_monitor = None
+
+        def create_timing_cache(self, content):
+            return Cache(content)
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            assert ignore_mismatch is False
+            fits = cache.content in (b"", b"times+measured")
+            self.cache = cache if fits else None
+            if not fits:
+                self.log.log("error", "the timing cache is of another GPU")
+            return fits
+
+        def get_timing_cache(self):
+            return self.cache
 
         def add_optimization_profile(self, profile):
             recorded.append(("profile", profile.shapes))
@@ -199,7 +344,9 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
             return SimpleNamespace(num_inputs=1, get_input=lambda i: SimpleNamespace(name="x"))
 
         def create_builder_config(self):
-            return Config()
+            config = Config()
+            config.log = self.log
+            return config
 
         def create_optimization_profile(self):
             shapes = {}
@@ -211,8 +358,8 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
             config.progress_monitor.phase_start("Building", None, 2)
             config.progress_monitor.step_complete("Building", 0)
             config.progress_monitor.phase_finish("Building")
-            if recorded[0] == ("refuse", True):
-                self.log.log("error", "no GPU\nfound")
+            if recorded[0][0] == "refuse":
+                self.log.log("error", recorded[0][1])
                 return None
             return b"engine"
 
@@ -229,7 +376,7 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
     return module
 
 
-def compile_with_fake(tmp_path: Path):
+def compile_with_fake(tmp_path: Path, **settings):
     done: list[float] = []
     device = compile_engine(
         module="tensorrt",
@@ -238,12 +385,13 @@ def compile_with_fake(tmp_path: Path):
         profiles=[{"x": [[1, 4], [2, 4], [2, 4]], "unused": [[1], [1], [1]]}],
         gpu_archs=[],
         on_progress=lambda share, phase: done.append(share),
+        **settings,
     )
     return device, done
 
 
 def test_full_tensorrt_takes_the_same_path(tmp_path, monkeypatch):
-    recorded: list[tuple[str, object]] = [("refuse", False)]
+    recorded: list[tuple[str, object]] = [("build", None)]
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(recorded))
     device, done = compile_with_fake(tmp_path)
     assert (device["module"], device["version"]) == ("tensorrt", "10.13")
@@ -253,12 +401,62 @@ def test_full_tensorrt_takes_the_same_path(tmp_path, monkeypatch):
     assert (tmp_path / "engine.plan").read_bytes() == b"engine"
 
 
-def test_what_tensorrt_says_when_it_refuses_is_passed_on(tmp_path, monkeypatch):
-    recorded: list[tuple[str, object]] = [("refuse", True)]
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(recorded))
-    with pytest.raises(ExportError, match="tensorrt cannot build an engine: no GPU found"):
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("no GPU\nfound", "^tensorrt cannot build an engine: no GPU found$"),
+        ("Cuda Runtime (out of memory)", "ran out of memory while building.*smaller --max-batch"),
+    ],
+)
+def test_what_tensorrt_says_when_it_refuses_is_passed_on(tmp_path, monkeypatch, said, message):
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt([("refuse", said)]))
+    with pytest.raises(ExportError, match=message):
         compile_with_fake(tmp_path)
     assert not (tmp_path / "engine.plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, b"+measured"),
+        (b"times+measured", b"times+measured+measured"),
+        (b"of another GPU", b"+measured"),
+    ],
+)
+@pytest.mark.parametrize("outcome", ["build", "refuse"])
+def test_kernel_times_are_kept_for_the_next_build(
+    tmp_path, monkeypatch, caplog, before, after, outcome
+):
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt([(outcome, "no memory left")]))
+    path = tmp_path / TIMING_CACHE
+    if before is not None:
+        path.write_bytes(before)
+    if outcome == "build":
+        compile_with_fake(tmp_path, timing_cache=path)
+    else:
+        with pytest.raises(ExportError, match="no memory left"):  # not what is wrong with the file
+            compile_with_fake(tmp_path, timing_cache=path)
+    assert path.read_bytes() == after
+    assert ("started anew" in caplog.text) == (before == b"of another GPU")
+
+
+@rtx
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations:DeprecationWarning")
+def test_a_damaged_timing_cache_is_replaced_by_a_whole_one(tmp_path):
+    """By the same functions in TensorRT-RTX, where they still are and do nothing else."""
+    path = tmp_path / TIMING_CACHE
+    path.write_bytes(b"damaged" * 100)
+    for _ in range(2):
+        compile_engine(
+            module="tensorrt_rtx",
+            model=write_model(tmp_path),
+            plan=tmp_path / "engine.plan",
+            profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
+            gpu_archs=["80"],
+            timing_cache=path,
+            on_progress=lambda done, phase: None,
+        )
+        assert path.read_bytes().startswith(b"ptrt")
 
 
 def test_a_manifest_is_json_without_special_numbers(half_engines):

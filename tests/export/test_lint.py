@@ -36,6 +36,7 @@ def planned(io: StageIO, *, compiled: bool = True, largest: int = 8) -> PlannedB
         profiles=(shapes,) if compiled else (),
         max_batch=1,
         gpu_archs=(),
+        built_for={},
         estimated_bytes=0,
         precision_map={},
         tools={},

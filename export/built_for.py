@@ -1,0 +1,20 @@
+"""What a compiled engine is tied to; part of its fingerprint, and of the manifest's words on it."""
+
+import platform
+from collections.abc import Sequence
+
+from nsp.runtime.nvidia import find_gpu
+
+
+def built_for(gpu_archs: Sequence[str]) -> dict[str, str]:
+    """Return operating system, processor type and GPU of an engine for `gpu_archs`.
+
+    Without any, or with "current", the GPU is this machine's; it is left out where there is none.
+    The runtime refuses an engine on another machine (nsp/runtime/engine_choice.py).
+    """
+    target = {"os": platform.system().lower(), "machine": platform.machine()}
+    if gpu_archs and "current" not in gpu_archs:
+        capabilities = [f"{arch[:-1]}.{arch[-1]}" for arch in gpu_archs]
+        return {**target, "compute_capability": " ".join(capabilities)}
+    gpu = find_gpu()
+    return target if gpu is None else {**target, "compute_capability": gpu.compute_capability}
