@@ -1,5 +1,6 @@
 """What exported engines promise: PyTorch's tokens, without PyTorch, and soon after the start."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nsp.runtime.backends.onnxruntime import OnnxRuntimeBackend, cuda_starts
+from nsp.runtime.backends.ort_arrays import DeviceMemory
 from nsp.runtime.pipeline import Pipeline, Trace, load_pipeline
 from tests.goldens.var_tiny.fixtures import tensors
 
@@ -54,6 +57,50 @@ def traced(pipe: Pipeline, **request: Any) -> Trace:
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def on_a_device(engines: Pipeline) -> Pipeline:
+    """Return the engines with all arrays in device memory, for which ONNX Runtime's own stands in.
+
+    Blocks, addresses, offsets and bindings are those of a GPU; what the provider does is not shown.
+    """
+    import onnxruntime
+
+    backend = copy.copy(engines.backend)
+    assert isinstance(backend, OnnxRuntimeBackend)
+    backend.memory = DeviceMemory(onnxruntime, "cpu", (RuntimeError,))
+    pipe = copy.copy(engines)
+    pipe.backend = backend
+    return pipe
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_engines_on_a_device_sample_the_tokens_of_engines_on_the_host(
+    engines: Pipeline, settings: dict[str, Any]
+) -> None:
+    request = {"class_ids": [3, 7], "seed": 1, **settings}
+    device, host = traced(on_a_device(engines), **request), traced(engines, **request)
+    for ours, expected in zip(device.tokens, host.tokens, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    for ours, expected in zip(device.logits, host.logits, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(device.image, host.image)
+
+
+@pytest.mark.gpu
+def test_engines_on_a_gpu_sample_the_tokens_of_pytorch(
+    engine_dir: Path, reference: Pipeline
+) -> None:
+    import onnxruntime
+
+    if not cuda_starts(onnxruntime):
+        pytest.skip("ONNX Runtime's CUDA provider does not start here: no GPU, or no -gpu package")
+    request = {"class_ids": [3, 7], "seed": 1}
+    expected = traced(reference, **request)
+    pipe = load_pipeline(engine_dir, backend="onnxruntime", device="cuda", precision="fp32")
+    for _ in range(2):  # memory of the first image serves the second
+        for ours, tokens in zip(traced(pipe, **request).tokens, expected.tokens, strict=True):
+            np.testing.assert_array_equal(ours, tokens)
+
+
 def test_engines_sample_exactly_the_tokens_of_pytorch(
     engines: Pipeline, reference: Pipeline, batch: int, settings: dict[str, Any]
 ) -> None:

@@ -1,8 +1,12 @@
 """The `onnxruntime` backend: ONNX stages on a CPU, or on an NVIDIA GPU with onnxruntime-gpu.
 
-Arrays are NumPy arrays in host memory. Inputs are read and outputs written where they lie: nothing
-is copied on a CPU. With the CUDA provider ONNX Runtime copies every stage's inputs and outputs
-between host and device; that is correct and simple, but the cache crosses the bus at every step.
+Arrays lie where the stages run (ort_arrays.py): inputs are read and outputs written in place, and
+on a GPU the cache and all that stages hand to each other stay there. `run` returns when the stage
+has ended, so arrays can be read at any time; stages do not overlap.
+
+CUDA graphs are an option, off by default until they are measured: every stage whose arrays lie at
+the addresses of an earlier run of the same shapes is then replayed. ONNX Runtime captures a stage
+only if all of it runs on the GPU; another one runs without, which is logged.
 """
 
 import contextlib
@@ -14,19 +18,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from nsp.errors import BackendError, EngineError, FeedError
 from nsp.runtime.backends.base import Backend
+from nsp.runtime.backends.ort_arrays import DeviceMemory, HostMemory, Memory
+from nsp.runtime.backends.ort_cuda import CPU, CUDA, CudaGraphs, with_options
 from nsp.runtime.cores import usable_cores
 from nsp.runtime.io import Shape, StageIO
 from nsp.runtime.nvidia import find_gpu
 from nsp.runtime.requests import checked_count
 
+__all__ = [
+    "CPU",
+    "CUDA",
+    "OnnxRuntimeBackend",
+    "choose_providers",
+    "cuda_starts",
+    "import_onnxruntime",
+    "load_engines",
+]
+
 logger = logging.getLogger(__name__)
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _ONNX_TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -59,14 +73,15 @@ class OnnxRuntimeBackend(Backend):
         kv_layout: str,
         providers: Sequence[str] | None = None,
         num_threads: int | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         """Start loading `stage_files`, one ONNX model per stage.
 
         `providers`: ONNX Runtime's names, best first; None is CUDA where it starts, else the CPU.
-        `num_threads`: None is every physical core this process may use. Raises BackendError
-        without onnxruntime or a wanted provider, EngineError for a tensor type it cannot hold and
-        ConfigError for a number of threads below 1;
-        a model that does not load is reported by `wait` or `run`.
+        `num_threads`: None is every physical core this process may use. `cuda_graphs` heeds the
+        CUDA provider alone. Raises BackendError without onnxruntime or a wanted provider,
+        EngineError for a tensor type it cannot hold and ConfigError for a number of threads below
+        1; a model that does not load is reported by `wait` or `run`.
         """
         super().__init__(stages_io)
         ort = import_onnxruntime()
@@ -76,6 +91,9 @@ class OnnxRuntimeBackend(Backend):
             usable_cores() if num_threads is None else checked_count("num_threads", num_threads)
         )
         self._errors = _error_types(ort)
+        on_gpu = self.providers[0] == CUDA
+        self.memory: Memory = DeviceMemory(ort, "cuda", self._errors) if on_gpu else HostMemory(ort)
+        self._graphs = CudaGraphs(ort) if on_gpu and cuda_graphs else None
         self._known_feeds: dict[Any, dict[str, Shape]] = {}
         for stage, declared in stages_io.items():
             _check_types(stage, declared)
@@ -96,14 +114,14 @@ class OnnxRuntimeBackend(Backend):
         """Return all outputs, each in the array given for it or in a new one the caller owns."""
         results = self._result_arrays(stage, feeds, outputs or {})
         session = self._sessions[stage].result()
-        value = self._ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
+        inputs = [argument.name for argument in session.get_inputs()]
+        options = None
+        if self._graphs is not None:
+            options = self._graphs.run_options(stage, [*map(feeds.get, inputs), *results.values()])
         try:
             binding = session.io_binding()  # one per call (2 us): it keeps no array alive
-            for argument in session.get_inputs():
-                binding.bind_cpu_input(argument.name, feeds[argument.name])
-            for name, array in results.items():
-                binding.bind_ortvalue_output(name, value(array))
-            session.run_with_iobinding(binding)
+            self.memory.bind(binding, inputs, feeds, results)
+            session.run_with_iobinding(binding, options)
         except self._errors as error:
             raise BackendError(f"onnxruntime: {_failure(stage, error)}") from error
         return results
@@ -122,12 +140,12 @@ class OnnxRuntimeBackend(Backend):
                 self._known_feeds[key] = shapes
         if unknown := given.keys() - shapes.keys():
             raise FeedError(f"{stage}: no output {min(unknown)!r}; outputs are {', '.join(shapes)}")
-        results = {}
+        results, contiguous = {}, self.memory.is_contiguous
         for name, shape in shapes.items():
             array, dtype = given.get(name), declared.outputs[name].dtype
             if array is None:
                 array = self.allocate(shape, dtype)
-            elif array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            elif array.shape != shape or array.dtype != dtype or not contiguous(array):
                 raise FeedError(
                     f"{stage}: the array for {name} is {array.dtype} {array.shape}; "
                     f"expected {dtype} {shape}, contiguous"
@@ -135,22 +153,17 @@ class OnnxRuntimeBackend(Backend):
             results[name] = array
         return results
 
-    def upload(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Return `array`, contiguous; it is not copied when it already is."""
-        return np.asarray(array, order="C")
+    def upload(self, array: NDArray[Any]) -> Any:
+        """Return the array where the stages run; on a CPU itself when it is contiguous."""
+        return self.memory.upload(array)
 
     def download(self, array: Any) -> NDArray[Any]:
         """Return a copy."""
-        return np.array(array)
+        return self.memory.download(array)
 
-    def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
-        """Return uninitialised host memory; raise BackendError when there is not enough."""
-        try:
-            return np.empty(shape, dtype)
-        except MemoryError as error:
-            raise BackendError(
-                f"onnxruntime: out of memory ({error}); use a smaller --batch-size"
-            ) from error
+    def allocate(self, shape: Shape, dtype: str) -> Any:
+        """Return uninitialised memory; raise BackendError when there is not enough."""
+        return self.memory.allocate(shape, dtype)
 
     def copy_rows(self, source: Any, target: Any) -> None:
         """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
@@ -169,7 +182,7 @@ class OnnxRuntimeBackend(Backend):
         # Failures are raised here; ONNX Runtime would also print them.
         options.log_severity_level = 2 if logger.isEnabledFor(logging.DEBUG) else 4
         try:
-            session = ort.InferenceSession(path, options, providers=list(self.providers))
+            session = self._new_session(stage, path, options)
         except self._errors as error:
             raise EngineError(
                 f"{path} cannot be loaded by onnxruntime {ort.__version__} ({_first_line(error)}); "
@@ -182,6 +195,16 @@ class OnnxRuntimeBackend(Backend):
             )
         self._check_signature(stage, path, session)
         return session
+
+    def _new_session(self, stage: str, path: Path, options: Any) -> Any:
+        new = self._ort.InferenceSession
+        if self._graphs is not None:
+            try:
+                return new(path, options, providers=with_options(self.providers, graphs=True))
+            except self._errors as error:
+                logger.info("onnxruntime: no CUDA graph of %s: %s", stage, _first_line(error))
+                self._graphs.leave_out(stage)
+        return new(path, options, providers=with_options(self.providers, graphs=False))
 
     def _check_signature(self, stage: str, path: Path, session: Any) -> None:
         """Raise EngineError where a model's inputs and outputs are not the declared ones.
