@@ -179,7 +179,7 @@ def test_weights_outside_the_model_file_are_found_beside_it(tmp_path, monkeypatc
     run(tmp_path, model=model)
     assert (tmp_path / "engine.plan").stat().st_size > 4 * WIDE**2
     (tmp_path / "graphs/model.onnx.data").unlink()
-    with pytest.raises(ExportError, match="cannot read the graph: .*initializer: w") as caught:
+    with pytest.raises(ExportError, match=r"cannot read the graph: .*initializer: w") as caught:
         run(tmp_path, model=model)
     assert "\n" not in str(caught.value)
 
