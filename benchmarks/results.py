@@ -5,7 +5,7 @@ Rows are computed from raw observations and counted work; nothing here runs a mo
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.flops import TextEncoderSize, stage_work
 from benchmarks.machine import Ceilings, Environment
@@ -22,6 +22,18 @@ END_TO_END = "end to end"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 
 
+class Rates(Protocol):
+    """The most a machine was seen to do, a CPU or a GPU."""
+
+    @property
+    def gemm_peak_gflops(self) -> float:
+        """Ceiling of compute."""
+
+    @property
+    def bandwidth_gb_s(self) -> float:
+        """Ceiling of memory traffic, read plus written."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost(Config):
     """What a part of generating has to do, whoever does it."""
@@ -29,11 +41,11 @@ class Cost(Config):
     gflop: float
     mib: float  # weights, inputs and outputs, each moved once per call
 
-    def roof_ms(self, ceilings: Ceilings) -> float:
+    def roof_ms(self, ceilings: Rates) -> float:
         """Return the time the operations take at the measured GEMM peak."""
         return 1e3 * self.gflop / ceilings.gemm_peak_gflops
 
-    def memory_ms(self, ceilings: Ceilings) -> float:
+    def memory_ms(self, ceilings: Rates) -> float:
         """Return the time the bytes take at the measured bandwidth; caches can be faster."""
         return 1e3 * self.mib * 2**20 / (1e9 * ceilings.bandwidth_gb_s)
 
