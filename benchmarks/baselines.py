@@ -137,7 +137,7 @@ class RecordedTorchBackend(TorchBackend):
         return iter(recording.results)
 
     def _record(self, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> _Recording:
-        """Return the recording: two runs to warm up, as kernels are chosen at first use, then one."""
+        """Return the recording, after two runs in which kernels are chosen."""
         on_gpu = self.device.type == "cuda"
         size = _places(inputs)[1]
         staging = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
@@ -147,7 +147,8 @@ class RecordedTorchBackend(TorchBackend):
         views = _views(device, inputs)
         if not on_gpu:
             return _Recording(staging, device, views, None, loop, [])
-        side = torch.cuda.Stream()
+        new_stream: Any = torch.cuda.Stream
+        side = new_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -187,15 +188,11 @@ def attend_in_place(
     As attend_delta, for pasts that are views of a DeltaArena, which has room behind them.
     """
     length = q_GLHK.shape[1]
-    joined = [
-        _grown(old, new.transpose(0, 1)) for old, new in zip(past, (k_GLHK, v_GLHK), strict=True)
-    ]
+    all_k, all_v = _grown(past[0], k_GLHK.transpose(0, 1)), _grown(past[1], v_GLHK.transpose(0, 1))
     mixed = nn.functional.scaled_dot_product_attention(
-        q_GLHK.transpose(1, 2),
-        *(each.permute(1, 2, 0, 3) for each in joined),
-        scale=scale,
+        q_GLHK.transpose(1, 2), all_k.permute(1, 2, 0, 3), all_v.permute(1, 2, 0, 3), scale=scale
     )
-    new_k, new_v = (each[-length:] for each in joined)
+    new_k, new_v = all_k[-length:], all_v[-length:]
     return mixed.transpose(1, 2), (new_k, new_v)
 
 

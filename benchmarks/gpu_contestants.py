@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from benchmarks import baselines
 from export.run import ExportOptions, export
-from nsp.checkpoint import read_checkpoint
+from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import BackendError
 from nsp.families.registry import family
 from nsp.families.var.config import ClassCondition, VarConfig, size, with_condition
@@ -71,8 +70,9 @@ def suite_config(name: str) -> VarConfig:
 
 
 def write_checkpoint(place: Place, config: VarConfig) -> None:
-    """Write random weights, the same each time, unless they are there."""
-    if (place.checkpoint / "config.json").is_file():
+    """Write random weights, the same each time, unless those of this configuration are there."""
+    folder = place.checkpoint
+    if is_checkpoint(folder) and read_checkpoint(folder).config == config.to_dict():
         return
     record = family(FAMILY)
     torch.manual_seed(0)
@@ -117,10 +117,11 @@ def engine_dir(entry: Entry, place: Place) -> Path:
     return place.folder / (f"{entry.target}-b{place.batch}" if entry.own_engines else "onnxruntime")
 
 
-def reference(place: Place) -> Pipeline:
-    """Return the model in float32 PyTorch on the device."""
+def reference(place: Place) -> tuple[Pipeline, int]:
+    """Return the model in float32 PyTorch on the device, and its transformer's parameters."""
     system = read_checkpoint(place.checkpoint).load()
-    return torch_pipeline(family(FAMILY), system, device=place.device)
+    parameters = sum(p.numel() for p in system.predictor.parameters())
+    return torch_pipeline(family(FAMILY), system, device=place.device), parameters
 
 
 def free_memory() -> None:
@@ -128,13 +129,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def load_timed(entry: Entry, place: Place) -> tuple[Pipeline, float]:
-    """Return the pipeline of a contestant and the seconds it took to load."""
-    began = time.perf_counter()
-    pipeline = entry.load(place)
-    return pipeline, time.perf_counter() - began
 
 
 def _torch(make: Callable[..., Pipeline], place: Place, **settings: Any) -> Pipeline:
