@@ -56,6 +56,9 @@ def compile_engine(
         raise ExportError(f"{module} cannot read the graph: {_one_line(problems)}")
     config = builder.create_builder_config()
     _set_archs(trt, config, gpu_archs)
+    # TensorRT for RTX can put only such engines into CUDA graphs; full TensorRT needs no flag.
+    if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(flag)
     inputs = [network.get_input(i).name for i in range(network.num_inputs)]
     for profile in profiles:
         config.add_optimization_profile(_profile(builder, profile, inputs))

@@ -338,6 +338,9 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
         def add_optimization_profile(self, profile):
             recorded.append(("profile", profile.shapes))
 
+        def set_flag(self, flag):
+            recorded.append(("flag", flag))
+
     class Builder:
         def __init__(self, log):
             self.log = log
@@ -372,6 +375,7 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
         ILogger=logger,
         IProgressMonitor=type("IProgressMonitor", (), {}),
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
+        BuilderFlag=SimpleNamespace(REFIT=1),
         Builder=Builder,
         OnnxParser=lambda network, log: SimpleNamespace(parse_from_file=lambda path: True),
         __version__="10.13",
@@ -402,6 +406,17 @@ def test_full_tensorrt_takes_the_same_path(tmp_path, monkeypatch):
     assert done == [0.5]
     assert recorded[1:] == [("flags", 2), ("profile", {"x": ((1, 4), (2, 4), (2, 4))})]
     assert (tmp_path / "engine.plan").read_bytes() == b"engine"
+
+
+def test_engines_are_built_for_cuda_graphs_where_that_must_be_asked_for(tmp_path, monkeypatch):
+    recorded: list[tuple[str, object]] = [("build", None)]
+    module = fake_tensorrt(recorded)
+    module.BuilderFlag.REQUIRE_USER_ALLOCATION = 7
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    compile_with_fake(tmp_path)
+    assert ("flag", 7) in recorded
+    rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    assert hasattr(rtx.BuilderFlag, "REQUIRE_USER_ALLOCATION")
 
 
 @pytest.mark.parametrize(

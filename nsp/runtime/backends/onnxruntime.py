@@ -167,7 +167,7 @@ class OnnxRuntimeBackend(Backend):
 
     def copy_rows(self, source: Any, target: Any) -> None:
         """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
-        target[...] = source[:, : target.shape[1]]
+        self.memory.copy_rows(source, target)
 
     def _load(self, stage: str, path: Path) -> Any:
         """Return the session of one stage."""

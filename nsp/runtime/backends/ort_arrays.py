@@ -48,6 +48,13 @@ class DeviceArray:
             raise ValueError(f"an array of shape {self.shape} cannot be viewed as {tuple(shape)}")
         return type(self)(self._block, self._offset, tuple(shape), self.dtype)
 
+    def fill(self, values: NDArray[Any]) -> None:
+        """Take values of this shape over; the whole block crosses the bus twice."""
+        host = self._block.numpy()
+        part = host.reshape(-1).view(np.uint8)[self._offset : self._offset + self.nbytes]
+        part[...] = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8)
+        self._block.update_inplace(host)
+
     def to_host(self) -> NDArray[Any]:
         """Return a NumPy copy; the whole block crosses the bus, of which views are a part."""
         host = self._block.numpy().reshape(-1).view(np.uint8)
@@ -66,6 +73,9 @@ class Memory(Protocol):
 
     def download(self, array: Any) -> NDArray[Any]:
         """Return a NumPy copy."""
+
+    def copy_rows(self, source: Any, target: Any) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
 
     def is_contiguous(self, array: Any) -> bool:
         """Return whether results can be written into an array."""
@@ -96,6 +106,10 @@ class HostMemory:
     def download(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a copy."""
         return np.array(array)
+
+    def copy_rows(self, source: NDArray[Any], target: NDArray[Any]) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+        target[...] = source[:, : target.shape[1]]
 
     def is_contiguous(self, array: NDArray[Any]) -> bool:
         """Return whether it is one block in C order."""
@@ -144,6 +158,10 @@ class DeviceMemory:
     def download(self, array: DeviceArray) -> NDArray[Any]:
         """Return a copy in host memory; every stage has ended when its `run` returned."""
         return array.to_host()
+
+    def copy_rows(self, source: DeviceArray, target: DeviceArray) -> None:
+        """Fill `target` (P, N, ...) by way of the host: only the layout ONNX Runtime lacks asks."""
+        target.fill(source.to_host()[:, : target.shape[1]])
 
     def is_contiguous(self, array: DeviceArray) -> bool:
         """Return True: there are no others."""

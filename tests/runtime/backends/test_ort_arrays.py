@@ -83,6 +83,15 @@ def test_a_view_keeps_its_block_alive_and_uploads_are_copies() -> None:
     assert MEMORY.download(MEMORY.upload(np.array(1.5, np.float32))).shape == ()
 
 
+def test_the_first_rows_are_copied_into_a_part_of_another_block() -> None:
+    source = MEMORY.upload(np.arange(24.0, dtype=np.float32).reshape(2, 4, 3))
+    block = MEMORY.upload(np.full((5, 2, 3), -1, np.float32))
+    MEMORY.copy_rows(source, block[1:3])
+    expected = np.full((5, 2, 3), -1, np.float32)
+    expected[1:3] = np.arange(24).reshape(2, 4, 3)[:, :2]
+    np.testing.assert_array_equal(MEMORY.download(block), expected)
+
+
 def test_too_little_memory_says_what_to_do() -> None:
     with pytest.raises(BackendError, match=r"out of memory.*--batch-size") as caught:
         MEMORY.allocate((1 << 50,), "float32")
