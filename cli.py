@@ -371,6 +371,53 @@ def _measure_fidelity(*, as_json: bool, **options: Any) -> None:
     click.echo(f"contact sheet: {chosen.output_dir / 'fidelity.png'}")
 
 
+@main.command("verify")
+@click.argument("engine_dir", type=FOLDER)
+@checkpoint_option("PyTorch model to hold them to.  [default: what they were exported from]")
+@backend_option
+@precision_options("Check the {} engines instead of what suits the device.")
+@click.option(
+    "--recorded", is_flag=True, help="Use the outputs recorded at export, even beside PyTorch."
+)
+@json_option
+@verbose_option
+def verify_engines(
+    *,
+    engine_dir: Path,
+    checkpoint: Path | None,
+    backend: str,
+    recorded: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Hold every stage of ENGINE_DIR to PyTorch, on this machine's backend.
+
+    Without torch or the checkpoint, to the outputs recorded at export. A failure names the first
+    wrong tensor; exit 1.
+    """
+    from export.verify import verify
+
+    found = verify(
+        engine_dir,
+        backend=backend,
+        precision=one_precision(options),
+        checkpoint=checkpoint,
+        recorded=recorded,
+    )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        for check in found.stages:
+            error = (
+                "" if check.largest_error is None else f"largest error {check.largest_error:.1e}"
+            )
+            state = "ok" if check.passed else "FAILED"
+            click.echo(f"{check.stage:<14} {state:<7} {check.calls:>3} calls  {error}")
+        click.echo(f"{found.backend} {found.precision} against {found.reference}")
+    if (failure := found.failure()) is not None:
+        raise failure
+
+
 @main.command()
 @click.argument("folder", type=FOLDER)
 @json_option

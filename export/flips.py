@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.reference import Call
+from export.recorded import Call
 from nsp.layers.sampling import filter_logits
 from nsp.runtime.backends.base import Backend
 

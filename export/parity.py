@@ -5,49 +5,18 @@ Its logits go through the reference's `select` with the recorded random numbers,
 tokens can be compared one by one.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.flips import TokenFigures, compare_tokens
-from export.reference import Call, Generated, Reference, psnr_db
+from export.recorded import LIMITS, Call, Limits, replay
+from export.reference import Reference, psnr_db
 from nsp.errors import ParityError
 from nsp.runtime.backends.base import Backend
-from nsp.runtime.io import Axes, StageIO
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a precision must reach."""
-
-    relative_error: float  # max abs error of an output over its range; logits and images aside
-    logits_error: float  # the same of logits
-    token_agreement: float  # of sampled tokens, per scale
-    psnr_db: float  # of decoded images
-
-    def allowed_flips(self, num_tokens: int) -> int:
-        """Return how many tokens of a scale may differ: the share allowed, and what chance adds.
-
-        Whether a draw falls beside an edge is luck, of which few tokens have much: three standard
-        deviations of that many draws are granted.
-        """
-        share = 1 - self.token_agreement
-        spread = (num_tokens * share * self.token_agreement) ** 0.5
-        return int(num_tokens * share + 3 * spread + 1) if share else 0
-
-
-LIMITS: Mapping[str, Limits] = {
-    "fp32": Limits(relative_error=1e-4, logits_error=1e-4, token_agreement=1.0, psnr_db=80),
-    # Tokens and images are the gates in half precision; errors are held to what rounding can do.
-    "fp16": Limits(relative_error=1e-2, logits_error=2e-2, token_agreement=0.99, psnr_db=45),
-    # 8 bits of mantissa for 11: errors eight times as large.
-    "bf16": Limits(relative_error=8e-2, logits_error=0.16, token_agreement=0.92, psnr_db=27),
-    # Opt-in. Seen with a small trained model: 2.4 % of the range, 86 % of the worst scale.
-    "int8": Limits(relative_error=5e-2, logits_error=5e-2, token_agreement=0.8, psnr_db=80),
-}
+from nsp.runtime.io import StageIO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,47 +68,14 @@ def check_stage(subject: Subject, reference: Reference) -> dict[str, Any]:
     """Return a stage's measured figures (JSON-ready); raise ParityError at a missed gate."""
     limits, report = LIMITS[subject.precision], _Report()
     for batch in reference.batches:
-        for index, (call, following, found) in enumerate(_replay(subject, batch)):
+        replayed = replay(subject.stage, subject.io, subject.backend, batch.calls, batch.kv)
+        for index, (call, following, found) in enumerate(replayed):
             report.calls += 1
             _compare(subject, reference, limits, report, (index, call, following, found))
     if not report.calls:
         raise ParityError(f"{subject.label}: the reference never calls this stage; it is unchecked")
     _check_tokens(subject, limits, report)
     return _figures(report, reference)
-
-
-def _replay(
-    subject: Subject, batch: Generated
-) -> Iterator[tuple[Call, Call | None, dict[str, NDArray[Any]]]]:
-    """Yield every recorded call of the stage, the call after it, and what the stage returns now."""
-    backend, io = subject.backend, subject.io
-    cached = [name for name in io.inputs if name.startswith("past_")]
-    arena = None
-    if cached:
-        arena = backend.arena(replace(batch.kv, dtype=io.inputs[cached[0]].dtype))
-    followers = (*batch.calls[1:], None)
-    for call, following in zip(batch.calls, followers, strict=True):
-        if call.stage != subject.stage:
-            continue
-        feeds = {n: _upload(backend, array, io.inputs[n]) for n, array in call.feeds.items()}
-        given: Mapping[str, Any] = {}
-        if arena is not None:
-            feeds |= arena.past()
-            given = arena.new(call.num_new)
-        results = backend.run(subject.stage, feeds, given)
-        if arena is not None:
-            arena.advance(call.num_new)
-        yield call, following, {name: backend.download(results[name]) for name in call.outputs}
-
-
-def _upload(backend: Backend, array: NDArray[Any], spec: Axes) -> Any:
-    """Return an array of the reference in the dtype the stage takes."""
-    if spec.dtype == "bfloat16":  # NumPy has none: the torch backend narrows it
-        import torch
-
-        tensor: Any = backend.upload(array)
-        return tensor.to(torch.bfloat16)
-    return backend.upload(np.asarray(array, spec.dtype))
 
 
 def _compare(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.plan import ExportPlan
+from export.recorded import Call, Recording
 from nsp.runtime.backends.torch import TorchBackend
 from nsp.runtime.kv_arena import KVArena, KVShape
 from nsp.runtime.pipeline import GenerateResult, Pipeline, torch_pipeline
@@ -19,16 +20,6 @@ from nsp.runtime.pipeline import GenerateResult, Pipeline, torch_pipeline
 _CACHE_PREFIX = "past_"
 # Enough tokens for 99 % to mean something with a small model; few images where each is expensive.
 _WANTED_TOKENS, _FEWEST_IMAGES, _MOST_IMAGES = 1000, 3, 8
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a stage: inputs and outputs but for the cache, in float32 as PyTorch has them."""
-
-    stage: str
-    feeds: Mapping[str, NDArray[Any]]
-    outputs: Mapping[str, NDArray[Any]]
-    num_new: int  # tokens the cache grew by
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,18 @@ class Reference:
     def num_images(self) -> int:
         """Images of all batches."""
         return sum(len(batch.result.images) for batch in self.batches)
+
+
+def smallest_recordings(reference: Reference) -> tuple[Recording, ...]:
+    """Return one image's calls, and of the stages it has none, those of another batch."""
+    first, *others = sorted(reference.batches, key=lambda batch: len(batch.result.images))
+    seen = {call.stage for call in first.calls}
+    rest = (
+        Recording(tuple(call for call in batch.calls if call.stage not in seen), batch.kv)
+        for batch in others
+        if len(batch.result.images) == 1
+    )
+    return (Recording(first.calls, first.kv), *(each for each in rest if each.calls))
 
 
 class RecordingBackend(TorchBackend):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from export.options import ExportEvent, ExportOptions, OnEvent
 from export.plan import ExportPlan, PlannedBuild, make_plan
+from export.recorded import RECORDED_DIR, write_recorded
 from export.store import EngineStore, with_variant
 from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError, ExportError
@@ -108,6 +109,8 @@ def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
     if builder is not None:
         manifest = builder.check_images(manifest)
     shared, digests = _shared_files(todo, store)
+    if builder is not None:
+        shared |= {RECORDED_DIR: _recorded(builder, todo, store)}
     manifest = replace(manifest, files=digests)
     kept = store.kept(manifest)
     for stage, variants in kept.items():
@@ -166,6 +169,16 @@ def _shared_files(todo: ExportPlan, store: EngineStore) -> tuple[dict[str, Path]
     made = store.staging / TOKENIZER_DIR
     digests = {f"{TOKENIZER_DIR}/{p.name}": file_sha256(p) for p in sorted(made.iterdir())}
     return {TOKENIZER_DIR: made}, digests
+
+
+def _recorded(builder: "StageBuilder", todo: ExportPlan, store: EngineStore) -> Path:
+    """Return the folder with recorded calls, in the staging folder, for `nsp verify`."""
+    from export.reference import smallest_recordings
+
+    with store.new_folder(RECORDED_DIR) as partial:
+        recordings = smallest_recordings(builder.reference)
+        write_recorded(recordings, partial, model_hash=todo.model_hash)
+    return store.staging / RECORDED_DIR
 
 
 def _check_space(todo: ExportPlan, folder: Path) -> None:

@@ -72,7 +72,8 @@ def test_an_export_is_a_folder_that_loads_and_explains_itself(half_engines, smal
     assert set(manifest.files) == tokenizer
     check_files(folder, manifest.files)
     listed = {n for vs in manifest.stages.values() for v in vs for n in v.files}
-    assert files_below(folder) == listed | tokenizer | {"manifest.json"}
+    recorded = {"reference/calls.safetensors"}
+    assert files_below(folder) == listed | tokenizer | recorded | {"manifest.json"}
 
 
 def test_stages_without_narrow_weights_share_one_file(half_engines):
