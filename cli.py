@@ -25,7 +25,7 @@ from nsp.command_line import (
     verbose_option,
 )
 from nsp.data.verbs import data
-from nsp.errors import ConfigError
+from nsp.errors import ConfigError, RegressionError
 
 if TYPE_CHECKING:
     from export.plan import PlannedBuild
@@ -299,7 +299,30 @@ def convert(
     show_default=True,
     help="Images per call. Repeatable.",
 )
-@click.option("--rounds", type=COUNT, help="Measured calls of each side per batch size.")
+@click.option("--rounds", type=COUNT, help="Measured calls of each side per batch size, at most.")
+@click.option(
+    "--rival",
+    "rivals",
+    multiple=True,
+    type=click.Choice(["torch.compile", "plain-onnx"]),
+    help="Time this too, in the same rounds. Repeatable.  [default: both, or none with --quick]",
+)
+@click.option(
+    "--peer-var", type=FOLDER, help="Time the public VAR code in this clone, too: same shapes."
+)
+@click.option("--sweep", is_flag=True, help="Also batch sizes 1 to 8 with 1 and 2 threads.")
+@click.option(
+    "--compare",
+    type=(FILE, FILE),
+    metavar="OLD NEW",
+    help="Compare two bench.json instead; exit 1 when the engines became slower.",
+)
+@click.option(
+    "--threshold",
+    default="5%",
+    show_default=True,
+    help="How much slower is too slow, for --compare.",
+)
 @click.option(
     "--fidelity",
     is_flag=True,
@@ -310,7 +333,7 @@ def convert(
 )
 @click.option("--data", default="emoji", show_default=True, help="Captioned pictures, for it.")
 @seed_option("Seed of the images made.")
-@output_dir_option("outputs/bench", "Where bench.json and bench.md go.")
+@output_dir_option("outputs/bench", "Where bench.json, bench.md and bench.html go.")
 @json_option
 @verbose_option
 def bench(
@@ -320,9 +343,15 @@ def bench(
     fidelity: bool,
     num_captions: int,
     data: str,
+    compare: tuple[Path, Path] | None,
+    threshold: str,
+    rivals: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Measure speed, memory and parity of engines beside PyTorch, or the fidelity of pictures."""
+    if compare is not None:
+        _compare_results(*compare, threshold=threshold, as_json=as_json)
+        return
     from benchmarks.bench import BenchOptions, run
     from nsp.terminal import progress_bar, results_console
 
@@ -339,14 +368,36 @@ def bench(
             **{name: options[name] for name in kept},
         )
         return
-    bench_options = BenchOptions(engine_dir=folder, precision=precision, **options)
+    bench_options = BenchOptions(
+        engine_dir=folder, precision=precision, rivals=rivals or None, **options
+    )
     with progress_bar() as show:
         report = run(bench_options, on_event=lambda e: show(e.activity, e.done, e.total))
     if not as_json:
         report.render(results_console())
         click.echo(f"report: {report.markdown_path}")
         click.echo(f"data: {report.json_path}")
+        if report.page_path is not None:
+            click.echo(f"page: {report.page_path}")
     click.echo(report.summary_json())
+
+
+def _compare_results(old: Path, new: Path, *, threshold: str, as_json: bool) -> None:
+    """Say how two results differ; end with an error when the engines became slower."""
+    from benchmarks.compare import compare_results, comparison_sections, parse_threshold
+    from benchmarks.report import render
+    from benchmarks.results import read_result
+    from nsp.terminal import results_console
+
+    share = parse_threshold(threshold)
+    found = compare_results(read_result(old), read_result(new), threshold=share)
+    if as_json:
+        print_json({**found.to_dict(), "verdicts": found.verdicts})
+    else:
+        render(comparison_sections(found), results_console())
+    if found.slower:
+        sizes = ", ".join(map(str, found.slower))
+        raise RegressionError(f"slower than {old} by more than {share:.1%} at batch size {sizes}")
 
 
 def _measure_fidelity(*, as_json: bool, **options: Any) -> None:

@@ -1,6 +1,6 @@
 """`nsp bench`: an engine folder measured beside the PyTorch model it was made from.
 
-    load both -> parity -> interleaved rounds per batch size -> fresh processes -> report
+    load both -> parity -> interleaved rounds per scenario -> fresh processes -> sweep -> report
 
 The ceilings of the machine are measured before and after, so that a change of its speed is noticed.
 """
@@ -8,21 +8,36 @@ The ceilings of the machine are measured before and after, so that a change of i
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.contract import TIMING_BOUNDARY, Contract
 from benchmarks.machine import Ceilings, Environment, OtherWork, measure_ceilings
 from benchmarks.memory import ColdRun, cold_run
 from benchmarks.parity import Parity, compare
+from benchmarks.peer import check_clone, peer_process
+from benchmarks.pictures import Pictures, make_pictures
 from benchmarks.report import BenchReport, write_report
-from benchmarks.results import SCHEMA, BatchResult, BenchResult, batch_result, call_costs
-from benchmarks.subject import Subject, load_subject
-from benchmarks.timing import Contestant, interleaved
-from nsp.errors import ConfigError
+from benchmarks.results import (
+    SCHEMA,
+    BatchResult,
+    BenchResult,
+    Entry,
+    Stopped,
+    SweepPoint,
+    batch_result,
+    call_costs,
+)
+from benchmarks.rivals import RIVALS, make_rivals
+from benchmarks.scenarios import Scenario, batch_scenarios, sweep_scenarios
+from benchmarks.subject import Subject, load_subject, torch_threads
+from benchmarks.sweep import sweep
+from benchmarks.timing import Contestant, Observation, Stability, Timed, interleaved
+from nsp.errors import BackendError, ConfigError
 from nsp.runtime.cores import usable_cores
 
 logger = logging.getLogger(__name__)
@@ -48,9 +63,17 @@ class BenchOptions:
     warmup: int | None = None
     seed: int = 0
     threads: int | None = None  # None: every physical core
+    rivals: tuple[str, ...] | None = None  # of RIVALS; None: all, or none when quick
+    peer_var: Path | None = None  # a clone of the public VAR code
+    sweep: bool = False  # batch sizes and threads, for the plots
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if unknown := [name for name in self.rivals or () if name not in RIVALS]:
+            known = ", ".join(RIVALS)
+            raise ConfigError(f"rival {unknown[0]!r} is unknown; known: {known}")
+        if self.peer_var is not None:
+            check_clone(self.peer_var)
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(f"batch sizes {list(self.batch_sizes)}: give positive numbers")
         for name, least in (("rounds", 1), ("warmup", 0), ("threads", 1)):
@@ -70,6 +93,8 @@ class Effort:
     baseline_processes: int
     gemm_side: int
     num_conditions: int  # for parity
+    sweep_rounds: int = 3
+    stability: Stability | None = None  # ends a measurement before all rounds are done
 
     @classmethod
     def of(cls, options: BenchOptions) -> Self:
@@ -88,6 +113,8 @@ QUICK: dict[str, Any] = {
     "baseline_processes": 1,
     "gemm_side": 1024,
     "num_conditions": 4,
+    "sweep_rounds": 5,
+    "stability": Stability(window=4, tolerance=0.02),
 }
 FULL: dict[str, Any] = {
     "rounds": 100,
@@ -97,6 +124,8 @@ FULL: dict[str, Any] = {
     "baseline_processes": 3,
     "gemm_side": 2048,
     "num_conditions": 8,
+    "sweep_rounds": 20,
+    "stability": Stability(window=20, tolerance=0.01),
 }
 
 
@@ -121,17 +150,49 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
     threads = options.threads or usable_cores()
     emit = on_event or _ignore
     emit(BenchEvent(activity="loading", done=0, total=1))
-    subject = load_subject(
+    subject, effort = _load(options, threads), Effort.of(options)
+    result = measure(subject, options, effort, threads=threads, on_event=emit)
+    if options.sweep:
+        points = tuple(_sweep(subject, options, effort, emit))
+        result = dataclasses.replace(result, sweep=points)
+    report = write_report(result, options.output_dir, pictures=_pictures(subject, options, emit))
+    logger.info("benchmark took %.0f s: %s", result.seconds, report.markdown_path)
+    return report
+
+
+def _load(options: BenchOptions, threads: int) -> Subject:
+    """Return both sides, loaded for a number of threads."""
+    return load_subject(
         options.engine_dir,
         checkpoint=options.checkpoint,
         backend=options.backend,
         precision=options.precision,
         threads=threads,
     )
-    result = measure(subject, options, Effort.of(options), threads=threads, on_event=emit)
-    report = write_report(result, options.output_dir)
-    logger.info("benchmark took %.0f s: %s", result.seconds, report.markdown_path)
-    return report
+
+
+def _sweep(
+    subject: Subject, options: BenchOptions, effort: Effort, on_event: OnEvent
+) -> Iterator[SweepPoint]:
+    """Yield the sweep's points; `subject` says what the engines take."""
+    limit = subject.candidate.pipeline.max_batch
+    yield from sweep(
+        lambda threads: _load(options, threads),
+        sweep_scenarios(cores=usable_cores(), max_batch=limit),
+        rounds=effort.sweep_rounds,
+        warmup=effort.warmup,
+        seed=options.seed,
+        seconds_per_batch=effort.seconds_per_batch,
+        on_start=lambda name, done, total: on_event(
+            BenchEvent(activity=name, done=done, total=total)
+        ),
+    )
+
+
+def _pictures(subject: Subject, options: BenchOptions, on_event: OnEvent) -> Pictures | None:
+    """Return what both sides make of the same prompts, or None without a baseline."""
+    on_event(BenchEvent(activity="contact sheet", done=0, total=1))
+    return make_pictures(subject, seed=options.seed)
 
 
 def measure(
@@ -147,11 +208,13 @@ def measure(
     began, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     environment = Environment.read(threads=threads)
     before = _ceilings(subject, effort, threads, on_event)
-    with _torch_threads(subject, threads):
+    scenarios = batch_scenarios(options.batch_sizes, threads=threads)
+    with torch_threads(subject, threads), ExitStack() as stack:
         parity = _parity(subject, options, effort, on_event)
+        entries, rivals = _rivals(subject, options, threads, stack, on_event)
         other_work = OtherWork()
         batches = tuple(
-            _batch(subject, options, effort, batch, on_event) for batch in options.batch_sizes
+            _batch(subject, options, effort, each, rivals, on_event) for each in scenarios
         )
         other_cores = other_work.cores()
     cold_runs = tuple(_cold_runs(subject, options, effort, threads, on_event))
@@ -173,7 +236,68 @@ def measure(
         cold_runs=cold_runs,
         other_work_cores=other_cores,
         warnings=tuple(_warnings(environment, other_cores, ceilings, batches)),
+        contract=_contract(subject, options, environment),
+        rivals=entries,
     )
+
+
+def _contract(subject: Subject, options: BenchOptions, environment: Environment) -> Contract:
+    """Return what another result must have in common with this one to be compared."""
+    model = subject.model()
+    conditions = next(iter(subject.conditions(max(options.batch_sizes)).values()))
+    return Contract(
+        weights=model.model_hash,
+        conditions=tuple(str(value) for value in conditions),
+        seed=options.seed,
+        schedule=model.schedule,
+        image_size_px=model.image_size_px,
+        sampling={name: str(value) for name, value in model.sampling.items()},
+        timing_boundary=TIMING_BOUNDARY,
+        device=model.device,
+        machine={
+            "processor": environment.cpu,
+            "cores": str(environment.logical_cores),
+            "threads": str(environment.threads),
+            "memory": f"{environment.ram_gib:.0f} GiB",
+            "GPU": environment.gpu or "none",
+        },
+    )
+
+
+def _rivals(
+    subject: Subject,
+    options: BenchOptions,
+    threads: int,
+    stack: ExitStack,
+    on_event: OnEvent,
+) -> tuple[tuple[Entry, ...], list[Timed]]:
+    """Return what is said of every rival, and those that are ready; processes end with `stack`."""
+    names: Sequence[str] = options.rivals or ()
+    if options.rivals is None and not options.quick and subject.baseline is not None:
+        names = tuple(RIVALS)
+    entries: list[Entry] = []
+    ready: list[Timed] = []
+    for entry, contestant in make_rivals(
+        names,
+        subject,
+        threads=threads,
+        batches=options.batch_sizes,
+        seed=options.seed,
+        on_start=lambda activity: on_event(BenchEvent(activity=activity, done=0, total=1)),
+    ):
+        entries.append(entry)
+        ready += [contestant] if contestant is not None else []
+    if options.peer_var is not None:
+        pipeline = subject.candidate.pipeline
+        if subject.device != "cpu" or pipeline.family.name != "var":
+            raise BackendError("--peer-var is timed beside engines of the family var on a CPU")
+        process = peer_process(
+            options.peer_var, pipeline.config, pipeline.sampling, threads=threads
+        )
+        peer = stack.enter_context(process)
+        entries.append(Entry(name=peer.name, what=peer.what))
+        ready.append(peer)
+    return tuple(entries), ready
 
 
 def _check_batch_sizes(subject: Subject, options: BenchOptions) -> None:
@@ -212,21 +336,27 @@ def _parity(
 
 
 def _batch(
-    subject: Subject, options: BenchOptions, effort: Effort, batch: int, on_event: OnEvent
+    subject: Subject,
+    options: BenchOptions,
+    effort: Effort,
+    scenario: Scenario,
+    rivals: Sequence[Timed],
+    on_event: OnEvent,
 ) -> BatchResult:
-    """Return the times of one batch size."""
-    request = {**subject.conditions(batch), "seed": options.seed}
-    contestants = [Contestant(side.name, side.pipeline) for side in subject.sides]
+    """Return the times of one scenario, everybody in the same rounds."""
+    request = {**subject.conditions(scenario.batch), "seed": options.seed}
+    sides = [Contestant(side.name, side.pipeline) for side in subject.sides]
     pipeline = subject.candidate.pipeline
     costs = call_costs(
-        contestants[0].stage_calls(request),
+        sides[0].stage_calls(request),
         pipeline.backend.stages_io,
         family=pipeline.family.name,
         config=pipeline.config,
         weight_dtype=pipeline.backend.kv_dtype(),
         text_encoder=subject.text_encoder,
     )
-    observations = []
+    contestants: list[Timed] = [*sides, *rivals]
+    observations: list[Observation] = []
     total = (effort.warmup + effort.rounds) * len(contestants)
     for observation in interleaved(
         contestants,
@@ -234,17 +364,27 @@ def _batch(
         rounds=effort.rounds,
         warmup=effort.warmup,
         max_seconds=effort.seconds_per_batch,
+        stability=effort.stability,
     ):
         observations.append(observation)
-        on_event(BenchEvent(activity=f"batch {batch}", done=len(observations), total=total))
+        on_event(BenchEvent(activity=scenario.name, done=len(observations), total=total))
     return batch_result(
         observations,
         costs,
-        batch=batch,
+        batch=scenario.batch,
         candidate=subject.candidate.name,
         baseline=subject.baseline.name if subject.baseline else None,
         scale_names=[f"{side}x{side}" for side in pipeline.config.patch_nums],
+        stopped=_stopped(observations, effort, len(contestants)),
     )
+
+
+def _stopped(observations: Sequence[Observation], effort: Effort, contestants: int) -> Stopped:
+    """Return what ended a measurement."""
+    if len(observations) == (effort.warmup + effort.rounds) * contestants:
+        return "rounds"
+    stable = effort.stability is not None and effort.stability.reached(observations)
+    return "stable" if stable else "time"
 
 
 def _cold_runs(
@@ -262,22 +402,6 @@ def _cold_runs(
     for done, side in enumerate(planned):
         on_event(BenchEvent(activity="fresh processes", done=done, total=len(planned)))
         yield cold_run(side.source, request, batch=1, threads=threads)
-
-
-@contextmanager
-def _torch_threads(subject: Subject, threads: int) -> Iterator[None]:
-    """Give PyTorch as many threads as the engines have, for as long as the block lasts."""
-    if subject.baseline is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _warnings(
@@ -314,8 +438,10 @@ def _plain(record: BenchOptions | Effort) -> dict[str, Any]:
     """Return the fields, JSON-ready."""
     values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     return {
-        name: str(value)
+        name: value.name  # results are published: no folders of this machine
         if isinstance(value, Path)
+        else dataclasses.asdict(value)
+        if isinstance(value, Stability)
         else list(value)
         if isinstance(value, tuple)
         else value

@@ -23,7 +23,7 @@ def run_child(module: str, arguments: Sequence[str], *, threads: int) -> dict[st
     try:
         done = subprocess.run(
             command,
-            env=_environment(threads),
+            env=environment(threads),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
@@ -40,7 +40,7 @@ def run_child(module: str, arguments: Sequence[str], *, threads: int) -> dict[st
     return result
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
     """Return this process's environment with thread counts set and this package importable."""
     root = str(Path(__file__).resolve().parents[1])
     inherited = os.environ.get("PYTHONPATH")

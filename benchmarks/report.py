@@ -1,8 +1,9 @@
-"""What a benchmark leaves: tables on the screen, bench.md, bench.json, one line for programs."""
+"""What a benchmark leaves: tables on the screen, bench.{html,md,json}, one JSON line."""
 
 import json
+import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.page import page
+from benchmarks.pictures import Pictures
 from benchmarks.results import BatchResult, BenchResult
-from benchmarks.tables import sections
+from benchmarks.tables import Section, sections
+from nsp.errors import MissingExtraError
 from nsp.files import write_file
 
-JSON_NAME, MARKDOWN_NAME = "bench.json", "bench.md"
+logger = logging.getLogger(__name__)
+
+JSON_NAME, MARKDOWN_NAME, PAGE_NAME = "bench.json", "bench.md", "bench.html"
 
 
 @dataclass(frozen=True)
@@ -25,24 +31,30 @@ class BenchReport:
     result: BenchResult
     json_path: Path
     markdown_path: Path
+    page_path: Path | None  # None: a package that draws it is missing
 
     def render(self, console: Console) -> None:
         """Print the tables."""
-        for section in sections(self.result):
-            table = Table(title=section.title, title_justify="left", title_style="bold", box=None)
-            for index, name in enumerate(section.header):
-                right = index > 0 and section.numbers
-                table.add_column(name, justify="right" if right else "left", overflow="fold")
-            for row in section.rows:
-                table.add_row(*(Text(cell) for cell in row))
-            console.print(table)
-            for note in section.notes:
-                console.print(Text(note, style="dim"))
-            console.print()
+        render(sections(self.result), console)
 
     def summary_json(self) -> str:
         """Return one JSON line for programs: the end-to-end figures of every batch size."""
         return json.dumps(summary(self), allow_nan=False)
+
+
+def render(tables: Iterable[Section], console: Console) -> None:
+    """Print tables with their notes."""
+    for section in tables:
+        table = Table(title=section.title, title_justify="left", title_style="bold", box=None)
+        for index, name in enumerate(section.header):
+            right = index > 0 and section.numbers
+            table.add_column(name, justify="right" if right else "left", overflow="fold")
+        for row in section.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+        for note in section.notes:
+            console.print(Text(note, style="dim"))
+        console.print()
 
 
 def summary(report: BenchReport) -> dict[str, Any]:
@@ -66,6 +78,7 @@ def summary(report: BenchReport) -> dict[str, Any]:
         "warnings": list(result.warnings),
         "json": str(report.json_path),
         "markdown": str(report.markdown_path),
+        "page": str(report.page_path) if report.page_path else None,
     }
 
 
@@ -87,14 +100,28 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def write_report(result: BenchResult, output_dir: Path) -> BenchReport:
-    """Write bench.json and bench.md into `output_dir`, each in one move, and return the report."""
-    report = BenchReport(result, output_dir / JSON_NAME, output_dir / MARKDOWN_NAME)
-    with write_file(report.json_path) as partial:
-        partial.write_text(json.dumps(result.to_dict(), allow_nan=False) + "\n", encoding="utf-8")
-    with write_file(report.markdown_path) as partial:
-        partial.write_text(markdown(result), encoding="utf-8")
-    return report
+def write_report(
+    result: BenchResult, output_dir: Path, *, pictures: Pictures | None = None
+) -> BenchReport:
+    """Write bench.json, bench.md and bench.html into `output_dir`, each in one move.
+
+    The page is left out, with a warning, where the packages of the extra `bench` are missing.
+    """
+    write_text(output_dir / JSON_NAME, json.dumps(result.to_dict(), allow_nan=False) + "\n")
+    write_text(output_dir / MARKDOWN_NAME, markdown(result))
+    page_path: Path | None = output_dir / PAGE_NAME
+    try:
+        write_text(output_dir / PAGE_NAME, page(result, pictures))
+    except MissingExtraError as error:
+        logger.warning("no %s: %s", PAGE_NAME, error)
+        page_path = None
+    return BenchReport(result, output_dir / JSON_NAME, output_dir / MARKDOWN_NAME, page_path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move."""
+    with write_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def markdown(result: BenchResult) -> str:

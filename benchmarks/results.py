@@ -5,18 +5,23 @@ Rows are computed from raw observations and counted work; nothing here runs a mo
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
+from benchmarks.contract import Contract
 from benchmarks.flops import TextEncoderSize, stage_work
 from benchmarks.machine import Ceilings, Environment
 from benchmarks.memory import ColdRun
 from benchmarks.parity import Parity
+from benchmarks.scenarios import Scenario
 from benchmarks.timing import Observation, Percentiles, StageCall, percentiles
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.files import read_json
 from nsp.runtime.io import StageIO
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # 1 has no contract, no rivals and no sweep
 OUTSIDE = "outside stages"
 END_TO_END = "end to end"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
@@ -74,6 +79,43 @@ class Row(Config):
         return self.cost.roof_ms(ceilings) / self.candidate.p50
 
 
+Stopped = Literal["rounds", "stable", "time"]  # all rounds done, medians at rest, time is up
+
+
+def measured_times(
+    observations: Sequence[Observation],
+    contestant: str,
+    of: Callable[[Observation], float] = lambda o: o.wall_ms,
+) -> list[float]:
+    """Return the measured times of a contestant in ms, in order of the rounds."""
+    found = [o for o in observations if o.contestant == contestant and not o.warmup]
+    return [of(each) for each in sorted(found, key=lambda o: o.round)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(Config):
+    """A contestant beyond the two that are compared in every table."""
+
+    name: str
+    what: str  # in words
+    prepare_s: float | None = None  # compiling or exporting, the first images included
+    missing: str | None = None  # why it was not timed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint(Config):
+    """Raw times of one scenario of the sweep over batch sizes and threads."""
+
+    scenario: Scenario
+    observations: tuple[Observation, ...]
+
+    def times(
+        self, contestant: str, of: Callable[[Observation], float] = lambda o: o.wall_ms
+    ) -> list[float]:
+        """Return the measured times of a contestant in ms, in order of the rounds."""
+        return measured_times(self.observations, contestant, of)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchResult(Config):
     """Everything measured with one batch size."""
@@ -83,6 +125,13 @@ class BatchResult(Config):
     rows: tuple[Row, ...]  # stages in order, what is outside them, end to end
     scale_rows: tuple[Row, ...]  # the `step` stage, scale by scale
     observations: tuple[Observation, ...]  # raw, warm-up included
+    stopped: Stopped = "rounds"  # what ended it
+
+    def times(
+        self, contestant: str, of: Callable[[Observation], float] = lambda o: o.wall_ms
+    ) -> list[float]:
+        """Return the measured times of a contestant in ms, in order of the rounds."""
+        return measured_times(self.observations, contestant, of)
 
     @property
     def end_to_end(self) -> Row:
@@ -138,14 +187,31 @@ class BenchResult(Config):
     parity: Parity | None
     cold_runs: tuple[ColdRun, ...]
     warnings: tuple[str, ...]
+    contract: Contract | None = None  # None in schema 1
+    rivals: tuple[Entry, ...] = ()
+    sweep: tuple[SweepPoint, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the schema."""
-        if self.schema_version != SCHEMA:
+        if self.schema_version not in READABLE:
             raise ConfigError(
                 f"benchmark result has schema_version {self.schema_version}, "
-                f"this nsp reads {SCHEMA}; run: nsp bench"
+                f"this nsp reads {' and '.join(map(str, READABLE))}; run: nsp bench"
             )
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """Names of all that were timed: candidate, baseline, rivals."""
+        timed = [entry.name for entry in self.rivals if entry.missing is None]
+        return (self.candidate, *((self.baseline,) if self.baseline else ()), *timed)
+
+
+def read_result(path: Path) -> BenchResult:
+    """Return the result in a bench.json; raise ConfigError naming the file and what is wrong."""
+    try:
+        return BenchResult.from_dict(read_json(path))
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(f"{path} is no benchmark result ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -197,6 +263,7 @@ def batch_result(
     candidate: str,
     baseline: str | None,
     scale_names: Sequence[str],
+    stopped: Stopped = "rounds",
 ) -> BatchResult:
     """Return the rows of one batch size; observations of warm-up rounds are only kept."""
     measured = [each for each in observations if not each.warmup]
@@ -231,6 +298,7 @@ def batch_result(
         rows=tuple(rows),
         scale_rows=tuple(scale_rows),
         observations=tuple(observations),
+        stopped=stopped,
     )
 
 

@@ -1,7 +1,8 @@
 """What a benchmark runs on: an engine folder and, beside it, the PyTorch model it was made from."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,22 @@ def load_subject(
         text_encoder=TextEncoderSize.read(folder),
         weights_mib={**weights, BASELINE: _mib(folder.rglob("*.safetensors"))},
     )
+
+
+@contextmanager
+def torch_threads(subject: Subject, threads: int) -> Iterator[None]:
+    """Give PyTorch as many threads as the engines have, for as long as the block lasts."""
+    if subject.baseline is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:

@@ -8,6 +8,7 @@ from benchmarks.machine import Ceilings
 from benchmarks.memory import ColdRun
 from benchmarks.parity import Parity
 from benchmarks.results import BatchResult, BenchResult, Row
+from benchmarks.timing import Observation
 
 NONE = "-"
 
@@ -21,16 +22,22 @@ class Section:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     numbers: bool = True  # all columns but the first are aligned to the right
+    topic: str = ""  # chapter of the page it belongs to
 
 
 def sections(result: BenchResult) -> Iterator[Section]:
     """Yield every table of the report, in reading order: doubts come before numbers."""
     if result.warnings:
-        yield Section("Warnings", ("",), tuple((text,) for text in result.warnings), numbers=False)
+        doubts = tuple((text,) for text in result.warnings)
+        yield Section("Warnings", ("",), doubts, numbers=False, topic="warnings")
     for batch in result.batches:
         yield _latency_section(result, batch)
         if batch.scale_rows:
             yield _scales_section(result, batch)
+    if result.rivals:
+        yield _rivals_section(result)
+    if result.sweep:
+        yield _sweep_section(result)
     if result.cold_runs:
         yield _cold_section(result)
         yield _first_calls_section(result)
@@ -54,6 +61,7 @@ def _latency_section(result: BenchResult, batch: BatchResult) -> Section:
             (row.name, str(row.calls), *_row_cells(result, row, batch.batch)) for row in batch.rows
         ),
         notes=tuple(notes),
+        topic="latency",
     )
 
 
@@ -72,6 +80,7 @@ def _scales_section(result: BenchResult, batch: BatchResult) -> Section:
         title=f"Scale steps, batch {batch.batch}",
         header=("grid", *_row_header(result)),
         rows=tuple((row.name, *_row_cells(result, row, batch.batch)) for row in batch.scale_rows),
+        topic="latency",
     )
 
 
@@ -105,6 +114,69 @@ def _cost_cells(row: Row, ceilings: Ceilings | None) -> tuple[str, str, str, str
     )
 
 
+def _rivals_section(result: BenchResult) -> Section:
+    """Return everybody's whole batches, timed in the same rounds."""
+    known = {entry.name: entry for entry in result.rivals}
+    names = [*result.contestants, *(e.name for e in result.rivals if e.missing is not None)]
+    rows = []
+    for name in names:
+        entry = known.get(name)
+        cells = [_ms(entry.prepare_s * 1e3) if entry and entry.prepare_s else NONE]
+        for batch in result.batches:
+            times = batch.times(name)
+            whole = statistics.median(times) if times else None
+            loop = _loop_ms(batch, name)
+            cells += [NONE if value is None else _ms(value) for value in (whole, loop)]
+        rows.append((name, *cells))
+    batches = [f"batch {b.batch}, {part} ms" for b in result.batches for part in ("all", "loop")]
+    said = (
+        f"{e.name}: {e.what}" + (f"; not timed: {e.missing}" if e.missing else "")
+        for e in known.values()
+    )
+    return Section(
+        title="Rivals",
+        header=("contestant", "preparing ms", *batches),
+        rows=tuple(rows),
+        notes=(
+            "Medians of the same interleaved rounds; the loop is everything but text encoder and "
+            "decoder.",
+            *said,
+        ),
+        topic="rivals",
+    )
+
+
+def _loop_ms(batch: BatchResult, name: str) -> float | None:
+    """Return the median time of all but text encoder and decoder, None where they are not apart."""
+
+    def loop(observation: Observation) -> float:
+        ends = ("text_encoder", "decoder")
+        return observation.wall_ms - sum(observation.stage_total_ms(stage) for stage in ends)
+
+    times = batch.times(name, loop)
+    return statistics.median(times) if times else None
+
+
+def _sweep_section(result: BenchResult) -> Section:
+    """Return the medians behind the plots of batch sizes and threads."""
+    names = [name for name in (result.candidate, result.baseline) if name]
+    rows = []
+    for point in result.sweep:
+        medians = [statistics.median(point.times(name)) for name in names]
+        ratio = (f"{medians[1] / medians[0]:.2f}x",) if len(medians) > 1 else ()
+        each = _ms(medians[0] / point.scenario.batch)
+        rounds = str(len(point.times(names[0])))
+        cells = (rounds, *(_ms(value) for value in medians), each, *ratio)
+        rows.append((point.scenario.name, *cells))
+    speedup = ("speed-up",) if len(names) > 1 else ()
+    return Section(
+        title="Batch sizes and threads",
+        header=("", "rounds", *(f"{n} p50 ms" for n in names), "ms per image", *speedup),
+        rows=tuple(rows),
+        topic="sweep",
+    )
+
+
 def _cold_section(result: BenchResult) -> Section:
     names = dict.fromkeys(run.contestant for run in result.cold_runs)
     rows = []
@@ -131,6 +203,7 @@ def _cold_section(result: BenchResult) -> Section:
             "Medians over fresh processes. Moments count from the process's creation; the first "
             "call is from loaded to image. Memory is resident memory, libraries included.",
         ),
+        topic="memory",
     )
 
 
@@ -165,6 +238,7 @@ def _first_calls_section(result: BenchResult) -> Section:
         header=("stage", *(f"{name} {unit}" for name in names for unit in ("ms", "+MiB"))),
         rows=tuple(rows),
         notes=("Loading in the background counts into the call that waits for it.",),
+        topic="memory",
     )
 
 
@@ -213,6 +287,7 @@ def _parity_section(result: BenchResult, parity: Parity) -> Section:
             f"PSNR of the images: {_db(parity.forced_psnr_db)} from the same tokens, "
             f"{_db(parity.free_psnr_db)} free-running.",
         ),
+        topic="parity",
     )
 
 
@@ -240,7 +315,7 @@ def _environment_section(result: BenchResult) -> Section:
         *_ceiling_rows(result.ceilings),
         ("measured", f"{result.created}, {result.seconds:.0f} s"),
     )
-    return Section("Environment", ("", ""), rows, numbers=False)
+    return Section("Environment", ("", ""), rows, numbers=False, topic="environment")
 
 
 def _ceiling_rows(ceilings: Ceilings | None) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,26 +197,61 @@ class Contestant:
         return list(self._calls)
 
 
+class Timed(Protocol):
+    """What takes part in a round: a pipeline in this process, or a program in its own."""
+
+    name: str
+
+    def observe(self, request: Mapping[str, Any], *, number: int, place: int) -> Observation:
+        """Return the times of one batch of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stability:
+    """When a measurement may end early: no median moved by more than this over the last rounds."""
+
+    window: int  # rounds
+    tolerance: float  # of the median
+
+    def reached(self, observations: Sequence[Observation]) -> bool:
+        """Return whether every contestant's median is that of `window` rounds ago."""
+        walls: dict[str, list[float]] = defaultdict(list)
+        for each in observations:
+            if not each.warmup:
+                walls[each.contestant].append(each.wall_ms)
+        return bool(walls) and all(map(self._stands, walls.values()))
+
+    def _stands(self, walls: list[float]) -> bool:
+        if len(walls) < 2 * self.window:
+            return False
+        before, now = np.median(walls[: -self.window]), np.median(walls)
+        return bool(abs(now - before) <= self.tolerance * before)
+
+
 def interleaved(
-    contestants: Sequence[Contestant],
+    contestants: Sequence[Timed],
     request: Mapping[str, Any],
     *,
     rounds: int,
     warmup: int,
     min_rounds: int = 3,
     max_seconds: float = float("inf"),
+    stability: Stability | None = None,
     pause_s: float = PAUSE_S,
 ) -> Iterator[Observation]:
-    """Yield observations of `warmup` rounds, then of `rounds` measured ones.
+    """Yield observations of `warmup` rounds, then of at most `rounds` measured ones.
 
     The first contestant leads in even rounds, the last in odd ones. No further round starts after
-    `max_seconds` once `min_rounds` are measured.
+    `max_seconds` or once `stability` is reached, but for the first `min_rounds`.
     """
-    start = time.perf_counter()
+    start, seen = time.perf_counter(), list[Observation]()
     for number in range(-warmup, rounds):
-        if number >= min_rounds and time.perf_counter() - start > max_seconds:
-            return
+        if number >= min_rounds:
+            late = time.perf_counter() - start > max_seconds
+            if late or (stability is not None and stability.reached(seen)):
+                return
         order = contestants if number % 2 == 0 else contestants[::-1]
         for place, contestant in enumerate(order):
             time.sleep(pause_s)
-            yield contestant.observe(request, number=number, place=place)
+            seen.append(contestant.observe(request, number=number, place=place))
+            yield seen[-1]

@@ -30,6 +30,8 @@ _EXTRAS = {
     "onnxscript": "export",
     "polygraphy": "export",
     "accelerate": "train",
+    "matplotlib": "bench",
+    "jinja2": "bench",
 }
 
 _F = TypeVar("_F", bound=Callable[..., Any])

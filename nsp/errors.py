@@ -11,6 +11,7 @@ NspError
 ├── BackendError        a runtime that is not installed, cannot run here, or failed
 ├── ExportError         an export step that failed
 │   └── ParityError     an exported stage that does not compute what the PyTorch model computes
+├── RegressionError     engines that became slower than a comparison allows
 └── MissingExtraError   an optional package that is not installed
 
 One line each: what was given, what is allowed, what to do next. `cli.py` prints that line and exits
@@ -60,6 +61,10 @@ class ExportError(NspError):
 
 class ParityError(ExportError):
     """An exported stage does not compute what the PyTorch model computes."""
+
+
+class RegressionError(NspError):
+    """Engines became slower than a comparison allows."""
 
 
 class MissingExtraError(NspError):

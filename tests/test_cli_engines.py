@@ -116,7 +116,7 @@ def test_inspect_shows_every_stage_with_its_parity(engines):
     assert all(size > 0 for size in manifest["sizes"].values())
 
 
-def test_bench_ends_with_one_line_of_json_and_two_reports(
+def test_bench_ends_with_one_line_of_json_and_three_reports(
     engines, tiny_checkpoint, tmp_path, monkeypatch
 ):
     small = {"candidate_processes": 0, "baseline_processes": 0, "gemm_side": 64}
@@ -124,7 +124,8 @@ def test_bench_ends_with_one_line_of_json_and_two_reports(
     options = ("--engine-dir", engines, "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path)
     result = nsp("bench", *options, "--quick", "--rounds", 2, "--batch-size", 1)
     assert result.exit_code == 0, result.output
-    *_, report, data, last = result.stdout.splitlines()
+    *_, report, data, page, last = result.stdout.splitlines()
+    assert page == f"page: {tmp_path / 'bench.html'}"
     assert report == f"report: {tmp_path / 'bench.md'}"
     assert data == f"data: {tmp_path / 'bench.json'}"
     assert json.loads(last)["batches"][0]["p50_ms"] > 0

@@ -61,5 +61,7 @@ def result(
 ) -> BenchResult:
     """Everything `measure` finds, one fresh process included."""
     folder = tmp_path_factory.mktemp("bench")
-    options = BenchOptions(engine_dir=folder, output_dir=folder, batch_sizes=(1, 2), threads=1)
+    options = BenchOptions(
+        engine_dir=folder, output_dir=folder, batch_sizes=(1, 2), threads=1, quick=True
+    )
     return measure(subject, options, SMALL, threads=1, on_event=events.append)

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from benchmarks.subject import Subject
 from benchmarks.tables import sections
 from nsp.errors import ConfigError
 from tests.benchmarks.conftest import SMALL
+
+
+@pytest.fixture(autouse=True)
+def drawn_elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the drawing of the page, two seconds each, to its own tests."""
+    if "packages" not in request.node.name:
+        monkeypatch.setattr("benchmarks.report.page", lambda result, pictures: "drawn elsewhere")
 
 
 def test_a_small_benchmark_measures_everything(result: BenchResult, subject: Subject) -> None:
@@ -54,13 +62,13 @@ def test_json_on_disk_is_the_result_and_holds_no_nan(result: BenchResult, tmp_pa
         raise AssertionError(constant)
 
     values = json.loads(report.json_path.read_text(), parse_constant=refuse)
-    assert values["schema_version"] == 1
+    assert values["schema_version"] == 2
     assert BenchResult.from_dict(values) == result
 
 
 def test_another_schema_is_refused(result: BenchResult) -> None:
-    with pytest.raises(ConfigError, match="schema_version 2"):
-        BenchResult.from_dict({**result.to_dict(), "schema_version": 2})
+    with pytest.raises(ConfigError, match="schema_version 3"):
+        BenchResult.from_dict({**result.to_dict(), "schema_version": 3})
 
 
 def test_markdown_holds_every_row_of_every_table(result: BenchResult) -> None:
@@ -162,15 +170,41 @@ def test_run_writes_its_files_only_once_everything_is_measured(
         if event.activity == "batch 2":
             raise KeyboardInterrupt
 
-    options = BenchOptions(engine_dir=tmp_path, output_dir=folder, batch_sizes=(1, 2), threads=1)
+    options = BenchOptions(
+        engine_dir=tmp_path, output_dir=folder, batch_sizes=(1, 2), threads=1, quick=True
+    )
     with pytest.raises(KeyboardInterrupt):
         run(options, on_event=stop)
     assert not folder.exists()
     monkeypatch.setattr(bench, "_cold_runs", lambda *args: ())
     report = run(options)
-    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "bench.html",
+        "bench.json",
+        "bench.md",
+    ]
     assert report.result.options["batch_sizes"] == [1, 2]
     assert report.result.options["rounds"] == 1
+
+
+def test_without_the_packages_that_draw_it_the_page_is_left_out_with_a_warning(
+    result: BenchResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    report = write_report(result, tmp_path)
+    assert report.page_path is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
+    assert "nsp[bench]" in caplog.text
+
+
+def test_results_tell_no_folder_of_the_machine(result: BenchResult) -> None:
+    text = json.dumps(result.to_dict())
+    assert result.options["output_dir"].startswith("bench")
+    assert str(Path.home()) not in text
+    assert "/tmp" not in text
 
 
 def test_warnings_come_before_all_numbers(result: BenchResult) -> None:

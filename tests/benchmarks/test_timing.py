@@ -1,7 +1,9 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
-from benchmarks.timing import Contestant, interleaved, percentiles
+from benchmarks.timing import Contestant, Observation, Stability, interleaved, percentiles
 from nsp.runtime.pipeline import Pipeline
 
 REQUEST = {"prompts": ["red apple"], "seed": 3}
@@ -79,3 +81,50 @@ def test_stage_calls_tell_the_sizes_of_every_scale(reference: Pipeline) -> None:
     assert [sizes["L"] for sizes in steps] == lengths
     assert [sizes["P"] for sizes in steps] == [sum(lengths[:i]) for i in range(len(lengths))]
     assert {sizes["G"] for sizes in steps} == {2}  # guidance is on
+
+
+def walls(contestant: str, values: list[float]) -> list[Observation]:
+    return [
+        Observation(contestant=contestant, round=n, place=0, wall_ms=value, stage_ms={})
+        for n, value in enumerate(values)
+    ]
+
+
+def test_a_measurement_is_stable_when_no_median_moved_over_the_window() -> None:
+    stability = Stability(window=3, tolerance=0.02)
+    steady = walls("a", [10, 11, 9, 10, 11, 9])
+    assert stability.reached(steady)
+    assert not stability.reached(steady[:5])  # two windows are needed
+    assert not stability.reached([*steady, *walls("b", [10, 10, 10, 14, 14, 14])])
+    assert stability.reached([*steady, *walls("b", [10, 10, 10, 10.1, 10.1, 10.1])])
+    warm_up = Observation(contestant="a", round=-1, place=0, wall_ms=999, stage_ms={})
+    assert stability.reached([warm_up, *steady])
+    assert not stability.reached([warm_up])
+
+
+class Clock:
+    """A contestant that takes the times it is given, over and over."""
+
+    def __init__(self, name: str, values: list[float]) -> None:
+        self.name, self.values = name, values
+
+    def observe(self, request: Any, *, number: int, place: int) -> Observation:
+        return Observation(
+            contestant=self.name,
+            round=number,
+            place=place,
+            wall_ms=self.values[number % len(self.values)],
+            stage_ms={},
+        )
+
+
+def test_rounds_end_with_stability_and_never_go_past_the_most() -> None:
+    stability = Stability(window=4, tolerance=0.01)
+
+    def rounds(values: list[float]) -> int:
+        contestants = [Clock("a", [5.0]), Clock("b", values)]
+        seen = interleaved(contestants, {}, rounds=40, warmup=1, stability=stability, pause_s=0)
+        return sum(not each.warmup for each in seen) // 2
+
+    assert rounds([7.0]) == 8
+    assert rounds([float(2**n) for n in range(40)]) == 40

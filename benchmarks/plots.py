@@ -1,0 +1,404 @@
+"""What the report plots of a result."""
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.machine import Ceilings
+from benchmarks.parity import Parity
+from benchmarks.results import BatchResult, BenchResult, Row
+from benchmarks.svg import FAINT, INK, MARKERS, SERIES, Plot, draw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plots(result: BenchResult) -> list[Plot]:
+    """Return every plot there are data for, in reading order."""
+    first = result.batches[0]
+    made = [_waterfall(result, first), _speedups(result)]
+    ceilings = result.ceilings
+    if ceilings is not None and any(row.cost for row in first.rows):
+        made.append(_roofline(result, ceilings))
+    if result.parity is not None:
+        made.append(_parity(result, result.parity))
+        if result.parity.flips:
+            made.append(_flips(result.parity))
+    if result.cold_runs:
+        made.append(_memory(result))
+    if first.scale_rows:
+        made.append(_tokens(result))
+    if result.sweep:
+        made += [_batches(result), _threads(result)]
+    return made
+
+
+def _waterfall(result: BenchResult, batch: BatchResult) -> Plot:
+    """Return when every stage of every scale runs, at medians, one line per scale."""
+    stages = list(dict.fromkeys(row.name for row in batch.rows[:-2]))
+    colors = dict(zip(stages, itertools.cycle(SERIES), strict=False))
+    scales = [row.name for row in batch.scale_rows]
+    names = [name for name in (result.candidate, result.baseline) if name]
+
+    def paint(axes: "Axes") -> str:
+        labels: list[str] = []
+        for offset, name in zip((0.0, 0.42), names, strict=False):
+            lanes = _lanes(batch, name, stages, scales)
+            labels = [label for label, _ in lanes]
+            at = 0.0
+            for lane, (_, parts) in enumerate(lanes):
+                for stage, ms in parts:
+                    color = colors.get(stage, FAINT)
+                    axes.barh(
+                        lane + offset,
+                        ms,
+                        left=at,
+                        height=0.36,
+                        color=color,
+                        alpha=1 if name == result.candidate else 0.45,
+                    )
+                    at += ms
+            axes.text(at, len(lanes) - 1 + offset, f" {name} {at:.3g} ms", va="center", fontsize=9)
+        axes.set_yticks([n + 0.2 for n in range(len(labels))], labels)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(right=axes.get_xlim()[1] * 1.3)
+        axes.set_xlabel("ms since the prompt arrived")
+        for stage, color in colors.items():
+            axes.barh(0, 0, color=color, label=stage)
+        axes.figure.legend(loc="outside upper center", ncols=3)
+        return ""
+
+    pale = f" Solid is {result.candidate}, pale {result.baseline}." if result.baseline else ""
+    return draw(
+        "waterfall",
+        f"Where the time goes, batch {batch.batch}",
+        f"Median time of every stage call, scale by scale, one after the other.{pale}",
+        1.5 + 0.36 * (len(scales) + len(stages) - 1),
+        paint,
+    )
+
+
+def _lanes(
+    batch: BatchResult, name: str, stages: Sequence[str], scales: Sequence[str]
+) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Return (label, [(stage, ms)]) line by line: once-per-image stages, scales, the rest."""
+    medians = {
+        stage: [
+            float(np.median([o.stage_ms[stage][call] for o in measured]))
+            for call in range(min(len(o.stage_ms[stage]) for o in measured))
+        ]
+        for stage in stages
+        if (measured := [o for o in batch.observations if o.contestant == name and not o.warmup])
+        and all(stage in o.stage_ms for o in measured)
+    }
+    per_scale = {stage for stage, calls in medians.items() if len(calls) == len(scales) > 1}
+    single = [stage for stage in stages if stage in medians and stage not in per_scale]
+    lanes = [(stage, [(stage, sum(medians[stage]))]) for stage in single if stage != "decoder"]
+    for index, scale in enumerate(scales):
+        parts = [(s, medians[s][index]) for s in stages if s in per_scale]
+        lanes.append((scale, parts))
+    if "decoder" in single:
+        lanes.append(("decoder", [("decoder", sum(medians["decoder"]))]))
+    outside = float(np.median(batch.times(name, lambda o: o.outside_ms)))
+    lanes.append(("outside", [("outside", max(outside, 0.0))]))
+    return lanes
+
+
+def _speedups(result: BenchResult) -> Plot:
+    """Return how many times as fast as the baseline everybody is, with intervals."""
+    reference = result.baseline or result.candidate
+    names = list(result.contestants)
+
+    def paint(axes: "Axes") -> str:
+        said = []
+        height = 0.8 / len(result.batches)
+        for number, batch in enumerate(result.batches):
+            base = np.array(batch.times(reference))
+            for lane, name in enumerate(names):
+                value, low, high = median_ratio(base, np.array(batch.times(name)))
+                at = lane + (number - (len(result.batches) - 1) / 2) * height
+                label = f"batch {batch.batch}" if not lane else None
+                axes.barh(
+                    at,
+                    value,
+                    height * 0.88,
+                    color=SERIES[number % len(SERIES)],
+                    label=label,
+                    xerr=[[value - low], [high - value]],
+                    ecolor=INK,
+                    capsize=2,
+                )
+                axes.annotate(
+                    f"{value:.2f}×",
+                    (high, at),
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=9,
+                )
+                if name != reference:
+                    said.append(f"{name} at batch {batch.batch}: {value:.2f} times.")
+        axes.axvline(1, color=FAINT, linewidth=1, linestyle="--")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
+        axes.set_xlabel(f"times as fast as {reference}, end to end")
+        axes.figure.legend(loc="outside upper center", ncols=3)
+        return " ".join(said)
+
+    return draw(
+        "speedups",
+        "Speed beside the baselines",
+        "Medians over interleaved rounds; whiskers: 95 % intervals (bootstrap over rounds).",
+        1.3 + 0.3 * len(names) * max(1.4, len(result.batches)),
+        paint,
+    )
+
+
+def median_ratio(base: Any, times: Any) -> tuple[float, float, float]:
+    """Return the ratio of medians, as tables show it, and its 95 % bootstrap interval over rounds.
+
+    A round is drawn as a whole: what slowed everybody in it cancels.
+    """
+    count = min(len(base), len(times))
+    picks = np.random.default_rng(0).integers(0, count, (2000, count))
+    ratios = np.median(base[:count][picks], axis=1) / np.median(times[:count][picks], axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    value = float(np.median(base) / np.median(times))
+    return value, min(float(low), value), max(float(high), value)
+
+
+def _roofline(result: BenchResult, ceilings: Ceilings) -> Plot:
+    """Return every stage's rate over its operations per byte, under this run's ceilings."""
+
+    def paint(axes: "Axes") -> str:
+        points: list[tuple[float, float]] = []
+        for number, batch in enumerate({b.batch: b for b in result.batches}.values()):
+            color = SERIES[number % len(SERIES)]
+            steps = [_intensity(row) for row in batch.scale_rows if row.cost]
+            axes.plot(*zip(*steps, strict=True), "o-", color=color, label=f"batch {batch.batch}")
+            points += steps
+            for kind, row in enumerate(_counted_stages(batch)):
+                point = _intensity(row)
+                label = row.name if not number else None
+                axes.plot(*point, MARKERS[1 + kind], color=color, markersize=7, markeredgecolor=INK)
+                axes.plot([], [], MARKERS[1 + kind], color=FAINT, label=label)
+                points.append(point)
+        peak, bandwidth = ceilings.gemm_peak_gflops, ceilings.bandwidth_gb_s
+        left = min(x for x, _ in points) / 2
+        right = max(4 * peak / bandwidth, 2 * max(x for x, _ in points))
+        xs = np.geomspace(left, right, 200)
+        axes.plot(xs, np.minimum(peak, xs * bandwidth), color=INK, linewidth=1.4)
+        top = f"GEMM peak {peak:.0f} GFLOP/s, memory {bandwidth:.0f} GB/s"
+        axes.text(right, 1.15 * peak, top, ha="right", fontsize=9)
+        axes.set(xscale="log", yscale="log")
+        axes.set_ylim(top=peak * 2.2, bottom=min(y for _, y in points) / 2.5)
+        axes.set_xlabel("floating-point operations per byte moved")
+        axes.set_ylabel("GFLOP/s")
+        axes.figure.legend(loc="outside upper center", ncols=3)
+        return f"The roof: {peak:.0f} GFLOP/s, reached from {peak / bandwidth:.1f} FLOP per byte."
+
+    return draw(
+        "roofline",
+        "How near to the machine's ceilings",
+        f"Rates of {result.candidate} at medians under the GEMM peak and the memory bandwidth "
+        "measured in this run. Lines join the scale steps, from few tokens to many. Caches let "
+        "small stages rise above the slope.",
+        3.9,
+        paint,
+    )
+
+
+def _counted_stages(batch: BatchResult) -> list[Row]:
+    """Return the rows of stages with counted work, but for the step, which has rows of its own."""
+    rows = batch.rows[:-2]
+    names = {"step"} if batch.scale_rows else set[str]()
+    return [row for row in rows if row.cost and row.cost.gflop and row.name not in names]
+
+
+def _intensity(row: Row) -> tuple[float, float]:
+    """Return operations per byte, and GFLOP/s at the median."""
+    assert row.cost is not None
+    return (
+        1e9 * row.cost.gflop / (row.cost.mib * 2**20),
+        1e3 * row.cost.gflop / row.candidate.p50,
+    )
+
+
+def _parity(result: BenchResult, parity: Parity) -> Plot:
+    """Return error and divergence of every scale."""
+    names = [f"{side}×{side}" for side in result.model.schedule]
+    errors = [scale.max_relative_error for scale in parity.scales]
+    series = (
+        ("largest error of the logits, of their range", errors),
+        ("KL divergence, nats per token", [scale.kl_mean for scale in parity.scales]),
+    )
+
+    def paint(axes: "Axes") -> str:
+        for number, (label, values) in enumerate(series):
+            shown = [value or float("nan") for value in values]  # zero has no place on a log axis
+            axes.plot(names, shown, MARKERS[number] + "-", color=SERIES[number], label=label)
+        axes.set_yscale("log")
+        axes.set_xlabel("grid of the scale")
+        axes.figure.legend(loc="outside upper center")
+        agreement = min(scale.token_agreement for scale in parity.scales)
+        return f"The scale with the fewest equal tokens has {100 * agreement:.2f} % of them."
+
+    return draw(
+        "parity",
+        "How closely the logits agree",
+        f"{parity.candidate} against {parity.reference}, with the same tokens fed to both. "
+        "Exact zeros are left out.",
+        3.1,
+        paint,
+    )
+
+
+def _flips(parity: Parity) -> Plot:
+    """Return every flip's margin against the measured error that must explain it."""
+
+    def paint(axes: "Axes") -> str:
+        errors = np.array([flip.cdf_error for flip in parity.flips])
+        margins = np.array([max(flip.margin, 1e-9) for flip in parity.flips])
+        axes.loglog(errors, margins, "o", color=SERIES[0], alpha=0.8, markersize=5)
+        low = 0.5 * min(errors.min(), margins.min())
+        ends = [low, 2 * max(errors.max(), margins.max())]
+        axes.plot(ends, ends, "--", color=INK, label="margin = error")
+        axes.set_xlabel("largest difference of the two distributions")
+        axes.set_ylabel("margin of the draw")
+        axes.figure.legend(loc="outside upper center")
+        return f"{sum(f.explained for f in parity.flips)} of {len(parity.flips)} lie below it."
+
+    return draw(
+        "flips",
+        "Tokens that flipped",
+        "Below the line the measured error is large enough to move the draw.",
+        3.1,
+        paint,
+    )
+
+
+def _memory(result: BenchResult) -> Plot:
+    """Return resident memory of fresh processes beside the weights on disk."""
+    names = list(dict.fromkeys(run.contestant for run in result.cold_runs))
+    parts = (
+        ("after imports", "imported_mib"),
+        ("after loading", "loaded_mib"),
+        ("peak", "peak_mib"),
+    )
+
+    def paint(axes: "Axes") -> str:
+        for number, (label, field) in enumerate(parts):
+            values = [
+                float(np.median([getattr(r, field) for r in result.cold_runs if r.contestant == n]))
+                for n in names
+            ]
+            places = np.arange(len(names)) + (number - 1) * 0.27
+            axes.barh(places, values, 0.24, color=SERIES[number], label=label)
+            for place, value in zip(places, values, strict=True):
+                axes.text(value, place, f" {value:.0f}", va="center", fontsize=9)
+        for lane, name in enumerate(names):
+            size = result.model.weights_mib.get(name)
+            if size is not None:
+                axes.plot([size, size], [lane - 0.42, lane + 0.42], color=INK, linewidth=2)
+        axes.plot([], [], color=INK, linewidth=2, label="weight files")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
+        axes.set_xlabel("resident memory, MiB")
+        axes.figure.legend(loc="outside upper center", ncols=2)
+        return ""
+
+    return draw(
+        "memory",
+        "Memory of a fresh process",
+        "Medians; shared libraries are included, so what imports bring is shown apart.",
+        1.3 + 0.8 * len(names),
+        paint,
+    )
+
+
+def _tokens(result: BenchResult) -> Plot:
+    """Return how the time of a scale step grows with its tokens."""
+    tokens = [side**2 for side in result.model.schedule]
+
+    def paint(axes: "Axes") -> str:
+        from matplotlib.ticker import LogLocator
+
+        for number, batch in enumerate(result.batches):
+            color = SERIES[number % len(SERIES)]
+            ours = [row.candidate.p50 for row in batch.scale_rows]
+            label = f"{result.candidate}, batch {batch.batch}"
+            axes.loglog(tokens, ours, MARKERS[number] + "-", color=color, label=label)
+            theirs = [row.baseline.p50 for row in batch.scale_rows if row.baseline]
+            if theirs:
+                label = f"{result.baseline}, batch {batch.batch}"
+                axes.loglog(tokens, theirs, MARKERS[number] + ":", color=color, label=label)
+        axes.set_xticks(tokens, [str(count) for count in tokens])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("tokens of the scale")
+        axes.set_ylabel("ms per step")
+        axes.figure.legend(loc="outside upper center", ncols=2)
+        return ""
+
+    return draw("tokens", "Cost over tokens", "Median of the step of each scale.", 3.3, paint)
+
+
+def _batches(result: BenchResult) -> Plot:
+    """Return the time per image over the batch size, a line for every number of threads."""
+
+    def paint(axes: "Axes") -> str:
+        lines = 0
+        for threads in dict.fromkeys(point.scenario.threads for point in result.sweep):
+            points = [p for p in result.sweep if p.scenario.threads == threads]
+            sizes = [p.scenario.batch for p in points]
+            for name, dash in ((result.candidate, "-"), (result.baseline, ":")):
+                if name is None:
+                    continue
+                times = [float(np.median(p.times(name))) / p.scenario.batch for p in points]
+                plural = "s" if threads > 1 else ""
+                axes.plot(
+                    sizes, times, MARKERS[lines // 2] + dash, color=SERIES[lines // 2],
+                    label=f"{name}, {threads} thread{plural}",
+                )  # fmt: skip
+                lines += 1 if result.baseline else 2
+        axes.set_xticks(sizes)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("images at once")
+        axes.set_ylabel("ms per image")
+        axes.figure.legend(loc="outside upper center", ncols=2)
+        return ""
+
+    return draw("batches", "Cost over batch size", "Medians, end to end, per image.", 3.3, paint)
+
+
+def _threads(result: BenchResult) -> Plot:
+    """Return how many times as fast as with one thread every batch size is."""
+    counts = sorted({point.scenario.threads for point in result.sweep})
+
+    def paint(axes: "Axes") -> str:
+        for number, batch in enumerate(sorted({p.scenario.batch for p in result.sweep})):
+            points = {p.scenario.threads: p for p in result.sweep if p.scenario.batch == batch}
+            walls = [float(np.median(points[n].times(result.candidate))) for n in counts]
+            gains = [walls[0] / wall for wall in walls]
+            axes.plot(
+                counts, gains, MARKERS[number] + "-", color=SERIES[number], label=f"batch {batch}"
+            )
+        axes.plot(counts, counts, "--", color=INK, linewidth=1, label="perfect")
+        axes.set_xticks(counts)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("threads")
+        axes.set_ylabel("times as fast as with one")
+        axes.figure.legend(loc="outside upper center", ncols=3)
+        return ""
+
+    return draw(
+        "threads", "Gain from threads", f"Medians of {result.candidate}, end to end.", 3.1, paint
+    )

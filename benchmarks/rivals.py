@@ -1,0 +1,210 @@
+"""What else one could run: torch.compile, and the ONNX a plain export gives. Both on the CPU.
+
+Each is an ordinary backend, so that the same loop drives it in the same rounds. They are made from
+the baseline's checkpoint; a rival that cannot be made is reported with the reason.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.results import Entry
+from benchmarks.subject import Subject
+from benchmarks.timing import Contestant
+from nsp.checkpoint import read_checkpoint
+from nsp.errors import BackendError, NspError
+from nsp.runtime.backends.base import Backend
+from nsp.runtime.io import Shape, StageIO
+from nsp.runtime.kv_arena import KVArena, KVShape
+from nsp.runtime.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+_PLAIN_OPSET = 18  # what torch.onnx.export writes unless told otherwise
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One way to run the model; `make` returns its backend from a loaded system."""
+
+    name: str
+    what: str
+    make: Callable[[Pipeline, Any, int], Backend]
+
+
+def _compiled(reference: Pipeline, system: Any, threads: int) -> Backend:
+    """Return the PyTorch backend with every stage compiled; threads are the process's."""
+    from nsp.runtime.backends.torch import TorchBackend
+
+    stages = reference.family.get("stages")(system, "delta")
+    backend = TorchBackend(stages, reference.backend.stages_io, kv_layout="delta", device="cpu")
+    for module in stages.values():
+        module.compile()
+    return backend
+
+
+def _plain_onnx(reference: Pipeline, system: Any, threads: int) -> Backend:
+    """Return ONNX Runtime with what `torch.onnx.export` makes of the modules as they stand."""
+    from export.onnx_export import export_stage
+
+    family = reference.family
+    stages = family.get("stages")(system, "present")
+    stages["step"].attend = attend_joined
+    stages_io: Mapping[str, StageIO] = family.get("stages_io")(system.config, "present", "float32")
+    sizes = family.get("trace_sizes")
+    with tempfile.TemporaryDirectory(prefix="nsp-plain-") as root:
+        files = {}
+        for stage, io in stages_io.items():
+            if stage == "select_smooth":  # not timed
+                continue
+            (folder := Path(root) / stage).mkdir()
+            files[stage] = export_stage(
+                stages[stage], io, folder, name=stage, opset=_PLAIN_OPSET, trace_sizes=sizes
+            )
+        return PlainOnnxBackend(files, stages_io, num_threads=threads)
+
+
+RIVALS: Mapping[str, Rival] = {
+    "torch.compile": Rival("torch.compile", "PyTorch with torch.compile, default mode", _compiled),
+    "plain-onnx": Rival(
+        "plain-onnx",
+        "torch.onnx.export as it stands, caches joined in the graph and handed over as new "
+        "arrays, ONNX Runtime with default options",
+        _plain_onnx,
+    ),
+}
+
+
+def attend_joined(q_GLHK: Any, k_GLHK: Any, v_GLHK: Any, past: Any, *, scale: float) -> Any:
+    """Return attention (G,L,H,K) and all keys and values (G,H,P+L,K): the usual model code."""
+    import torch
+    import torch.nn.functional as F
+
+    k = torch.cat([past[0], k_GLHK.transpose(1, 2)], dim=2)
+    v = torch.cat([past[1], v_GLHK.transpose(1, 2)], dim=2)
+    mixed = F.scaled_dot_product_attention(q_GLHK.transpose(1, 2), k, v, scale=scale)
+    return mixed.transpose(1, 2), (k, v)
+
+
+class PlainOnnxBackend(Backend):
+    """ONNX Runtime as its first example shows it: `session.run` on dictionaries of new arrays."""
+
+    name: ClassVar[str] = "plain-onnx"
+    kv_layout = "present"
+
+    def __init__(
+        self, files: Mapping[str, Path], stages_io: Mapping[str, StageIO], *, num_threads: int
+    ) -> None:
+        super().__init__(stages_io)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads  # as all contestants
+        self._sessions = {
+            stage: onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for stage, path in files.items()
+        }
+        self._arena: _JoinedArena | None = None
+
+    def run(
+        self, stage: str, feeds: Mapping[str, Any], outputs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return all outputs as new arrays; the cache among them becomes the next past."""
+        session = self._sessions[stage]
+        names = [argument.name for argument in session.get_inputs()]
+        found = session.run(list(self.stages_io[stage].outputs), {n: feeds[n] for n in names})
+        results = dict(zip(self.stages_io[stage].outputs, found, strict=True))
+        if stage == "step" and self._arena is not None:
+            self._arena.take(results)
+        return results
+
+    def upload(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return the array."""
+        return np.asarray(array, order="C")
+
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return a copy."""
+        return np.array(array)
+
+    def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
+        """Return uninitialised memory."""
+        return np.empty(shape, dtype)
+
+    def arena(self, shape: KVShape) -> KVArena:
+        """Return a cache that keeps what the last step returned."""
+        self._arena = _JoinedArena(shape)
+        return self._arena
+
+
+class _JoinedArena(KVArena):
+    """No arena at all: the arrays of the last step."""
+
+    def __init__(self, shape: KVShape) -> None:
+        super().__init__(shape)
+        empty = np.empty((shape.rows, shape.num_heads, 0, shape.head_width), shape.dtype)
+        self._past: dict[str, Any] = dict.fromkeys(self._names("past"), empty)
+
+    def past(self) -> dict[str, Any]:
+        """Return the last step's keys and values."""
+        return self._past
+
+    def new(self, num_tokens: int) -> dict[str, Any]:
+        """Return nothing: outputs are new arrays."""
+        return {}
+
+    def take(self, results: Mapping[str, Any]) -> None:
+        """Keep a step's keys and values."""
+        names = zip(self._names("past"), self._names("new"), strict=True)
+        self._past = {past: results[new] for past, new in names}
+
+
+def make_rivals(
+    names: Sequence[str],
+    subject: Subject,
+    *,
+    threads: int,
+    batches: Sequence[int],
+    seed: int,
+    on_start: Callable[[str], None],
+) -> Iterator[tuple[Entry, Contestant | None]]:
+    """Yield every rival asked for: ready, having made a batch of every size, or with its reason."""
+    for name in names:
+        rival = RIVALS[name]
+        on_start(f"preparing {name}")
+        start = time.perf_counter()
+        try:
+            pipeline = _pipeline(rival, subject, threads)
+            for batch in batches:
+                request: dict[str, Any] = {**subject.conditions(batch), "seed": seed}
+                pipeline.generate(**request)
+        except (NspError, RuntimeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.warning("%s is not timed: %s", name, reason)
+            yield Entry(name=name, what=rival.what, missing=reason), None
+            continue
+        seconds = round(time.perf_counter() - start, 2)
+        yield Entry(name=name, what=rival.what, prepare_s=seconds), Contestant(name, pipeline)
+
+
+def _pipeline(rival: Rival, subject: Subject, threads: int) -> Pipeline:
+    """Return the rival's pipeline; raise BackendError where there is nothing to make it from."""
+    if subject.baseline is None:
+        raise BackendError(f"it is made from the PyTorch model: {subject.baseline_missing}")
+    if subject.device != "cpu":
+        raise BackendError(f"nsp bench times it on a CPU only, the engines run on {subject.device}")
+    reference = subject.baseline.pipeline
+    system = read_checkpoint(subject.baseline.source.path).load()
+    return Pipeline(
+        reference.family,
+        reference.config,
+        rival.make(reference, system, threads),
+        tokenizer=reference.tokenizer,
+        sampling=subject.candidate.pipeline.sampling,
+    )

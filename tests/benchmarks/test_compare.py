@@ -1,0 +1,171 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.compare import Ratio, compare_results, parse_threshold
+from benchmarks.results import BenchResult, batch_result
+from benchmarks.timing import Observation
+from cli import main
+from nsp.errors import ConfigError
+
+ROUNDS = 30
+
+
+def observed(
+    result: BenchResult,
+    *,
+    engines: float = 1.0,
+    machine: float = 1.0,
+    seed: int = 0,
+    **changes: Any,
+) -> BenchResult:
+    """Return `result` with made-up times: engines and the whole machine so many times as slow."""
+    rng = np.random.default_rng(seed)
+    observations = []
+    for number in range(ROUNDS):
+        weather = machine * rng.uniform(0.8, 1.3)  # shared by everybody in the round
+        for place, (name, base) in enumerate(((result.candidate, 50 * engines), ("torch", 100))):
+            wall = base * weather * rng.normal(1, 0.01)
+            stages = {"step": (0.6 * wall,), "decoder": (0.3 * wall,)}
+            observations.append(
+                Observation(
+                    contestant=name, round=number, place=place, wall_ms=wall, stage_ms=stages
+                )
+            )
+    batch = batch_result(
+        observations, [], batch=1, candidate=result.candidate, baseline="torch", scale_names=[]
+    )
+    rows = [row for row in result.batches[0].rows if row.name in ("step", "decoder")]
+    batch = dataclasses.replace(batch, rows=(*rows, *batch.rows[-2:]))
+    return dataclasses.replace(result, batches=(batch,), warnings=())
+
+
+def verdict(old: BenchResult, new: BenchResult, threshold: float = 0.05) -> str:
+    return compare_results(old, new, threshold=threshold).verdicts[1]
+
+
+def test_a_change_of_the_engines_is_told_from_chance(result: BenchResult) -> None:
+    old = observed(result)
+    assert verdict(old, observed(result, seed=1)) == "same"
+    assert verdict(old, observed(result, engines=1.1, seed=1)) == "slower"
+    assert verdict(old, observed(result, engines=1.1, seed=1), threshold=0.2) == "same"
+    assert verdict(old, observed(result, engines=0.8, seed=1)) == "faster"
+
+
+def test_a_slower_machine_is_no_regression_while_the_baseline_tells_of_it(
+    result: BenchResult,
+) -> None:
+    old, new = observed(result), observed(result, machine=1.5, seed=1)
+    found = compare_results(old, new, threshold=0.05)
+    assert found.verdicts == {1: "same"}
+    (change,) = found.batches
+    assert change.adjusted
+    assert change.baseline is not None
+    assert 1.3 < change.plain.value < 1.7
+    assert 1.3 < change.baseline.value < 1.7
+    assert change.gate.low <= change.gate.value <= change.gate.high
+    other = dataclasses.replace(
+        new.environment, packages={**new.environment.packages, "torch": "9.9"}
+    )
+    changed = dataclasses.replace(new, environment=other)
+    found = compare_results(old, changed, threshold=0.05)  # another baseline measures nothing
+    assert not found.batches[0].adjusted
+    assert found.verdicts == {1: "slower"}
+    assert any("torch: " in note and "9.9" in note for note in found.notes)
+
+
+def test_stages_are_compared_one_by_one(result: BenchResult) -> None:
+    found = compare_results(observed(result), observed(result, engines=2, seed=1), threshold=0.05)
+    assert set(found.batches[0].stages) == {"step", "decoder"}
+    assert all(1.7 < ratio.value < 2.3 for ratio in found.batches[0].stages.values())
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(result: BenchResult) -> None:
+    held = 0
+    for seed in range(20):
+        old, new = observed(result, seed=2 * seed + 10), observed(result, seed=2 * seed + 11)
+        ratio = compare_results(old, new, threshold=0.05).batches[0].gate
+        held += ratio.low <= 1 <= ratio.high
+    assert held >= 15
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("weights", "f" * 64, "weights: "),
+        ("seed", 7, "seed: 0 and 7"),
+        ("schedule", (1, 2), "schedule: "),
+        ("image_size_px", 512, "image size px: "),
+        ("timing_boundary", "without the decoder", "timing boundary: "),
+        ("conditions", ("a dove",), "prompts: "),
+        ("machine", {"processor": "another"}, "machine processor: "),
+        ("sampling", {"top_k": "3"}, "sampling top_k: "),
+    ],
+)
+def test_different_contracts_are_refused_by_name(
+    result: BenchResult, field: str, value: Any, said: str
+) -> None:
+    old = observed(result)
+    assert old.contract is not None
+    contract = dataclasses.replace(old.contract, **{field: value})
+    with pytest.raises(ConfigError, match=f"different things.*{said}"):
+        compare_results(old, dataclasses.replace(old, contract=contract), threshold=0.05)
+
+
+def test_results_that_cannot_be_judged_are_refused(result: BenchResult) -> None:
+    old = observed(result)
+    with pytest.raises(ConfigError, match="does not say what exactly was measured"):
+        compare_results(dataclasses.replace(old, contract=None), old, threshold=0.05)
+    with pytest.raises(ConfigError, match="3 rounds of batch 1"):
+        compare_results(old, result, threshold=0.05)
+    other = dataclasses.replace(old, batches=(dataclasses.replace(old.batches[0], batch=2),))
+    with pytest.raises(ConfigError, match="no batch size"):
+        compare_results(old, other, threshold=0.05)
+
+
+def test_a_change_that_chance_could_have_made_is_unclear() -> None:
+    assert Ratio(value=1.1, low=0.98, high=1.2).verdict(0.05) == "unclear"
+    assert Ratio(value=1.1, low=1.01, high=1.2).verdict(0.05) == "slower"
+    assert Ratio(value=0.9, low=0.8, high=1.01).verdict(0.05) == "unclear"
+    assert Ratio(value=1.04, low=1.03, high=1.05).verdict(0.05) == "same"
+
+
+def test_the_command_is_a_gate(result: BenchResult, tmp_path: Path) -> None:
+    paths = []
+    for name, found in (("old", observed(result)), ("new", observed(result, engines=1.2, seed=1))):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(found.to_dict()))
+    old, new = map(str, paths)
+
+    def nsp(*words: str) -> Any:
+        return CliRunner().invoke(main, ["bench", "--compare", *words])
+
+    slower = nsp(old, new)
+    assert slower.exit_code == 1
+    assert "error: slower than" in slower.stderr
+    assert "batch size 1" in slower.stderr
+    assert "slower" in slower.stdout
+    assert nsp(old, new, "--threshold", "30%").exit_code == 0
+    assert nsp(new, old).exit_code == 0
+    asked = nsp(old, new, "--threshold", "0.3", "--json")
+    assert json.loads(asked.stdout)["verdicts"] == {"1": "same"}
+    paths[0].write_text("{}")
+    refused = nsp(old, new)
+    assert refused.exit_code == 2
+    assert "no benchmark result" in refused.stderr
+
+
+@pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0.1", 0.1), (" 2.5 % ", 0.025)])
+def test_thresholds_are_shares(text: str, value: float) -> None:
+    assert parse_threshold(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "five", "150%", "-1%", "nan"])
+def test_other_thresholds_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="threshold"):
+        parse_threshold(text)

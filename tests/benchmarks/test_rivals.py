@@ -1,0 +1,161 @@
+import dataclasses
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import rivals
+from benchmarks.bench import BenchOptions
+from benchmarks.peer import PEER, check_clone, peer_process
+from benchmarks.rivals import RIVALS, Rival, make_rivals
+from benchmarks.scenarios import sweep_scenarios
+from benchmarks.subject import Subject
+from benchmarks.sweep import sweep
+from nsp.checkpoint import read_checkpoint
+from nsp.errors import BackendError, ConfigError
+from nsp.runtime.pipeline import Pipeline, load_pipeline
+from tests.export.small import new_small_checkpoint
+
+
+def made(names: list[str], subject: Subject) -> list[Any]:
+    settings: dict[str, Any] = {"threads": 1, "batches": (1,), "seed": 0}
+    return list(make_rivals(names, subject, on_start=lambda name: None, **settings))
+
+
+def test_the_plain_export_is_the_same_model(tmp_path: Path) -> None:
+    folder = new_small_checkpoint(tmp_path / "checkpoint", num_classes=4)
+    reference = load_pipeline(folder, "torch", device="cpu")
+    system = read_checkpoint(folder).load()
+    backend = RIVALS["plain-onnx"].make(reference, system, 1)
+    pipeline = Pipeline(reference.family, reference.config, backend)
+    request: dict[str, Any] = {"class_ids": [1, 3], "seed": 5, "trace": True}
+    found, expected = (p.generate(**request).trace for p in (pipeline, reference))
+    assert found is not None
+    assert expected is not None
+    for ours, theirs in zip(found.tokens, expected.tokens, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(found.image, expected.image, atol=1e-4)
+
+
+def test_a_rival_that_cannot_be_made_is_said_with_its_reason(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("no compiler here\nand a long story")
+
+    rival = Rival("broken", "a rival", fail)
+    monkeypatch.setattr(rivals, "RIVALS", {"broken": rival})
+    ((entry, contestant),) = made(["broken"], subject)
+    assert contestant is None
+    assert entry.missing == "no compiler here"
+    alone = dataclasses.replace(subject, baseline=None, baseline_missing="torch is not installed")
+    ((entry, contestant),) = made(["broken"], alone)
+    assert contestant is None
+    assert "torch is not installed" in (entry.missing or "")
+
+
+def test_a_rival_that_works_takes_part_under_its_name(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = Rival("same", "the engines again", lambda *_: subject.candidate.pipeline.backend)
+    monkeypatch.setattr(rivals, "RIVALS", {"same": same})
+    monkeypatch.setattr(rivals, "read_checkpoint", lambda path: read_checkpoint(path))
+    ((entry, contestant),) = made(["same"], subject)
+    assert entry.missing is None
+    assert (entry.prepare_s or 0) > 0
+    observed = contestant.observe({**subject.conditions(1), "seed": 0}, number=0, place=2)
+    assert observed.contestant == "same"
+    assert "step" in observed.stage_ms
+
+
+def test_unknown_rivals_and_clones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown; known: torch\.compile"):
+        BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, rivals=("numpy",))
+    with pytest.raises(ConfigError, match=r"has no models/var\.py; clone"):
+        BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, peer_var=tmp_path)
+
+
+def clone(folder: Path, *, works: bool = True) -> Path:
+    """Write a stand-in with the names and signatures of the public code."""
+    models = folder / "models"
+    models.mkdir(parents=True)
+    (models / "vqvae.py").write_text(
+        textwrap.dedent("""
+        import torch
+        class VQVAE(torch.nn.Module):
+            def __init__(self, vocab_size, z_channels, ch, test_mode, share_quant_resi,
+                         v_patch_nums):
+                super().__init__()
+                self.side = v_patch_nums[-1]
+            def fhat_to_img(self, latent):
+                return latent.new_zeros(len(latent), 3, 16 * self.side, 16 * self.side)
+        """)
+    )
+    failure = "" if works else "raise ImportError('no module named flash')"
+    (models / "var.py").write_text(
+        textwrap.dedent(f"""
+        import torch
+        {failure}
+        class VAR(torch.nn.Module):
+            def __init__(self, vae_local, num_classes, depth, embed_dim, num_heads, mlp_ratio,
+                         shared_aln, attn_l2_norm, patch_nums):
+                super().__init__()
+                print("constructed, loudly")
+                assert isinstance(patch_nums, tuple)
+                self.vae = vae_local
+                self.weight = torch.nn.Parameter(torch.zeros(depth, embed_dim))
+            def autoregressive_infer_cfg(self, B, label_B, g_seed, cfg, top_k, top_p):
+                assert label_B.shape == (B,)
+                return self.vae.fhat_to_img(torch.zeros(B, 4, 2, 2))
+        """)
+    )
+    return folder
+
+
+def test_the_peer_is_timed_in_a_process_of_its_own(reference: Pipeline, tmp_path: Path) -> None:
+    folder = clone(tmp_path / "VAR")
+    check_clone(folder)
+    with peer_process(folder, reference.config, reference.sampling, threads=1) as peer:
+        assert "class-conditional" in peer.what
+        found = peer.observe({"prompts": ["a", "b"], "seed": 3}, number=4, place=2)
+        assert (found.contestant, found.round, found.place) == (PEER, 4, 2)
+        (decoder,) = found.stage_ms["decoder"]
+        assert 0 < decoder < found.wall_ms
+        process = peer._process
+    assert process.poll() is not None  # it ends with the block
+
+
+def test_a_peer_that_does_not_run_here_is_one_line(reference: Pipeline, tmp_path: Path) -> None:
+    folder = clone(tmp_path / "VAR", works=False)
+    with (
+        pytest.raises(BackendError, match="ImportError: no module named flash"),
+        peer_process(folder, reference.config, reference.sampling, threads=1),
+    ):
+        pass
+
+
+def test_a_sweep_times_every_pair_of_threads_and_batch(subject: Subject) -> None:
+    scenarios = sweep_scenarios(cores=2, max_batch=2)
+    assert [(s.threads, s.batch) for s in scenarios] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    loaded: list[int] = []
+
+    def load(threads: int) -> Subject:
+        loaded.append(threads)
+        return subject
+
+    points = list(
+        sweep(
+            load,
+            scenarios,
+            rounds=1,
+            warmup=0,
+            seed=0,
+            seconds_per_batch=60,
+            on_start=lambda *_: None,
+        )
+    )
+    assert loaded == [1, 2]  # once for each number
+    assert [point.scenario for point in points] == list(scenarios)
+    assert all(len(point.times(side)) == 1 for point in points for side in ("engines", "torch"))
