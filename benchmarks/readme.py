@@ -1,0 +1,117 @@
+"""Writes the README's table of measurements from a committed result: `python -m benchmarks.readme`.
+
+To measure again: `nsp bench --quick`, copy its bench.json over the result, and run this.
+"""
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.report import write_text
+from benchmarks.results import BatchResult, BenchResult, Row, read_result
+from nsp.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "emoji_cpu.json"
+BEGIN = "<!-- from benchmarks/results/emoji_cpu.json by: python -m benchmarks.readme -->"
+END = "<!-- end -->"
+
+
+def measured(result: BenchResult) -> str:
+    """Return the section's text and table as Markdown."""
+    model, environment = result.model, result.environment
+    packages = environment.packages
+    assert result.baseline is not None
+    assert result.parity is not None
+    command = "nsp bench --quick" if result.options.get("quick") else "nsp bench"
+    lines = [
+        f"The bundled text-to-image model ({model.image_size_px} px, {model.num_tokens} tokens in "
+        f"{len(model.schedule)} scale steps, guidance on, {model.precision}), `{command}` on",
+        f"{environment.threads} cores of an {environment.cpu}, ONNX Runtime "
+        f"{packages['onnxruntime']} against PyTorch {packages['torch'].partition('+')[0]} eager, "
+        "interleaved rounds, medians:",
+        "",
+        "| | engines | PyTorch | ratio |",
+        "|---|---:|---:|---:|",
+        *(f"| {' | '.join(cells)} |" for cells in _rows(result)),
+    ]
+    if result.ceilings is not None:
+        lines += [
+            "",
+            f"The machine's own speed varied by {100 * result.ceilings.drift:.0f} % during that "
+            "run: read the ratios, not the milliseconds.",
+        ]
+    return "\n".join(lines)
+
+
+def _rows(result: BenchResult) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the table's rows."""
+    for batch in result.batches:
+        alone = batch.batch == 1
+        name = "one image, prompt to pixels" if alone else f"{batch.batch} images at once"
+        yield _time_row(result, name, batch.end_to_end)
+        if alone:
+            name = f"of it the {len(batch.scale_rows)} scale steps"
+            yield _time_row(result, name, _stage(batch, "step"))
+    ours, theirs = (_cold(result, side, "first_step_ms") for side in _sides(result))
+    ratio = f"{theirs / ours:.0f}x"
+    yield (
+        "new process to the first scale step",
+        f"{ours / 1e3:.2g} s",
+        f"{theirs / 1e3:.2g} s",
+        ratio,
+    )
+    ours, theirs = (_cold(result, side, "peak_mib") for side in _sides(result))
+    yield "peak memory", f"{ours:.0f} MiB", f"{theirs:.0f} MiB", f"{ours / theirs:.2f}x"
+    parity = result.parity
+    assert parity is not None
+    tokens = min(parity.token_agreement, parity.free_token_agreement)
+    name = "sampled tokens equal to PyTorch's, teacher-forced and free-running"
+    yield name, "100 %" if tokens == 1 else f"{min(100 * tokens, 99.99):.2f} %", "", ""
+    yield (
+        "largest logit error over its range",
+        f"{parity.max_relative_error:.0e}".replace("e-0", "e-"),
+        "",
+        "",
+    )
+
+
+def _time_row(result: BenchResult, name: str, row: Row) -> tuple[str, str, str, str]:
+    assert row.baseline is not None
+    reached = row.of_roof(result.ceilings)
+    share = "" if reached is None else f" ({100 * reached:.0f} % of the GEMM peak)"
+    ours, theirs = row.candidate.p50, row.baseline.p50
+    return name, f"{ours:.0f} ms{share}", f"{theirs:.0f} ms", f"{theirs / ours:.2f}x"
+
+
+def _stage(batch: BatchResult, name: str) -> Row:
+    return next(row for row in batch.rows if row.name == name)
+
+
+def _sides(result: BenchResult) -> tuple[str, str]:
+    assert result.baseline is not None
+    return result.candidate, result.baseline
+
+
+def _cold(result: BenchResult, side: str, field: str) -> float:
+    runs = [run for run in result.cold_runs if run.contestant == side]
+    return float(statistics.median(getattr(run, field) for run in runs))
+
+
+def rewritten(readme: str, result: BenchResult) -> str:
+    """Return the README with the section of `result`; raise ConfigError without its marks."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f"README.md lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{measured(result)}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Write the README again."""
+    path = ROOT / "README.md"
+    write_text(path, rewritten(path.read_text(encoding="utf-8"), read_result(RESULT)))
+
+
+if __name__ == "__main__":
+    main()
