@@ -20,6 +20,7 @@ from benchmarks.subject import Subject
 from benchmarks.timing import Contestant
 from nsp.checkpoint import read_checkpoint
 from nsp.errors import BackendError, NspError
+from nsp.families.registry import Family
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.io import Shape, StageIO
 from nsp.runtime.kv_arena import KVArena, KVShape
@@ -52,23 +53,34 @@ def _compiled(reference: Pipeline, system: Any, threads: int) -> Backend:
 
 def _plain_onnx(reference: Pipeline, system: Any, threads: int) -> Backend:
     """Return ONNX Runtime with what `torch.onnx.export` makes of the modules as they stand."""
+    family = reference.family
+    stages_io: Mapping[str, StageIO] = family.get("stages_io")(system.config, "present", "float32")
+    timed = [stage for stage in stages_io if stage != "select_smooth"]
+    with tempfile.TemporaryDirectory(prefix="nsp-plain-") as root:
+        files = export_plain(family, system, {n: stages_io[n] for n in timed}, Path(root))
+        return PlainOnnxBackend(files, stages_io, num_threads=threads)
+
+
+def export_plain(
+    family: Family, system: Any, stages_io: Mapping[str, StageIO], root: Path
+) -> dict[str, Path]:
+    """Return the ONNX files of some stages, written below `root` with the exporter's defaults."""
     from export.onnx_export import export_stage
 
-    family = reference.family
     stages = family.get("stages")(system, "present")
     stages["step"].attend = attend_joined
-    stages_io: Mapping[str, StageIO] = family.get("stages_io")(system.config, "present", "float32")
-    sizes = family.get("trace_sizes")
-    with tempfile.TemporaryDirectory(prefix="nsp-plain-") as root:
-        files = {}
-        for stage, io in stages_io.items():
-            if stage == "select_smooth":  # not timed
-                continue
-            (folder := Path(root) / stage).mkdir()
-            files[stage] = export_stage(
-                stages[stage], io, folder, name=stage, opset=_PLAIN_OPSET, trace_sizes=sizes
-            )
-        return PlainOnnxBackend(files, stages_io, num_threads=threads)
+    files = {}
+    for stage, io in stages_io.items():
+        (folder := root / stage).mkdir()
+        files[stage] = export_stage(
+            stages[stage],
+            io,
+            folder,
+            name=stage,
+            opset=_PLAIN_OPSET,
+            trace_sizes=family.get("trace_sizes"),
+        )
+    return files
 
 
 RIVALS: Mapping[str, Rival] = {

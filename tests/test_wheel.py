@@ -37,7 +37,7 @@ def test_help_works_outside_the_checkout(site: Path) -> None:
     code = "import cli, sys; assert 'site' in cli.__file__, cli.__file__; cli.main()"
     result = run(site, code, "--help")
     assert result.returncode == 0, result.stderr
-    for verb in ("export", "generate", "bench", "inspect", "doctor", "convert"):
+    for verb in ("export", "generate", "bench", "verify", "inspect", "doctor", "convert"):
         assert verb in result.stdout
 
 
@@ -45,7 +45,9 @@ def test_everything_a_run_needs_is_in_the_wheel(site: Path) -> None:
     code = (
         "import nsp, export, benchmarks, train\n"
         "from nsp.data.sources import EMOJI_TAR\n"
+        "from pathlib import Path\n"
         "assert EMOJI_TAR.is_file(), EMOJI_TAR\n"
+        "assert Path(benchmarks.__file__).with_name('report.html.j2').is_file()\n"
         "assert all(str(m.__file__).startswith(sys.argv[1]) for m in (nsp, export, benchmarks))"
     )
     result = run(site, "import sys\n" + code, str(site))

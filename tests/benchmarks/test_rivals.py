@@ -9,12 +9,13 @@ import pytest
 from benchmarks import rivals
 from benchmarks.bench import BenchOptions
 from benchmarks.peer import PEER, check_clone, peer_process
-from benchmarks.rivals import RIVALS, Rival, make_rivals
+from benchmarks.rivals import PlainOnnxBackend, Rival, export_plain, make_rivals
 from benchmarks.scenarios import sweep_scenarios
 from benchmarks.subject import Subject
 from benchmarks.sweep import sweep
 from nsp.checkpoint import read_checkpoint
 from nsp.errors import BackendError, ConfigError
+from nsp.runtime.backends.base import Backend
 from nsp.runtime.pipeline import Pipeline, load_pipeline
 from tests.export.small import new_small_checkpoint
 
@@ -24,12 +25,27 @@ def made(names: list[str], subject: Subject) -> list[Any]:
     return list(make_rivals(names, subject, on_start=lambda name: None, **settings))
 
 
-def test_the_plain_export_is_the_same_model(tmp_path: Path) -> None:
+class PlainStep(PlainOnnxBackend):
+    """The plain export of the step alone, which takes seconds; PyTorch for the rest."""
+
+    rest: Backend
+
+    def run(self, stage: str, feeds: Any, outputs: Any = None) -> dict[str, Any]:
+        if stage == "step":
+            return super().run(stage, feeds, outputs)
+        results = self.rest.run(stage, {n: self.rest.upload(a) for n, a in feeds.items()})
+        return {name: self.rest.download(array) for name, array in results.items()}
+
+
+def test_the_plain_export_is_the_same_model_with_its_cache_joined(tmp_path: Path) -> None:
     folder = new_small_checkpoint(tmp_path / "checkpoint", num_classes=4)
     reference = load_pipeline(folder, "torch", device="cpu")
-    system = read_checkpoint(folder).load()
-    backend = RIVALS["plain-onnx"].make(reference, system, 1)
-    pipeline = Pipeline(reference.family, reference.config, backend)
+    family, system = reference.family, read_checkpoint(folder).load()
+    stages_io = family.get("stages_io")(system.config, "present", "float32")
+    files = export_plain(family, system, {"step": stages_io["step"]}, tmp_path)
+    backend = PlainStep(files, stages_io, num_threads=1)
+    backend.rest = reference.backend
+    pipeline = Pipeline(family, reference.config, backend)
     request: dict[str, Any] = {"class_ids": [1, 3], "seed": 5, "trace": True}
     found, expected = (p.generate(**request).trace for p in (pipeline, reference))
     assert found is not None
@@ -61,7 +77,6 @@ def test_a_rival_that_works_takes_part_under_its_name(
 ) -> None:
     same = Rival("same", "the engines again", lambda *_: subject.candidate.pipeline.backend)
     monkeypatch.setattr(rivals, "RIVALS", {"same": same})
-    monkeypatch.setattr(rivals, "read_checkpoint", lambda path: read_checkpoint(path))
     ((entry, contestant),) = made(["same"], subject)
     assert entry.missing is None
     assert (entry.prepare_s or 0) > 0
