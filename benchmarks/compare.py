@@ -241,8 +241,8 @@ def comparison_sections(comparison: Comparison) -> Iterator[Section]:
     )
     for each in comparison.batches:
         yield Section(
-            title=f"Stages of the engines, batch {each.batch}, in ms",
-            header=("stage", "new over old"),
+            title=f"Stages, batch {each.batch}",
+            header=("stage", "engines, in ms"),
             rows=tuple((name, str(ratio)) for name, ratio in each.stages.items()),
         )
 
