@@ -8,7 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +22,8 @@ from nsp.checkpoint import read_checkpoint
 from nsp.errors import BackendError, NspError
 from nsp.families.registry import Family
 from nsp.runtime.backends.base import Backend
-from nsp.runtime.io import Shape, StageIO
-from nsp.runtime.kv_arena import KVArena, KVShape
+from nsp.runtime.io import StageIO
+from nsp.runtime.kv_arena import HostArrays, KVArena, KVShape
 from nsp.runtime.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def attend_joined(q_GLHK: Any, k_GLHK: Any, v_GLHK: Any, past: Any, *, scale: fl
     return mixed.transpose(1, 2), (k, v)
 
 
-class PlainOnnxBackend(Backend):
+class PlainOnnxBackend(HostArrays, Backend):
     """ONNX Runtime as its first example shows it: `session.run` on dictionaries of new arrays."""
 
     name: ClassVar[str] = "plain-onnx"
@@ -145,10 +145,6 @@ class PlainOnnxBackend(Backend):
         """Return a copy."""
         return np.array(array)
 
-    def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
-        """Return uninitialised memory."""
-        return np.empty(shape, dtype)
-
     def arena(self, shape: KVShape) -> KVArena:
         """Return a cache that keeps what the last step returned."""
         self._arena = _JoinedArena(shape)
@@ -166,6 +162,11 @@ class _JoinedArena(KVArena):
     def past(self) -> dict[str, Any]:
         """Return the last step's keys and values."""
         return self._past
+
+    def keep_rows(self, rows: int) -> None:
+        """Keep copies of the first rows."""
+        self._past = {name: np.array(array[:rows]) for name, array in self._past.items()}
+        self.shape = replace(self.shape, rows=rows)
 
     def new(self, num_tokens: int) -> dict[str, Any]:
         """Return nothing: outputs are new arrays."""

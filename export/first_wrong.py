@@ -20,7 +20,7 @@ from export.recorded import Recording, relative_error
 from nsp.errors import ExportError
 from nsp.families.registry import Family
 from nsp.runtime.io import StageIO
-from nsp.runtime.kv_arena import ARENAS, KVArena
+from nsp.runtime.kv_arena import ARENAS, HostArrays, KVArena
 
 _AT_ONCE = 64  # inner tensors held in memory together
 
@@ -180,7 +180,7 @@ def _feeds(
         arena: KVArena | None = None
         if cached:
             kv = replace(recording.kv, dtype=cached[0])
-            arena = ARENAS[kv_layout](kv, np.empty)
+            arena = ARENAS[kv_layout](kv, HostArrays())
         for call in recording.calls:
             if call.stage != stage:
                 continue
@@ -188,6 +188,8 @@ def _feeds(
                 name: np.asarray(array, io.inputs[name].dtype) for name, array in call.feeds.items()
             }
             if arena is not None:
+                if call.rows < arena.shape.rows:
+                    arena.keep_rows(call.rows)
                 feeds |= arena.past()
 
             def advance(

@@ -65,6 +65,7 @@ class Call:
     feeds: Mapping[str, NDArray[Any]]
     outputs: Mapping[str, NDArray[Any]]
     num_new: int  # tokens the cache grew by
+    rows: int  # of the cache it met; 0 without one
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def replay(
         feeds = {n: _upload(backend, array, io.inputs[n]) for n, array in call.feeds.items()}
         given: Mapping[str, Any] = {}
         if arena is not None:
+            if call.rows < arena.shape.rows:  # guidance has ended
+                arena.keep_rows(call.rows)
             feeds |= arena.past()
             given = arena.new(call.num_new)
         results = backend.run(stage, feeds, given)
@@ -143,7 +146,7 @@ def write_recorded(recordings: Sequence[Recording], folder: Path, *, model_hash:
         {
             "kv": asdict(recording.kv),
             "calls": [
-                [call.stage, keep(call.feeds), keep(call.outputs), call.num_new]
+                [call.stage, keep(call.feeds), keep(call.outputs), call.num_new, call.rows]
                 for call in recording.calls
             ],
         }
@@ -175,8 +178,9 @@ def read_recorded(folder: Path, *, model_hash: str) -> tuple[Recording, ...]:
                         {name: arrays[key] for name, key in feeds.items()},
                         {name: arrays[key] for name, key in outputs.items()},
                         num_new,
+                        rows,
                     )
-                    for stage, feeds, outputs, num_new in each["calls"]
+                    for stage, feeds, outputs, num_new, rows in each["calls"]
                 ),
                 kv=KVShape(**each["kv"]),
             )

@@ -80,6 +80,7 @@ class RecordingBackend(TorchBackend):
             feeds={n: _array(t) for n, t in feeds.items() if not n.startswith(_CACHE_PREFIX)},
             outputs={n: _array(t) for n, t in results.items() if n not in given},
             num_new=next((int(t.shape[0]) for t in given.values()), 0),  # token-major
+            rows=next((int(t.shape[1]) for t in given.values()), 0),
         )
         self.calls.append(call)
         return results

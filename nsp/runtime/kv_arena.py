@@ -9,6 +9,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nsp.runtime.io import Shape
 
 
@@ -46,6 +49,18 @@ class Memory(Protocol):
 
     def copy_rows(self, source: Array, target: Array) -> None:
         """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+
+
+class HostArrays:
+    """NumPy arrays as the memory of an arena."""
+
+    def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
+        """Return uninitialised memory."""
+        return np.empty(shape, dtype)
+
+    def copy_rows(self, source: Any, target: Any) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+        target[...] = source[:, : target.shape[1]]
 
 
 class KVArena(ABC):

@@ -17,6 +17,7 @@ from export.options import ExportEvent, ExportOptions
 from export.run import export as run_export
 from export.run import find_checkpoint, plan
 from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
+from nsp.runtime.kv_arena import PresentArena
 from nsp.runtime.manifest import check_files, read_manifest
 from nsp.runtime.pipeline import load_pipeline
 from nsp.runtime.repair import checkpoint_folder, repair
@@ -362,3 +363,25 @@ def test_planning_and_reusing_need_no_torch(engines, options):
     command = [sys.executable, "-c", code, json.dumps(options.to_dict())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_model_whose_guidance_ends_early_is_exported_and_checked(
+    small_checkpoint, tmp_path, options, monkeypatch
+):
+    folder = tmp_path / "early"
+    shutil.copytree(small_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["sampling"] = {"guidance_scale": 3.0, "guidance_until": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    kept, keep_rows = [], PresentArena.keep_rows
+
+    def noting(arena, rows):
+        kept.append((arena.shape.rows, rows))
+        keep_rows(arena, rows)
+
+    monkeypatch.setattr(PresentArena, "keep_rows", noting)
+    manifest = run_export(replace(options, checkpoint=str(folder)))
+    assert kept
+    assert all(before == 2 * rows for before, rows in kept)
+    (step,) = manifest.stages["step"]
+    assert all(scale["agreement"] == 1 for scale in step.parity["scales"])

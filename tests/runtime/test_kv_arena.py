@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nsp.runtime.kv_arena import ARENAS, DeltaArena, KVArena, KVShape, PresentArena
+from nsp.runtime.kv_arena import ARENAS, DeltaArena, HostArrays, KVArena, KVShape, PresentArena
 
 
-class Host:
+class Host(HostArrays):
     """Host memory, which keeps what it allocates."""
 
     def __init__(self) -> None:
@@ -19,9 +19,6 @@ class Host:
         # NaN, so that reading what was never written shows.
         self.buffers.append(np.full(shape, np.nan, dtype))
         return self.buffers[-1]
-
-    def copy_rows(self, source: NDArray[np.float32], target: NDArray[np.float32]) -> None:
-        target[...] = source[:, : target.shape[1]]
 
 
 def shape_for(schedule: list[int], rows: int = 2) -> KVShape:

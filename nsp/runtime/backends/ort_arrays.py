@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nsp.errors import BackendError
 from nsp.runtime.io import Shape
+from nsp.runtime.kv_arena import HostArrays
 
 
 class DeviceArray:
@@ -86,7 +87,7 @@ class Memory(Protocol):
         """Tell ONNX Runtime where a stage's inputs are and where its outputs go."""
 
 
-class HostMemory:
+class HostMemory(HostArrays):
     """NumPy arrays: inputs are read and outputs written where they lie."""
 
     def __init__(self, ort: Any) -> None:
@@ -95,7 +96,7 @@ class HostMemory:
     def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
         """Return host memory."""
         try:
-            return np.empty(shape, dtype)
+            return super().allocate(shape, dtype)
         except MemoryError as error:
             raise out_of_memory(error) from error
 
@@ -106,10 +107,6 @@ class HostMemory:
     def download(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a copy."""
         return np.array(array)
-
-    def copy_rows(self, source: NDArray[Any], target: NDArray[Any]) -> None:
-        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
-        target[...] = source[:, : target.shape[1]]
 
     def is_contiguous(self, array: NDArray[Any]) -> bool:
         """Return whether it is one block in C order."""
