@@ -275,6 +275,8 @@ def convert(
     from nsp.families.registry import family
 
     record = family(family_name)
+    if record.convert is None:
+        raise ConfigError(f"no weights of family {family_name} are published: train some instead")
     values = None if config is None else read_json(config)
     record.get("convert")(
         tokenizer=tokenizer, predictor=predictor, config=values, output_dir=output_dir

@@ -18,8 +18,6 @@ from nsp.runtime.kv_arena import KVArena, KVShape
 from nsp.runtime.pipeline import GenerateResult, Pipeline, torch_pipeline
 
 _CACHE_PREFIX = "past_"
-# Enough tokens for 99 % to mean something with a small model; few images where each is expensive.
-_WANTED_TOKENS, _FEWEST_IMAGES, _MOST_IMAGES = 1000, 3, 8
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,9 @@ def _array(tensor: Any) -> NDArray[Any]:
 
 
 def record_reference(plan: ExportPlan, system: Any) -> Reference:
-    """Return what `system` generates from real prompts with its own sampling settings.
+    """Return what `system` generates for the family's own requests, which call every stage.
 
-    One batch with those settings, one image without guidance and one with `more_smooth`: together
-    they call every stage and both relations of rows to images.
+    Where latents grow, the pictures on the way are decoded too: so every size is checked.
     """
     family = plan.record.family
     pipeline = torch_pipeline(family, system, device="cpu", sampling=plan.sampling.to_dict())
@@ -108,19 +105,15 @@ def record_reference(plan: ExportPlan, system: Any) -> Reference:
     pipeline.backend = backend = RecordingBackend(
         stages, pipeline.backend.stages_io, kv_layout="delta", device="cpu"
     )
-    wanted = -(-_WANTED_TOKENS // plan.config.num_tokens)
-    count = min(max(wanted, _FEWEST_IMAGES), _MOST_IMAGES)
-    conditions = family.get("parity_conditions")
-    requests: tuple[tuple[int, dict[str, Any]], ...] = (
-        (count - 1, {}),
-        (1, {"guidance_scale": 1.0}),
-        (1, {"more_smooth": True}),
-    )
     batches = []
-    for seed, (images, settings) in enumerate(requests):
-        arguments = {**conditions(plan.config, images), "seed": seed, **settings}
+    for seed, request in enumerate(family.get("parity_requests")(plan.config)):
+        arguments = {**request, "seed": seed}
         backend.calls = []
         result = pipeline.generate(trace=True, **arguments)
+        assert result.trace is not None  # asked for
+        for latent in result.trace.latents:
+            if latent.shape != result.trace.latents[-1].shape:
+                pipeline.decode(backend.upload(latent))
         batches.append(Generated(arguments, tuple(backend.calls), backend.kv, result))
     return Reference(pipeline, tuple(batches))
 

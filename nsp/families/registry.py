@@ -16,6 +16,7 @@ class Family:
     config: str  # Config record of the model
     stages_io: str  # (config, kv_layout, float dtype) -> {stage name: StageIO}
     request: str  # record of one batch
+    request_arrays: str  # (config, sampling, seed, batch, given) -> its arrays: random numbers
     loop_inputs: str  # (config, request) -> {name: array} for the loop
     loop: str  # generator over scale steps: (backend, config, uploaded inputs)
     system: str  # torch: new_system(run config, source) -> module with all weights
@@ -25,11 +26,13 @@ class Family:
     stages: str  # torch: (system, kv_layout) -> {stage name: module}
     load_checkpoint: str  # torch: (folder, config dict) -> system
     save_checkpoint: str  # torch: (folder, system, notes, sampling)
-    convert: str  # torch: published weights -> checkpoint folder
     precision: str  # (config) -> {stage name: StageWeights}; no torch, as all that follow
     trace_sizes: str  # sizes of the free axes to trace stages with
     profiles: str  # (config, batch and ranks) -> {stage name: sizes of every engine profile}
-    parity_conditions: str  # (config, count) -> real prompts or class ids
+    parity_requests: str  # (config) -> arguments of Pipeline.generate that call every stage
+    convert: str | None = None  # torch: published weights -> checkpoint folder
+    takes_no_prompt: bool = False  # "" stands for no prompt
+    kv_layouts: tuple[str, ...] = ("delta", "present")  # of its cache
 
     def get(self, room: str) -> Any:
         """Return the object a field names, importing its module now."""
@@ -38,6 +41,7 @@ class Family:
 
 
 _VAR = "nsp.families.var"
+_NEXT_SCALE = "nsp.families.next_scale"
 
 FAMILIES: Mapping[str, Family] = {
     "var": Family(
@@ -45,6 +49,7 @@ FAMILIES: Mapping[str, Family] = {
         config=f"{_VAR}.config:VarConfig",
         stages_io=f"{_VAR}.io:stages_io",
         request=f"{_VAR}.loop:Request",
+        request_arrays=f"{_VAR}.requests:request_arrays",
         loop_inputs=f"{_VAR}.loop:loop_inputs",
         loop=f"{_VAR}.loop:generate",
         system=f"{_VAR}.training:new_system",
@@ -58,8 +63,30 @@ FAMILIES: Mapping[str, Family] = {
         precision=f"{_VAR}.precision:stage_weights",
         trace_sizes=f"{_VAR}.profiles:TRACE_SIZES",
         profiles=f"{_VAR}.profiles:stage_profiles",
-        parity_conditions=f"{_VAR}.profiles:parity_conditions",
-    )
+        parity_requests=f"{_VAR}.profiles:parity_requests",
+    ),
+    "next_scale": Family(
+        name="next_scale",
+        config=f"{_NEXT_SCALE}.config:NextScaleConfig",
+        stages_io=f"{_NEXT_SCALE}.io:stages_io",
+        request=f"{_NEXT_SCALE}.loop:Request",
+        request_arrays=f"{_NEXT_SCALE}.requests:request_arrays",
+        loop_inputs=f"{_NEXT_SCALE}.loop:loop_inputs",
+        loop=f"{_NEXT_SCALE}.loop:generate",
+        system=f"{_NEXT_SCALE}.training:new_system",
+        objective=f"{_NEXT_SCALE}.training:objective",
+        reconstruct=f"{_NEXT_SCALE}.sampling:reconstruct",
+        cache=f"{_NEXT_SCALE}.training:write_cache",
+        stages=f"{_NEXT_SCALE}.stages:build_stages",
+        load_checkpoint=f"{_NEXT_SCALE}.checkpoint:load_checkpoint",
+        save_checkpoint=f"{_NEXT_SCALE}.checkpoint:save_checkpoint",
+        precision=f"{_NEXT_SCALE}.precision:stage_weights",
+        trace_sizes=f"{_NEXT_SCALE}.profiles:TRACE_SIZES",
+        profiles=f"{_NEXT_SCALE}.profiles:stage_profiles",
+        parity_requests=f"{_NEXT_SCALE}.profiles:parity_requests",
+        takes_no_prompt=True,
+        kv_layouts=("delta",),
+    ),
 }
 
 

@@ -1,6 +1,6 @@
-"""Area and bicubic resizing of token maps as constant matrices.
+"""Area, bilinear and bicubic resizing of maps as constant matrices.
 
-Both filters are separable and linear, so Y = R X C^T with a row matrix R and a column matrix C. One
+The filters are separable and linear, so Y = R X C^T with a row matrix R and a column matrix C. One
 matrix product computes the same numbers in PyTorch, ONNX Runtime and TensorRT; a Resize operator
 does not.
 """
@@ -42,6 +42,23 @@ def bicubic_matrix(size_in: int, size_out: int) -> NDArray[np.float32]:
         for tap in range(-1, 3):
             column = min(max(first + tap, 0), size_in - 1)
             matrix[i, column] += _cubic(abs(centre - (first + tap)))
+    return _frozen(matrix)
+
+
+@cache
+def bilinear_matrix(size_in: int, size_out: int) -> NDArray[np.float32]:
+    """Return the (size_out, size_in) matrix of bilinear resizing along one axis.
+
+    Half-pixel centres, clamped border, no antialiasing. Equals
+    `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` to 1e-6.
+    """
+    matrix = np.zeros((size_out, size_in), np.float64)
+    for i in range(size_out):
+        centre = max((i + 0.5) * size_in / size_out - 0.5, 0.0)
+        first = int(centre)
+        share = centre - first
+        matrix[i, first] += 1 - share
+        matrix[i, min(first + 1, size_in - 1)] += share
     return _frozen(matrix)
 
 

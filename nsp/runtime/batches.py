@@ -20,7 +20,7 @@ import numpy as np
 from nsp.errors import ConfigError
 from nsp.runtime.pipeline import Pipeline, StreamStep
 from nsp.runtime.requests import checked_count, class_numbers, prompt_texts
-from nsp.runtime.sampling import checked_seed, draw_gumbel, draw_uniforms
+from nsp.runtime.sampling import checked_seed
 
 DEFAULT_BATCH_SIZE = 8
 
@@ -37,7 +37,9 @@ class PlannedImage:
     @property
     def title(self) -> str:
         """What it should show, in words."""
-        return self.prompt if self.prompt is not None else f"class {self.class_id}"
+        if self.prompt is not None:
+            return self.prompt or "no prompt"
+        return f"class {self.class_id}"
 
 
 def plan_images(
@@ -46,14 +48,17 @@ def plan_images(
     class_ids: Iterable[int] = (),
     seed: int = 0,
     num_images: int = 1,
+    allow_empty: bool = False,
 ) -> list[PlannedImage]:
     """Return `num_images` images for every prompt, or for every class id, in order.
 
     The k-th image of the same condition has seed `seed` + k, so an image can be made again alone,
     and does not change when other prompts join the run. Raises ConfigError unless exactly one kind
-    of condition is given, or when a prompt is no text or empty.
+    of condition is given, or when a prompt is no text, or empty unless `allow_empty`: some models
+    take that for no prompt, and `check_images` says which do not.
     """
-    texts, ids = prompt_texts(prompts), class_numbers(class_ids).tolist()
+    texts = prompt_texts(prompts, allow_empty=allow_empty)
+    ids = class_numbers(class_ids).tolist()
     if texts and ids:
         raise ConfigError("prompts and class ids are both given; a model takes one kind: choose")
     if not texts and not ids:
@@ -136,17 +141,12 @@ def stream_batch(
     pipeline: Pipeline, batch: Sequence[PlannedImage], **sampling: Any
 ) -> Iterator[StreamStep]:
     """Return the scale steps of one batch, with the random numbers of its images."""
-    config = pipeline.config
-    length, vocab_size = config.num_tokens, config.vae.vocab_size
-    gumbel = None
-    if sampling.get("more_smooth", pipeline.sampling.more_smooth):
-        gumbel = np.concatenate([draw_gumbel(i.seed, 1, length, vocab_size) for i in batch])
-    return pipeline.stream(
-        **_conditions(batch),
-        uniforms=np.concatenate([draw_uniforms(i.seed, 1, length) for i in batch]),
-        gumbel=gumbel,
-        **sampling,
-    )
+    settings = pipeline.sampling.changed(sampling)
+    drawn = [pipeline.random_arrays(settings, seed=i.seed, batch=1, given={}) for i in batch]
+    arrays: dict[str, Any] = {
+        name: np.concatenate([each[name] for each in drawn]) for name in drawn[0]
+    }
+    return pipeline.stream(**_conditions(batch), **arrays, **sampling)
 
 
 def _conditions(batch: Sequence[PlannedImage]) -> dict[str, Any]:

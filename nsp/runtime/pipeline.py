@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,24 @@ from nsp.families.registry import Family
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.engine_dir import open_engine_dir
 from nsp.runtime.kv_arena import Array
-from nsp.runtime.requests import (
-    check_forced_tokens,
-    check_gumbel,
-    check_uniforms,
-    class_numbers,
-    prompt_texts,
-)
-from nsp.runtime.sampling import SamplingConfig, checked_seed, draw_gumbel, draw_uniforms
+from nsp.runtime.requests import class_numbers, prompt_texts
+from nsp.runtime.sampling import SamplingConfig, checked_seed
 from nsp.text.tokenizer import PromptTokenizer
 
 logger = logging.getLogger(__name__)
 
+# Fields of a family's request that are not given by the caller as arrays.
+_NO_ARRAYS = ("sampling", "class_ids", "token_ids", "null_token_ids")
 _ENGINE_OPTIONS = ("precision", "device", "num_threads", "verify")
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened on the way: one entry per scale."""
+    """What happened on the way: one entry per scale; no tokens of families that draw none."""
 
     tokens: list[NDArray[np.int64]]  # (B, L_s) sampled
     logits: list[NDArray[np.float32]]  # (B, L_s, V) guided, before temperature and filters
-    latents: list[NDArray[np.float32]]  # (B, C, h, w) f_hat after the scale
+    latents: list[NDArray[np.float32]]  # (B, C, h, w) after the scale
     image: NDArray[np.float32]  # (B, 3, H, W) in [0, 1]
 
 
@@ -57,13 +53,25 @@ class StreamStep:
 
     scale: int
     num_scales: int
-    tokens: NDArray[np.int64]  # (B, L_s)
+    _tokens: NDArray[np.int64] | None
     _pipeline: "Pipeline" = field(repr=False)
     _step: Any = field(repr=False)
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether the scale was drawn as tokens from a codebook."""
+        return self._tokens is not None
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Sampled tokens (B, L_s); ConfigError for a family that draws none."""
+        if self._tokens is None:
+            raise ConfigError(f"family {self._pipeline.family.name} draws no tokens; see `latent`")
+        return self._tokens
+
+    @property
     def latent(self) -> NDArray[np.float32]:
-        """f_hat so far, (B, C, h, w)."""
+        """The latent so far, (B, C, h, w)."""
         return self._pipeline.backend.download(self._step.latent)
 
     @property
@@ -97,6 +105,8 @@ class Pipeline:
         self.model_hash, self.max_batch, self.precision = model_hash, max_batch, precision
         self._loop, self._inputs = family.get("loop"), family.get("loop_inputs")
         self._request = family.get("request")
+        names = [each.name for each in fields(self._request)]
+        self._array_names = [name for name in names if name not in _NO_ARRAYS]
 
     def generate(
         self,
@@ -105,17 +115,15 @@ class Pipeline:
         class_ids: Iterable[int] | None = None,
         seed: int = 0,
         trace: bool = False,
-        uniforms: NDArray[np.float32] | None = None,
-        forced_tokens: NDArray[np.int64] | None = None,
-        gumbel: NDArray[np.float32] | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> GenerateResult:
         """Return one image per prompt or class id.
 
-        `sampling` overrides the model's SamplingConfig (guidance_scale, top_k, top_p, temperature,
-        ...). `uniforms` (B, L of all scales) replaces the numbers drawn from `seed`;
-        `forced_tokens` (same shape, -1 = free) replaces sampled tokens. Raises ConfigError for a
-        bad request.
+        `options` override the model's SamplingConfig (guidance_scale, top_k, top_p, temperature,
+        ...) or are arrays of the family's request, in place of those drawn from `seed`: for `var`
+        `uniforms` (B, L of all scales), `forced_tokens` (same shape, -1 = free), which replace
+        sampled tokens, and `gumbel`; for `next_scale` `noise`. Raises ConfigError for a bad
+        request.
         """
         prompts = list(prompts) if isinstance(prompts, Iterator) else prompts  # read twice
         class_ids = list(class_ids) if isinstance(class_ids, Iterator) else class_ids
@@ -123,17 +131,14 @@ class Pipeline:
             prompts=prompts,
             class_ids=class_ids,
             seed=seed,
-            uniforms=uniforms,
-            forced_tokens=forced_tokens,
-            gumbel=gumbel,
-            **sampling,
+            **options,
         )
         traced = self._trace(request) if trace else None
         image = self._picture(request) if traced is None else traced.image
         return GenerateResult(
             images=to_uint8(image),
             seed=checked_seed(seed),
-            prompts=() if prompts is None else prompt_texts(prompts),
+            prompts=() if prompts is None else self._texts(prompts),
             class_ids=tuple(int(c) for c in (() if class_ids is None else class_ids)),
             trace=traced,
         )
@@ -144,24 +149,13 @@ class Pipeline:
         prompts: Iterable[str] | None = None,
         class_ids: Iterable[int] | None = None,
         seed: int = 0,
-        uniforms: NDArray[np.float32] | None = None,
-        forced_tokens: NDArray[np.int64] | None = None,
-        gumbel: NDArray[np.float32] | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> Iterator[StreamStep]:
         """Return an iterator that makes one scale step at a time and gives its StreamStep.
 
         Arguments are those of `generate`, checked before the first step.
         """
-        request = self._checked_request(
-            prompts=prompts,
-            class_ids=class_ids,
-            seed=seed,
-            uniforms=uniforms,
-            forced_tokens=forced_tokens,
-            gumbel=gumbel,
-            **sampling,
-        )
+        request = self._checked_request(prompts=prompts, class_ids=class_ids, seed=seed, **options)
         return self._steps(request)
 
     def _checked_request(
@@ -170,13 +164,11 @@ class Pipeline:
         prompts: Iterable[str] | None,
         class_ids: Iterable[int] | None,
         seed: int,
-        uniforms: NDArray[np.float32] | None,
-        forced_tokens: NDArray[np.int64] | None,
-        gumbel: NDArray[np.float32] | None,
-        **sampling: Any,
+        **options: Any,
     ) -> Any:
         """Return the family's Request; raise ConfigError for what this model does not take."""
-        settings, seed = self.sampling.changed(sampling), checked_seed(seed)
+        given = {name: options.pop(name) for name in self._array_names if name in options}
+        settings, seed = self.sampling.changed(options), checked_seed(seed)
         conditions = self._conditions(prompts, class_ids)
         batch = len(next(iter(conditions.values())))
         if self.max_batch is not None and batch > self.max_batch:
@@ -184,30 +176,27 @@ class Pipeline:
                 f"batch of {batch} is outside the engine's 1..{self.max_batch}; "
                 f"generate fewer at once or rebuild with --max-batch {batch}"
             )
-        length = self.config.num_tokens
-        if uniforms is None:
-            uniforms = draw_uniforms(seed, batch, length)
-        check_uniforms(uniforms, (batch, length))
-        vocab_size = self.config.vae.vocab_size
-        if forced_tokens is not None:
-            check_forced_tokens(forced_tokens, (batch, length), vocab_size)
-        if gumbel is not None:
-            shape = (batch, length, vocab_size)
-            check_gumbel(gumbel, shape, more_smooth=settings.more_smooth)
-        elif settings.more_smooth:
-            gumbel = draw_gumbel(seed, batch, length, vocab_size)
+        arrays = self.random_arrays(settings, seed=seed, batch=batch, given=given)
         return self._request(
-            sampling=settings,
-            uniforms=uniforms,
-            forced_tokens=forced_tokens,
-            gumbel=gumbel,
-            null_token_ids=self._null_prompt(),
-            **conditions,
+            sampling=settings, null_token_ids=self._null_prompt(), **conditions, **arrays
         )
+
+    def random_arrays(
+        self, settings: SamplingConfig, *, seed: int, batch: int, given: Mapping[str, Any]
+    ) -> dict[str, NDArray[Any]]:
+        """Return all random numbers of a batch: `given` ones, checked, others drawn from `seed`."""
+        chosen = {name: array for name, array in given.items() if array is not None}
+        arrays: dict[str, NDArray[Any]] = self.family.get("request_arrays")(
+            self.config, settings, seed=seed, batch=batch, given=chosen
+        )
+        return arrays
+
+    def _texts(self, prompts: Iterable[str]) -> tuple[str, ...]:
+        return prompt_texts(prompts, allow_empty=self.family.takes_no_prompt)
 
     def _steps(self, request: Any) -> Iterator[StreamStep]:
         for step in self.backend.play("scales", self._host(request), self._scales):
-            tokens = self.backend.download(step.tokens)
+            tokens = None if step.tokens is None else self.backend.download(step.tokens)
             yield StreamStep(step.scale, step.num_scales, tokens, self, step)
 
     def _picture(self, request: Any) -> NDArray[np.float32]:
@@ -218,9 +207,10 @@ class Pipeline:
     def _trace(self, request: Any) -> Trace:
         tokens, logits, latents, last = [], [], [], None
         for last in self._steps(request):
-            tokens.append(last.tokens)
-            logits.append(last.logits)
             latents.append(last.latent)
+            if last.has_tokens:
+                tokens.append(last.tokens)
+                logits.append(last.logits)
         assert last is not None  # a schedule has at least one scale
         return Trace(tokens, logits, latents, last.decode())
 
@@ -245,7 +235,7 @@ class Pipeline:
         Raises ConfigError for what this model does not take.
         """
         if self.tokenizer is not None:
-            texts = () if prompts is None else prompt_texts(prompts)
+            texts = () if prompts is None else self._texts(prompts)
             if class_ids is not None or not texts:
                 raise ConfigError("this model is text-conditional: give one or more prompts")
             return {"token_ids": self.tokenizer.encode(texts)}

@@ -11,10 +11,10 @@ from nsp.errors import ConfigError
 _MAX_SHOWN = 80  # characters of a wrong value in an error
 
 
-def prompt_texts(prompts: Any) -> tuple[str, ...]:
+def prompt_texts(prompts: Any, *, allow_empty: bool = False) -> tuple[str, ...]:
     """Return the prompts of a list, an iterator or a NumPy array of texts; there may be none.
 
-    Raises ConfigError naming the first that is no text or empty.
+    Raises ConfigError naming the first that is no text or empty, which `allow_empty` lets pass.
     """
     if isinstance(prompts, str | bytes):
         raise ConfigError(f"prompts is a list of texts: prompts=[{_shown(prompts)}]")
@@ -28,7 +28,7 @@ def prompt_texts(prompts: Any) -> tuple[str, ...]:
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise ConfigError(f"prompt {number} is {_shown(text)}, not a text")
-        if not text.strip():
+        if not text.strip() and not allow_empty:
             raise ConfigError(f"prompt {number} is empty; write what the image should show")
     return tuple(str(text) for text in texts)
 

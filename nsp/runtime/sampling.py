@@ -114,7 +114,7 @@ def scale_ratios(num_scales: int) -> list[float]:
 
 def draw_uniforms(seed: int, batch: int, num_tokens: int) -> NDArray[np.float32]:
     """Return uniform numbers (B, L) in [0, 1): image i of the batch has the stream (seed, i)."""
-    rows = [_stream(seed, image).random(num_tokens, np.float32) for image in range(batch)]
+    rows = [stream(seed, image).random(num_tokens, np.float32) for image in range(batch)]
     return np.stack(rows)
 
 
@@ -122,7 +122,7 @@ def draw_gumbel(seed: int, batch: int, num_tokens: int, vocab_size: int) -> NDAr
     """Return standard Gumbel noise (B, L, V), from streams apart from those of the uniforms."""
     tiny = np.finfo(np.float32).tiny
     rows = [
-        _stream(seed, image, purpose=1).random((num_tokens, vocab_size), np.float32)
+        stream(seed, image, purpose=1).random((num_tokens, vocab_size), np.float32)
         for image in range(batch)
     ]
     uniform = np.maximum(np.stack(rows), tiny)
@@ -137,7 +137,8 @@ def checked_seed(seed: Any) -> int:
     return int(seed)
 
 
-def _stream(seed: int, image: int, purpose: int = 0) -> np.random.Generator:
+def stream(seed: int, image: int, purpose: int = 0) -> np.random.Generator:
+    """Return the generator of one image's random numbers, and of one kind of them."""
     key = np.array([checked_seed(seed), image], np.uint64)
     counter = np.array([0, 0, 0, purpose], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

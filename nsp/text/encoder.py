@@ -67,10 +67,10 @@ class TextEncoderStage(nn.Module):
         mask = self.causal_mask[:, :, :num_tokens, :num_tokens]
         output = self.model(input_ids=token_ids_BT, attention_mask=mask)
         states_BTD: Tensor = output.last_hidden_state.float()
-        chosen_BT = self._end_positions(token_ids_BT).to(states_BTD.dtype)
+        chosen_BT = self.end_positions(token_ids_BT).to(states_BTD.dtype)
         return states_BTD, (states_BTD * chosen_BT[:, :, None]).sum(dim=1)
 
-    def _end_positions(self, token_ids_BT: Tensor) -> Tensor:
+    def end_positions(self, token_ids_BT: Tensor) -> Tensor:
         """Return (B, T) booleans, true where the pooled state is: the first of the largest keys."""
         if self.eos_id == LEGACY_EOS_ID:
             key_BT = token_ids_BT

@@ -101,3 +101,13 @@ def sample_uniforms(keys_B: Tensor, count: int) -> Tensor:
     """
     rows = [np.random.Generator(np.random.Philox(key=int(key))) for key in keys_B.tolist()]
     return torch.from_numpy(np.stack([row.random(count, dtype=np.float32) for row in rows]))
+
+
+def sample_normals(keys_B: Tensor, count: int) -> Tensor:
+    """Return standard-normal numbers (B, count) on the CPU, as `sample_uniforms` does."""
+    apart = np.array([0, 0, 0, 1], np.uint64)  # from the numbers that `sample_uniforms` draws
+    rows = [
+        np.random.Generator(np.random.Philox(key=int(key), counter=apart))
+        for key in keys_B.tolist()
+    ]
+    return torch.from_numpy(np.stack([row.standard_normal(count, np.float32) for row in rows]))

@@ -14,6 +14,9 @@ TRACE_SIZES: Sizes = {
     **{"p": 10, "q": 11, "r": 14, "c": 15},
 }
 
+# Enough tokens for 99 % to mean something with a small model; few images where each is expensive.
+_WANTED_TOKENS, _FEWEST_IMAGES, _MOST_IMAGES = 1000, 3, 8
+
 _SCALE_STAGES = ("step", "select", "select_smooth", "accumulate")
 
 # Captions as in the embedded set: plain, compositional, with punctuation.
@@ -73,8 +76,23 @@ def _scale_sizes(config: VarConfig) -> list[dict[str, int]]:
     return sizes
 
 
-def parity_conditions(config: VarConfig, count: int) -> Mapping[str, Any]:
-    """Return `count` real conditions for `Pipeline.generate`: captions, or spread-out classes."""
+def parity_requests(config: VarConfig) -> list[Mapping[str, Any]]:
+    """Return what to generate for a reference: arguments of `Pipeline.generate`.
+
+    One batch with the model's own settings, one image without guidance and one with `more_smooth`:
+    together they call every stage and both relations of rows to images.
+    """
+    wanted = -(-_WANTED_TOKENS // config.num_tokens)
+    count = min(max(wanted, _FEWEST_IMAGES), _MOST_IMAGES)
+    return [
+        _conditions(config, count - 1),
+        {**_conditions(config, 1), "guidance_scale": 1.0},
+        {**_conditions(config, 1), "more_smooth": True},
+    ]
+
+
+def _conditions(config: VarConfig, count: int) -> dict[str, Any]:
+    """Return `count` real conditions: captions, or spread-out classes."""
     if isinstance(config.condition, TextCondition):
         prompts = [PARITY_PROMPTS[i % len(PARITY_PROMPTS)] for i in range(count)]
         return {"prompts": prompts}

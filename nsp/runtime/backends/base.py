@@ -59,7 +59,8 @@ class Backend(ABC):
 
     def kv_dtype(self) -> str:
         """Return the dtype of keys and values."""
-        return self.stages_io["step"].inputs["past_k_0"].dtype
+        specs = (spec for io in self.stages_io.values() for spec in io.outputs.items())
+        return next(spec.dtype for name, spec in specs if name.startswith("new_k"))
 
     def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
         """Return what `loop` yields on the uploaded `inputs`; its results belong to the caller.

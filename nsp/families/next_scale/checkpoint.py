@@ -1,0 +1,61 @@
+"""Checkpoint folders of the family `next_scale`.
+
+config.json      {"family": "next_scale", "config": NextScaleConfig, ...}
+generator/       model.safetensors
+vae/             model.safetensors
+text_encoder/    a CLIPTextModel folder
+tokenizer/       its prompt tokenizer
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.system import NextScaleSystem
+from nsp.files import write_folder
+from nsp.text.encoder import load_text_encoder, save_text_encoder
+from nsp.text.tokenizer import PromptTokenizer
+from nsp.weights import load_weights, save_weights
+
+
+def save_checkpoint(
+    folder: Path,
+    system: NextScaleSystem,
+    *,
+    notes: Mapping[str, Any],
+    sampling: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `system` to `folder`, replacing what is there only once everything is on disk.
+
+    `notes` (JSON-ready) say where the weights come from; `sampling` are SamplingConfig fields that
+    suit this model. Both are kept in config.json.
+    """
+    with write_folder(folder) as partial:
+        record = {
+            "family": "next_scale",
+            "config": system.config.to_dict(),
+            "sampling": dict(sampling or {}),
+            "notes": dict(notes),
+        }
+        (partial / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+        save_weights(system.generator, partial / "generator")
+        save_weights(system.vae, partial / "vae")
+        save_text_encoder(system.text_encoder, partial / "text_encoder")
+        system.prompt_tokenizer.save(partial / "tokenizer")
+
+
+def load_checkpoint(folder: Path, config: Mapping[str, Any]) -> NextScaleSystem:
+    """Return the model in `folder`, in float32 and eval mode; `config` is config.json's "config".
+
+    Raises CheckpointError naming a missing, extra, misshapen or non-finite tensor.
+    """
+    system = NextScaleSystem(
+        NextScaleConfig.from_dict(config),
+        text_encoder=load_text_encoder(folder / "text_encoder"),
+        prompt_tokenizer=PromptTokenizer.load(folder / "tokenizer"),
+    )
+    load_weights(system.generator, folder / "generator")
+    load_weights(system.vae, folder / "vae")
+    return system.eval()

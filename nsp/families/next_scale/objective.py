@@ -1,0 +1,298 @@
+"""Training losses of the family `next_scale`: the autoencoder, then the scales, all or some.
+
+Axes: B batch, C latent channels, D condition width, T prompt tokens. Every scale is taught with the
+true latent of the scale before, made noisy so that errors of earlier scales are tolerated; the base
+by rectified flow (Liu et al. 2022, arXiv:2209.03003, eq. 1) or by plain regression from noise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import reduce
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nsp.config import Config
+from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.preview import preview
+from nsp.data.stream import ShardStream
+from nsp.errors import ConfigError
+from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.latents import LatentDataset, encode_scales, resized
+from nsp.families.next_scale.model import FeatureBlock, NextScaleGenerator, grow
+from nsp.families.next_scale.system import NextScaleSystem
+from nsp.families.next_scale.vae import Vae, decode
+from nsp.layers.attention import KeyValue
+from nsp.training.objective import Objective, TokenCache
+from nsp.training.order import sample_normals, sample_uniforms
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeSettings(Config):
+    """Settings of the autoencoder phase."""
+
+    gradient_weight: float = 1.0  # of the L1 between image gradients: keeps edges sharp
+    kl_weight: float = 1e-4  # of the mean over latent values
+    coarse_weight: float = 0.25  # of each smaller size, which later gives the coarse latents
+
+
+class VaeObjective(Objective):
+    """Trains the autoencoder to reproduce pictures, at the size of every scale."""
+
+    trained: Vae
+
+    def __init__(
+        self,
+        system: NextScaleSystem,
+        data: ImageDataset | ShardStream,
+        held_out: ImageDataset | None,
+        settings: VaeSettings,
+    ) -> None:
+        super().__init__()
+        self.trained = system.vae
+        self.settings, self._data, self._held_out = settings, data, held_out
+        self._config = system.config
+        self._squares: list[Tensor] = []  # mean square of latents, of the step under way
+
+    def dataset(self) -> Dataset[Mapping[str, Any]]:
+        """Return the pictures."""
+        return self._data
+
+    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+        """Return the held-out pictures."""
+        return self._held_out
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the loss, its parts at full size, and PSNR in dB."""
+        image, settings = to_model_range(batch["image"]), self.settings
+        config = self._config
+        noise = sample_normals(batch["key"], config.vae.latent_channels * config.latent_side**2)
+        side = config.latent_side
+        noise = noise.reshape(len(noise), -1, side, side).to(image.device)
+        total = torch.zeros((), device=image.device)
+        report: dict[str, Tensor] = {}
+        for side in config.sides:
+            full = side == config.latent_side
+            picture = resized(image, side * config.vae.downsampling)
+            report = self._rebuild(picture, noise[:, :, :side, :side])
+            total = total + report["loss"] * (1.0 if full else settings.coarse_weight)
+        return {**report, "loss": total}
+
+    def _rebuild(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Return the loss of one size."""
+        autoencoder, settings = self.trained.autoencoder, self.settings
+        found = autoencoder.encode(image).latent_dist
+        mean, std = found.mean.float(), found.std.float()
+        if self.training and image.shape[-1] == self._config.target_size:
+            self._squares.append(mean.detach().square().mean())
+        rebuilt = decode(autoencoder, mean + std * noise if self.training else mean)
+        l1, gradient = F.l1_loss(rebuilt, image), image_gradient_loss(rebuilt, image)
+        kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+        mse = F.mse_loss(rebuilt.detach().clamp(-1, 1), image)
+        loss = l1 + settings.gradient_weight * gradient + settings.kl_weight * kl
+        psnr = 10 * torch.log10(4 / mse)
+        return {"loss": loss, "l1": l1.detach(), "kl": kl.detach(), "psnr_db": psnr}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> dict[str, float | Tensor]:
+        """Let the scaling factor follow the latents, so that theirs is unit variance."""
+        square, self._squares = torch.stack(self._squares).mean(), []
+        factor = reduce(square, "mean").rsqrt()
+        self.trained.scaling_factor.lerp_(factor, 1.0 if step == 0 else 0.05)
+        return {"scaling_factor": self.trained.scaling_factor.clone()}
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return False for biases and norms."""
+        return parameter.ndim > 1
+
+    @torch.no_grad()
+    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Return pictures beside their reconstructions."""
+        items = preview(self._data, 16, seed=seed)
+        device = next(self.trained.parameters()).device
+        image = torch.stack([item["image"] for item in items]).to(device)
+        rebuilt = self.trained.decode(self.trained.encode(to_model_range(image)))
+        rebuilt = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        pairs = torch.stack([image, rebuilt], 1).flatten(0, 1).movedim(1, -1)
+        titles = [t for item in items for t in (item["caption"], "reconstruction")]
+        return pairs.cpu().numpy(), titles
+
+
+def image_gradient_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean absolute difference of horizontal and vertical finite differences."""
+    horizontal = F.l1_loss(a.diff(dim=-1), b.diff(dim=-1))
+    return horizontal + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalesSettings(Config):
+    """Which scales a phase trains, and how; scale 0 is the base, k is made by predictor k - 1."""
+
+    first_scale: int = 0
+    last_scale: int | None = None  # None: the finished latent
+    noise: float = 0.1  # largest deviation added to the latents that predictors start from
+    train_text_encoder: bool | None = None  # None: where scale 0 is among those trained
+    sample_guidance_scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the deviation."""
+        if not 0 <= self.noise < 10:
+            raise ConfigError(f"objective.noise must be in [0, 10), got {self.noise}")
+
+    def scales(self, config: NextScaleConfig) -> range:
+        """Return the scales to train; raise ConfigError for ones the model has not."""
+        last = config.num_scales - 1
+        end = last if self.last_scale is None else self.last_scale
+        if not 0 <= self.first_scale <= end <= last:
+            raise ConfigError(
+                f"scales {self.first_scale} to {end} are asked for; this model has 0 to {last} "
+                f"(latents of side {', '.join(map(str, config.sides))})"
+            )
+        return range(self.first_scale, end + 1)
+
+
+class ScalesObjective(Objective):
+    """Trains the base, predictors, or some of them, and the condition with the base.
+
+    The autoencoder and all other scales are frozen.
+    """
+
+    def __init__(
+        self,
+        system: NextScaleSystem,
+        data: ImageDataset | ShardStream,
+        held_out: ImageDataset | None,
+        settings: ScalesSettings,
+        cache: TokenCache | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings, self._data, self._held_out, self._cache = settings, data, held_out, cache
+        self.scales = settings.scales(system.config)
+        self.system = system.requires_grad_(False)
+        generator, parts = system.generator, dict[str, nn.Module]()
+        if 0 in self.scales:
+            parts |= {"base": generator.base, "condition": generator.condition}
+        text = settings.train_text_encoder
+        if 0 in self.scales if text is None else text:
+            parts["text_encoder"] = system.text_encoder
+        for scale in self.scales:
+            if scale:
+                parts[f"predictor_{scale - 1}"] = generator.predictors[scale - 1]
+        if self.scales[-1] == system.config.num_scales - 1:
+            parts["refine"] = generator.refine
+        self.trained = nn.ModuleDict(parts).requires_grad_(True)
+
+    def dataset(self) -> Dataset[Mapping[str, Any]]:
+        """Return prompts with latents, or the pictures of a stream."""
+        if isinstance(self._data, ShardStream):
+            return self._data
+        return LatentDataset(self.system, self._data, self._cache)
+
+    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+        """Return the held-out pictures as `dataset` does."""
+        if self._held_out is None:
+            return None
+        return LatentDataset(self.system, self._held_out, held_out=True)
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the blocks of base and predictors."""
+        return [m for m in self.trained.modules() if isinstance(m, FeatureBlock)]
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the loss and that of every scale; of held-out pictures also the chain's error."""
+        system = self.system
+        config, keys = system.config, batch["key"]
+        if "latents" in batch:
+            latents = [latent.float() for latent in batch["latents"]]
+        else:
+            latents = encode_scales(system, batch["image"])
+        device = latents[0].device
+        uniforms = sample_uniforms(keys, 2 + config.num_predictors).to(device)
+        rate = config.generator.cond_drop_rate if self.training else 0.0
+        condition = system.condition(self._prompts(batch, device), uniforms[:, 0] < rate)
+        noises = self._noises(keys, device)
+        losses: dict[str, Tensor] = {}
+        if 0 in self.scales:
+            losses["scale_0"] = self._base_loss(latents[0], condition, noises[0], uniforms[:, 1])
+        losses |= self._predictor_losses(latents, condition, noises[1:], uniforms[:, 2:])
+        report = {name: loss.detach() for name, loss in losses.items()}
+        if "held_out" in batch and bool(batch["held_out"].all()):
+            report |= chain_errors(system.generator, latents, condition, self.scales)
+        return {"loss": torch.stack(list(losses.values())).sum(), **report}
+
+    def _prompts(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        if "condition" in batch:
+            tokens: Tensor = batch["condition"]
+            return tokens
+        return self.system.encode_prompts(batch["caption"]).to(device)
+
+    def _noises(self, keys_B: Tensor, device: torch.device) -> list[Tensor]:
+        """Return standard-normal latents: for the base, then for every predictor's input."""
+        config = self.system.config
+        channels = config.vae.latent_channels
+        sides = (config.initial_size, *config.sides[:-1])
+        flat = sample_normals(keys_B, sum(channels * side**2 for side in sides)).to(device)
+        parts = torch.split(flat, [channels * side**2 for side in sides], 1)
+        return [p.reshape(-1, channels, s, s) for p, s in zip(parts, sides, strict=True)]
+
+    def _base_loss(
+        self, latent: Tensor, condition: Tensor, noise: Tensor, time_B: Tensor
+    ) -> Tensor:
+        """Return the loss of the first latent."""
+        base = self.system.generator.base
+        if self.system.config.generator.base == "regression":
+            return latent_loss(base(noise, condition, None), latent)
+        time = time_B[:, None, None, None]
+        velocity = base((1 - time) * noise + time * latent, condition, time_B)
+        return F.mse_loss(velocity.float(), latent - noise)
+
+    def _predictor_losses(
+        self, latents: list[Tensor], condition: Tensor, noises: list[Tensor], uniforms: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the losses of the predictors among the scales, and of the refinement."""
+        generator, losses = self.system.generator, dict[str, Tensor]()
+        past: list[KeyValue] = []
+        for k, predictor in enumerate(generator.predictors[: self.scales[-1]]):
+            learns = k + 1 in self.scales
+            deviation = self.settings.noise * uniforms[:, k, None, None, None]
+            source = latents[k] + (deviation * noises[k] if self.training else 0)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                found, new = predictor(source, condition, past)
+            past = grow(past, new)
+            if learns:
+                losses[f"scale_{k + 1}"] = latent_loss(found, latents[k + 1])
+                if k + 1 == len(latents) - 1:
+                    losses["refined"] = latent_loss(generator.refine(found), latents[-1])
+        return losses
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return False for biases, norms, tables of embeddings and the null condition."""
+        return parameter.ndim > 1 and "embedding" not in name
+
+    @torch.no_grad()
+    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Return pictures generated for captions of the data set, up to the last trained scale."""
+        from nsp.families.next_scale.sampling import sample_grid
+
+        guidance = self.settings.sample_guidance_scale
+        return sample_grid(self.system, self._data, seed, guidance, last_scale=self.scales[-1])
+
+
+def latent_loss(found: Tensor, expected: Tensor) -> Tensor:
+    """Return L1 plus mean squared error, in float32."""
+    difference = found.float() - expected.float()
+    return difference.abs().mean() + difference.square().mean()
+
+
+@torch.no_grad()
+def chain_errors(
+    generator: NextScaleGenerator, latents: list[Tensor], condition: Tensor, scales: range
+) -> dict[str, Tensor]:
+    """Return the mean absolute error of latents grown from the true first one, step on step."""
+    grown = generator(latents[0], condition)
+    return {f"chain_{k}": (grown[k].float() - latents[k]).abs().mean() for k in scales if k > 0}

@@ -1,0 +1,47 @@
+"""Pictures generated while training, through the same loop and stages that are deployed."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.preview import preview
+from nsp.data.stream import ShardStream
+from nsp.families.next_scale.system import NextScaleSystem
+from nsp.families.registry import family
+from nsp.runtime.pipeline import to_uint8, torch_pipeline
+
+_SHEET_PIXELS = 24 * 64 * 64  # of all pictures of a sheet together
+_FEWEST_SAMPLES = 4
+_BATCH = 64  # pictures reconstructed at once
+
+
+def sample_grid(
+    system: NextScaleSystem,
+    data: ImageDataset | ShardStream,
+    seed: int,
+    guidance_scale: float,
+    *,
+    last_scale: int,
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """Return pictures (N, H, W, 3) after `last_scale`, and their captions from the data."""
+    side = system.config.sides[last_scale] * system.config.vae.downsampling
+    count = min(24, max(_FEWEST_SAMPLES, _SHEET_PIXELS // side**2))
+    titles = [item["caption"] for item in preview(data, count, seed=seed)]
+    device = str(next(system.parameters()).device)
+    pipeline = torch_pipeline(family("next_scale"), system, device=device)
+    steps = pipeline.stream(prompts=titles, seed=seed, guidance_scale=guidance_scale)
+    step = next(each for each in steps if each.scale == last_scale)
+    return to_uint8(step.decode()), titles
+
+
+@torch.no_grad()
+def reconstruct(system: NextScaleSystem, pictures_BHW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the pictures (B, H, W, 3) as their latents keep them."""
+    vae, rows = system.vae, []
+    pictures_B3HW = torch.from_numpy(pictures_BHW3).movedim(-1, 1)
+    for batch in torch.split(pictures_B3HW, _BATCH):
+        image = to_model_range(batch.to(next(vae.parameters()).device))
+        rebuilt = vae.decode(vae.encode(image)).clamp(-1, 1)
+        rows.append(((rebuilt + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(rows).movedim(1, -1).numpy()

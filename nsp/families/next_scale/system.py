@@ -1,0 +1,74 @@
+"""All trainable parts of one `next_scale` model together, as checkpoints hold them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nsp.errors import ConfigError
+from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.model import NextScaleGenerator
+from nsp.families.next_scale.vae import Vae
+from nsp.text.encoder import TextEncoderStage
+from nsp.text.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
+
+class NextScaleSystem(nn.Module):
+    """Autoencoder, generator, CLIP text encoder and its prompt tokenizer."""
+
+    def __init__(
+        self,
+        config: NextScaleConfig,
+        *,
+        text_encoder: "CLIPTextModel",
+        prompt_tokenizer: PromptTokenizer,
+    ) -> None:
+        super().__init__()
+        width = text_encoder.config.hidden_size
+        if (width, prompt_tokenizer.max_tokens) != (config.text.text_width, config.text.max_tokens):
+            raise ConfigError(
+                f"text encoder of width {width} with {prompt_tokenizer.max_tokens} tokens does not "
+                f"fit text_width={config.text.text_width}, max_tokens={config.text.max_tokens}"
+            )
+        self.config = config
+        self.vae = Vae(config.vae)
+        self.generator = NextScaleGenerator(config)
+        self.text_encoder = text_encoder
+        self.prompt_tokenizer = prompt_tokenizer
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Return prompt token ids (B, T)."""
+        return torch.from_numpy(self.prompt_tokenizer.encode(prompts))
+
+    def condition(self, token_ids_BT: Tensor, dropped_B: Tensor) -> Tensor:
+        """Return condition vectors (B, D); rows where `dropped_B` holds have no prompt."""
+        mean = TextMeanStage(self.text_encoder)(token_ids_BT)
+        rows = torch.arange(len(dropped_B), device=dropped_B.device)
+        null_row = torch.full_like(rows, len(dropped_B))
+        condition: Tensor = self.generator.condition(mean, torch.where(dropped_B, null_row, rows))
+        return condition
+
+
+class TextMeanStage(nn.Module):
+    """Prompt token ids (N, T) -> the mean state (N, D) of the tokens up to the end token."""
+
+    upto_TT: Tensor
+
+    def __init__(self, model: "CLIPTextModel") -> None:
+        super().__init__()
+        self.encoder = TextEncoderStage(model)
+        length: int = model.config.max_position_embeddings
+        self.register_buffer("upto_TT", torch.ones(length, length).tril(), persistent=False)
+
+    def forward(self, token_ids_NT: Tensor) -> Tensor:
+        """Return (N, D) in float32."""
+        states_NTD, _ = self.encoder(token_ids_NT)
+        num_tokens = token_ids_NT.shape[1]
+        ends_NT = self.encoder.end_positions(token_ids_NT).float()
+        kept_NT = ends_NT @ self.upto_TT.to(ends_NT.device)[:num_tokens, :num_tokens]
+        total_ND: Tensor = (states_NTD * kept_NT[:, :, None]).sum(1)
+        return total_ND / kept_NT.sum(1, keepdim=True)

@@ -1,0 +1,102 @@
+"""What the trainer asks of the family `next_scale`: a new model, and the objective of a phase."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.sources import ImageSource
+from nsp.data.stream import ShardStream
+from nsp.errors import ConfigError
+from nsp.families.next_scale import latents
+from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.objective import (
+    ScalesObjective,
+    ScalesSettings,
+    VaeObjective,
+    VaeSettings,
+)
+from nsp.families.next_scale.system import NextScaleSystem
+from nsp.families.next_scale.vae import load_vae
+from nsp.text.parts import TextEncoderSettings, text_parts
+from nsp.training.objective import Objective, TokenCache
+
+_ONE_SCALE = re.compile(r"scale_(\d+)")
+_PHASES = "vae, scales, scale_0, scale_1, ..."
+_MEASURED_PICTURES = 2
+
+
+def new_system(
+    config: Mapping[str, Any], text_encoder: Mapping[str, Any], source: ImageSource | None
+) -> NextScaleSystem:
+    """Return a freshly initialised model, its autoencoder read where the configuration says so.
+
+    `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length of
+    the text condition; otherwise the prompt tokenizer is trained on the captions of `source` and
+    the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
+    generator, which the caller seeds.
+    """
+    model = NextScaleConfig.from_dict(config)
+    settings = TextEncoderSettings.from_dict(text_encoder)
+    tokenizer, encoder = text_parts(settings, model.text.text_width, model.text.max_tokens, source)
+    text = dataclasses.replace(
+        model.text, text_width=encoder.config.hidden_size, max_tokens=tokenizer.max_tokens
+    )
+    model = dataclasses.replace(model, text=text)
+    if model.pretrained_vae is None:
+        return NextScaleSystem(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
+    vae, vae_config = load_vae(Path(model.pretrained_vae), _some_pictures(model, source))
+    model = dataclasses.replace(model, vae=vae_config, pretrained_vae=None)
+    system = NextScaleSystem(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
+    system.vae.load_state_dict(vae.state_dict())
+    return system
+
+
+def _some_pictures(model: NextScaleConfig, source: ImageSource | None) -> Tensor | None:
+    """Return a few pictures in [-1, 1] to measure the decoder's activations with."""
+    if source is None:
+        return None
+    data = ImageDataset(source, model.target_size, train=False, crop=False)
+    count = min(_MEASURED_PICTURES, len(data))
+    return to_model_range(torch.stack([data[index]["image"] for index in range(count)]))
+
+
+def objective(
+    phase: str,
+    settings: Mapping[str, Any],
+    system: NextScaleSystem,
+    data: ImageDataset | ShardStream,
+    held_out: ImageDataset | None = None,
+    cache: TokenCache | None = None,
+) -> Objective:
+    """Return the objective of a phase; raise ConfigError for an unknown one.
+
+    `vae` trains the autoencoder, `scales` all scales together (or those its settings name), and
+    `scale_k` that one alone. `cache` is where the pictures' latents are kept.
+    """
+    if phase == "vae":
+        if cache is not None and cache.is_given:
+            raise ConfigError(
+                f"{cache.file} holds latents of a finished autoencoder, which this phase would "
+                "change; leave it out, or the phase: --from-phase scales"
+            )
+        return VaeObjective(system, data, held_out, VaeSettings.from_dict(settings))
+    one = _ONE_SCALE.fullmatch(phase)
+    if phase != "scales" and one is None:
+        raise ConfigError(f"unknown phase {phase!r} of family next_scale; known: {_PHASES}")
+    if one is not None:
+        settings = {"first_scale": int(one[1]), "last_scale": int(one[1]), **settings}
+    chosen = ScalesSettings.from_dict(settings)
+    return ScalesObjective(system, data, held_out, chosen, cache)
+
+
+def write_cache(system: NextScaleSystem, data: ImageDataset, file: Path) -> None:
+    """Write the latents of all pictures to `file`, for `data.token_cache` of later runs."""
+    if not latents.is_constant(data):
+        raise ConfigError("crops and flips change the latents: only whole pictures can be cached")
+    latents.write_cache(system, data, file)

@@ -1,0 +1,52 @@
+"""The text parts of a new model: pretrained, or made for the captions it is trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nsp.config import Config
+from nsp.data.sources import ImageSource
+from nsp.errors import ConfigError
+from nsp.text.encoder import build_text_encoder, load_text_encoder
+from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderSettings(Config):
+    """Where the text encoder of a new model comes from: a CLIP folder, or these sizes."""
+
+    folder: str | None = None  # CLIP, or a pipeline with text_encoder/ and tokenizer/
+    vocab_size: int = 2048
+    depth: int = 2
+    num_heads: int = 4
+
+
+def text_parts(
+    settings: TextEncoderSettings, width: int, max_tokens: int, source: ImageSource | None
+) -> tuple[PromptTokenizer, "CLIPTextModel"]:
+    """Return prompt tokenizer and text encoder, pretrained or new.
+
+    A new encoder has `width` channels, and its tokenizer, of `max_tokens` per prompt, is trained on
+    the captions of `source`; pretrained ones decide both themselves. Raises ConfigError for a new
+    one where `source` is None: a stream, whose captions are not known.
+    """
+    if settings.folder is not None:
+        folder = Path(settings.folder)
+        is_pipeline = (folder / "text_encoder").is_dir()
+        encoder = load_text_encoder(folder, subfolder="text_encoder" if is_pipeline else None)
+        tokenizer = PromptTokenizer.load(folder, subfolder="tokenizer" if is_pipeline else None)
+        return tokenizer, encoder
+    if source is None:
+        raise ConfigError(
+            "the captions of a stream are not known ahead, so no prompt tokenizer can be trained "
+            "on them; give a CLIP folder with --text-encoder, or a checkpoint with --start-from"
+        )
+    captions = sorted({sample.caption for sample in source.samples})
+    tokenizer = train_tokenizer(captions, vocab_size=settings.vocab_size, max_tokens=max_tokens)
+    encoder = build_text_encoder(
+        tokenizer, width=width, depth=settings.depth, num_heads=settings.num_heads
+    )
+    return tokenizer, encoder

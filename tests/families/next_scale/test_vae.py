@@ -1,0 +1,113 @@
+"""What the autoencoder promises: diffusers' pictures, folders read, a decoder that fits float16."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nsp.errors import CheckpointError
+from nsp.families.next_scale.config import SDXL_VAE, SIZES
+from nsp.families.next_scale.precision import stage_weights
+from nsp.families.next_scale.vae import (
+    Vae,
+    decode,
+    largest_activation,
+    load_vae,
+    new_autoencoder,
+    rescale_decoder,
+    scale_for_half,
+)
+
+CONFIG = SIZES["tiny"].vae
+LATENTS = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+def _loud_autoencoder(gain: float) -> nn.Module:
+    """Return an autoencoder whose decoder's activations are `gain` times the usual."""
+    torch.manual_seed(0)
+    model = new_autoencoder(CONFIG)
+    rescale_decoder(model, 1)
+    with torch.no_grad():
+        for name, parameter in model.decoder.named_parameters():
+            if ".conv1." in name or ".conv2." in name or "to_out" in name:
+                parameter.mul_(gain)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_decoding_is_diffusers_decoding() -> None:
+    model = new_autoencoder(CONFIG)
+    expected = model.decode(LATENTS).sample
+    torch.testing.assert_close(decode(model, LATENTS), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rescaling_leaves_every_bit_of_the_picture() -> None:
+    model = _loud_autoencoder(1e5)
+    before, loud = decode(model, LATENTS), largest_activation(model, LATENTS)
+    scale = scale_for_half(loud)
+    assert scale > 1
+    rescale_decoder(model, scale)
+    assert torch.equal(decode(model, LATENTS), before)
+    assert largest_activation(model, LATENTS) < 65504 / 4
+
+
+@torch.no_grad()
+def test_a_decoder_that_leaves_float16_fits_it_after_rescaling() -> None:
+    from export.precision import at_precision
+
+    def narrowed(model: nn.Module) -> torch.Tensor:
+        system = nn.ModuleDict({"vae": nn.ModuleDict({"autoencoder": model})})
+        half = at_precision(system, {"decoder": stage_weights(SIZES["tiny"])["decoder"]}, "fp16")
+        return decode(half["vae"]["autoencoder"], LATENTS)
+
+    model = _loud_autoencoder(1e6)
+    expected = decode(model, LATENTS)
+    assert not torch.isfinite(narrowed(model)).all()  # the known overflow
+    rescale_decoder(model, scale_for_half(largest_activation(model, LATENTS)))
+    error = (narrowed(model) - expected).square().mean() / torch.var(expected)
+    assert error < 1e-4
+
+
+def test_a_diffusers_folder_is_read_with_its_scaling_factor(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = new_autoencoder(dataclasses.replace(CONFIG, scaling_factor=0.13025))
+    model.save_pretrained(tmp_path / "vae")
+    vae, config = load_vae(tmp_path)
+    assert (config.scaling_factor, config.downsampling) == (0.13025, 2)
+    image = torch.rand(1, 3, 12, 12) * 2 - 1
+    with torch.no_grad():
+        expected = model.encode(image).latent_dist.mode() * 0.13025
+        torch.testing.assert_close(vae.encode(image), expected)
+        torch.testing.assert_close(
+            vae.decode(expected), model.decode(expected / 0.13025).sample, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "an AutoencoderKL is needed"),
+        ({"shift_factor": 0.1}, "shift_factor=0.1 is not supported"),
+    ],
+)
+def test_other_autoencoders_are_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    new_autoencoder(CONFIG).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        load_vae(tmp_path)
+
+
+def test_the_sdxl_architecture_is_known() -> None:
+    with torch.device("meta"):
+        vae = Vae(SDXL_VAE)
+    # stabilityai/sdxl-vae has 83,653,863 parameters.
+    assert sum(p.numel() for p in vae.autoencoder.parameters()) == 83_653_863
+    assert copy.copy(SDXL_VAE).downsampling == 8
