@@ -10,6 +10,7 @@ from nsp.command_line import (
     COUNT,
     FILE,
     FOLDER,
+    SEED,
     Program,
     backend_option,
     checkpoint_option,
@@ -25,10 +26,11 @@ from nsp.command_line import (
     verbose_option,
 )
 from nsp.data.verbs import data
-from nsp.errors import ConfigError, RegressionError
+from nsp.errors import ConfigError, NspError, RegressionError
 
 if TYPE_CHECKING:
     from export.plan import PlannedBuild
+    from nsp.families.registry import Family
     from nsp.runtime.pipeline import Pipeline
 
 
@@ -44,7 +46,11 @@ def _print_tables(tables: Iterable[Any]) -> None:
     "nsp",
     cls=Program,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # Options may be spelled with underscores, too.
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
 )
 @click.version_option(package_name="nsp", message="%(prog)s %(version)s")
 @verbose_option
@@ -152,14 +158,27 @@ def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: boo
 @main.command()
 @engine_dir_option
 @checkpoint_option("Run this checkpoint folder with PyTorch instead of engines.")
-@click.option("--prompt", "prompts", multiple=True, help="What to show. Repeatable.")
+@click.option(
+    "--prompt", "--text-prompt", "prompts", multiple=True, help="What to show. Repeatable."
+)
 @click.option("--prompts-file", type=FILE, help="Text file with one prompt per line.")
 @click.option("--class-id", "class_ids", type=int, multiple=True, help="Class. Repeatable.")
 @click.option(
     "--num-images", type=COUNT, default=1, show_default=True, help="Images for each prompt."
 )
-@seed_option("Same seed and backend, same image. The k-th image of a prompt has seed SEED + k.")
+@click.option(
+    "--seed",
+    type=SEED,
+    help="Same seed and backend, same image. The k-th image of a prompt has seed SEED + k.  "
+    "[default: 0; 42 of next-scale]",
+)
 @click.option("--batch-size", type=COUNT, help="Images made at once; changes none of them.")
+@click.option("--initial-size", type=COUNT, help="Side of the first latent the model must have.")
+@click.option(
+    "--target-size", type=COUNT, help="Side of the image in pixels, one of the model's scales."
+)
+@click.option("--scale-factor", type=COUNT, help="From scale to scale, which the model must have.")
+@click.option("--device", help="cpu or cuda.  [default: a GPU if there is one]")
 @click.option("--guidance-scale", type=float, help="Strength of guidance; 1 is off.")
 @click.option(
     "--guidance-schedule",
@@ -197,8 +216,12 @@ def generate(
     prompts_file: Path | None,
     class_ids: tuple[int, ...],
     num_images: int,
-    seed: int,
+    seed: int | None,
     batch_size: int | None,
+    initial_size: int | None,
+    target_size: int | None,
+    scale_factor: int | None,
+    device: str | None,
     backend: str,
     save_intermediates: bool,
     output_dir: Path,
@@ -209,10 +232,19 @@ def generate(
     from nsp.runtime.batches import choose_batch_size, plan_images, read_prompts
 
     prompts += read_prompts(prompts_file) if prompts_file else ()
-    planned = plan_images(prompts=prompts, class_ids=class_ids, seed=seed, num_images=num_images)
+    family = _family_of(checkpoint or engine_dir or Path("engines"))
+    if family is not None and family.default_prompt and not prompts and not class_ids:
+        prompts = (family.default_prompt,)
+    if seed is None:
+        seed = family.default_seed if family else 0
+    planned = plan_images(
+        prompts=prompts, class_ids=class_ids, seed=seed, num_images=num_images, allow_empty=True
+    )
     precision = one_precision(options)
     sampling = {name: value for name, value in options.items() if value is not None}
-    pipeline = _load(engine_dir, checkpoint, backend, precision)
+    pipeline = _load(engine_dir, checkpoint, backend, precision, device)
+    sizes = {"initial_size": initial_size, "target_size": target_size, "scale_factor": scale_factor}
+    last_scale = _scale_of(pipeline, {n: size for n, size in sizes.items() if size is not None})
     from nsp.runtime.gallery import generate_gallery  # while the engines are loading
     from nsp.terminal import progress_bar
 
@@ -221,8 +253,11 @@ def generate(
             pipeline,
             planned,
             output_dir,
-            batch_size=choose_batch_size(pipeline, batch_size),
+            batch_size=choose_batch_size(
+                pipeline, batch_size or pipeline.family.default_batch_size
+            ),
             save_intermediates=save_intermediates,
+            last_scale=last_scale,
             on_step=lambda step: show(step.activity, step.scale, step.num_scales),
             **sampling,
         )
@@ -235,8 +270,37 @@ def generate(
     click.echo(f"contact sheet: {gallery.contact_sheet}")
 
 
+def _family_of(folder: Path) -> "Family | None":
+    """Return the family whose defaults hold, or None: loading the folder will say what is wrong."""
+    from nsp.checkpoint import is_checkpoint, read_checkpoint
+    from nsp.families.registry import family
+    from nsp.runtime.manifest import read_manifest
+
+    try:
+        if is_checkpoint(folder):
+            return read_checkpoint(folder).family
+        return family(read_manifest(folder).family)
+    except NspError:
+        return None
+
+
+def _scale_of(pipeline: "Pipeline", sizes: dict[str, int]) -> int | None:
+    """Return the scale to stop at for the sizes asked for; None is the last."""
+    if not sizes:
+        return None
+    if pipeline.family.scale_of is None:
+        name = next(iter(sizes)).replace("_", "-")
+        raise ConfigError(f"--{name}: a model of family {pipeline.family.name} has one size")
+    scale: int = pipeline.family.get("scale_of")(pipeline.config, sizes)
+    return scale
+
+
 def _load(
-    engine_dir: Path | None, checkpoint: Path | None, backend: str, precision: str | None
+    engine_dir: Path | None,
+    checkpoint: Path | None,
+    backend: str,
+    precision: str | None,
+    device: str | None,
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
     from nsp.checkpoint import is_checkpoint, read_checkpoint
@@ -247,11 +311,11 @@ def _load(
     if checkpoint is not None:
         if precision is not None:
             raise ConfigError(f"--{precision} is for engines; a checkpoint runs in fp32")
-        return load_pipeline(read_checkpoint(checkpoint).folder, backend)
+        return load_pipeline(read_checkpoint(checkpoint).folder, backend, device=device)
     folder = engine_dir or Path("engines")
     if is_checkpoint(folder):
         raise ConfigError(f"{folder} is a checkpoint; use: --checkpoint {folder}")
-    return load_pipeline(folder, backend, precision=precision)
+    return load_pipeline(folder, backend, precision=precision, device=device)
 
 
 @main.command()

@@ -26,19 +26,47 @@ _OPTIONS = (
     "compile",
     "activation_checkpointing",
     "tracking",
+    "checkpoint_dir",
 )
+COUNT = click.IntRange(min=1)
+SCALE = click.IntRange(min=0)
 
 
-@click.command()
-@click.option("--preset", help="Named run: emoji, quick, smoke.  [default: emoji]")
+@click.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
+@click.option(
+    "--preset",
+    help="Named run: emoji, quick, smoke, next-scale, next-scale-sdxl.  [default: emoji]",
+)
 @click.option("--config", type=FOLDER, help="JSON file of a run, instead of a preset.")
-@click.option("--data", help="'emoji', a .tar, a folder, hf:NAME_OR_FOLDER, or shards.")
+@click.option(
+    "--data", "--data-dir", help="'emoji', a .tar, a folder, hf:NAME_OR_FOLDER, or shards."
+)
+@click.option("--val-dir", help="Pictures to validate on, in place of the held-out ones.")
+@click.option("--num-workers", type=SCALE, help="Processes that read pictures ahead.")
 @click.option("--stream", is_flag=True, help="Read --data (shards, paths or URLs) as it comes.")
 @click.option("--token-cache", help="Tokens of the pictures, made by nsp data cache.")
 @click.option("--text-encoder", help="Pretrained CLIP or pipeline folder to start from.")
 @click.option(
-    "--output-dir", type=FOLDER, help="Run folder.  [default: runs/PRESET or runs/NAME of FILE]"
+    "--output-dir",
+    type=FOLDER,
+    help="Run folder, with samples in it.  [default: runs/PRESET or runs/NAME of FILE]",
 )
+@click.option("--checkpoint-dir", help="Folder of saved steps.  [default: in the run folder]")
+@click.option("--log-dir", help="Folder of TensorBoard's files.  [default: in the run folder]")
+@click.option("--vae", "pretrained_vae", help="AutoencoderKL folder to take (next-scale).")
+@click.option("--initial-size", type=COUNT, help="Side of the first latent (next-scale).")
+@click.option("--target-size", type=COUNT, help="Side of the image in pixels (next-scale).")
+@click.option(
+    "--scale-factor", type=COUNT, help="From one latent's side to the next's (next-scale)."
+)
+@click.option("--batch-size", type=COUNT, help="Pictures of a step, over all devices.")
+@click.option("--learning-rate", type=float, help="Peak of every phase.")
+@click.option("--num-epochs-per-scale", type=COUNT, help="Length of training (next-scale).")
+@click.option("--progressive", is_flag=True, help="One scale after the other (next-scale).")
+@click.option("--start-scale", type=SCALE, help="First scale to train (next-scale).  [default: 0]")
+@click.option("--end-scale", type=SCALE, help="Last scale to train.  [default: the finished one]")
+@click.option("--save-every", type=COUNT, help="Epochs between saved steps.")
+@click.option("--validate-every", type=COUNT, help="Epochs between validations.")
 @click.option("--steps", type=int, help="Steps of every phase, instead of the preset's.")
 @click.option("--phase", help="Stop after this phase.")
 @click.option("--from-phase", help="Leave out the phases before this one (with --start-from).")
@@ -46,6 +74,10 @@ _OPTIONS = (
     "--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of weights, data order and samples."
 )
 @click.option("--precision", help="auto, fp32, bf16 or fp16.")
+@click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU if there is one]"
+)
 @click.option("--start-from", help="Checkpoint folder whose weights to start with.")
 @click.option("--parallel", help="How several processes share the work: ddp or fsdp.")
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile.")
@@ -56,6 +88,9 @@ _OPTIONS = (
 )
 @click.option("--mlflow", help="Record to MLflow: 'local', a folder, or a server's URI.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
+@click.option(
+    "--resume-from", type=FOLDER, help="Continue the run of this folder, or of what is in it."
+)
 @click.option("--skip-bad-files", is_flag=True, help="Leave bad pictures out instead of stopping.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(
@@ -63,13 +98,17 @@ def main(
     output_dir: Path | None,
     phase: str | None,
     resume: bool,
+    resume_from: Path | None,
     skip_bad_files: bool,
     verbose: bool,
+    device: str | None,
+    fp16: bool,
     **changes: Any,
 ) -> None:
-    """Train tokenizer, then predictor; leaves a checkpoint folder that `nsp export` takes."""
+    """Train phase after phase; leaves a checkpoint folder that `nsp export` takes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config: Path | None = changes["config"]
+    preset = preset and preset.replace("-", "_")  # both spellings name it
     folder = output_dir or Path("runs") / (config.stem if config else preset or "emoji")
     again = ["python", "train.py", "--resume", "--output-dir", str(folder)]
     again += ["--phase", phase] if phase else []
@@ -77,8 +116,21 @@ def main(
     try:
         from nsp.training.run import train
 
+        if resume_from is not None:
+            folder, resume = run_of(resume_from, output_dir), True
+        if fp16:
+            if changes["precision"] not in (None, "fp16"):
+                raise ConfigError(f"--fp16 and --precision {changes['precision']}: give one")
+            changes["precision"] = "fp16"
         run = configure(preset, folder if resume else None, **changes)
-        result = train(run, folder, last_phase=phase, resume=resume, skip_bad_files=skip_bad_files)
+        result = train(
+            run,
+            folder,
+            last_phase=phase,
+            resume=resume,
+            skip_bad_files=skip_bad_files,
+            device=device,
+        )
     except KeyboardInterrupt:  # between steps: in imports, data, checkpoints
         if (folder / "run.json").is_file():
             click.echo(f"stopped; continue with: {shlex.join(again)}", err=True)
@@ -105,6 +157,18 @@ def main(
     sys.exit(DONE if result.finished else INTERRUPTED)
 
 
+def run_of(path: Path, output_dir: Path | None) -> Path:
+    """Return the run folder that `path` is or lies in; raise ConfigError when there is none."""
+    found = next((each for each in (path, *path.parents) if (each / "run.json").is_file()), None)
+    found = found or output_dir  # saved steps that lie elsewhere
+    if found is None or (output_dir is not None and found.resolve() != output_dir.resolve()):
+        raise ConfigError(
+            f"--resume-from {path}: no run.json there or above it, or that of another run than "
+            "--output-dir; give the run's folder"
+        )
+    return found
+
+
 def summary(run: "RunConfig", folder: Path) -> list[str]:
     """Return what each phase reached and where a run's things lie, a line each."""
     lines = []
@@ -119,10 +183,9 @@ def summary(run: "RunConfig", folder: Path) -> list[str]:
             )
             if any((folder / phase.name / "samples").glob("*.png")):
                 lines.append(f"  samples: {folder / phase.name / 'samples'}")
-    if (folder / "tensorboard").is_dir():
-        lines.append(
-            f"watch: {shlex.join(['tensorboard', '--logdir', str(folder / 'tensorboard')])}"
-        )
+    logs = run.tracking.tensorboard_dir(folder)
+    if logs.is_dir():
+        lines.append(f"watch: {shlex.join(['tensorboard', '--logdir', str(logs)])}")
     return lines
 
 
@@ -149,6 +212,7 @@ def configure(
     """
     from nsp.training.config import RunConfig
     from nsp.training.folder import RUN_NAME, stored_run
+    from nsp.training.options import OPTIONS, with_options
     from nsp.training.presets import preset as named_run
 
     stored: RunConfig | None = None
@@ -177,8 +241,12 @@ def configure(
         values["data"]["token_cache"] = token_cache
     if mlflow is not None:
         values["tracking"]["mlflow"] = mlflow
-    values |= {name: value for name, value in changes.items() if value is not None}
-    run = RunConfig.from_dict(values)
+    given = {name: value for name, value in changes.items() if value is not None}
+    given = {name: value for name, value in given.items() if value or name != "progressive"}
+    values |= {name: value for name, value in given.items() if name not in OPTIONS}
+    run = with_options(
+        RunConfig.from_dict(values), {name: given[name] for name in given if name in OPTIONS}
+    )
     if from_phase is not None:
         run = _from_phase(run, from_phase)
     if steps is not None:

@@ -106,7 +106,8 @@ def _stages(
 ) -> list[PlannedBuild]:
     """Return the builds of one target and precision, undecided."""
     family, config, options = plan.record.family, plan.config, plan.options
-    stages_io = family.get("stages_io")(config, target.kv_layout, PRECISION_DTYPES[precision])
+    kv_layout = target.kv_layout if target.kv_layout in family.kv_layouts else family.kv_layouts[0]
+    stages_io = family.get("stages_io")(config, kv_layout, PRECISION_DTYPES[precision])
     profiles = _profiles(plan, target, stages_io)
     archs = gpu_archs(target, options)
     machine = built_for(archs) if target.compiles else {}
@@ -125,7 +126,7 @@ def _stages(
             stage=stage,
             io=io.to_dict(),
             backend=target.backend,
-            kv_layout=target.kv_layout,
+            kv_layout=kv_layout,
             opset=target.opset,
             dtypes=dtypes,
             profiles=profiles[stage],
@@ -141,7 +142,7 @@ def _stages(
                 backend=target.backend,
                 precision=precision,
                 stored_precision=stored,
-                kv_layout=target.kv_layout,
+                kv_layout=kv_layout,
                 opset=target.opset,
                 profiles=profiles[stage],
                 max_batch=options.max_batch if target.compiles else None,

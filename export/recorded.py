@@ -59,7 +59,10 @@ LIMITS: Mapping[str, Limits] = {
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a stage: inputs and outputs but for the cache, in float32 as PyTorch has them."""
+    """One call of a stage: inputs and outputs, in float32 as PyTorch has them.
+
+    Without the cache, unless several stages share it.
+    """
 
     stage: str
     feeds: Mapping[str, NDArray[Any]]
@@ -86,7 +89,9 @@ def replay(
 
     Inputs are the recorded ones; the key/value cache is the stage's own.
     """
-    cached = [name for name in io.inputs if name.startswith("past_")]
+    recorded = {name for call in calls if call.stage == stage for name in call.feeds}
+    # Of a cache that other stages fill as well, the reference has every past.
+    cached = [n for n in io.inputs if n.startswith("past_") and n not in recorded]
     arena = None
     if cached:
         arena = backend.arena(replace(kv, dtype=io.inputs[cached[0]].dtype))

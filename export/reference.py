@@ -1,11 +1,13 @@
 """What is correct: real prompts through the PyTorch model in float32, with every stage call kept.
 
 Exported stages are held to these calls one by one (teacher forcing): each gets the inputs PyTorch
-gave, and only its key/value cache is its own.
+gave, and only its key/value cache is its own; where several stages fill the cache, each gets
+PyTorch's, and what it adds is compared too.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -72,16 +74,26 @@ class RecordingBackend(TorchBackend):
         """Return all outputs, having noted them and the feeds."""
         given = outputs or {}
         results = super().run(stage, feeds, outputs)
-        # torch makes new tensors for all but the cache, so nothing here changes later.
+        shared = self._num_caching > 1
+        # torch makes new tensors for all but the cache, of which a written part stays as it is: so
+        # nothing here changes later.
         call = Call(
             stage=stage,
-            feeds={n: _array(t) for n, t in feeds.items() if not n.startswith(_CACHE_PREFIX)},
-            outputs={n: _array(t) for n, t in results.items() if n not in given},
+            feeds={
+                n: _array(t) for n, t in feeds.items() if shared or not n.startswith(_CACHE_PREFIX)
+            },
+            outputs={n: _array(t) for n, t in results.items() if shared or n not in given},
             num_new=next((int(t.shape[0]) for t in given.values()), 0),  # token-major
             rows=next((int(t.shape[1]) for t in given.values()), 0),
         )
         self.calls.append(call)
         return results
+
+    @cached_property
+    def _num_caching(self) -> int:
+        """How many stages add to the cache."""
+        names = (list(io.outputs) for io in self.stages_io.values())
+        return sum(any(name.startswith("new_k") for name in each) for each in names)
 
     def arena(self, shape: KVShape) -> KVArena:
         """Return an empty arena, having noted its size."""

@@ -102,6 +102,7 @@ def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 COUNT = click.IntRange(min=1)
+SEED = click.IntRange(0, 2**63 - 1)
 
 verbose_option = click.option(
     "--verbose",
@@ -126,8 +127,7 @@ backend_option = click.option(
 
 def seed_option(help_text: str) -> Callable[[_F], _F]:
     """Return the option --seed: what NumPy's Philox generators take."""
-    seed = click.IntRange(0, 2**63 - 1)
-    return click.option("--seed", type=seed, default=0, show_default=True, help=help_text)
+    return click.option("--seed", type=SEED, default=0, show_default=True, help=help_text)
 
 
 PRECISIONS = ("fp16", "bf16", "fp32", "int8")

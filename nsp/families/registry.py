@@ -31,6 +31,11 @@ class Family:
     profiles: str  # (config, batch and ranks) -> {stage name: sizes of every engine profile}
     parity_requests: str  # (config) -> arguments of Pipeline.generate that call every stage
     convert: str | None = None  # torch: published weights -> checkpoint folder
+    train_options: str | None = None  # (run, options, steps of a phase) -> run, as asked for
+    scale_of: str | None = None  # (config, sizes asked for) -> the scale that has them
+    default_prompt: str | None = None  # of `nsp generate`
+    default_seed: int = 0
+    default_batch_size: int | None = None  # None: as many as are made best at once
     takes_no_prompt: bool = False  # "" stands for no prompt
     kv_layouts: tuple[str, ...] = ("delta", "present")  # of its cache
 
@@ -84,6 +89,11 @@ FAMILIES: Mapping[str, Family] = {
         trace_sizes=f"{_NEXT_SCALE}.profiles:TRACE_SIZES",
         profiles=f"{_NEXT_SCALE}.profiles:stage_profiles",
         parity_requests=f"{_NEXT_SCALE}.profiles:parity_requests",
+        train_options=f"{_NEXT_SCALE}.presets:with_options",
+        scale_of=f"{_NEXT_SCALE}.config:scale_of",
+        default_prompt="a beautiful landscape with mountains and a lake",
+        default_seed=42,
+        default_batch_size=1,
         takes_no_prompt=True,
         kv_layouts=("delta",),
     ),

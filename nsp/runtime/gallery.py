@@ -89,12 +89,14 @@ def generate_gallery(
     *,
     batch_size: int,
     save_intermediates: bool = False,
+    last_scale: int | None = None,
     on_step: Callable[[GalleryProgress], None] | None = None,
     **sampling: Any,
 ) -> Gallery:
     """Generate `planned` in batches and write every image as soon as it is done.
 
-    `sampling` as for `Pipeline.generate`. All conditions and the folder are checked before the
+    `sampling` as for `Pipeline.generate`. With `last_scale` the images are what that scale decodes
+    to, and later ones are not made. All conditions and the folder are checked before the
     first step. Raises ConfigError for a bad request, OSError when the folder cannot be written.
     """
     settings = pipeline.sampling.changed(sampling)
@@ -121,6 +123,8 @@ def generate_gallery(
             if save_intermediates:
                 _write_scale(folder / "scales", names, last)
             started = time.perf_counter()
+            if last.scale == last_scale:
+                break
         assert last is not None  # a schedule has at least one scale
         pictures = to_uint8(last.decode())
         ms = 1e3 * (seconds + time.perf_counter() - started) / len(batch)

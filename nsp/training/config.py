@@ -143,6 +143,7 @@ class DataConfig(Config):
 
     source: str = "emoji"  # 'emoji', a .tar, a folder, hf:NAME_OR_FOLDER[:SPLIT], or shards
     stream: bool = False  # read shards (paths or URLs) as they come, without listing them first
+    validation: str | None = None  # pictures to validate on, in place of the held-out ones
     heldout: str | None = None  # list (name<TAB>caption) of what must not be among the pictures
     token_cache: str | None = None  # made by `nsp data cache`; None: the run makes its own
     crop: bool = False  # resize the short side to 1.125 x size, then crop at random
@@ -165,6 +166,7 @@ class RunConfig(Config):
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[PhaseConfig, ...]
     sampling: dict[str, Any] = field(default_factory=dict)  # SamplingConfig that suits the model
+    checkpoint_dir: str | None = None  # of saved steps; None: in the run folder
     start_from: str | None = None  # checkpoint folder whose weights the run starts with
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -46,6 +46,13 @@ def newest_model(folder: Path) -> CheckpointRecord:
     return read_checkpoint(folder / START_NAME)
 
 
+def steps_folder(run: RunConfig, phase_folder: Path) -> Path:
+    """Return where the saved steps of a phase lie."""
+    if run.checkpoint_dir is None:
+        return phase_folder / "checkpoints"
+    return Path(run.checkpoint_dir) / phase_folder.name
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder; ConfigError when another process trains in it.

@@ -6,7 +6,7 @@ from pathlib import Path
 from nsp.data.dataset import ImageDataset
 from nsp.data.heldout import HELDOUT_MEMBER, Heldout, parse_heldout
 from nsp.data.shards import ShardSet, find_shards
-from nsp.data.sources import ImageSource, readable, survey
+from nsp.data.sources import ImageSource, open_source, readable, survey
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.training.config import DataConfig, RunConfig
@@ -75,6 +75,8 @@ def open_pictures(config: DataConfig, *, skip_bad_files: bool) -> Pictures:
     if config.heldout is not None:
         _check_held_out(train, config.heldout)
     held_out = found.choose("heldout") if found.heldout.rows else None
+    if config.validation is not None:
+        held_out = open_source(config.validation, split="all", skip_bad_files=skip_bad_files)
     return Pictures(train, held_out, skip_bad_files)
 
 

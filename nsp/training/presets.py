@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from nsp.errors import ConfigError
+from nsp.families.next_scale import presets as next_scale
 from nsp.families.var.config import SIZES
 from nsp.training.config import OptimizerConfig, PhaseConfig, RunConfig
 
@@ -94,7 +95,14 @@ def _shortened(run: RunConfig, steps: Mapping[str, int]) -> RunConfig:
     return dataclasses.replace(run, phases=tuple(phases))
 
 
-PRESETS: Mapping[str, Callable[[], RunConfig]] = {"emoji": emoji, "quick": quick, "smoke": smoke}
+PRESETS: Mapping[str, Callable[[], RunConfig]] = {
+    "emoji": emoji,
+    "quick": quick,
+    "smoke": smoke,
+    "next_scale": next_scale.emoji,
+    "next_scale_sdxl": next_scale.sdxl,
+    "next_scale_smoke": next_scale.smoke,
+}
 
 
 def preset(name: str) -> RunConfig:

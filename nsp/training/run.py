@@ -33,6 +33,7 @@ from nsp.training.folder import (
     differing_values,
     locked,
     newest_model,
+    steps_folder,
 )
 from nsp.training.objective import Objective, TokenCache
 from nsp.training.optimizer import check_targets, merge_adapters
@@ -75,6 +76,7 @@ def train(
     last_phase: str | None = None,
     resume: bool = False,
     skip_bad_files: bool = False,
+    device: str | None = None,
 ) -> RunResult:
     """Train every phase of `config` up to `last_phase` in `folder` and write `folder`/checkpoint.
 
@@ -82,13 +84,16 @@ def train(
     learnt; `resume` continues such a run (or any that died) at its last saved step. It may change
     the number of steps, the precision and the devices; other differences from the stored
     configuration raise ConfigError, as does a folder that holds a run when `resume` is not given.
-    Every process of a distributed run calls this.
+    `device` is "cpu" or "cuda"; None is a GPU where there is one. Every process of a distributed
+    run calls this.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda is not to be had here; give cpu, or leave it out")
     names = [phase.name for phase in config.phases]
     if last_phase is not None and last_phase not in names:
         raise ConfigError(f"unknown phase {last_phase!r} of this run; known: {', '.join(names)}")
     # Asked for, because processes without a GPU would otherwise not find one another.
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=resolve_precision(config.precision),
@@ -235,7 +240,7 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
         own, made = folder / phase.name, steps.get(phase.name, 0)
         later = any((folder / each.name).exists() for each in config.phases[index + 1 :])
         complete = made >= phase.steps and (own.exists() or later)
-        if not made or complete or any((own / "checkpoints").glob("step*")):
+        if not made or complete or any(steps_folder(config, own).glob("step*")):
             continue
         logger.warning("%s holds no saved steps: %s starts again", own, phase.name)
         system, fresh = record.load(), read_checkpoint(folder / START_NAME).load()

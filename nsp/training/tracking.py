@@ -53,6 +53,7 @@ class TrackingConfig(Config):
     """Where a run is recorded; nothing here changes what is trained."""
 
     tensorboard: bool | None = None  # None: where it is installed
+    log_dir: str | None = None  # of TensorBoard; None: in the run folder
     mlflow: str | None = None  # "local": in the run folder; else a folder or a tracking URI
     experiment: str = "nsp"  # of MLflow
     run_name: str | None = None  # of MLflow; None: the run folder's name
@@ -75,9 +76,13 @@ class TrackingConfig(Config):
                     "mlflow: the address holds a password; set MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD instead"
                 )
-        for name in ("mlflow", "experiment", "run_name"):
+        for name in ("log_dir", "mlflow", "experiment", "run_name"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} must not be empty")
+
+    def tensorboard_dir(self, folder: Path) -> Path:
+        """Return where TensorBoard's files of the run in `folder` go."""
+        return folder / "tensorboard" if self.log_dir is None else Path(self.log_dir)
 
 
 class Tracker:
@@ -104,7 +109,7 @@ class Tracker:
         recorders: list[Recorder] = []
         if self._config.tensorboard is not False:
             try:
-                recorders.append(TensorBoard(run, folder / "tensorboard"))
+                recorders.append(TensorBoard(run, self._config.tensorboard_dir(folder)))
             except MissingExtraError as error:
                 if self._config.tensorboard:
                     raise

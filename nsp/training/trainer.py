@@ -24,6 +24,7 @@ from nsp.training.average import full
 from nsp.training.checkpoints import CheckpointStore
 from nsp.training.config import FREE_OF_PHASE, PhaseConfig, RunConfig
 from nsp.training.flops import flops_per_image
+from nsp.training.folder import steps_folder
 from nsp.training.loading import Batch, training_loader, validation_loader
 from nsp.training.objective import Objective
 from nsp.training.optimizer import add_adapters, new_optimizer, set_rates
@@ -64,7 +65,7 @@ class Phase:
         self.held_out_loss: tuple[int, float] | None = None  # step, loss
         self.comparable = True  # the loss of the step under way, with others
         self.share = share_of(config, accelerator)
-        self.store = CheckpointStore(folder / "checkpoints", keep_last=config.keep_last)
+        self.store = CheckpointStore(steps_folder(run, folder), keep_last=config.keep_last)
         if config.lora is not None:
             add_adapters(objective.trained, config.lora)
         objective.to(accelerator.device)

@@ -113,7 +113,7 @@ def _attention(attention: Any, x_BChw: Tensor) -> Tensor:
     tokens = normed.to(attention.to_q.weight.dtype)
     q, k, v = (layer(tokens)[:, None] for layer in (attention.to_q, attention.to_k, attention.to_v))
     mixed: Tensor = attention.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
-    return x_BChw + mixed.transpose(1, 2).unflatten(2, x_BChw.shape[2:])
+    return x_BChw + torch.unflatten(mixed.transpose(1, 2), 2, x_BChw.shape[2:])
 
 
 @torch.no_grad()

@@ -1,0 +1,152 @@
+"""Training runs of the family `next_scale`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nsp.errors import ConfigError
+from nsp.families.next_scale.config import SIZES, NextScaleConfig
+from nsp.families.next_scale.objective import ScalesSettings
+from nsp.training.config import OptimizerConfig, PhaseConfig, RunConfig
+
+_SCALES = "scales"
+_RANGE = ("start_scale", "end_scale", "progressive")
+_SIZES = ("initial_size", "target_size", "scale_factor")
+
+
+def emoji() -> RunConfig:
+    """Return text to emoji at 64 px from the embedded set, sized for two CPU cores."""
+    vae = PhaseConfig(
+        name="vae",
+        steps=1600,
+        batch_size=32,
+        optimizer=OptimizerConfig(
+            lr=1e-3,
+            weight_decay=0.0,
+            schedule="cos",
+            warmup_steps=50,
+            final_ratio=0.02,
+            grad_clip=1.0,
+        ),
+        sample_every=400,
+    )
+    scales = PhaseConfig(
+        name=_SCALES,
+        steps=12_000,
+        batch_size=64,
+        optimizer=OptimizerConfig(
+            lr=6e-4, weight_decay=0.02, schedule="cos", warmup_steps=200, grad_clip=1.0
+        ),
+        ema_decay=0.999,
+        sample_every=1000,
+        validate_every=1000,
+    )
+    return RunConfig(
+        family="next_scale",
+        model=SIZES["emoji"].to_dict(),
+        text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
+        phases=(vae, scales),
+        sampling={"guidance_scale": 2.0},
+    )
+
+
+def sdxl() -> RunConfig:
+    """Return 16 to 1024 by 2 with a pretrained autoencoder: give --data, --vae, --text-encoder.
+
+    Rates, batch and losses are those of the first implementation of the idea; the number of steps
+    is set by --num-epochs-per-scale.
+    """
+    scales = PhaseConfig(
+        name=_SCALES,
+        steps=100_000,
+        batch_size=8,
+        optimizer=OptimizerConfig(
+            lr=1e-4,
+            betas=(0.9, 0.999),
+            weight_decay=1e-5,
+            schedule="cos",
+            final_ratio=0.0,
+            grad_clip=1.0,
+        ),
+        checkpoint_every=1000,
+        sample_every=5000,
+        validate_every=1000,
+    )
+    return RunConfig(
+        family="next_scale",
+        model=SIZES["sdxl"].to_dict(),
+        phases=(scales,),
+        sampling={"guidance_scale": 2.0},
+    )
+
+
+def smoke() -> RunConfig:
+    """Return a run of seconds, for tests: the tiny model at 16 px, four steps a phase."""
+    run = emoji()
+    phases = tuple(
+        dataclasses.replace(
+            phase,
+            steps=4,
+            batch_size=8,
+            optimizer=dataclasses.replace(phase.optimizer, warmup_steps=1),
+            checkpoint_every=2,
+            sample_every=2,
+            validate_every=2,
+            log_every=1,
+        )
+        for phase in run.phases
+    )
+    return dataclasses.replace(
+        run,
+        model=SIZES["tiny"].to_dict(),
+        text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
+        phases=phases,
+    )
+
+
+def with_options(
+    run: RunConfig, options: Mapping[str, Any], steps_of: Callable[[PhaseConfig], int]
+) -> RunConfig:
+    """Return the run with this family's options of the command line, of which any may be absent.
+
+    Sizes of the model; `pretrained_vae`; `start_scale` to `end_scale` (inclusive), trained together
+    or, where `progressive`, one after the other with a schedule each. `steps_of` counts the steps
+    of a phase, 0 where the phase's own stay. Raises ConfigError for values that do not fit.
+    """
+    model = dict(run.model)
+    model |= {name: options[name] for name in (*_SIZES, "pretrained_vae") if name in options}
+    run = dataclasses.replace(run, model=model)
+    wanted = {name: options[name] for name in _RANGE if name in options}
+    phases = tuple(
+        dataclasses.replace(phase, steps=steps_of(phase) or phase.steps)
+        if phase.name.startswith("scale")
+        else phase
+        for phase in run.phases
+    )
+    run = dataclasses.replace(run, phases=phases)
+    return _cut(run, wanted) if wanted else run
+
+
+def _cut(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """Return the run with its phase of all scales cut into the ones asked for."""
+    whole = next((each for each in run.phases if each.name == _SCALES), None)
+    settings = dict(whole.objective) if whole else {}
+    for option, name in (("start_scale", "first_scale"), ("end_scale", "last_scale")):
+        if option in options:
+            settings[name] = options[option]
+    chosen = ScalesSettings.from_dict(settings).scales(NextScaleConfig.from_dict(run.model))
+    names = [f"scale_{scale}" for scale in chosen]
+    if whole is None:  # cut already: a run that goes on
+        found = [each.name for each in run.phases]
+        if not set(names) <= set(found):
+            raise ConfigError(
+                f"this run has the phases {', '.join(found)}, not {', '.join(names)}; start "
+                "another with --output-dir"
+            )
+        return run
+    parts = [dataclasses.replace(whole, objective=settings)]
+    if options.get("progressive"):
+        kept = {n: v for n, v in settings.items() if n not in ("first_scale", "last_scale")}
+        parts = [dataclasses.replace(whole, name=name, objective=kept) for name in names]
+    before = run.phases[: run.phases.index(whole)]
+    return dataclasses.replace(run, phases=(*before, *parts))

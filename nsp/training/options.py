@@ -1,0 +1,90 @@
+"""Command-line options of a training run that a family heeds, or that change several fields."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nsp.data.sources import open_source
+from nsp.errors import ConfigError
+from nsp.families.registry import family
+from nsp.training.config import PhaseConfig, RunConfig
+
+# Options only some families have; `Family.train_options` names what heeds them.
+FAMILY_OPTIONS = (
+    *("initial_size", "target_size", "scale_factor", "pretrained_vae"),
+    *("start_scale", "end_scale", "progressive", "num_epochs_per_scale"),
+)
+_OF_DATA = {"val_dir": "validation", "num_workers": "num_workers"}
+_OF_PHASES = {"batch_size": "batch_size"}
+_IN_EPOCHS = {"save_every": "checkpoint_every", "validate_every": "validate_every"}
+OPTIONS = (
+    *(*FAMILY_OPTIONS, *_OF_DATA, *_OF_PHASES, *_IN_EPOCHS),
+    *("learning_rate", "checkpoint_dir", "log_dir"),
+)
+
+
+def with_options(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """Return the run with the `options` that are given, by their names in OPTIONS.
+
+    What is counted in epochs becomes steps: the pictures are counted for it. Raises ConfigError for
+    an option the run's family has not, or a value that is not allowed.
+    """
+    data = {field: options[name] for name, field in _OF_DATA.items() if name in options}
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
+    fields = {field: options[name] for name, field in _OF_PHASES.items() if name in options}
+    if fields or "learning_rate" in options:
+        phases = tuple(_changed(phase, fields, options) for phase in run.phases)
+        run = dataclasses.replace(run, phases=phases)
+    if "checkpoint_dir" in options:
+        run = dataclasses.replace(run, checkpoint_dir=options["checkpoint_dir"])
+    if "log_dir" in options:
+        tracking = dataclasses.replace(run.tracking, log_dir=options["log_dir"])
+        run = dataclasses.replace(run, tracking=tracking)
+    if own := {name: options[name] for name in FAMILY_OPTIONS if name in options}:
+        run = _of_family(run, own)
+    if counted := {_IN_EPOCHS[name]: options[name] for name in _IN_EPOCHS if name in options}:
+        pictures = _num_pictures(run)
+        phases = tuple(
+            dataclasses.replace(
+                phase, **{n: count * _epoch(phase, pictures) for n, count in counted.items()}
+            )
+            for phase in run.phases
+        )
+        run = dataclasses.replace(run, phases=phases)
+    return run
+
+
+def _changed(
+    phase: PhaseConfig, fields: Mapping[str, Any], options: Mapping[str, Any]
+) -> PhaseConfig:
+    optimizer = phase.optimizer
+    if "learning_rate" in options:
+        optimizer = dataclasses.replace(optimizer, lr=options["learning_rate"])
+    return dataclasses.replace(phase, optimizer=optimizer, **fields)
+
+
+def _of_family(run: RunConfig, options: dict[str, Any]) -> RunConfig:
+    """Return the run as its family changes it."""
+    record = family(run.family)
+    if record.train_options is None:
+        name = next(iter(options)).replace("_", "-").removeprefix("pretrained-")
+        raise ConfigError(
+            f"--{name} is not for family {run.family}; choose a --preset of next_scale"
+        )
+    epochs = options.pop("num_epochs_per_scale", None)
+    pictures = 0 if epochs is None else _num_pictures(run)
+    changed: RunConfig = record.get("train_options")(
+        run, options, lambda phase: (epochs or 0) * _epoch(phase, pictures)
+    )
+    return changed
+
+
+def _num_pictures(run: RunConfig) -> int:
+    if run.data.stream:
+        raise ConfigError("a stream has no epochs: give --steps, not what is counted in epochs")
+    return len(open_source(run.data.source))
+
+
+def _epoch(phase: PhaseConfig, num_pictures: int) -> int:
+    """Return the steps of one epoch, as `order.StepSampler` cuts it."""
+    return max(num_pictures // phase.batch_size, 1)
