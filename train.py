@@ -56,9 +56,7 @@ SCALE = click.IntRange(min=0)
 @click.option("--vae", "pretrained_vae", help="AutoencoderKL folder to take (next-scale).")
 @click.option("--initial-size", type=COUNT, help="Side of the first latent (next-scale).")
 @click.option("--target-size", type=COUNT, help="Side of the image in pixels (next-scale).")
-@click.option(
-    "--scale-factor", type=COUNT, help="From one latent's side to the next's (next-scale)."
-)
+@click.option("--scale-factor", type=COUNT, help="From a latent's side to the next (next-scale).")
 @click.option("--batch-size", type=COUNT, help="Pictures of a step, over all devices.")
 @click.option("--learning-rate", type=float, help="Peak of every phase.")
 @click.option("--num-epochs-per-scale", type=COUNT, help="Length of training (next-scale).")
@@ -75,9 +73,7 @@ SCALE = click.IntRange(min=0)
 )
 @click.option("--precision", help="auto, fp32, bf16 or fp16.")
 @click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU if there is one]"
-)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU, if any]")
 @click.option("--start-from", help="Checkpoint folder whose weights to start with.")
 @click.option("--parallel", help="How several processes share the work: ddp or fsdp.")
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile.")
@@ -88,9 +84,7 @@ SCALE = click.IntRange(min=0)
 )
 @click.option("--mlflow", help="Record to MLflow: 'local', a folder, or a server's URI.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
-@click.option(
-    "--resume-from", type=FOLDER, help="Continue the run of this folder, or of what is in it."
-)
+@click.option("--resume-from", type=FOLDER, help="Continue the run this folder is of, or lies in.")
 @click.option("--skip-bad-files", is_flag=True, help="Leave bad pictures out instead of stopping.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(

@@ -160,4 +160,4 @@ def encode_all(system: NextScaleSystem, data: ImageDataset) -> list[Tensor]:
         image = torch.stack([data[index]["image"] for index in range(start, stop)])
         for kept, latent in zip(scales, encode_scales(system, image.to(device)), strict=True):
             kept.append(latent.half().cpu())
-    return [torch.cat(kept) for kept in scales]
+    return [torch.cat(kept).contiguous() for kept in scales]

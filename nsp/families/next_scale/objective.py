@@ -207,11 +207,11 @@ class ScalesObjective(Objective):
         """Return the loss and that of every scale; of held-out pictures also the chain's error."""
         system = self.system
         config, keys = system.config, batch["key"]
+        device = next(system.generator.parameters()).device
         if "latents" in batch:
-            latents = [latent.float() for latent in batch["latents"]]
+            latents = [latent.to(device).float() for latent in batch["latents"]]
         else:
             latents = encode_scales(system, batch["image"])
-        device = latents[0].device
         uniforms = sample_uniforms(keys, 2 + config.num_predictors).to(device)
         rate = config.generator.cond_drop_rate if self.training else 0.0
         condition = system.condition(self._prompts(batch, device), uniforms[:, 0] < rate)

@@ -54,7 +54,7 @@ def progressive(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_progressive_training_reports_every_scale_and_the_free_running_chain(
     progressive: Path,
 ) -> None:
-    assert "scaling_factor" in _rows(progressive, "vae")[-1]
+    assert any("scaling_factor" in row for row in _rows(progressive, "vae"))
     for scale in (1, 2):
         names = {name for row in _rows(progressive, f"scale_{scale}") for name in row}
         assert {f"scale_{scale}", f"held_out_scale_{scale}", f"held_out_chain_{scale}"} <= names
