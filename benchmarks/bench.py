@@ -151,6 +151,12 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
     emit = on_event or _ignore
     emit(BenchEvent(activity="loading", done=0, total=1))
     subject, effort = _load(options, threads), Effort.of(options)
+    family = subject.candidate.pipeline.family
+    if not family.draws_tokens:
+        raise ConfigError(
+            f"{options.engine_dir} is of family {family.name}, which draws no tokens to compare; "
+            "nsp export has measured its stages (nsp inspect), --fidelity measures its pictures"
+        )
     result = measure(subject, options, effort, threads=threads, on_event=emit)
     if options.sweep:
         points = tuple(_sweep(subject, options, effort, emit))

@@ -31,6 +31,7 @@ class Family:
     profiles: str  # (config, batch and ranks) -> {stage name: sizes of every engine profile}
     parity_requests: str  # (config) -> arguments of Pipeline.generate that call every stage
     convert: str | None = None  # torch: published weights -> checkpoint folder
+    draws_tokens: bool = True  # from a codebook, which `nsp bench` compares
     train_options: str | None = None  # (run, options, steps of a phase) -> run, as asked for
     scale_of: str | None = None  # (config, sizes asked for) -> the scale that has them
     default_prompt: str | None = None  # of `nsp generate`
@@ -89,6 +90,7 @@ FAMILIES: Mapping[str, Family] = {
         trace_sizes=f"{_NEXT_SCALE}.profiles:TRACE_SIZES",
         profiles=f"{_NEXT_SCALE}.profiles:stage_profiles",
         parity_requests=f"{_NEXT_SCALE}.profiles:parity_requests",
+        draws_tokens=False,
         train_options=f"{_NEXT_SCALE}.presets:with_options",
         scale_of=f"{_NEXT_SCALE}.config:scale_of",
         default_prompt="a beautiful landscape with mountains and a lake",

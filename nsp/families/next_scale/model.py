@@ -246,7 +246,8 @@ class Refinement(nn.Module):
     def forward(self, x_BChw: Tensor) -> Tensor:
         """Return (B, C, h, w)."""
         features = self.dense(F.gelu(self.conv_in(x_BChw.to(self.conv_in.weight.dtype))))
-        return (x_BChw.float() + self.conv_out(features).float()).to(x_BChw.dtype)
+        correction: Tensor = self.conv_out(features)
+        return (x_BChw.float() + correction.float()).to(x_BChw.dtype)
 
 
 class NextScaleGenerator(nn.Module):
