@@ -10,7 +10,10 @@ from nsp.errors import ConfigError
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.runtime.sampling import SamplingConfig, stream
 
-_UNUSED = ("guidance_schedule", "guidance_interval", "top_k", "top_p", "temperature", "more_smooth")
+_UNUSED = (
+    *("guidance_schedule", "guidance_interval", "guidance_until"),
+    *("top_k", "top_p", "temperature", "more_smooth"),
+)
 
 
 def request_arrays(
