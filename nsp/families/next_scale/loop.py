@@ -52,7 +52,7 @@ def loop_inputs(config: NextScaleConfig, request: Request) -> dict[str, NDArray[
     generator, batch = config.generator, request.batch
     guided = request.sampling.guidance_scale != 1
     images = np.arange(batch, dtype=np.int64)
-    inputs = {
+    inputs: dict[str, NDArray[Any]] = {
         **_condition_inputs(request, guided=guided),
         "latent": request.noise,
         "image_rows": np.tile(images, 2 if guided else 1),
