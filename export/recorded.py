@@ -90,7 +90,7 @@ def replay(
     Inputs are the recorded ones; the key/value cache is the stage's own.
     """
     recorded = {name for call in calls if call.stage == stage for name in call.feeds}
-    # Of a cache that other stages fill as well, the reference has every past.
+    # Of a cache that stages share, the reference has every past.
     cached = [n for n in io.inputs if n.startswith("past_") and n not in recorded]
     arena = None
     if cached:

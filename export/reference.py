@@ -1,7 +1,7 @@
 """What is correct: real prompts through the PyTorch model in float32, with every stage call kept.
 
 Exported stages are held to these calls one by one (teacher forcing): each gets the inputs PyTorch
-gave, and only its key/value cache is its own; where several stages fill the cache, each gets
+gave, and only its key/value cache is its own; where several stages share a cache, each gets
 PyTorch's, and what it adds is compared too.
 """
 
@@ -91,9 +91,9 @@ class RecordingBackend(TorchBackend):
 
     @cached_property
     def _num_caching(self) -> int:
-        """How many stages add to the cache."""
-        names = (list(io.outputs) for io in self.stages_io.values())
-        return sum(any(name.startswith("new_k") for name in each) for each in names)
+        """How many stages read the cache or add to it."""
+        names = ([*io.inputs, *io.outputs] for io in self.stages_io.values())
+        return sum(any(name.startswith(("past_", "new_k")) for name in each) for each in names)
 
     def arena(self, shape: KVShape) -> KVArena:
         """Return an empty arena, having noted its size."""
