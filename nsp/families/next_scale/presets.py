@@ -115,6 +115,7 @@ def with_options(
     """
     model = dict(run.model)
     model |= {name: options[name] for name in (*_SIZES, "pretrained_vae") if name in options}
+    NextScaleConfig.from_dict(model)  # sizes that do not meet are said before pictures are read
     run = dataclasses.replace(run, model=model)
     wanted = {name: options[name] for name in _RANGE if name in options}
     phases = tuple(
