@@ -6,8 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export.engine import build_engine
+from export.lint import check_graph
+from export.onnx_export import export_stage
 from export.options import ExportOptions
+from export.plan import make_plan
+from export.precision import at_precision
 from export.run import export
+from export.store import EngineStore
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
 from nsp.runtime.manifest import Manifest
 from nsp.runtime.pipeline import load_pipeline
@@ -69,3 +75,33 @@ def test_engines_make_pytorchs_picture_scale_by_scale(
         assert found.decode().shape == expected.decode().shape
     one, two = (pipeline.generate(prompts=PROMPTS, seed=3).images for _ in range(2))
     assert np.array_equal(one, two)
+
+
+def test_a_predictor_with_a_past_builds_for_tensorrt_without_a_gpu(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    options = ExportOptions(
+        checkpoint=str(checkpoint),
+        engine_dir=str(tmp_path / "engines"),
+        targets=("tensorrt-rtx",),
+        precisions=("fp16",),
+    )
+    plan = make_plan(options, EngineStore(tmp_path / "engines"))
+    build = next(each for each in plan.builds if each.stage == "predictor_1")
+    system, family = plan.record.load(), plan.record.family
+    narrow = at_precision(system, family.get("precision")(plan.config), "fp16")
+    model = export_stage(
+        family.get("stages")(narrow, build.kv_layout)[build.stage],
+        build.io,
+        tmp_path,
+        name=build.stage,
+        opset=build.opset,
+        trace_sizes=family.get("trace_sizes"),
+    )
+    check_graph(model, build)
+    engine = build_engine(
+        build, model, tmp_path / "engine.plan", timeout_s=300, on_progress=lambda *_: None
+    )
+    assert (tmp_path / "engine.plan").stat().st_size > 0
+    assert engine.device
