@@ -46,7 +46,8 @@ class NextScaleSystem(nn.Module):
 
     def condition(self, token_ids_BT: Tensor, dropped_B: Tensor) -> Tensor:
         """Return condition vectors (B, D); rows where `dropped_B` holds have no prompt."""
-        mean = TextMeanStage(self.text_encoder)(token_ids_BT)
+        # The stage's own tables are made on the CPU.
+        mean = TextMeanStage(self.text_encoder).to(token_ids_BT.device)(token_ids_BT)
         rows = torch.arange(len(dropped_B), device=dropped_B.device)
         null_row = torch.full_like(rows, len(dropped_B))
         condition: Tensor = self.generator.condition(mean, torch.where(dropped_B, null_row, rows))
@@ -69,6 +70,6 @@ class TextMeanStage(nn.Module):
         states_NTD, _ = self.encoder(token_ids_NT)
         num_tokens = token_ids_NT.shape[1]
         ends_NT = self.encoder.end_positions(token_ids_NT).float()
-        kept_NT = ends_NT @ self.upto_TT.to(ends_NT.device)[:num_tokens, :num_tokens]
+        kept_NT = ends_NT @ self.upto_TT[:num_tokens, :num_tokens]
         total_ND: Tensor = (states_NTD * kept_NT[:, :, None]).sum(1)
         return total_ND / kept_NT.sum(1, keepdim=True)
