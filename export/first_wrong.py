@@ -175,7 +175,12 @@ def _feeds(
     stage: str, io: StageIO, kv_layout: str, recordings: Sequence[Recording]
 ) -> Iterator[tuple[dict[str, NDArray[Any]], Advance]]:
     """Yield the inputs of every recorded call, with what takes its outputs into the cache."""
-    cached = [spec.dtype for name, spec in io.inputs.items() if name.startswith("past_")]
+    recorded = {n for each in recordings for c in each.calls if c.stage == stage for n in c.feeds}
+    cached = [
+        spec.dtype
+        for name, spec in io.inputs.items()
+        if name.startswith("past_") and name not in recorded
+    ]
     for recording in recordings:
         arena: KVArena | None = None
         if cached:

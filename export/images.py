@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from export.parity import LIMITS
 from export.plan import ExportPlan
+from export.recorded import LIMITS
 from export.reference import Generated, Reference, psnr_db
 from nsp.errors import ParityError
 from nsp.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend

@@ -87,13 +87,14 @@ def test_every_sampling_option_reaches_the_sampler(generate, tmp_path):
         "guidance_scale": 3.0,
         "guidance_schedule": "interval",
         "guidance_interval": [0.25, 0.75],
+        "guidance_until": 3,
         "top_k": 9,
         "top_p": 0.9,
         "temperature": 0.8,
         "more_smooth": True,
     }
     options: list[object] = ["--more-smooth", "--guidance-interval", 0.25, 0.75]
-    for name in ("guidance_scale", "guidance_schedule", "top_k", "top_p", "temperature"):
+    for name in given.keys() - {"guidance_interval", "more_smooth"}:
         options += ["--" + name.replace("_", "-"), given[name]]
     result = generate("--prompt", "a", *options)
     assert result.exit_code == 0, result.output
