@@ -10,6 +10,7 @@ from benchmarks.baselines import CompiledTorchBackend, RecordedTorchBackend, eag
 from benchmarks.gpu_contestants import suite_config
 from nsp.families.registry import family
 from nsp.layers.attention import attend_delta
+from nsp.runtime.backends.torch import TorchBackend
 from nsp.runtime.kv_arena import DeltaArena, KVShape
 from nsp.runtime.pipeline import Pipeline
 
@@ -78,7 +79,7 @@ def test_inputs_and_cache_stay_where_a_recording_holds_them(
 
 def test_attention_in_place_is_that_of_joined_copies() -> None:
     torch.manual_seed(0)
-    arena = DeltaArena(KVShape(1, 9, 2, 3, 4, "float32"), lambda shape, _: torch.zeros(shape))
+    arena = DeltaArena(KVShape(1, 9, 2, 3, 4, "float32"), TorchBackend({}, {}))
     from benchmarks.baselines import attend_in_place
 
     for length in (1, 3, 5):

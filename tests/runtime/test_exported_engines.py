@@ -55,8 +55,6 @@ def traced(pipe: Pipeline, **request: Any) -> Trace:
     return trace
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def on_a_device(engines: Pipeline) -> Pipeline:
     """Return the engines with all arrays in device memory, for which ONNX Runtime's own stands in.
 
@@ -101,6 +99,8 @@ def test_engines_on_a_gpu_sample_the_tokens_of_pytorch(
             np.testing.assert_array_equal(ours, tokens)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_engines_sample_exactly_the_tokens_of_pytorch(
     engines: Pipeline, reference: Pipeline, batch: int, settings: dict[str, Any]
 ) -> None:
