@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.export.small import new_small_checkpoint
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -28,11 +30,11 @@ SMALLER = {"--preset quick": "--preset smoke"}
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """A folder with the project's scripts and a finished training run of the tiny model."""
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the project's scripts and a finished training run of a small model."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copy(ROOT / "train.py", folder)
-    shutil.copytree(tiny_checkpoint, folder / "runs" / "tiny" / "checkpoint")
+    new_small_checkpoint(folder / "runs" / "small" / "checkpoint")
     return folder
 
 
