@@ -53,8 +53,8 @@ class Clock:
     def ms(self, work: Callable[[], Any]) -> float:
         """Return how long the work takes, all of it: the device is idle before and after.
 
-        Runtimes with streams of their own wait for them before they return, so that the second
-        event comes after their work too.
+        A runtime may return with its work still under way on a stream of its own, which torch's
+        events do not wait for: so the device is waited for before the second event.
         """
         if not self.on_gpu:
             start = time.perf_counter()
@@ -65,6 +65,7 @@ class Clock:
         torch.cuda.synchronize()
         first.record()
         work()
+        torch.cuda.synchronize()
         last.record()
         last.synchronize()
         return float(first.elapsed_time(last))

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import gpu_contestants
-from benchmarks.gpu_ceilings import GpuCeilings, measure_gpu_ceilings
+from benchmarks.gpu_ceilings import Clock, GpuCeilings, measure_gpu_ceilings
 from benchmarks.gpu_contest import fresh_process, part_costs
 from benchmarks.gpu_contestants import ENTRIES, Entry, Place, suite_config, write_checkpoint
 from benchmarks.gpu_results import DECODER, IMAGE, LOOP, GpuObservation, SuiteResult, summary_rows
@@ -126,6 +126,31 @@ def test_a_contestant_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert found.gpu_peak_mib is None
     write_checkpoint(place, suite_config("tiny"))  # the same again: nothing to write
     assert (tmp_path / "checkpoint/config.json").stat().st_mtime_ns == before
+
+
+def test_work_left_on_another_stream_is_timed_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT's decoder returns when it is enqueued, on a stream that torch knows nothing of."""
+    now = {"host": 0.0, "device": 0.0}  # ms; the device is busy until then
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.ms = now["host"]  # torch's own stream is idle
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: "Event") -> float:
+            return other.ms - self.ms
+
+    def enqueue() -> None:
+        now["device"] = now["host"] + 7
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.update(host=now["device"]))
+    assert Clock("cuda").ms(enqueue) == 7
 
 
 def test_ceilings_are_measured_where_the_work_is_done() -> None:
