@@ -56,6 +56,9 @@ def compile_engine(
         raise ExportError(f"{module} cannot read the graph: {_one_line(problems)}")
     config = builder.create_builder_config()
     _set_archs(trt, config, gpu_archs)
+    # On by default, TF32 rounds the inputs of float32 products to 10 bits, fp16's precision; what
+    # is float32 in a graph is so because it decides tokens.
+    config.clear_flag(trt.BuilderFlag.TF32)
     # TensorRT for RTX can put only such engines into CUDA graphs; full TensorRT needs no flag.
     if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
         config.set_flag(flag)

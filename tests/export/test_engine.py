@@ -341,6 +341,9 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
         def set_flag(self, flag):
             recorded.append(("flag", flag))
 
+        def clear_flag(self, flag):
+            recorded.append(("no flag", flag))
+
     class Builder:
         def __init__(self, log):
             self.log = log
@@ -375,7 +378,7 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
         ILogger=logger,
         IProgressMonitor=type("IProgressMonitor", (), {}),
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
-        BuilderFlag=SimpleNamespace(REFIT=1),
+        BuilderFlag=SimpleNamespace(TF32=8),
         Builder=Builder,
         OnnxParser=lambda network, log: SimpleNamespace(parse_from_file=lambda path: True),
         __version__="10.13",
@@ -404,7 +407,8 @@ def test_full_tensorrt_takes_the_same_path(tmp_path, monkeypatch):
     assert (device["module"], device["version"]) == ("tensorrt", "10.13")
     assert (device["os"], device["machine"]) == (platform.system().lower(), platform.machine())
     assert done == [0.5]
-    assert recorded[1:] == [("flags", 2), ("profile", {"x": ((1, 4), (2, 4), (2, 4))})]
+    profile = ("profile", {"x": ((1, 4), (2, 4), (2, 4))})
+    assert recorded[1:] == [("flags", 2), ("no flag", 8), profile]
     assert (tmp_path / "engine.plan").read_bytes() == b"engine"
 
 
@@ -417,6 +421,35 @@ def test_engines_are_built_for_cuda_graphs_where_that_must_be_asked_for(tmp_path
     assert ("flag", 7) in recorded
     rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     assert hasattr(rtx.BuilderFlag, "REQUIRE_USER_ALLOCATION")
+
+
+@rtx
+def test_float32_products_are_not_rounded(tmp_path, monkeypatch):
+    import tensorrt_rtx as trt
+
+    class Builder:
+        def __init__(self, log):
+            self.real = real(log)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def build_serialized_network(self, network, config):
+            flags.append(config.get_flag(trt.BuilderFlag.TF32))
+            return self.real.build_serialized_network(network, config)
+
+    flags: list[bool] = []
+    real = trt.Builder
+    monkeypatch.setattr(trt, "Builder", Builder)
+    compile_engine(
+        module="tensorrt_rtx",
+        model=write_model(tmp_path),
+        plan=tmp_path / "engine.plan",
+        profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
+        gpu_archs=["80"],
+        on_progress=lambda done, phase: None,
+    )
+    assert flags == [False]
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,8 @@ def assert_close(found: Trace, expected: Trace) -> None:
     flips = [(a != b).ravel() for a, b in zip(found.tokens, expected.tokens, strict=True)]
     assert np.concatenate(flips).mean() <= 0.02
     for scale, (one, other) in enumerate(zip(found.logits, expected.logits, strict=True)):
-        # TF32 products have 10 bits of mantissa.
-        assert np.abs(one - other).max() <= 1e-2 * np.ptp(other), f"scale {scale}"
-    assert np.abs(found.image - expected.image).max() <= 2e-2
+        assert np.abs(one - other).max() <= 1e-3 * np.ptp(other), f"scale {scale}"
+    assert np.abs(found.image - expected.image).max() <= 2e-3
 
 
 def check(found: Pipeline, expected: Pipeline) -> None:
