@@ -66,15 +66,38 @@ class DeviceArray:
         return type(self)(self.address, tuple(shape), self.dtype, self.memory)
 
 
-class Memory:
-    """A piece of GPU memory; it goes back to the free ones of its size when nothing needs it."""
+class Unused:
+    """The memory of a stream that nobody uses, in lists by size."""
 
-    def __init__(self, address: int, num_bytes: int, free: list[int], owner: object) -> None:
+    def __init__(self, runtime: Any) -> None:
+        self._runtime, self._is_closed = runtime, False
+        self.addresses: defaultdict[int, list[int]] = defaultdict(list)
+
+    def take_back(self, address: int, num_bytes: int) -> None:
+        """Keep a piece for the next who asks."""
+        if self._is_closed:
+            self._runtime.cudaFree(address)
+        else:
+            self.addresses[num_bytes].append(address)
+
+    def close(self, stream: int) -> None:
+        """Give all of it back to the GPU, now and later, and the stream too."""
+        self._is_closed = True
+        for addresses in self.addresses.values():
+            while addresses:
+                self._runtime.cudaFree(addresses.pop())
+        self._runtime.cudaStreamDestroy(stream)
+
+
+class Memory:
+    """A piece of GPU memory; it goes back to the unused ones when nothing needs it."""
+
+    def __init__(self, address: int, num_bytes: int, unused: Unused, owner: object) -> None:
         self.address, self.num_bytes = address, num_bytes
-        self._free, self._owner = free, owner
+        self._unused, self._owner = unused, owner
 
     def __del__(self) -> None:
-        self._free.append(self.address)
+        self._unused.take_back(self.address, self.num_bytes)
 
 
 class Graph:
@@ -96,9 +119,10 @@ class Stream:
         """`label` begins every error. Raises BackendError when the GPU cannot be used."""
         self._runtime, self.label = runtime, label
         self.handle = int(self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)[0])
-        self._free: defaultdict[int, list[int]] = defaultdict(list)
-        # All memory is back in the lists by then: it refers to the stream.
-        weakref.finalize(self, _close, runtime, self.handle, self._free).atexit = False
+        self._unused = Unused(runtime)
+        # All memory is back by then, since it refers to the stream; but where both are part of one
+        # cycle of references, the stream is finalized first and the memory comes later.
+        weakref.finalize(self, self._unused.close, self.handle).atexit = False
 
     def free_memory(self) -> tuple[int, int]:
         """Return the free bytes of the GPU and all of them."""
@@ -111,10 +135,9 @@ class Stream:
         Raises BackendError saying how much is missing when there is not enough.
         """
         num_bytes = aligned(max(num_bytes, 1))
-        free = self._free[num_bytes]
-        if not free:
-            free.append(self._new(num_bytes))
-        return Memory(free.pop(), num_bytes, free, self)
+        addresses = self._unused.addresses[num_bytes]
+        address = addresses.pop() if addresses else self._new(num_bytes)
+        return Memory(address, num_bytes, self._unused, self)
 
     def _new(self, num_bytes: int) -> int:
         out_of_memory = self._runtime.cudaError_t.cudaErrorMemoryAllocation
@@ -136,7 +159,7 @@ class Stream:
 
     def trim(self) -> None:
         """Give the memory nobody uses back to the GPU."""
-        for addresses in self._free.values():
+        for addresses in self._unused.addresses.values():
             while addresses:
                 self._call("cudaFree", addresses.pop())
 
@@ -249,13 +272,6 @@ class Stream:
         code = getattr(error, "name", str(error))
         words = text.decode() if isinstance(text, bytes) else "unknown"
         raise BackendError(f"{self.label}: {words} ({code}, in {name}); nsp doctor shows the GPU")
-
-
-def _close(runtime: Any, handle: int, free: dict[int, list[int]]) -> None:
-    for addresses in free.values():
-        while addresses:
-            runtime.cudaFree(addresses.pop())
-    runtime.cudaStreamDestroy(handle)
 
 
 def mib(num_bytes: int) -> str:

@@ -1,5 +1,6 @@
 """What the TensorRT backends promise, on a stand-in for GPU and TensorRT that really computes."""
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,17 @@ def test_memory_goes_back_with_the_pipeline(machine: Machine) -> None:
     pipe = machine.load()
     pipe.generate(**CLASSES)
     del pipe
+    assert machine.cuda._held == 0
+    assert not machine.cuda._streams
+    assert not machine.cuda._host
+
+
+def test_memory_goes_back_with_a_pipeline_that_is_part_of_a_cycle(machine: Machine) -> None:
+    pipe: Any = machine.load()
+    pipe.generate(**CLASSES)
+    pipe.service = {"pipeline": pipe}
+    del pipe
+    gc.collect()
     assert machine.cuda._held == 0
     assert not machine.cuda._streams
     assert not machine.cuda._host
