@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nsp.errors import EngineError
 from nsp.runtime.io import Shape, Sizes, StageIO, array_bytes
 from nsp.runtime.manifest import Variant
 
@@ -27,7 +28,7 @@ class MemoryPlan:
 def plan_memory(folder: Path, variants: Mapping[str, Variant]) -> MemoryPlan | None:
     """Return the plan for engines with profiles; None where sizes are free and memory grows.
 
-    A loop runs every profile of every stage once, and the arena is what its steps write into.
+    Raises EngineError for a file that is missing. A loop runs every profile of every stage once, and the arena is what its steps write into.
     (Where guidance ends early, half of the arena is copied: that much more.)
     """
     if not any(variant.profiles for variant in variants.values()):
@@ -40,7 +41,10 @@ def plan_memory(folder: Path, variants: Mapping[str, Variant]) -> MemoryPlan | N
             largest = {name: tuple(bounds[2]) for name, bounds in profile.items()}
             buffers += _output_bytes(io, _sizes(io, largest))
     batches = [v.max_batch for v in variants.values() if v.max_batch is not None]
-    weights = sum((folder / name).stat().st_size for name in files)
+    try:
+        weights = sum((folder / name).stat().st_size for name in files)
+    except OSError as error:
+        raise EngineError(f"{error.filename} is missing though the manifest lists it") from error
     return MemoryPlan(weights, buffers, min(batches, default=None))
 
 

@@ -3,6 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
+
+from nsp.errors import EngineError
 from nsp.families.var.io import stages_io
 from nsp.families.var.profiles import stage_profiles
 from nsp.runtime.manifest import Variant
@@ -49,3 +52,12 @@ def test_a_larger_batch_takes_more_and_free_sizes_are_not_planned(tmp_path: Path
     assert 7 < large.buffers / small.buffers <= 8
     manifest = write_engines(tmp_path / "onnx", CLASSES)
     assert plan_memory(tmp_path / "onnx", {s: v[0] for s, v in manifest.stages.items()}) is None
+
+
+def test_a_missing_engine_is_one_line(tmp_path: Path) -> None:
+    """Where the files are not verified, the plan is the first to look at them."""
+    planned = variants(tmp_path, max_batch=1)
+    missing = tmp_path / next(iter(planned["step"].files))
+    missing.unlink()
+    with pytest.raises(EngineError, match=f"^{missing} is missing though the manifest lists it$"):
+        plan_memory(tmp_path, planned)
