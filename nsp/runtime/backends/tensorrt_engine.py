@@ -206,12 +206,16 @@ class Engine:
             misfits.append((len(outside), index, outside[0]))
         _, index, name = min(misfits)
         low, high = self.profiles[index][name]
-        target = self.runtime.module.replace("_", "-")
+        again = f"nsp export --target {self.runtime.module.replace('_', '-')} --max-batch N"
+        advice = f"use a smaller --batch-size (or --top-k) or build larger ones: {again}"
+        if any(size < least for size, least in zip(shapes[name], low, strict=False)):
+            advice = (
+                "engines of --static-batch take full batches with guidance throughout: give one, "
+                f"or build engines for smaller ones too: {again}"
+            )
         raise ProfileError(
             f"{self.stage}: {name} {shapes[name]} fits none of the engine's "
-            f"{len(self.profiles)} profiles, the nearest takes {low} to {high}; use a smaller "
-            "--batch-size (or --top-k) or build larger ones: "
-            f"nsp export --target {target} --max-batch N"
+            f"{len(self.profiles)} profiles, the nearest takes {low} to {high}; {advice}"
         )
 
 

@@ -43,12 +43,14 @@ class Machine:
         monkeypatch.setattr(tensorrt_engine, "import_tensorrt", self.trt.get)
         self.write_plans(max_batch=3)
 
-    def write_plans(self, *, max_batch: int, scratch: int = 1000) -> None:
+    def write_plans(
+        self, *, max_batch: int, scratch: int = 1000, static_batch: bool = False
+    ) -> None:
         spans = stage_profiles(
             self.config,
             SamplingConfig(),
             max_batch=max_batch,
-            static_batch=False,
+            static_batch=static_batch,
             max_ranks=3839,
         )
         self.files = {}
@@ -344,6 +346,16 @@ def test_sizes_without_a_profile_name_them_and_the_export(machine: Machine) -> N
     assert "condition: class_ids (8,)" in message
     assert "takes (1,) to (6,)" in message
     assert message.endswith("nsp export --target tensorrt-rtx --max-batch N")
+
+
+def test_engines_of_full_batches_say_so(machine: Machine) -> None:
+    machine.write_plans(max_batch=2, static_batch=True)
+    pipe = machine.load()
+    pipe.generate(class_ids=[1, 2])
+    for request in ({"class_ids": [1]}, {"class_ids": [1, 2], "guidance_until": 1}):
+        message = refusal(ProfileError, lambda request=request: pipe.generate(**request))
+        assert "full batches with guidance throughout" in message
+        assert "smaller --batch-size" not in message
 
 
 @pytest.mark.parametrize("content", [b"", b"PK rubbish"])
