@@ -77,13 +77,14 @@ def loop_inputs(config: VarConfig, request: Request) -> dict[str, NDArray[Any]]:
     images, stop = np.arange(batch, dtype=np.int64), 0
     for scale, grid in enumerate(config.patch_nums):
         start, stop = stop, stop + grid**2
+        following = min(scale + 1, config.num_scales - 1)  # nothing follows the last one
         here: dict[str, NDArray[Any]] = {
             "positions": np.arange(start, stop),
             "uniforms": np.ascontiguousarray(request.uniforms[:, start:stop]),
             "forced": np.ascontiguousarray(forced[:, start:stop]),
             "guidance": np.array(guidance[scale], np.float32),
             "phi": np.array(phis[scale], np.int64),
-            "next_rows": np.tile(images, 2 if scale + 1 < guided_scales else 1),
+            "next_rows": np.tile(images, 2 if following < guided_scales else 1),
             **_resize_inputs(config, scale),
         }
         if sampling.more_smooth:
