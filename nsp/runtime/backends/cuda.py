@@ -143,7 +143,7 @@ class Stream:
         out_of_memory = self._runtime.cudaError_t.cudaErrorMemoryAllocation
         error, address = self._runtime.cudaMalloc(num_bytes)
         if error == out_of_memory:
-            self._runtime.cudaGetLastError()  # else TensorRT takes it for its own
+            self._runtime.cudaGetLastError()
             self.trim()
             error, address = self._runtime.cudaMalloc(num_bytes)
         if error == out_of_memory:
@@ -268,6 +268,7 @@ class Stream:
     def _check(self, name: str, error: Any) -> None:
         if error == self._runtime.cudaError_t.cudaSuccess:
             return
+        self._runtime.cudaGetLastError()  # clears it, else TensorRT takes it for its own
         _, text = self._runtime.cudaGetErrorString(error)
         code = getattr(error, "name", str(error))
         words = text.decode() if isinstance(text, bytes) else "unknown"

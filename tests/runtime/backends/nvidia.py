@@ -56,11 +56,14 @@ class CudaStandIn:
         self._streams: set[int] = set()
         self._next = 10
         self._failures: dict[str, cudaError_t] = {}
+        self._last_error: cudaError_t = OK
         self.calls: list[str] = []
 
     def _enter(self, name: str) -> cudaError_t | None:
         self.calls.append(name)
-        return self._failures.get(name)
+        failed = self._failures.get(name)
+        self._last_error = failed or self._last_error
+        return failed
 
     def _number(self) -> int:
         self._next += 1
@@ -83,7 +86,8 @@ class CudaStandIn:
         failed = self._enter("cudaMalloc")
         assert not self._captures, "cudaMalloc while capturing"
         if failed or self._held + size > self._total:
-            return failed or cudaError_t.cudaErrorMemoryAllocation, None
+            self._last_error = failed or cudaError_t.cudaErrorMemoryAllocation
+            return self._last_error, None
         buffer = np.full(size + 256, 0xFF, np.uint8)
         address = -(-buffer.ctypes.data // 256) * 256
         self._blocks[address] = (buffer, size)
@@ -180,7 +184,8 @@ class CudaStandIn:
 
     def cudaGetLastError(self):
         self._enter("cudaGetLastError")
-        return (OK,)
+        found, self._last_error = self._last_error, OK
+        return (found,)
 
     def cudaGetErrorString(self, error):
         return OK, error.name.removeprefix("cudaError").encode()
@@ -378,6 +383,7 @@ class IExecutionContext:
             engine._log.log(Logger.ERROR, "Cuda failure:\n  an illegal memory access")
             return False
         assert self._memory is not None
+        assert self._trt._cuda._last_error == OK, "TensorRT looks at it after every launch"
         io, shapes, addresses = engine._io, dict(self._shapes), dict(self._addresses)
         assert shapes.keys() == io.inputs.keys()
         assert addresses.keys() == {**io.inputs, **io.outputs}.keys()
