@@ -34,7 +34,6 @@ from benchmarks.parity import compare
 from benchmarks.processes import run_child
 from benchmarks.results import Cost, call_costs
 from benchmarks.timing import StageCall
-from nsp.errors import NspError
 from nsp.families.registry import family
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.cores import usable_cores
@@ -45,8 +44,6 @@ from nsp.runtime.sampling import SamplingConfig
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.01  # of the GPU's memory
-# What torch, compilers and CUDA raise; a contestant that fails is reported, the others go on.
-_FAILURES = (NspError, RuntimeError, OSError, AssertionError)
 
 
 def contest(
@@ -83,11 +80,16 @@ def contest(
             pipeline = ENTRIES[name].load(place)
             pipeline.generate(**request)  # compiles, records, chooses kernels
             ready[name] = pipeline
-        except _FAILURES as error:
-            missing[name] = " ".join(str(error).split())[:300] or type(error).__name__
-            logger.warning("%s is left out: %s", name, missing[name], exc_info=logger.level < 20)
+        except Exception as error:  # torch, compilers and CUDA have no common class
+            missing[name] = _reason(name, error)
     reference, parameters = contestants.reference(place)
-    parity = {name: _agreement(reference, each, request) for name, each in ready.items()}
+    parity: dict[str, Agreement] = {}
+    for name in tuple(ready):
+        try:
+            parity[name] = _agreement(reference, ready[name], request)
+        except Exception as error:
+            del ready[name]
+            missing[name] = _reason(name, error)
     latent = [step.latent for step in reference.stream(**request)][-1]
     del reference
     contestants.free_memory()
@@ -107,6 +109,13 @@ def contest(
         missing=missing,
         observations=observations,
     )
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Return why a contestant is left out, in one line."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    logger.warning("%s is left out: %s", name, reason, exc_info=logger.level < 20)
+    return reason
 
 
 def _observe(

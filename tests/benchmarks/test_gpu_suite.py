@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from benchmarks import gpu_contestants
 from benchmarks.gpu_ceilings import Clock, GpuCeilings, measure_gpu_ceilings
-from benchmarks.gpu_contest import fresh_process, part_costs
+from benchmarks.gpu_contest import contest, fresh_process, part_costs
 from benchmarks.gpu_contestants import ENTRIES, Entry, Place, suite_config, write_checkpoint
 from benchmarks.gpu_results import DECODER, IMAGE, LOOP, GpuObservation, SuiteResult, summary_rows
 from benchmarks.gpu_suite import JSON_NAME, MARKDOWN_NAME, SuiteOptions, main, run
@@ -113,6 +113,27 @@ def test_the_whole_suite_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monke
     text = (tmp_path / MARKDOWN_NAME).read_text()
     assert "## tiny, batch 2" in text
     assert "Missing: broken: the compiler gave up" in text
+
+
+def test_a_contestant_that_fails_late_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(place: Place) -> Pipeline:
+        pipeline = ENTRIES["torch eager"].load(place)
+
+        def stream(request: object) -> object:
+            raise KeyError("not finite")
+
+        monkeypatch.setattr(pipeline, "_steps", stream)
+        return pipeline
+
+    entries = {**ENTRIES, "late": Entry(name="late", load=diverges)}
+    monkeypatch.setattr("benchmarks.gpu_contest.ENTRIES", entries)
+    place = Place(folder=tmp_path, batch=1, precision="fp32", device="cpu")
+    only = ("late", "torch eager")
+    found = contest("tiny", place, H200, only=only, fresh_processes=False, rounds=(0, 1))
+    assert found.missing == {"late": "'not finite'"}
+    assert {row.contestant for row in found.rows} == {"torch eager"} == set(found.parity)
 
 
 def test_a_contestant_in_a_process_of_its_own(tmp_path: Path) -> None:
