@@ -28,8 +28,9 @@ class MemoryPlan:
 def plan_memory(folder: Path, variants: Mapping[str, Variant]) -> MemoryPlan | None:
     """Return the plan for engines with profiles; None where sizes are free and memory grows.
 
-    Raises EngineError for a file that is missing. A loop runs every profile of every stage once, and the arena is what its steps write into.
-    (Where guidance ends early, half of the arena is copied: that much more.)
+    A loop runs every profile of every stage once, and the arena is what its steps write into.
+    (Where guidance ends early, half of the arena is copied: that much more.) Raises EngineError for
+    a file that is missing.
     """
     if not any(variant.profiles for variant in variants.values()):
         return None
