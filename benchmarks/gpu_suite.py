@@ -7,6 +7,7 @@ parity with float32 PyTorch -> interleaved rounds. What cannot run here is repor
 `--device cpu --sizes tiny` runs the same path on a CPU in a minute: a check of the suite itself.
 """
 
+import itertools
 import json
 import logging
 import tempfile
@@ -23,7 +24,7 @@ import torch
 from benchmarks.gpu_ceilings import Clock, measure_gpu_ceilings
 from benchmarks.gpu_contest import contest
 from benchmarks.gpu_contestants import ENTRIES, Place, suite_config
-from benchmarks.gpu_results import GPU_SCHEMA, SuiteResult, markdown
+from benchmarks.gpu_results import GPU_SCHEMA, Contest, SuiteResult, markdown
 from benchmarks.machine import Environment
 from nsp.command_line import FOLDER
 from nsp.errors import BackendError, ConfigError, NspError
@@ -81,39 +82,44 @@ def run(options: SuiteOptions) -> SuiteResult:
         stack.enter_context(torch.backends.cudnn.flags(True, benchmark=True, allow_tf32=False))
         root = options.engine_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ceilings = measure_gpu_ceilings(options.device, options.precision, quick=options.quick)
-        contests = tuple(
-            contest(
-                size,
-                Place(
-                    folder=root / size,
-                    batch=batch,
-                    precision=options.precision,
-                    device=options.device,
-                    compiler=options.compiler,
-                ),
-                ceilings,
-                only=options.only,
-                fresh_processes=options.fresh_processes,
-                rounds=options.rounds,
+        contests: list[Contest] = []
+        for size, batch in itertools.product(options.sizes, options.batches):
+            place = Place(
+                folder=root / size,
+                batch=batch,
+                precision=options.precision,
+                device=options.device,
+                compiler=options.compiler,
             )
-            for size in options.sizes
-            for batch in options.batches
-        )
-    result = SuiteResult(
-        schema_version=GPU_SCHEMA,
-        created=created,
-        seconds=time.perf_counter() - began,
-        options=_plain(options),
-        clock=Clock(options.device).name,
-        environment=Environment.read(threads=usable_cores()),
-        ceilings=ceilings,
-        contests=contests,
-    )
-    with write_file(options.output_dir / JSON_NAME) as partial:
-        partial.write_text(json.dumps(result.to_dict(), allow_nan=False) + "\n", encoding="utf-8")
-    with write_file(options.output_dir / MARKDOWN_NAME) as partial:
-        partial.write_text(markdown(result), encoding="utf-8")
+            contests.append(
+                contest(
+                    size,
+                    place,
+                    ceilings,
+                    only=options.only,
+                    fresh_processes=options.fresh_processes,
+                    rounds=options.rounds,
+                )
+            )
+            result = SuiteResult(
+                schema_version=GPU_SCHEMA,
+                created=created,
+                seconds=time.perf_counter() - began,
+                options=_plain(options),
+                clock=Clock(options.device).name,
+                environment=Environment.read(threads=usable_cores()),
+                ceilings=ceilings,
+                contests=tuple(contests),
+            )
+            _write(result, options.output_dir)  # after each: a later one may end the run
     return result
+
+
+def _write(result: SuiteResult, folder: Path) -> None:
+    with write_file(folder / JSON_NAME) as partial:
+        partial.write_text(json.dumps(result.to_dict(), allow_nan=False) + "\n", encoding="utf-8")
+    with write_file(folder / MARKDOWN_NAME) as partial:
+        partial.write_text(markdown(result), encoding="utf-8")
 
 
 def _plain(options: SuiteOptions) -> dict[str, Any]:

@@ -2,16 +2,25 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu_contestants
+from benchmarks import gpu_contestants, gpu_suite
 from benchmarks.gpu_ceilings import Clock, GpuCeilings, measure_gpu_ceilings
 from benchmarks.gpu_contest import contest, fresh_process, part_costs
 from benchmarks.gpu_contestants import ENTRIES, Entry, Place, suite_config, write_checkpoint
-from benchmarks.gpu_results import DECODER, IMAGE, LOOP, GpuObservation, SuiteResult, summary_rows
+from benchmarks.gpu_results import (
+    DECODER,
+    IMAGE,
+    LOOP,
+    Contest,
+    GpuObservation,
+    SuiteResult,
+    summary_rows,
+)
 from benchmarks.gpu_suite import JSON_NAME, MARKDOWN_NAME, SuiteOptions, main, run
 from nsp.errors import ConfigError
 from nsp.runtime.nvidia import find_gpu
@@ -181,6 +190,35 @@ def test_ceilings_are_measured_where_the_work_is_done() -> None:
     assert found.launch_us > 0
     assert found.graph_kernel_us is None
     assert found.launch_ms(16, 10) == pytest.approx(1e-3 * found.launch_us * 7 * 160)
+
+
+def test_what_was_measured_stays_when_a_later_contest_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second_fails(size: str, place: Place, *args: Any, **settings: Any) -> Contest:
+        if place.batch == 2:
+            raise KeyboardInterrupt
+        return Contest(
+            size=size,
+            batch=place.batch,
+            parameters=1,
+            costs={},
+            rows=(),
+            parity={},
+            fresh={},
+            build_s={},
+            missing={},
+            observations=(),
+        )
+
+    monkeypatch.setattr(gpu_suite, "markdown", lambda result: "")
+    monkeypatch.setattr(gpu_suite, "contest", second_fails)
+    monkeypatch.setattr(gpu_suite, "measure_gpu_ceilings", lambda *args, **settings: H200)
+    options = SuiteOptions(output_dir=tmp_path, sizes=("tiny",), batches=(1, 2), device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        run(options)
+    kept = json.loads((tmp_path / JSON_NAME).read_text())
+    assert [contest["batch"] for contest in kept["contests"]] == [1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the suite would run")

@@ -5,6 +5,7 @@ view of it is dropped. All work of a `Stream` runs in order, so memory may be us
 """
 
 import contextlib
+import gc
 import importlib
 import math
 import weakref
@@ -238,17 +239,18 @@ class Stream:
         """Record the block's work, which is not done, as the Graph that then is in the list."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         captured: list[Graph] = []
-        self._call("cudaStreamBeginCapture", self.handle, mode)
-        try:
-            yield captured
-        except BaseException:
-            # Ends the capture; that it is broken is known, and why is what is being raised.
-            error, graph = self._runtime.cudaStreamEndCapture(self.handle)
-            if error == self._runtime.cudaError_t.cudaSuccess and graph is not None:
-                self._call("cudaGraphDestroy", graph)
-            self._runtime.cudaGetLastError()
-            raise
-        (graph,) = self._call("cudaStreamEndCapture", self.handle)
+        with _no_collection():
+            self._call("cudaStreamBeginCapture", self.handle, mode)
+            try:
+                yield captured
+            except BaseException:
+                # Ends the capture; that it is broken is known, and why is what is being raised.
+                error, graph = self._runtime.cudaStreamEndCapture(self.handle)
+                if error == self._runtime.cudaError_t.cudaSuccess and graph is not None:
+                    self._call("cudaGraphDestroy", graph)
+                self._runtime.cudaGetLastError()
+                raise
+            (graph,) = self._call("cudaStreamEndCapture", self.handle)
         try:
             (executable,) = self._call("cudaGraphInstantiate", graph, 0)
         finally:
@@ -273,6 +275,19 @@ class Stream:
         code = getattr(error, "name", str(error))
         words = text.decode() if isinstance(text, bytes) else "unknown"
         raise BackendError(f"{self.label}: {words} ({code}, in {name}); nsp doctor shows the GPU")
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect garbage now and not in the block: freeing GPU memory would break its capture."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def mib(num_bytes: int) -> str:

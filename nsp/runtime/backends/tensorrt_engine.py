@@ -27,6 +27,8 @@ _DTYPES = {
     "INT64": "int64",
     "BOOL": "bool",
 }
+# What TensorRT says when the GPU's memory is exhausted; "memory" alone is in other errors, too.
+_MEMORY_HINTS = ("out of memory", "outofmemory", "memory allocation", "insufficient memory")
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
@@ -82,7 +84,7 @@ class Runtime:
         if engine is not None:
             return engine
         version, reason = self.trt.__version__, self.why()
-        if "memory" in reason.lower():
+        if any(hint in reason.lower() for hint in _MEMORY_HINTS):
             free, total = self.stream.free_memory()
             size = path.stat().st_size
             raise BackendError(
@@ -119,8 +121,12 @@ class Runtime:
     def _read_cache(self) -> None:
         if self._cache_file is None or not self._cache_file.is_file():
             return
-        with _locked(self._cache_file):
-            content = self._cache_file.read_bytes()
+        try:
+            with _locked(self._cache_file):
+                content = self._cache_file.read_bytes()
+        except OSError as error:
+            logger.warning("%s is not used (%s): kernels are compiled again", self.module, error)
+            return
         if self._cache.deserialize(content):
             logger.info("%s: compiled kernels from %s", self.module, self._cache_file)
         else:

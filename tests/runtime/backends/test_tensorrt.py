@@ -332,6 +332,34 @@ def test_kernels_compiled_here_are_kept_beside_the_engines(
     assert cache.read_bytes() == b"kernels"
 
 
+def test_a_kernel_cache_that_cannot_be_read_is_said_and_left(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    (machine.folder / "tensorrt_rtx.cache").write_bytes(b"kernels")
+    real = Path.read_bytes
+
+    def denied(path: Path) -> bytes:
+        if path.name == "tensorrt_rtx.cache":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_bytes", denied)
+        machine.load("tensorrt_rtx").generate(**CLASSES)
+    assert "Permission denied" in caplog.text
+    assert "compiled again" in caplog.text
+
+
+def test_garbage_is_not_collected_while_a_graph_is_captured() -> None:
+    stream = Stream(CudaStandIn(), "test")
+    with stream.capture():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(KeyError), stream.capture():
+        raise KeyError
+    assert gc.isenabled()
+
+
 def refusal(kind: type[Exception], action: Any) -> str:
     with pytest.raises(kind) as caught:
         action()
