@@ -84,7 +84,7 @@ class Runtime:
         if engine is not None:
             return engine
         version, reason = self.trt.__version__, self.why()
-        if any(hint in reason.lower() for hint in _MEMORY_HINTS):
+        if _is_exhausted(reason):
             free, total = self.stream.free_memory()
             size = path.stat().st_size
             raise BackendError(
@@ -291,8 +291,20 @@ class Context:
         return True if ask is None else bool(ask(self._handle))
 
     def _fail(self, what: str) -> None:
-        module, reason = self._engine.runtime.module, self._engine.runtime.why()
-        raise BackendError(f"{module}: stage {self._engine.stage} {what} ({reason})")
+        runtime, stage = self._engine.runtime, self._engine.stage
+        reason = runtime.why()
+        if _is_exhausted(reason):
+            free, total = runtime.stream.free_memory()
+            raise BackendError(
+                f"{runtime.module}: out of GPU memory in stage {stage}: {free >> 20} of "
+                f"{total >> 20} MiB are free; use a smaller --batch-size, or end what else uses "
+                f"the GPU ({reason})"
+            )
+        raise BackendError(f"{runtime.module}: stage {stage} {what} ({reason})")
+
+
+def _is_exhausted(reason: str) -> bool:
+    return any(hint in reason.lower() for hint in _MEMORY_HINTS)
 
 
 def _new_log(trt: Any) -> Any:

@@ -215,6 +215,7 @@ class TensorRTStandIn:
         self._cuda, self._modules, self._io = cuda, modules, stages_io
         self._calls: list[tuple[Any, ...]] = []
         self._capturable, self._failing = True, ""
+        self._failure = "Cuda failure:\n  an illegal memory access"
         self.Runtime = lambda log: Runtime(self, log)
         if name == "tensorrt_rtx":
             self.IRuntimeConfig = RuntimeConfig
@@ -380,7 +381,7 @@ class IExecutionContext:
     def execute_async_v3(self, stream_handle):
         engine = self._engine
         if self._trt._failing == engine._stage:
-            engine._log.log(Logger.ERROR, "Cuda failure:\n  an illegal memory access")
+            engine._log.log(Logger.ERROR, self._trt._failure)
             return False
         assert self._memory is not None
         assert self._trt._cuda._last_error == OK, "TensorRT looks at it after every launch"

@@ -425,6 +425,15 @@ def test_a_stage_that_fails_says_what_tensorrt_said(machine: Machine) -> None:
     assert message == expected
 
 
+def test_a_stage_without_memory_says_what_to_change(machine: Machine) -> None:
+    pipe = machine.load()
+    machine.trt["tensorrt"]._failing = "accumulate"
+    machine.trt["tensorrt"]._failure = "Error Code 2: OutOfMemory (no further information)"
+    message = refusal(BackendError, lambda: pipe.generate(**CLASSES))
+    assert "out of GPU memory in stage accumulate" in message
+    assert "smaller --batch-size" in message
+
+
 def test_a_gpu_that_fails_is_one_line(machine: Machine) -> None:
     pipe = machine.load()
     machine.cuda._failures["cudaStreamSynchronize"] = cudaError_t.cudaErrorIllegalAddress
