@@ -3,27 +3,20 @@
 The latent of scale k is that of the picture resized, with antialiasing, to what it decodes to.
 """
 
-import hashlib
-import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nsp.data.dataset import ImageDataset, to_model_range
-from nsp.errors import ConfigError, DataError
+from nsp.errors import ConfigError
 from nsp.families.next_scale.system import NextScaleSystem
-from nsp.files import write_file
+from nsp.training.cache import cached, digest_of, is_constant, write_cache
 from nsp.training.objective import TokenCache
-
-logger = logging.getLogger(__name__)
 
 _BATCH_PIXELS = 64 * 64 * 64  # encoded at once
 
@@ -67,11 +60,6 @@ class LatentDataset(Dataset[Mapping[str, Any]]):
         return {**item, "latents": [scale[index] for scale in self._latents]}
 
 
-def is_constant(data: ImageDataset) -> bool:
-    """Return whether every epoch shows the same pictures."""
-    return not (data.train and (data.crop or data.flip))
-
-
 def resized(image_B3HW: Tensor, side_px: int) -> Tensor:
     """Return float pictures at another side, bilinear with antialiasing."""
     if image_B3HW.shape[-1] == side_px:
@@ -98,56 +86,27 @@ def cached_latents(
 
     Raises ConfigError when one that the user gave is missing or of something else.
     """
-    if cache is None:
-        return encode_all(system, data)
-    exists = cache.file.exists()
-    if exists and _key_of(cache.file) == cache_key(system, data):
-        kept = load_file(cache.file)
-        return [kept[f"latent_{k}"] for k in range(system.config.num_scales)]
-    if cache.is_given:
-        problem = "is of another autoencoder or other pictures" if exists else "does not exist"
-        raise ConfigError(
-            f"{cache.file} {problem}; make it with nsp data cache, or leave data.token_cache out"
-        )
-    if exists:
-        logger.warning("%s is of another autoencoder or other pictures; made again", cache.file)
-    return write_cache(system, data, cache.file)
-
-
-def write_cache(system: NextScaleSystem, data: ImageDataset, cache: Path) -> list[Tensor]:
-    """Encode all pictures into a safetensors file and return the latents of every scale."""
-    started = time.monotonic()
-    latents = encode_all(system, data)
-    tensors = {f"latent_{k}": latent for k, latent in enumerate(latents)}
-    with write_file(cache) as partial:
-        save_file(tensors, partial, metadata={"key": cache_key(system, data)})
-    logger.info(
-        "%s: %d pictures as latents of %d scales, %.0f s",
-        *(cache, len(data), len(latents), time.monotonic() - started),
+    kept = cached(
+        cache, lambda: _key(system, data), lambda: _tensors(system, data), maker="autoencoder"
     )
-    return latents
+    return [kept[f"latent_{k}"] for k in range(system.config.num_scales)]
 
 
-def _key_of(cache: Path) -> str | None:
-    """Return the key a cache was made with; DataError when it is damaged."""
-    try:
-        with safe_open(cache, framework="pt") as file:
-            return (file.metadata() or {}).get("key")
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{cache} is damaged ({error}); delete it to make it again") from error
+def write_latents(system: NextScaleSystem, data: ImageDataset, file: Path) -> None:
+    """Write the latents of all pictures to a file, for `cached_latents`."""
+    write_cache(file, _key(system, data), lambda: _tensors(system, data))
 
 
-def cache_key(system: NextScaleSystem, data: ImageDataset) -> str:
-    """Return the SHA-256 of what decides the latents: encoder, sides, the bytes of pictures."""
+def _tensors(system: NextScaleSystem, data: ImageDataset) -> dict[str, Tensor]:
+    return {f"latent_{k}": latent for k, latent in enumerate(encode_all(system, data))}
+
+
+def _key(system: NextScaleSystem, data: ImageDataset) -> str:
+    """Return the digest of what decides the latents: the encoder, the sides, the pictures."""
     about = (system.config.vae, system.config.sides, data.crop, data.image_size_px)
-    digest = hashlib.sha256(repr(about).encode())
-    for name, tensor in sorted(system.vae.state_dict().items()):
-        if ".decoder." not in name and "post_quant" not in name:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for index in range(len(data)):
-        digest.update(data.source.files[index].read())
-    return digest.hexdigest()
+    return digest_of(
+        about, system.vae, data, decides=lambda n: ".decoder." not in n and "post_quant" not in n
+    )
 
 
 def encode_all(system: NextScaleSystem, data: ImageDataset) -> list[Tensor]:

@@ -24,6 +24,7 @@ from nsp.families.next_scale.objective import (
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import load_vae
 from nsp.text.parts import TextEncoderSettings, text_parts
+from nsp.training.cache import is_constant
 from nsp.training.objective import Objective, TokenCache
 
 _ONE_SCALE = re.compile(r"scale_(\d+)")
@@ -97,6 +98,6 @@ def objective(
 
 def write_cache(system: NextScaleSystem, data: ImageDataset, file: Path) -> None:
     """Write the latents of all pictures to `file`, for `data.token_cache` of later runs."""
-    if not latents.is_constant(data):
+    if not is_constant(data):
         raise ConfigError("crops and flips change the latents: only whole pictures can be cached")
-    latents.write_cache(system, data, file)
+    latents.write_latents(system, data, file)

@@ -1,26 +1,19 @@
 """The training pictures as tokens: made once by the frozen tokenizer, kept in a file."""
 
-import hashlib
-import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nsp.data.dataset import ImageDataset, to_model_range
-from nsp.errors import ConfigError, DataError
+from nsp.errors import ConfigError
 from nsp.families.var.system import VarSystem
 from nsp.families.var.vqvae import VQVAE
-from nsp.files import write_file
+from nsp.training.cache import cached, digest_of, is_constant, write_cache
 from nsp.training.objective import TokenCache
-
-logger = logging.getLogger(__name__)
 
 _BATCH = 64  # pictures tokenized at once
 
@@ -71,11 +64,6 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
         return {"condition": condition, "image": self._data[index]["image"]}
 
 
-def is_constant(data: ImageDataset) -> bool:
-    """Return whether every epoch shows the same pictures."""
-    return not (data.train and (data.crop or data.flip))
-
-
 def check_classes(class_ids: Tensor, num_classes: int) -> None:
     """Raise ConfigError for pictures of a class the model has not."""
     if int(class_ids.min()) < 0 or int(class_ids.max()) >= num_classes:
@@ -90,55 +78,23 @@ def cached_tokens(vae: VQVAE, data: ImageDataset, cache: TokenCache | None) -> T
 
     Raises ConfigError when one that the user gave is missing or of something else.
     """
-    if cache is None:
-        return tokenize(vae, data)
-    exists = cache.file.exists()
-    if exists and _key_of(cache.file) == cache_key(vae, data):
-        with safe_open(cache.file, framework="pt") as file:
-            tokens: Tensor = file.get_tensor("tokens")
-        return tokens.long()
-    if cache.is_given:
-        problem = "is of another tokenizer or other pictures" if exists else "does not exist"
-        raise ConfigError(
-            f"{cache.file} {problem}; make it with nsp data cache, or leave data.token_cache out"
-        )
-    if exists:
-        logger.warning("%s is of another tokenizer or other pictures; made again", cache.file)
-    return write_cache(vae, data, cache.file)
+    kept = cached(cache, lambda: _key(vae, data), lambda: _tensors(vae, data), maker="tokenizer")
+    return kept["tokens"].long()
 
 
-def write_cache(vae: VQVAE, data: ImageDataset, cache: Path) -> Tensor:
-    """Tokenize all pictures into a safetensors file and return the tokens (N, L)."""
-    started = time.monotonic()
-    tokens = tokenize(vae, data)
-    with write_file(cache) as partial:
-        save_file({"tokens": tokens.int()}, partial, metadata={"key": cache_key(vae, data)})
-    logger.info(
-        "%s: %d pictures as %d tokens each, %.0f s",
-        *(cache, *tokens.shape, time.monotonic() - started),
-    )
-    return tokens
+def write_tokens(vae: VQVAE, data: ImageDataset, file: Path) -> None:
+    """Write the tokens of all pictures to a file, for `cached_tokens`."""
+    write_cache(file, _key(vae, data), lambda: _tensors(vae, data))
 
 
-def _key_of(cache: Path) -> str | None:
-    """Return the key a cache was made with; DataError when it is damaged."""
-    try:
-        with safe_open(cache, framework="pt") as file:
-            return (file.metadata() or {}).get("key")
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{cache} is damaged ({error}); delete it to make it again") from error
+def _tensors(vae: VQVAE, data: ImageDataset) -> dict[str, Tensor]:
+    return {"tokens": tokenize(vae, data).int()}
 
 
-def cache_key(vae: VQVAE, data: ImageDataset) -> str:
-    """Return the SHA-256 of what decides the tokens: weights, schedule, the bytes of pictures."""
-    digest = hashlib.sha256(repr((vae.config, vae.quantize.patch_nums, data.crop)).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        if name != "quantize.ema_vocab_hit_SV":  # a statistic
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for index in range(len(data)):
-        digest.update(data.source.files[index].read())
-    return digest.hexdigest()
+def _key(vae: VQVAE, data: ImageDataset) -> str:
+    """Return the digest of what decides the tokens; how often codes are used is a statistic."""
+    about = (vae.config, vae.quantize.patch_nums, data.crop)
+    return digest_of(about, vae, data, decides=lambda n: n != "quantize.ema_vocab_hit_SV")
 
 
 @torch.no_grad()

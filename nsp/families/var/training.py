@@ -17,8 +17,8 @@ from nsp.families.var.model import initialize
 from nsp.families.var.objective import PredictorObjective, PredictorSettings
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerObjective, TokenizerSettings
-from nsp.families.var.tokens import is_constant
 from nsp.text.parts import TextEncoderSettings, text_parts
+from nsp.training.cache import is_constant
 from nsp.training.objective import Objective, TokenCache
 
 PHASES = ("tokenizer", "predictor")
@@ -83,4 +83,4 @@ def write_cache(system: VarSystem, data: ImageDataset, file: Path) -> None:
     """Write the tokens of all pictures to `file`, for `data.token_cache` of later runs."""
     if not is_constant(data):
         raise ConfigError("crops and flips change the tokens: only whole pictures can be cached")
-    tokens.write_cache(system.vae, data, file)
+    tokens.write_tokens(system.vae, data, file)

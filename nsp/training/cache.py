@@ -1,0 +1,87 @@
+"""What a frozen part of the model makes of the pictures: made once, kept in a file."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nsp.data.dataset import ImageDataset
+from nsp.errors import ConfigError, DataError
+from nsp.files import write_file
+from nsp.training.objective import TokenCache
+
+logger = logging.getLogger(__name__)
+
+
+def is_constant(data: ImageDataset) -> bool:
+    """Return whether every epoch shows the same pictures."""
+    return not (data.train and (data.crop or data.flip))
+
+
+def cached(
+    cache: TokenCache | None,
+    key: Callable[[], str],
+    make: Callable[[], Mapping[str, Tensor]],
+    *,
+    maker: str,
+) -> Mapping[str, Tensor]:
+    """Return what `make` returns, from the cache where that was made with the same `key`.
+
+    `maker` names the part of the model. Raises ConfigError when a cache that the user gave is
+    missing or of something else, DataError for a damaged one.
+    """
+    if cache is None:
+        return make()
+    exists = cache.file.exists()
+    if exists and _key_of(cache.file) == key():
+        kept: dict[str, Tensor] = load_file(cache.file)
+        return kept
+    if cache.is_given:
+        problem = f"is of another {maker} or other pictures" if exists else "does not exist"
+        raise ConfigError(
+            f"{cache.file} {problem}; make it with nsp data cache, or leave data.token_cache out"
+        )
+    if exists:
+        logger.warning("%s is of another %s or other pictures; made again", cache.file, maker)
+    return write_cache(cache.file, key(), make)
+
+
+def write_cache(
+    file: Path, key: str, make: Callable[[], Mapping[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """Write what `make` returns to a safetensors file, and return it."""
+    started = time.monotonic()
+    tensors = make()
+    with write_file(file) as partial:
+        save_file(dict(tensors), partial, metadata={"key": key})
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    logger.info("%s: %s, %.0f s", file, shapes, time.monotonic() - started)
+    return tensors
+
+
+def _key_of(file: Path) -> str | None:
+    """Return the key a cache was made with; DataError when it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("key")
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file} is damaged ({error}); delete it to make it again") from error
+
+
+def digest_of(
+    about: object, module: nn.Module, data: ImageDataset, *, decides: Callable[[str], bool]
+) -> str:
+    """Return the SHA-256 of settings, the weights whose names decide, and the pictures' bytes."""
+    digest = hashlib.sha256(repr(about).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        if decides(name):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for index in range(len(data)):
+        digest.update(data.source.files[index].read())
+    return digest.hexdigest()
