@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ class ConfigFile(Config):
     config: dict[str, Any]
     sampling: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def write_checkpoint(folder: Path, about: ConfigFile) -> Iterator[Path]:
+    """Yield a folder with config.json for the weights; it replaces `folder` once it is whole."""
+    with write_folder(folder) as partial:
+        (partial / CONFIG_NAME).write_text(json.dumps(about.to_dict(), indent=1) + "\n")
+        yield partial
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,13 @@ text_encoder/    a CLIPTextModel folder       (text-conditional models)
 tokenizer/       its prompt tokenizer
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nsp.checkpoint import ConfigFile, write_checkpoint
 from nsp.families.var.config import VarConfig
 from nsp.families.var.system import VarSystem
-from nsp.files import write_folder
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.weights import load_weights, save_weights
@@ -32,14 +31,13 @@ def save_checkpoint(
     `notes` (JSON-ready) say where the weights come from; `sampling` are SamplingConfig fields that
     suit this model. Both are kept in config.json.
     """
-    with write_folder(folder) as partial:
-        record = {
-            "family": "var",
-            "config": system.config.to_dict(),
-            "sampling": dict(sampling or {}),
-            "notes": dict(notes),
-        }
-        (partial / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+    about = ConfigFile(
+        family="var",
+        config=system.config.to_dict(),
+        sampling=dict(sampling or {}),
+        notes=dict(notes),
+    )
+    with write_checkpoint(folder, about) as partial:
         save_weights(system.predictor, partial / "predictor")
         save_weights(system.vae, partial / "vae")
         if system.text_encoder is not None and system.prompt_tokenizer is not None:
