@@ -89,6 +89,15 @@ def main(context: click.Context) -> None:
     multiple=True,
     help="Build TensorRT-RTX engines for this GPU architecture (89) or for `current`. Repeatable.",
 )
+@click.option(
+    "--build-timeout",
+    "build_timeout_s",
+    type=click.FloatRange(0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop the compiler of a TensorRT engine after this long.",
+)
 @click.option("--rebuild", is_flag=True, help="Build again what could be reused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built; write nothing.")
 @json_option

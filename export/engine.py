@@ -107,7 +107,7 @@ def _run_child(
         if timed_out.is_set() and "device" not in outcome:
             raise ExportError(
                 f"{label}: the build took more than {timeout_s:g} s and was stopped; "
-                "raise build_timeout_s"
+                "raise --build-timeout"
             )
         if "device" in outcome or "error" in outcome:
             return outcome

@@ -1,5 +1,6 @@
 """What an export is asked to do, and what it reports while doing it."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -35,8 +36,11 @@ class ExportOptions(Config):
             raise ConfigError("an export needs at least one precision and one target")
         if self.max_batch < 1:
             raise ConfigError(f"max_batch={self.max_batch} must be at least 1")
-        if self.build_timeout_s <= 0:
-            raise ConfigError(f"build_timeout_s={self.build_timeout_s} must be positive")
+        if not 0 < self.build_timeout_s <= threading.TIMEOUT_MAX:
+            raise ConfigError(
+                f"build_timeout_s={self.build_timeout_s} must be above 0 and at most "
+                f"{threading.TIMEOUT_MAX:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

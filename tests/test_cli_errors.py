@@ -272,3 +272,27 @@ def test_verbose_adds_the_traceback_before_the_line(tmp_path):
         assert result.exit_code == 1
         assert "Traceback" in result.stderr
         assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_the_time_a_build_may_take_is_an_option(tiny_checkpoint, tmp_path, monkeypatch):
+    import export.run
+
+    seen = []
+
+    def noting(options):
+        seen.append(options.build_timeout_s)
+        return []
+
+    monkeypatch.setattr(export.run, "plan", noting)
+    arguments = [
+        "export",
+        "--checkpoint",
+        str(tiny_checkpoint),
+        "--engine-dir",
+        str(tmp_path / "e"),
+    ]
+    for more in ([], ["--build-timeout", "7200"]):
+        result = CliRunner().invoke(main, [*arguments, "--dry-run", "--json", *more])
+        assert result.exit_code == 0, result.output
+    assert seen == [3600.0, 7200.0]
+    assert CliRunner().invoke(main, [*arguments, "--build-timeout", "0"]).exit_code == 2

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -324,7 +325,15 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(options, cha
 
 
 @pytest.mark.parametrize(
-    "values", [{"precisions": ("fp8",)}, {"max_batch": 0}, {"targets": ()}, {"build_timeout_s": 0}]
+    "values",
+    [
+        {"precisions": ("fp8",)},
+        {"max_batch": 0},
+        {"targets": ()},
+        {"build_timeout_s": 0},
+        {"build_timeout_s": math.nan},
+        {"build_timeout_s": math.inf},
+    ],
 )
 def test_options_are_checked(values):
     with pytest.raises(ConfigError):
