@@ -247,7 +247,11 @@ def generate(
     if seed is None:
         seed = family.default_seed if family else 0
     planned = plan_images(
-        prompts=prompts, class_ids=class_ids, seed=seed, num_images=num_images, allow_empty=True
+        prompts=prompts,
+        class_ids=class_ids,
+        seed=seed,
+        num_images=num_images,
+        allow_empty=family is not None and family.takes_no_prompt,
     )
     precision = one_precision(options)
     sampling = {name: value for name, value in options.items() if value is not None}

@@ -56,7 +56,8 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
     ],
     ids=lambda value: " ".join(value),
 )
-def test_wrong_usage_is_one_line_and_exit_2(args, words):
+def test_wrong_usage_is_one_line_and_exit_2(args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without the folder `engines` an export may have left here
     assert_one_line(nsp(*args), 2, *words)
 
 
