@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks import gpu_contestants as contestants
 from benchmarks.gpu_ceilings import Clock, GpuCeilings
-from benchmarks.gpu_contestants import EAGER, ENTRIES, FAMILY, REFERENCE, Place
+from benchmarks.gpu_contestants import EAGER, ENTRIES, REFERENCE, Place
 from benchmarks.gpu_results import (
     DECODER,
     IMAGE,
@@ -32,6 +32,7 @@ from benchmarks.gpu_results import (
 )
 from benchmarks.parity import compare
 from benchmarks.processes import run_child
+from benchmarks.random_model import FAMILY, random_config, write_random_model
 from benchmarks.results import Cost, call_costs
 from benchmarks.timing import StageCall
 from nsp.families.registry import family
@@ -60,8 +61,8 @@ def contest(
     `rounds` are those to warm up and those that count. What cannot run here is left out, with the
     reason; nothing that one contestant raises ends the others.
     """
-    config, batch = contestants.suite_config(size), place.batch
-    contestants.write_checkpoint(place, config)
+    config, batch = random_config(size), place.batch
+    write_random_model(place.checkpoint, config)
     request: dict[str, Any] = {
         "class_ids": [i * config.num_classes // batch for i in range(batch)],
         "seed": 0,

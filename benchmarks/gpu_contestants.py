@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from benchmarks import baselines
+from benchmarks.random_model import FAMILY
 from export.run import ExportOptions, export
-from nsp.checkpoint import is_checkpoint, read_checkpoint
+from nsp.checkpoint import read_checkpoint
 from nsp.errors import BackendError
 from nsp.families.registry import family
-from nsp.families.var.config import ClassCondition, VarConfig, size, with_condition
 from nsp.runtime.backends.onnxruntime import CUDA, OnnxRuntimeBackend
 from nsp.runtime.backends.registry import availability
 from nsp.runtime.manifest import read_manifest
@@ -22,7 +22,6 @@ from nsp.runtime.pipeline import Pipeline, load_pipeline, torch_pipeline
 
 logger = logging.getLogger(__name__)
 
-FAMILY = "var"
 REFERENCE = "torch fp32"  # what is correct
 
 
@@ -59,29 +58,6 @@ class Entry:
     load: Callable[[Place], Pipeline]
     target: str | None = None  # of its engines
     own_engines: bool = False  # for every batch size
-
-
-def suite_config(name: str) -> VarConfig:
-    """Return the class-conditional configuration of a size; ConfigError names the known ones."""
-    config = size(name)
-    if config.text is None:
-        return config
-    return with_condition(config, ClassCondition(num_classes=10))
-
-
-def write_checkpoint(place: Place, config: VarConfig) -> None:
-    """Write random weights, the same each time, unless those of this configuration are there."""
-    folder = place.checkpoint
-    if is_checkpoint(folder) and read_checkpoint(folder).config == config.to_dict():
-        return
-    record = family(FAMILY)
-    torch.manual_seed(0)
-    system = record.get("system")(config.to_dict(), {}, None)
-    with torch.no_grad():  # the published initialisation makes logits almost constant
-        system.predictor.head.weight.mul_(100)
-    record.get("save_checkpoint")(
-        place.checkpoint, system, notes={"made_by": "gpu_suite"}, sampling={}
-    )
 
 
 def build(entry: Entry, place: Place) -> float | None:

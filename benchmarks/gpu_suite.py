@@ -23,9 +23,10 @@ import torch
 
 from benchmarks.gpu_ceilings import Clock, measure_gpu_ceilings
 from benchmarks.gpu_contest import contest
-from benchmarks.gpu_contestants import ENTRIES, Place, suite_config
+from benchmarks.gpu_contestants import ENTRIES, Place
 from benchmarks.gpu_results import GPU_SCHEMA, Contest, SuiteResult, markdown
 from benchmarks.machine import Environment
+from benchmarks.random_model import random_config
 from nsp.command_line import FOLDER
 from nsp.errors import BackendError, ConfigError, NspError
 from nsp.files import write_file
@@ -53,7 +54,7 @@ class SuiteOptions:
     def __post_init__(self) -> None:
         """Check the names and numbers."""
         for name in self.sizes:
-            suite_config(name)
+            random_config(name)
         if unknown := [name for name in self.only if name not in ENTRIES]:
             raise ConfigError(f"unknown contestant {unknown[0]!r}; known: {', '.join(ENTRIES)}")
         if not self.sizes or not self.batches or min(self.batches) < 1:

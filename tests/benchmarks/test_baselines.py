@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.baselines import CompiledTorchBackend, RecordedTorchBackend, eager, graphed
-from benchmarks.gpu_contestants import suite_config
+from benchmarks.random_model import random_config
 from nsp.families.registry import family
 from nsp.layers.attention import attend_delta
 from nsp.runtime.backends.torch import TorchBackend
@@ -20,7 +20,7 @@ VAR = family("var")
 @pytest.fixture(scope="module")
 def system() -> Any:
     torch.manual_seed(0)
-    made = VAR.get("system")(suite_config("tiny").to_dict(), {}, None)
+    made = VAR.get("system")(random_config("tiny").to_dict(), {}, None)
     with torch.no_grad():
         made.predictor.head.weight.mul_(100)
         for block in made.predictor.blocks:

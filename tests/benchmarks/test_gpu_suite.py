@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from benchmarks import gpu_contestants, gpu_suite
 from benchmarks.gpu_ceilings import Clock, GpuCeilings, measure_gpu_ceilings
 from benchmarks.gpu_contest import contest, fresh_process, part_costs
-from benchmarks.gpu_contestants import ENTRIES, Entry, Place, suite_config, write_checkpoint
+from benchmarks.gpu_contestants import ENTRIES, Entry, Place
 from benchmarks.gpu_results import (
     DECODER,
     IMAGE,
@@ -22,6 +22,7 @@ from benchmarks.gpu_results import (
     summary_rows,
 )
 from benchmarks.gpu_suite import JSON_NAME, MARKDOWN_NAME, SuiteOptions, main, run
+from benchmarks.random_model import random_config, write_random_model
 from nsp.errors import ConfigError
 from nsp.runtime.nvidia import find_gpu
 from nsp.runtime.pipeline import Pipeline
@@ -46,12 +47,12 @@ def test_the_roof_is_near_the_one_calculated_from_weights_and_cache_alone(
     size: str, batch: int, roof_ms: float
 ) -> None:
     """Ours adds modulations, logits and the selection's traffic, and joins no scales."""
-    cost = part_costs(suite_config(size), batch, "fp16", H200)[LOOP]
+    cost = part_costs(random_config(size), batch, "fp16", H200)[LOOP]
     assert roof_ms * 0.97 < cost.roof_ms < roof_ms * 1.25
 
 
 def test_parts_add_up_and_the_decoder_is_the_published_work() -> None:
-    costs = part_costs(suite_config("d16"), 1, "fp16", H200)
+    costs = part_costs(random_config("d16"), 1, "fp16", H200)
     assert costs[IMAGE].gflop == pytest.approx(costs[LOOP].gflop + costs[DECODER].gflop)
     assert costs[DECODER].gflop == pytest.approx(394, rel=0.02)
     assert costs[LOOP].gflop == pytest.approx(600, rel=0.03)
@@ -66,7 +67,7 @@ def test_rows_leave_out_the_warm_up_and_compare_with_eager() -> None:
         for name, scale in (("torch eager", 10.0), ("fast", 1.0))
         for number, ms in ((-1, 1000.0), (0, 1.0), (1, 2.0), (2, 3.0))
     ]
-    costs = part_costs(suite_config("tiny"), 1, "fp32", H200)
+    costs = part_costs(random_config("tiny"), 1, "fp32", H200)
     rows = {(r.contestant, r.part): r for r in summary_rows(observations, costs, "torch eager")}
     fast = rows["fast", IMAGE]
     assert (fast.p50_ms, fast.count, fast.speedup) == (2.0, 3, 10.0)
@@ -147,15 +148,12 @@ def test_a_contestant_that_fails_late_does_not_end_the_others(
 
 def test_a_contestant_in_a_process_of_its_own(tmp_path: Path) -> None:
     place = Place(folder=tmp_path, batch=1, precision="fp32", device="cpu")
-    write_checkpoint(place, suite_config("tiny"))
-    before = (tmp_path / "checkpoint/config.json").stat().st_mtime_ns
+    write_random_model(place.checkpoint, random_config("tiny"))
     found = fresh_process("torch graphs", place, {"class_ids": [1], "seed": 0})
     assert 0 < found.load_ms < found.first_image_ms
     assert found.second_ms > 0
     assert found.host_peak_mib > 50
     assert found.gpu_peak_mib is None
-    write_checkpoint(place, suite_config("tiny"))  # the same again: nothing to write
-    assert (tmp_path / "checkpoint/config.json").stat().st_mtime_ns == before
 
 
 def test_work_left_on_another_stream_is_timed_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
