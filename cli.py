@@ -10,6 +10,7 @@ from nsp.command_line import (
     COUNT,
     FILE,
     FOLDER,
+    PRECISIONS,
     SEED,
     Program,
     backend_option,
@@ -383,13 +384,18 @@ def convert(
     "--rival",
     "rivals",
     multiple=True,
-    type=click.Choice(["torch.compile", "plain-onnx"]),
-    help="Time this too, in the same rounds. Repeatable.  [default: both, or none with --quick]",
+    type=click.Choice(["torch.compile", "plain-onnx", *PRECISIONS]),
+    help="Time this too, in the same rounds; a precision is the folder's engines in it. Repeatable."
+    "  [default: all there are, or none with --quick]",
 )
 @click.option(
     "--peer-var", type=FOLDER, help="Time the public VAR code in this clone, too: same shapes."
 )
-@click.option("--sweep", is_flag=True, help="Also batch sizes 1 to 8 with 1 and 2 threads.")
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Also batch sizes 1 to 8 with 1 and 2 threads, and guidance ended early.",
+)
 @click.option(
     "--compare",
     type=(FILE, FILE),
@@ -411,6 +417,12 @@ def convert(
     "--num-captions", type=COUNT, default=200, show_default=True, help="Of each split, for it."
 )
 @click.option("--data", default="emoji", show_default=True, help="Captioned pictures, for it.")
+@click.option(
+    "--guidance-until",
+    type=click.IntRange(0),
+    metavar="SCALES",
+    help="Guide the first SCALES scales only, for it.",
+)
 @seed_option("Seed of the images made.")
 @output_dir_option("outputs/bench", "Where bench.json, bench.md and bench.html go.")
 @json_option
@@ -422,6 +434,7 @@ def bench(
     fidelity: bool,
     num_captions: int,
     data: str,
+    guidance_until: int | None,
     compare: tuple[Path, Path] | None,
     threshold: str,
     rivals: tuple[str, ...],
@@ -431,7 +444,8 @@ def bench(
     if compare is not None:
         _compare_results(*compare, threshold=threshold, as_json=as_json)
         return
-    from benchmarks.bench import BenchOptions, run
+    from benchmarks.bench import run
+    from benchmarks.options import BenchOptions
     from nsp.terminal import progress_bar, results_console
 
     precision = one_precision(options)
@@ -444,9 +458,15 @@ def bench(
             precision=precision,
             source=data,
             num_captions=num_captions,
+            guidance_until=guidance_until,
             **{name: options[name] for name in kept},
         )
         return
+    if guidance_until is not None:
+        raise ConfigError(
+            "--guidance-until is for --fidelity; --sweep times guidance ended after every scale "
+            "of the last few"
+        )
     bench_options = BenchOptions(
         engine_dir=folder, precision=precision, rivals=rivals or None, **options
     )

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Self
 
 from benchmarks.contract import TIMING_BOUNDARY, Contract
+from benchmarks.doubts import doubts
+from benchmarks.footprint import FOOTPRINTS
+from benchmarks.guidance import guidance_sweep
 from benchmarks.machine import Ceilings, Environment, OtherWork, measure_ceilings
 from benchmarks.memory import ColdRun, cold_run
+from benchmarks.options import BenchOptions, Effort, plain
 from benchmarks.parity import Parity, compare
-from benchmarks.peer import check_clone, peer_process
+from benchmarks.peer import peer_process
 from benchmarks.pictures import Pictures, make_pictures
 from benchmarks.report import BenchReport, write_report
 from benchmarks.results import (
@@ -27,106 +29,23 @@ from benchmarks.results import (
     BatchResult,
     BenchResult,
     Entry,
+    Footprint,
     Stopped,
     SweepPoint,
     batch_result,
     call_costs,
 )
-from benchmarks.rivals import RIVALS, make_rivals
+from benchmarks.rivals import RIVALS, make_rivals, other_precisions
 from benchmarks.scenarios import Scenario, batch_scenarios, sweep_scenarios
 from benchmarks.subject import Subject, load_subject, torch_threads
 from benchmarks.sweep import sweep
-from benchmarks.timing import Contestant, Observation, Stability, Timed, interleaved
+from benchmarks.timing import Contestant, Observation, Timed, interleaved
 from nsp.errors import BackendError, ConfigError
 from nsp.runtime.cores import usable_cores
 
 logger = logging.getLogger(__name__)
 
-NOISE_SPREAD = 0.25  # of the median, from p10 to p90
-NOISE_DRIFT = 0.15  # of the ceilings, from before to after
-NOISE_WORK = 0.1  # of all cores, by other processes
 PARITY_BATCH = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """What to measure. None where the benchmark decides."""
-
-    engine_dir: Path
-    output_dir: Path
-    checkpoint: Path | None = None  # of the baseline; None: where the manifest says
-    backend: str = "auto"
-    precision: str | None = None  # of the engines; None: what suits the device
-    quick: bool = False
-    batch_sizes: tuple[int, ...] = (1, 4)
-    rounds: int | None = None
-    warmup: int | None = None
-    seed: int = 0
-    threads: int | None = None  # None: every physical core
-    rivals: tuple[str, ...] | None = None  # of RIVALS; None: all, or none when quick
-    peer_var: Path | None = None  # a clone of the public VAR code
-    sweep: bool = False  # batch sizes and threads, for the plots
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if unknown := [name for name in self.rivals or () if name not in RIVALS]:
-            known = ", ".join(RIVALS)
-            raise ConfigError(f"rival {unknown[0]!r} is unknown; known: {known}")
-        if self.peer_var is not None:
-            check_clone(self.peer_var)
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ConfigError(f"batch sizes {list(self.batch_sizes)}: give positive numbers")
-        for name, least in (("rounds", 1), ("warmup", 0), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """How much is measured."""
-
-    rounds: int
-    warmup: int
-    seconds_per_batch: float  # no further round starts after this
-    candidate_processes: int
-    baseline_processes: int
-    gemm_side: int
-    num_conditions: int  # for parity
-    sweep_rounds: int = 3
-    stability: Stability | None = None  # ends a measurement before all rounds are done
-
-    @classmethod
-    def of(cls, options: BenchOptions) -> Self:
-        """Return a minute's work (small model) for `quick`, else what a 99th percentile needs."""
-        effort = QUICK if options.quick else FULL
-        given = {"rounds": options.rounds, "warmup": options.warmup}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**effort, **chosen})
-
-
-QUICK: dict[str, Any] = {
-    "rounds": 12,
-    "warmup": 1,
-    "seconds_per_batch": 8.0,
-    "candidate_processes": 2,
-    "baseline_processes": 1,
-    "gemm_side": 1024,
-    "num_conditions": 4,
-    "sweep_rounds": 5,
-    "stability": Stability(window=4, tolerance=0.02),
-}
-FULL: dict[str, Any] = {
-    "rounds": 100,
-    "warmup": 3,
-    "seconds_per_batch": 300.0,
-    "candidate_processes": 5,
-    "baseline_processes": 3,
-    "gemm_side": 2048,
-    "num_conditions": 8,
-    "sweep_rounds": 20,
-    "stability": Stability(window=20, tolerance=0.01),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +79,15 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
     result = measure(subject, options, effort, threads=threads, on_event=emit)
     if options.sweep:
         points = tuple(_sweep(subject, options, effort, emit))
-        result = dataclasses.replace(result, sweep=points)
+        emit(BenchEvent(activity="sweep: guidance ended early", done=0, total=1))
+        guidance = guidance_sweep(
+            subject.candidate.pipeline,
+            subject.conditions,
+            rounds=effort.sweep_rounds,
+            seconds=effort.sweep_seconds,
+            seed=options.seed,
+        )
+        result = dataclasses.replace(result, sweep=points, guidance=tuple(guidance))
     report = write_report(result, options.output_dir, pictures=_pictures(subject, options, emit))
     logger.info("benchmark took %.0f s: %s", result.seconds, report.markdown_path)
     return report
@@ -186,9 +113,9 @@ def _sweep(
         lambda threads: _load(options, threads),
         sweep_scenarios(cores=usable_cores(), max_batch=limit),
         rounds=effort.sweep_rounds,
-        warmup=effort.warmup,
+        warmup=min(1, effort.warmup),
         seed=options.seed,
-        seconds_per_batch=effort.seconds_per_batch,
+        seconds_per_batch=effort.sweep_seconds,
         on_start=lambda name, done, total: on_event(
             BenchEvent(activity=name, done=done, total=total)
         ),
@@ -230,7 +157,7 @@ def measure(
         schema_version=SCHEMA,
         created=created,
         seconds=time.perf_counter() - began,
-        options={**_plain(options), **_plain(effort)},
+        options={**plain(options), **plain(effort)},
         environment=environment,
         ceilings=ceilings,
         model=subject.model(),
@@ -241,9 +168,27 @@ def measure(
         parity=parity,
         cold_runs=cold_runs,
         other_work_cores=other_cores,
-        warnings=tuple(_warnings(environment, other_cores, ceilings, batches)),
+        warnings=tuple(doubts(environment, other_cores, ceilings, batches)),
         contract=_contract(subject, options, environment),
         rivals=entries,
+        footprint=_footprint(subject, options),
+    )
+
+
+def _footprint(subject: Subject, options: BenchOptions) -> Footprint | None:
+    """Return what one image on a processor must take; None for families that are not counted."""
+    side = subject.candidate
+    if subject.device != "cpu" or side.pipeline.family.name not in FOOTPRINTS:
+        return None
+    contestant = Contestant(side.name, side.pipeline)
+    calls = contestant.stage_calls({**subject.conditions(1), "seed": options.seed})
+    assert contestant.kv_shape is not None
+    return FOOTPRINTS[side.pipeline.family.name](
+        side.pipeline.config,
+        calls,
+        weights_mib=subject.weights_mib[side.name],
+        kv_layout=side.pipeline.backend.kv_layout,
+        kv_shape=contestant.kv_shape,
     )
 
 
@@ -279,8 +224,9 @@ def _rivals(
 ) -> tuple[tuple[Entry, ...], list[Timed]]:
     """Return what is said of every rival, and those that are ready; processes end with `stack`."""
     names: Sequence[str] = options.rivals or ()
-    if options.rivals is None and not options.quick and subject.baseline is not None:
-        names = tuple(RIVALS)
+    if options.rivals is None and not options.quick:
+        made_from_baseline = RIVALS if subject.baseline is not None else ()
+        names = (*made_from_baseline, *other_precisions(subject))
     entries: list[Entry] = []
     ready: list[Timed] = []
     for entry, contestant in make_rivals(
@@ -408,51 +354,6 @@ def _cold_runs(
     for done, side in enumerate(planned):
         on_event(BenchEvent(activity="fresh processes", done=done, total=len(planned)))
         yield cold_run(side.source, request, batch=1, threads=threads)
-
-
-def _warnings(
-    environment: Environment,
-    other_cores: float | None,
-    ceilings: Ceilings | None,
-    batches: tuple[BatchResult, ...],
-) -> Iterator[str]:
-    """Yield what makes the numbers doubtful."""
-    cores = environment.logical_cores
-    if other_cores is not None and other_cores > NOISE_WORK * cores:
-        yield (
-            f"other processes kept {other_cores:.1f} of {cores} cores busy: times and even ratios "
-            "are doubtful, as threads wait for each other; run again on an idle machine"
-        )
-    if ceilings is not None and ceilings.drift > NOISE_DRIFT:
-        yield (
-            f"the machine's speed changed by {100 * ceilings.drift:.0f} % during the benchmark; "
-            "fractions of the roof are doubtful"
-        )
-    for batch in batches:
-        for name, times in (
-            ("the engines", batch.end_to_end.candidate),
-            ("the baseline", batch.end_to_end.baseline),
-        ):
-            if times is not None and times.spread > NOISE_SPREAD:
-                yield (
-                    f"batch {batch.batch}: the times of {name} spread by "
-                    f"{100 * times.spread:.0f} % from p10 to p90; run again on an idle machine"
-                )
-
-
-def _plain(record: BenchOptions | Effort) -> dict[str, Any]:
-    """Return the fields, JSON-ready."""
-    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return {
-        name: value.name  # results are published: no folders of this machine
-        if isinstance(value, Path)
-        else dataclasses.asdict(value)
-        if isinstance(value, Stability)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for name, value in values.items()
-    }
 
 
 def _ignore(event: BenchEvent) -> None:

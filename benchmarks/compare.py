@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.results import BatchResult, BenchResult
-from benchmarks.tables import Section
+from benchmarks.section import Section
 from benchmarks.timing import Observation
 from nsp.config import Config
 from nsp.errors import ConfigError

@@ -48,6 +48,7 @@ class FidelityOptions:
     num_captions: int = 200
     seed: int = 0
     batch_size: int = 8
+    guidance_until: int | None = None  # scales with guidance; None: as the model's settings say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,8 @@ class Fidelity(Config):
             "",
             f"Model {self.model_hash[:12]}, {self.backend} {self.precision}, "
             f"{self.num_distinct} distinct pictures of `{self.source}`, seed {self.seed}. "
-            "Is the nearest picture (mean squared distance at 64 px) the one the prompt names? "
-            "95 % intervals.",
+            f"{self._guidance()}Is the nearest picture (mean squared distance at 64 px) the one "
+            "the prompt names? 95 % intervals.",
             "",
             "| captions | count | recall@1 | recall@5 | reconstruction recall@1 | PSNR, dB | "
             "reconstruction PSNR, dB |",
@@ -101,6 +102,10 @@ class Fidelity(Config):
             )
         return "\n".join(lines) + "\n"
 
+    def _guidance(self) -> str:
+        until = self.sampling.get("guidance_until")
+        return "" if until is None else f"Guidance on the first {until} scales only. "
+
 
 def run(options: FidelityOptions, *, on_step: OnStep = lambda *_: None) -> Fidelity:
     """Return the figures, written as fidelity.json, .md and .png to `output_dir`.
@@ -111,6 +116,9 @@ def run(options: FidelityOptions, *, on_step: OnStep = lambda *_: None) -> Fidel
     pipeline = load_pipeline(options.engine_dir, options.backend, precision=options.precision)
     if pipeline.tokenizer is None:
         raise ConfigError(f"{options.engine_dir} takes class ids; fidelity is measured by prompts")
+    if options.guidance_until is not None:
+        until = {"guidance_until": options.guidance_until}
+        pipeline.sampling = pipeline.sampling.changed(until)
     found = survey(options.source)
     pictures = PictureSet.of(found.choose("all"))
     checkpoint = options.checkpoint or checkpoint_folder(options.engine_dir, manifest)

@@ -31,13 +31,13 @@ class ColdRun(Config):
     contestant: str
     batch: int
     python_ms: float  # the interpreter runs
-    imported_ms: float  # nsp.runtime is imported
+    imported_ms: float  # nsp.runtime is imported, its backend's library not yet
     loaded_ms: float  # the pipeline is loaded
     first_step_ms: float  # the first scale step is done
     image_ms: float  # the images are decoded
     stage_ms: dict[str, float]  # the first call of every stage, waiting for its session included
     stage_mib: dict[str, float]  # resident memory right after it
-    imported_mib: float
+    imported_mib: float  # the process's own: interpreter, nsp, the backend's library
     loaded_mib: float
     peak_mib: float
     torch_imported: bool

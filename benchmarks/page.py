@@ -16,8 +16,9 @@ from PIL import Image
 from benchmarks.pictures import Pictures
 from benchmarks.plots import plots
 from benchmarks.results import BenchResult
+from benchmarks.section import Section
 from benchmarks.svg import Plot
-from benchmarks.tables import Section, sections
+from benchmarks.tables import sections
 from nsp.errors import MissingExtraError
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -26,10 +27,15 @@ _PIXELATED_PX = 128  # pictures up to here are shown with their pixels, not smoo
 # Part of the page -> its title, the plots and the topics of the tables that belong there.
 _PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("latency", "Latency", ("waterfall", "speedups"), ("latency", "rivals")),
-    ("ceilings", "Ceilings", ("roofline",), ()),
+    ("ceilings", "Ceilings", ("roofline",), ("step",)),
     ("parity", "Parity", ("parity", "flips"), ("parity",)),
     ("pictures", "Pictures", (), ()),
-    ("growth", "How cost grows", ("tokens", "batches", "threads"), ("sweep",)),
+    (
+        "growth",
+        "How cost grows",
+        ("tokens", "batches", "threads", "guidance"),
+        ("sweep", "guidance"),
+    ),
     ("memory", "Memory and start", ("memory",), ("memory",)),
     ("environment", "Environment", (), ("environment",)),
 )
@@ -117,6 +123,13 @@ def _tiles(result: BenchResult) -> Iterator[Tile]:
             reached = row.of_roof(result.ceilings)
             share = "" if reached is None else f"{100 * reached:.0f} % of the GEMM peak"
             yield Tile(f"speed-up, batch {batch.batch}", f"{row.speedup:.2f}×", share)
+    batch = result.batches[0]
+    step = next((row for row in batch.rows if row.name == "step"), None)
+    if step is not None and (share := step.of_roof(result.ceilings)) is not None:
+        ratio = f"{step.speedup:.2f}× {result.baseline}" if step.speedup else ""
+        yield Tile(
+            f"step loop, batch {batch.batch}", f"{100 * share:.0f} % of the GEMM peak", ratio
+        )
     if result.parity is not None:
         agreement, flips = result.parity.token_agreement, result.parity.num_flips
         shown = "100 %" if agreement == 1 else f"{min(100 * agreement, 99.99):.2f} %"

@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.growth_plots import batches_plot, guidance_plot, threads_plot, tokens_plot
+from benchmarks.intervals import median_ratio
 from benchmarks.machine import Ceilings
 from benchmarks.parity import Parity
 from benchmarks.results import BatchResult, BenchResult, Row
@@ -29,9 +31,11 @@ def plots(result: BenchResult) -> list[Plot]:
     if result.cold_runs:
         made.append(_memory(result))
     if first.scale_rows:
-        made.append(_tokens(result))
+        made.append(tokens_plot(result))
     if result.sweep:
-        made += [_batches(result), _threads(result)]
+        made += [batches_plot(result), threads_plot(result)]
+    if result.guidance:
+        made.append(guidance_plot(result))
     return made
 
 
@@ -116,9 +120,9 @@ def _speedups(result: BenchResult) -> Plot:
         said = []
         height = 0.8 / len(result.batches)
         for number, batch in enumerate(result.batches):
-            base = np.array(batch.times(reference))
+            base = batch.times(reference)
             for lane, name in enumerate(names):
-                value, low, high = median_ratio(base, np.array(batch.times(name)))
+                value, low, high = median_ratio(base, batch.times(name))
                 at = lane + (number - (len(result.batches) - 1) / 2) * height
                 label = f"batch {batch.batch}" if not lane else None
                 axes.barh(
@@ -157,19 +161,6 @@ def _speedups(result: BenchResult) -> Plot:
         1.3 + 0.3 * len(names) * max(1.4, len(result.batches)),
         paint,
     )
-
-
-def median_ratio(base: Any, times: Any) -> tuple[float, float, float]:
-    """Return the ratio of medians, as tables show it, and its 95 % bootstrap interval over rounds.
-
-    A round is drawn as a whole: what slowed everybody in it cancels.
-    """
-    count = min(len(base), len(times))
-    picks = np.random.default_rng(0).integers(0, count, (2000, count))
-    ratios = np.median(base[:count][picks], axis=1) / np.median(times[:count][picks], axis=1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    value = float(np.median(base) / np.median(times))
-    return value, min(float(low), value), max(float(high), value)
 
 
 def _roofline(result: BenchResult, ceilings: Ceilings) -> Plot:
@@ -320,85 +311,4 @@ def _memory(result: BenchResult) -> Plot:
         "Medians; shared libraries are included, so what imports bring is shown apart.",
         1.3 + 0.8 * len(names),
         paint,
-    )
-
-
-def _tokens(result: BenchResult) -> Plot:
-    """Return how the time of a scale step grows with its tokens."""
-    tokens = [side**2 for side in result.model.schedule]
-
-    def paint(axes: "Axes") -> str:
-        from matplotlib.ticker import LogLocator
-
-        for number, batch in enumerate(result.batches):
-            color = SERIES[number % len(SERIES)]
-            ours = [row.candidate.p50 for row in batch.scale_rows]
-            label = f"{result.candidate}, batch {batch.batch}"
-            axes.loglog(tokens, ours, MARKERS[number] + "-", color=color, label=label)
-            theirs = [row.baseline.p50 for row in batch.scale_rows if row.baseline]
-            if theirs:
-                label = f"{result.baseline}, batch {batch.batch}"
-                axes.loglog(tokens, theirs, MARKERS[number] + ":", color=color, label=label)
-        axes.set_xticks(tokens, [str(count) for count in tokens])
-        axes.minorticks_off()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("tokens of the scale")
-        axes.set_ylabel("ms per step")
-        axes.figure.legend(loc="outside upper center", ncols=2)
-        return ""
-
-    return draw("tokens", "Cost over tokens", "Median of the step of each scale.", 3.3, paint)
-
-
-def _batches(result: BenchResult) -> Plot:
-    """Return the time per image over the batch size, a line for every number of threads."""
-
-    def paint(axes: "Axes") -> str:
-        lines = 0
-        for threads in dict.fromkeys(point.scenario.threads for point in result.sweep):
-            points = [p for p in result.sweep if p.scenario.threads == threads]
-            sizes = [p.scenario.batch for p in points]
-            for name, dash in ((result.candidate, "-"), (result.baseline, ":")):
-                if name is None:
-                    continue
-                times = [float(np.median(p.times(name))) / p.scenario.batch for p in points]
-                plural = "s" if threads > 1 else ""
-                axes.plot(
-                    sizes, times, MARKERS[lines // 2] + dash, color=SERIES[lines // 2],
-                    label=f"{name}, {threads} thread{plural}",
-                )  # fmt: skip
-                lines += 1 if result.baseline else 2
-        axes.set_xticks(sizes)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("images at once")
-        axes.set_ylabel("ms per image")
-        axes.figure.legend(loc="outside upper center", ncols=2)
-        return ""
-
-    return draw("batches", "Cost over batch size", "Medians, end to end, per image.", 3.3, paint)
-
-
-def _threads(result: BenchResult) -> Plot:
-    """Return how many times as fast as with one thread every batch size is."""
-    counts = sorted({point.scenario.threads for point in result.sweep})
-
-    def paint(axes: "Axes") -> str:
-        for number, batch in enumerate(sorted({p.scenario.batch for p in result.sweep})):
-            points = {p.scenario.threads: p for p in result.sweep if p.scenario.batch == batch}
-            walls = [float(np.median(points[n].times(result.candidate))) for n in counts]
-            gains = [walls[0] / wall for wall in walls]
-            axes.plot(
-                counts, gains, MARKERS[number] + "-", color=SERIES[number], label=f"batch {batch}"
-            )
-        axes.plot(counts, counts, "--", color=INK, linewidth=1, label="perfect")
-        axes.set_xticks(counts)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("threads")
-        axes.set_ylabel("times as fast as with one")
-        axes.figure.legend(loc="outside upper center", ncols=3)
-        return ""
-
-    return draw(
-        "threads", "Gain from threads", f"Medians of {result.candidate}, end to end.", 3.1, paint
     )

@@ -15,7 +15,8 @@ from rich.text import Text
 from benchmarks.page import page
 from benchmarks.pictures import Pictures
 from benchmarks.results import BatchResult, BenchResult
-from benchmarks.tables import Section, sections
+from benchmarks.section import Section
+from benchmarks.tables import sections
 from nsp.errors import MissingExtraError
 from nsp.files import write_file
 

@@ -117,6 +117,30 @@ class SweepPoint(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Footprint(Config):
+    """Memory that one image must take, counted and not measured."""
+
+    weights_mib: float
+    arena_mib: float
+    scratch_mib: float
+
+    @property
+    def total_mib(self) -> float:
+        """All of it."""
+        return self.weights_mib + self.arena_mib + self.scratch_mib
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidancePoint(Config):
+    """Guidance on the first scales only, held against guidance on all of them."""
+
+    guided_scales: int
+    times_ms: tuple[float, ...]  # of single images, in order of the rounds
+    token_agreement: float  # share of all sampled tokens that stay the same
+    psnr_db: tuple[float | None, ...]  # of every picture; None: equal
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchResult(Config):
     """Everything measured with one batch size."""
 
@@ -190,6 +214,8 @@ class BenchResult(Config):
     contract: Contract | None = None  # None in schema 1
     rivals: tuple[Entry, ...] = ()
     sweep: tuple[SweepPoint, ...] = ()
+    guidance: tuple[GuidancePoint, ...] = ()  # all scales first
+    footprint: Footprint | None = None  # of the candidate; None: not counted for this family
 
     def __post_init__(self) -> None:
         """Check the schema."""

@@ -1,7 +1,8 @@
-"""What else one could run: torch.compile, and the ONNX a plain export gives. Both on the CPU.
+"""What else one could run: torch.compile, a plain ONNX export, the engines in other precisions.
 
-Each is an ordinary backend, so that the same loop drives it in the same rounds. They are made from
-the baseline's checkpoint; a rival that cannot be made is reported with the reason.
+Each is an ordinary backend, so that the same loop drives it in the same rounds. The first two are
+made from the baseline's checkpoint, on a CPU only; a rival that cannot be made is reported with the
+reason.
 """
 
 import logging
@@ -19,12 +20,14 @@ from benchmarks.results import Entry
 from benchmarks.subject import Subject
 from benchmarks.timing import Contestant
 from nsp.checkpoint import read_checkpoint
-from nsp.errors import BackendError, NspError
+from nsp.errors import BackendError, ConfigError, NspError
 from nsp.families.registry import Family
 from nsp.runtime.backends.base import Backend
+from nsp.runtime.backends.registry import backend_record
 from nsp.runtime.io import StageIO
 from nsp.runtime.kv_arena import HostArrays, KVArena, KVShape
-from nsp.runtime.pipeline import Pipeline
+from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, read_manifest
+from nsp.runtime.pipeline import Pipeline, load_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +181,18 @@ class _JoinedArena(KVArena):
         self._past = {past: results[new] for past, new in names}
 
 
+RIVAL_NAMES = (*RIVALS, *PRECISION_DTYPES)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A rival of one benchmark."""
+
+    name: str
+    what: str
+    make: Callable[[], Pipeline]
+
+
 def make_rivals(
     names: Sequence[str],
     subject: Subject,
@@ -187,23 +202,73 @@ def make_rivals(
     seed: int,
     on_start: Callable[[str], None],
 ) -> Iterator[tuple[Entry, Contestant | None]]:
-    """Yield every rival asked for: ready, having made a batch of every size, or with its reason."""
+    """Yield every rival asked for: ready, having made a batch of every size, or with its reason.
+
+    `names` are of RIVALS, or precisions: those are the same folder's engines in another one.
+    """
     for name in names:
-        rival = RIVALS[name]
-        on_start(f"preparing {name}")
+        asked = _made(RIVALS[name], subject, threads) if name in RIVALS else _other(name, subject)
+        on_start(f"preparing {asked.name}")
         start = time.perf_counter()
         try:
-            pipeline = _pipeline(rival, subject, threads)
+            pipeline = asked.make()
             for batch in batches:
                 request: dict[str, Any] = {**subject.conditions(batch), "seed": seed}
                 pipeline.generate(**request)
         except (NspError, RuntimeError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            logger.warning("%s is not timed: %s", name, reason)
-            yield Entry(name=name, what=rival.what, missing=reason), None
+            logger.warning("%s is not timed: %s", asked.name, reason)
+            yield Entry(name=asked.name, what=asked.what, missing=reason), None
             continue
         seconds = round(time.perf_counter() - start, 2)
-        yield Entry(name=name, what=rival.what, prepare_s=seconds), Contestant(name, pipeline)
+        entry = Entry(name=asked.name, what=asked.what, prepare_s=seconds)
+        yield entry, Contestant(asked.name, pipeline)
+
+
+def other_precisions(subject: Subject) -> tuple[str, ...]:
+    """Return the precisions the engine folder has besides the candidate's, and the device runs."""
+    name, used = subject.candidate.pipeline.backend.name, subject.candidate.pipeline.precision
+    manifest = read_manifest(subject.candidate.source.path)
+    held = {v.precision for stage in manifest.stages for v in manifest.variants(stage, name)}
+    runs = backend_record(name).precisions["cuda" if subject.device == "cuda" else "cpu"]
+    return tuple(each for each in runs if each in held and each != used)
+
+
+def _made(rival: Rival, subject: Subject, threads: int) -> _Asked:
+    return _Asked(rival.name, rival.what, lambda: _pipeline(rival, subject, threads))
+
+
+def _other(precision: str, subject: Subject) -> _Asked:
+    """Return the candidate's folder in another precision."""
+    source, used = subject.candidate.source, subject.candidate.pipeline.precision
+
+    def load() -> Pipeline:
+        if precision == used:
+            raise ConfigError(f"the engines measured are {used} already; ask for another precision")
+        options = {**source.options, "precision": precision}
+        return load_pipeline(source.path, source.backend, **options)
+
+    manifest = read_manifest(source.path)
+    what = f"the same engines in {precision}{gate_words(manifest, source.backend, precision)}"
+    return _Asked(f"{source.name} {precision}", what, load)
+
+
+def gate_words(manifest: Manifest, backend: str, precision: str) -> str:
+    """Return what the export's gate measured of the logits in this precision, or nothing."""
+    held = [v for stage in manifest.stages for v in manifest.variants(stage, backend)]
+    for variant in held:
+        scales = variant.parity.get("scales")
+        if variant.precision == precision and scales:
+            error = variant.parity["outputs"]["logits"]["relative"]
+            count = sum(scale["tokens"] for scale in scales)
+            equal = sum(scale["tokens"] * scale["agreement"] for scale in scales) / count
+            worst = min(scale["agreement"] for scale in scales)
+            return (
+                f": at its export the logits were off by at most {100 * error:.2g} % of their "
+                f"range, and {100 * equal:.4g} % of {count} sampled tokens were PyTorch's "
+                f"({100 * worst:.4g} % in the worst scale)"
+            )
+    return ""
 
 
 def _pipeline(rival: Rival, subject: Subject, threads: int) -> Pipeline:

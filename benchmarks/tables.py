@@ -1,28 +1,13 @@
 """The tables of a benchmark's result, for the screen and for Markdown alike."""
 
-import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
+from benchmarks.contest_tables import guidance_section, rivals_section, step_section, sweep_section
 from benchmarks.machine import Ceilings
-from benchmarks.memory import ColdRun
+from benchmarks.memory_tables import cold_section, first_calls_section, footprint_section
 from benchmarks.parity import Parity
 from benchmarks.results import BatchResult, BenchResult, Row
-from benchmarks.timing import Observation
-
-NONE = "-"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with its title and what must be said beside it."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-    numbers: bool = True  # all columns but the first are aligned to the right
-    topic: str = ""  # chapter of the page it belongs to
+from benchmarks.section import NONE, Section, db, ms, percent
 
 
 def sections(result: BenchResult) -> Iterator[Section]:
@@ -35,15 +20,25 @@ def sections(result: BenchResult) -> Iterator[Section]:
         if batch.scale_rows:
             yield _scales_section(result, batch)
     if result.rivals:
-        yield _rivals_section(result)
+        yield rivals_section(result)
+    if any(row.name == "step" for batch in result.batches for row in batch.rows):
+        yield step_section(result)
     if result.sweep:
-        yield _sweep_section(result)
+        yield sweep_section(result)
+    if result.guidance:
+        yield guidance_section(result)
     if result.cold_runs:
-        yield _cold_section(result)
-        yield _first_calls_section(result)
+        yield cold_section(result)
+        if result.footprint is not None and _has_runs(result):
+            yield footprint_section(result, result.footprint)
+        yield first_calls_section(result)
     if result.parity is not None:
         yield _parity_section(result, result.parity)
     yield _environment_section(result)
+
+
+def _has_runs(result: BenchResult) -> bool:
+    return any(run.contestant == result.candidate for run in result.cold_runs)
 
 
 def _latency_section(result: BenchResult, batch: BatchResult) -> Section:
@@ -93,10 +88,10 @@ def _row_header(result: BenchResult) -> tuple[str, ...]:
 def _row_cells(result: BenchResult, row: Row, batch: int) -> tuple[str, ...]:
     times = row.candidate
     rate = f"{1e3 * batch / times.p50:.3g}" if times.p50 else NONE
-    cells = [_ms(times.p50), _ms(times.p90), _ms(times.p99), rate]
+    cells = [ms(times.p50), ms(times.p90), ms(times.p99), rate]
     if result.baseline:
         cells += [
-            _ms(row.baseline.p50) if row.baseline else NONE,
+            ms(row.baseline.p50) if row.baseline else NONE,
             NONE if row.speedup is None else f"{row.speedup:.2f}x",
         ]
     return (*cells, *_cost_cells(row, result.ceilings))
@@ -108,143 +103,10 @@ def _cost_cells(row: Row, ceilings: Ceilings | None) -> tuple[str, str, str, str
         return NONE, NONE, NONE, NONE
     return (
         f"{cost.gflop:.3g}" if cost.gflop else NONE,
-        _ms(cost.roof_ms(ceilings)) if ceilings and cost.gflop else NONE,
+        ms(cost.roof_ms(ceilings)) if ceilings and cost.gflop else NONE,
         NONE if of_roof is None else f"{100 * of_roof:.0f} %",
-        _ms(cost.memory_ms(ceilings)) if ceilings else NONE,
+        ms(cost.memory_ms(ceilings)) if ceilings else NONE,
     )
-
-
-def _rivals_section(result: BenchResult) -> Section:
-    """Return everybody's whole batches, timed in the same rounds."""
-    known = {entry.name: entry for entry in result.rivals}
-    names = [*result.contestants, *(e.name for e in result.rivals if e.missing is not None)]
-    rows = []
-    for name in names:
-        entry = known.get(name)
-        cells = [_ms(entry.prepare_s * 1e3) if entry and entry.prepare_s else NONE]
-        for batch in result.batches:
-            times = batch.times(name)
-            whole = statistics.median(times) if times else None
-            loop = _loop_ms(batch, name)
-            cells += [NONE if value is None else _ms(value) for value in (whole, loop)]
-        rows.append((name, *cells))
-    batches = [f"batch {b.batch}, {part} ms" for b in result.batches for part in ("all", "loop")]
-    said = (
-        f"{e.name}: {e.what}" + (f"; not timed: {e.missing}" if e.missing else "")
-        for e in known.values()
-    )
-    return Section(
-        title="Rivals",
-        header=("contestant", "preparing ms", *batches),
-        rows=tuple(rows),
-        notes=(
-            "Medians of the same interleaved rounds; the loop is everything but text encoder and "
-            "decoder.",
-            *said,
-        ),
-        topic="rivals",
-    )
-
-
-def _loop_ms(batch: BatchResult, name: str) -> float | None:
-    """Return the median time of all but text encoder and decoder, None where they are not apart."""
-
-    def loop(observation: Observation) -> float:
-        ends = ("text_encoder", "decoder")
-        return observation.wall_ms - sum(observation.stage_total_ms(stage) for stage in ends)
-
-    times = batch.times(name, loop)
-    return statistics.median(times) if times else None
-
-
-def _sweep_section(result: BenchResult) -> Section:
-    """Return the medians behind the plots of batch sizes and threads."""
-    names = [name for name in (result.candidate, result.baseline) if name]
-    rows = []
-    for point in result.sweep:
-        medians = [statistics.median(point.times(name)) for name in names]
-        ratio = (f"{medians[1] / medians[0]:.2f}x",) if len(medians) > 1 else ()
-        each = _ms(medians[0] / point.scenario.batch)
-        rounds = str(len(point.times(names[0])))
-        cells = (rounds, *(_ms(value) for value in medians), each, *ratio)
-        rows.append((point.scenario.name, *cells))
-    speedup = ("speed-up",) if len(names) > 1 else ()
-    return Section(
-        title="Batch sizes and threads",
-        header=("", "rounds", *(f"{n} p50 ms" for n in names), "ms per image", *speedup),
-        rows=tuple(rows),
-        topic="sweep",
-    )
-
-
-def _cold_section(result: BenchResult) -> Section:
-    names = dict.fromkeys(run.contestant for run in result.cold_runs)
-    rows = []
-    for name in names:
-        runs = [run for run in result.cold_runs if run.contestant == name]
-        rows.append((name, str(len(runs)), *_cold_cells(runs), _weights(result, name)))
-    batch = result.cold_runs[0].batch
-    return Section(
-        title=f"Cold start and memory, batch {batch}",
-        header=(
-            "backend",
-            "processes",
-            "imported ms",
-            "loaded ms",
-            "first scale ms",
-            "image ms",
-            "first call ms",
-            "loaded MiB",
-            "peak MiB",
-            "weight files MiB",
-        ),
-        rows=tuple(rows),
-        notes=(
-            "Medians over fresh processes. Moments count from the process's creation; the first "
-            "call is from loaded to image. Memory is resident memory, libraries included.",
-        ),
-        topic="memory",
-    )
-
-
-def _cold_cells(runs: Sequence[ColdRun]) -> tuple[str, ...]:
-    def median(name: str) -> float:
-        return float(statistics.median(getattr(run, name) for run in runs))
-
-    return (
-        _ms(median("imported_ms")),
-        _ms(median("loaded_ms")),
-        _ms(median("first_step_ms")),
-        _ms(median("image_ms")),
-        _ms(median("first_call_ms")),
-        f"{median('loaded_mib'):.0f}",
-        f"{median('peak_mib'):.0f}",
-    )
-
-
-def _first_calls_section(result: BenchResult) -> Section:
-    """Return the first call of every stage and by how much memory grew up to the end of it."""
-    names = list(dict.fromkeys(run.contestant for run in result.cold_runs))
-    rows = []
-    for stage in result.cold_runs[0].stage_ms:
-        cells = []
-        for name in names:
-            runs = [run for run in result.cold_runs if run.contestant == name]
-            cells.append(_ms(statistics.median(run.stage_ms[stage] for run in runs)))
-            cells.append(f"{statistics.median(run.stage_growth_mib(stage) for run in runs):.1f}")
-        rows.append((stage, *cells))
-    return Section(
-        title="First call of every stage, batch 1",
-        header=("stage", *(f"{name} {unit}" for name in names for unit in ("ms", "+MiB"))),
-        rows=tuple(rows),
-        notes=("Loading in the background counts into the call that waits for it.",),
-        topic="memory",
-    )
-
-
-def _weights(result: BenchResult, name: str) -> str:
-    size = result.model.weights_mib.get(name)
-    return NONE if size is None else f"{size:.1f}"
 
 
 def _parity_section(result: BenchResult, parity: Parity) -> Section:
@@ -256,9 +118,9 @@ def _parity_section(result: BenchResult, parity: Parity) -> Section:
             f"{scale.mean_abs_error:.2e}",
             f"{scale.max_relative_error:.2e}",
             f"{scale.kl_mean:.2e}",
-            _percent(scale.top1_agreement),
-            _percent(scale.token_agreement),
-            _percent(scale.free_token_agreement),
+            percent(scale.top1_agreement),
+            percent(scale.token_agreement),
+            percent(scale.free_token_agreement),
         )
         for side, scale in zip(result.model.schedule, parity.scales, strict=True)
     )
@@ -284,8 +146,8 @@ def _parity_section(result: BenchResult, parity: Parity) -> Section:
             "Guided logits, with the reference's tokens fed to both; the last column is with each "
             f"its own. {len(parity.conditions)} conditions, seed {parity.seed}.",
             flips,
-            f"PSNR of the images: {_db(parity.forced_psnr_db)} from the same tokens, "
-            f"{_db(parity.free_psnr_db)} free-running.",
+            f"PSNR of the images: {db(parity.forced_psnr_db)} from the same tokens, "
+            f"{db(parity.free_psnr_db)} free-running.",
         ),
         topic="parity",
     )
@@ -330,19 +192,3 @@ def _ceiling_rows(ceilings: Ceilings | None) -> tuple[tuple[str, str], ...]:
         ("GEMM, GFLOP/s", f"{rates} (float32, {ceilings.gemm_side} squared)"),
         ("copy, GB/s", ", ".join(f"{rate:.1f}" for rate in ceilings.copy_gb_s)),
     )
-
-
-def _ms(value: float) -> str:
-    """Return milliseconds with about three digits."""
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
-
-
-def _percent(share: float) -> str:
-    """Return a share; 100 % only when it is all."""
-    return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %"
-
-
-def _db(value: float | None) -> str:
-    return "identical" if value is None else f"{value:.1f} dB"

@@ -101,6 +101,7 @@ class TimedBackend(Backend):
         super().__init__(inner.stages_io)
         self.inner, self.kv_layout, self.on_call = inner, inner.kv_layout, on_call
         self.with_sizes = False
+        self.kv_shape: KVShape | None = None  # of the last cache
         self._synchronize = synchronizer(inner)
 
     def run(
@@ -133,6 +134,7 @@ class TimedBackend(Backend):
 
     def arena(self, shape: KVShape) -> KVArena:
         """Return the inner backend's arena."""
+        self.kv_shape = shape
         return self.inner.arena(shape)
 
     def kv_dtype(self) -> str:
@@ -195,6 +197,11 @@ class Contestant:
         finally:
             self._timed.with_sizes = False
         return list(self._calls)
+
+    @property
+    def kv_shape(self) -> KVShape | None:
+        """The size of the last cache."""
+        return self._timed.kv_shape
 
 
 class Timed(Protocol):

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from benchmarks.bench import QUICK
+from benchmarks.options import QUICK
 from cli import main
 from nsp.runtime.images import read_metadata
 from nsp.runtime.pipeline import load_pipeline
@@ -120,7 +120,7 @@ def test_bench_ends_with_one_line_of_json_and_three_reports(
     engines, tiny_checkpoint, tmp_path, monkeypatch
 ):
     small = {"candidate_processes": 0, "baseline_processes": 0, "gemm_side": 64}
-    monkeypatch.setattr("benchmarks.bench.QUICK", {**QUICK, **small})
+    monkeypatch.setattr("benchmarks.options.QUICK", {**QUICK, **small})
     options = ("--engine-dir", engines, "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path)
     result = nsp("bench", *options, "--quick", "--rounds", 2, "--batch-size", 1)
     assert result.exit_code == 0, result.output

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bench import BenchEvent, BenchOptions, Effort, measure
+from benchmarks.bench import BenchEvent, measure
 from benchmarks.flops import TextEncoderSize
 from benchmarks.memory import Source
+from benchmarks.options import BenchOptions, Effort
 from benchmarks.results import BenchResult
 from benchmarks.subject import Side, Subject
 from nsp.checkpoint import read_checkpoint

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from benchmarks import bench
-from benchmarks.bench import BenchEvent, BenchOptions, Effort, measure, run
+from benchmarks.bench import BenchEvent, measure, run
+from benchmarks.options import BenchOptions, Effort
 from benchmarks.report import markdown, write_report
 from benchmarks.results import BenchResult
 from benchmarks.subject import Subject
@@ -111,7 +112,7 @@ def test_the_summary_is_one_json_line_that_leads_to_the_files(
 def test_a_missing_baseline_is_said_with_its_reason(subject: Subject, tmp_path: Path) -> None:
     alone = dataclasses.replace(subject, baseline=None, baseline_missing="torch is not installed")
     effort = dataclasses.replace(SMALL, rounds=1, baseline_processes=0)
-    options = BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, batch_sizes=(1,))
+    options = BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, batch_sizes=(1,), quick=True)
     found = measure(alone, options, effort, threads=1, on_event=lambda event: None)
     assert found.baseline is None
     assert found.parity is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import rivals
-from benchmarks.bench import BenchOptions
+from benchmarks.options import BenchOptions
 from benchmarks.peer import PEER, check_clone, peer_process
 from benchmarks.rivals import PlainOnnxBackend, Rival, export_plain, make_rivals
 from benchmarks.scenarios import sweep_scenarios

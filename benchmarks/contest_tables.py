@@ -1,0 +1,158 @@
+"""The tables of everybody's times: whole batches, the step loop, growth, guidance ended early."""
+
+import statistics
+
+from benchmarks.intervals import median_ratio
+from benchmarks.results import BatchResult, BenchResult
+from benchmarks.section import NONE, Section, db, ms, percent
+from benchmarks.timing import Observation
+
+
+def rivals_section(result: BenchResult) -> Section:
+    """Return everybody's whole batches, timed in the same rounds."""
+    known = {entry.name: entry for entry in result.rivals}
+    names = [*result.contestants, *(e.name for e in result.rivals if e.missing is not None)]
+    rows = []
+    for name in names:
+        entry = known.get(name)
+        cells = [ms(entry.prepare_s * 1e3) if entry and entry.prepare_s else NONE]
+        for batch in result.batches:
+            times = batch.times(name)
+            whole = statistics.median(times) if times else None
+            loop = _loop_ms(batch, name)
+            cells += [NONE if value is None else ms(value) for value in (whole, loop)]
+        rows.append((name, *cells))
+    batches = [f"batch {b.batch}, {part} ms" for b in result.batches for part in ("all", "loop")]
+    said = (
+        f"{e.name}: {e.what}" + (f"; not timed: {e.missing}" if e.missing else "")
+        for e in known.values()
+    )
+    return Section(
+        title="Rivals",
+        header=("contestant", "preparing ms", *batches),
+        rows=tuple(rows),
+        notes=(
+            "Medians of the same interleaved rounds; the loop is everything but text encoder and "
+            "decoder.",
+            *said,
+        ),
+        topic="rivals",
+    )
+
+
+def _loop_ms(batch: BatchResult, name: str) -> float | None:
+    """Return the median time of all but text encoder and decoder, None where they are not apart."""
+
+    def loop(observation: Observation) -> float:
+        ends = ("text_encoder", "decoder")
+        return observation.wall_ms - sum(observation.stage_total_ms(stage) for stage in ends)
+
+    times = batch.times(name, loop)
+    return statistics.median(times) if times else None
+
+
+def sweep_section(result: BenchResult) -> Section:
+    """Return the medians behind the plots of batch sizes and threads."""
+    names = [name for name in (result.candidate, result.baseline) if name]
+    rows = []
+    for point in result.sweep:
+        medians = [statistics.median(point.times(name)) for name in names]
+        ratio = (f"{medians[1] / medians[0]:.2f}x",) if len(medians) > 1 else ()
+        each = ms(medians[0] / point.scenario.batch)
+        rounds = str(len(point.times(names[0])))
+        cells = (rounds, *(ms(value) for value in medians), each, *ratio)
+        rows.append((point.scenario.name, *cells))
+    speedup = ("speed-up",) if len(names) > 1 else ()
+    return Section(
+        title="Batch sizes and threads",
+        header=("", "rounds", *(f"{n} p50 ms" for n in names), "ms per image", *speedup),
+        rows=tuple(rows),
+        topic="sweep",
+    )
+
+
+def step_section(result: BenchResult) -> Section:
+    """Return what everybody makes of the step stage: rate, share of the ceiling, ratios."""
+    rows = []
+    for batch in result.batches:
+        row = next((row for row in batch.rows if row.name == "step"), None)
+        if row is None:
+            continue
+        gflop = row.cost.gflop if row.cost else None
+        times = {name: batch.times(name, step_ms) for name in result.contestants}
+        for name in result.contestants:
+            if not any(times[name]):  # a peer does not tell its steps apart
+                continue
+            median = statistics.median(times[name])
+            rate = None if gflop is None else 1e3 * gflop / median
+            share = None
+            if rate is not None and result.ceilings is not None:
+                share = rate / result.ceilings.gemm_peak_gflops
+            cells = [ms(median), NONE if rate is None else f"{rate:.0f}"]
+            cells.append(NONE if share is None else f"{100 * share:.0f} %")
+            if result.baseline:
+                cells.append(_ratio(times[result.baseline], times[name]))
+            cells.append(_ratio(times[name], times[result.candidate]))
+            rows.append((f"{name}, batch {batch.batch}", *cells))
+    baseline = (f"times as fast as {result.baseline}",) if result.baseline else ()
+    notes = [
+        "All calls of the stage `step`, which is nearly all of an image's arithmetic; medians of "
+        f"the same rounds, with 95 % intervals. Last column: how many times as fast "
+        f"{result.candidate} is as the contestant of the line.",
+    ]
+    if result.ceilings is not None:
+        notes.append(
+            f"GEMM peak: {result.ceilings.gemm_peak_gflops:.0f} GFLOP/s in float32 in this run, "
+            "which narrower types may pass."
+        )
+    return Section(
+        title="Step loop",
+        header=("", "ms", "GFLOP/s", "of GEMM peak", *baseline, f"{result.candidate} is faster"),
+        rows=tuple(rows),
+        notes=tuple(notes),
+        topic="step",
+    )
+
+
+def step_ms(observation: Observation) -> float:
+    """Return the time of all scale steps."""
+    return observation.stage_total_ms("step")
+
+
+def _ratio(base: list[float], times: list[float]) -> str:
+    value, low, high = median_ratio(base, times)
+    return f"{value:.2f}x" if low == high else f"{value:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def guidance_section(result: BenchResult) -> Section:
+    """Return what guidance on fewer scales saves, and what it changes."""
+    full = result.guidance[0]
+    rows = []
+    for point in result.guidance:
+        value, low, high = median_ratio(full.times_ms, point.times_ms)
+        differing = [psnr for psnr in point.psnr_db if psnr is not None]
+        # Equal pictures have no finite PSNR: they count as better than all others.
+        ranked = [psnr if psnr is not None else float("inf") for psnr in point.psnr_db]
+        median = statistics.median(ranked)
+        rows.append(
+            (
+                str(point.guided_scales),
+                ms(statistics.median(point.times_ms)),
+                f"{value:.2f}x [{low:.2f}, {high:.2f}]",
+                percent(point.token_agreement),
+                db(median if median != float("inf") else None),
+                db(min(differing, default=None)),
+            )
+        )
+    count = len(result.model.schedule)
+    return Section(
+        title="Guidance ended early",
+        header=("guided scales", "ms", "times as fast", "equal tokens", "median PSNR", "lowest"),
+        rows=tuple(rows),
+        notes=(
+            f"One image at a time, {len(full.times_ms)} interleaved rounds. Tokens and pictures "
+            f"against guidance on all {count} scales: {len(full.psnr_db)} conditions, the same "
+            "seeds, each setting with its own tokens. In `nsp generate`: --guidance-until.",
+        ),
+        topic="guidance",
+    )

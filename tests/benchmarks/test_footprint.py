@@ -1,0 +1,56 @@
+"""The counted memory: the arena as it is allocated, scratch that grows with the batch."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.footprint import arena_bytes, scratch_floats, var_footprint
+from benchmarks.results import BenchResult
+from benchmarks.subject import Subject
+from benchmarks.tables import sections
+from benchmarks.timing import Contestant
+from nsp.families.var.config import size
+from nsp.runtime.kv_arena import KVShape
+
+W512 = KVShape(num_layers=8, num_tokens=680, rows=2, num_heads=8, head_width=64, dtype="float32")
+
+
+def test_the_arena_counts_every_buffer_of_its_layout() -> None:
+    cache = 2 * 8 * 680 * 2 * 8 * 64 * 4
+    assert arena_bytes("delta", W512) == cache
+    assert arena_bytes("present", W512) == 2 * cache  # past and present take turns
+
+
+def test_the_widest_moment_of_a_step_holds_its_logits_and_the_decoder_its_finest_level() -> None:
+    config = size("w512")
+    last = scratch_floats(config, "step", {"G": 2, "L": 256, "P": 424})
+    assert last > 2 * 256 * 4096
+    assert last >= 2 * 8 * 256 * 680  # the attention's scores
+    assert scratch_floats(config, "step", {"G": 4, "L": 256, "P": 424}) == 2 * last
+    assert scratch_floats(config, "decoder", {"B": 1}) == 4 * 64 * 64**2
+
+
+def test_the_report_holds_the_peak_against_what_was_counted(
+    result: BenchResult, subject: Subject
+) -> None:
+    found = result.footprint
+    assert found is not None
+    contestant = Contestant("a", subject.candidate.pipeline)
+    calls = contestant.stage_calls({**subject.conditions(1), "seed": 0})
+    assert contestant.kv_shape is not None
+    again = var_footprint(
+        subject.candidate.pipeline.config,
+        calls,
+        weights_mib=1.0,
+        kv_layout="present",
+        kv_shape=contestant.kv_shape,
+    )
+    assert again == found
+    assert found.total_mib == pytest.approx(1 + found.arena_mib + found.scratch_mib)
+    (run,) = result.cold_runs
+    ours = dataclasses.replace(
+        run, contestant="engines", imported_mib=100.0, peak_mib=100 + 2 * found.total_mib
+    )
+    told = dataclasses.replace(result, cold_runs=(ours,))
+    (section,) = [each for each in sections(told) if "counted" in each.title]
+    assert section.rows[-1] == ("measured over counted", "+100 %")
