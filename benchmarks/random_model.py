@@ -1,7 +1,7 @@
 """Random weights of a named size, the same each time: what speed and parity need no training for.
 
     python -m benchmarks.random_model --size w512 --output-dir runs/w512
-    nsp export --checkpoint runs/w512 --engine-dir engines/w512
+    nsp export --checkpoint runs/w512 --engine-dir engines/w512 --target onnxruntime --fp32 --int8
 
 The published initialisation would make parity blind: it all but closes the gates of the residual
 branches, hardly heeds the class, and leaves logits almost constant. Here all of it matters.

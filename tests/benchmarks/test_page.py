@@ -13,7 +13,7 @@ import pytest
 from benchmarks.page import page
 from benchmarks.parity import Flip
 from benchmarks.pictures import Pictures
-from benchmarks.results import BenchResult, Entry, SweepPoint
+from benchmarks.results import BenchResult, Entry, GuidancePoint, SweepPoint
 from benchmarks.scenarios import sweep_scenarios
 
 CHROMIUM = next(
@@ -62,6 +62,15 @@ def whole(result: BenchResult) -> str:
         result,
         parity=dataclasses.replace(result.parity, flips=flips, num_flips=3),
         sweep=tuple(SweepPoint(scenario=s, observations=observations) for s in scenarios),
+        guidance=tuple(
+            GuidancePoint(
+                guided_scales=n,
+                times_ms=(2.0 + n, 2.1 + n),
+                token_agreement=0.5,
+                psnr_db=(None if n == 4 else 20.0 + n,),
+            )
+            for n in (4, 3, 2)
+        ),
         rivals=(Entry(name="plain-onnx", what="<b>plain</b>", missing="no & such thing"),),
         warnings=("the machine was busy",),
     )
@@ -75,7 +84,7 @@ def whole(result: BenchResult) -> str:
 def test_the_page_is_whole_and_alone(whole: str, result: BenchResult) -> None:
     for part in PARTS:
         assert f'id="{part}"' in whole
-    assert whole.count('<svg class="plot"') == 9
+    assert whole.count('<svg class="plot"') == 10
     assert "<script" not in whole
     addresses = re.findall(r'(?:src|href)="([^"]*)"', whole)
     assert all(address.startswith(("#", "data:")) for address in addresses)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,26 @@ import numpy as np
 import pytest
 
 from benchmarks import rivals
+from benchmarks.memory import Source
 from benchmarks.options import BenchOptions
 from benchmarks.peer import PEER, check_clone, peer_process
-from benchmarks.rivals import PlainOnnxBackend, Rival, export_plain, make_rivals
+from benchmarks.rivals import (
+    PlainOnnxBackend,
+    Rival,
+    export_plain,
+    gate_words,
+    make_rivals,
+    other_precisions,
+)
 from benchmarks.scenarios import sweep_scenarios
-from benchmarks.subject import Subject
+from benchmarks.subject import Side, Subject
 from benchmarks.sweep import sweep
 from nsp.checkpoint import read_checkpoint
 from nsp.errors import BackendError, ConfigError
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.pipeline import Pipeline, load_pipeline
 from tests.export.small import new_small_checkpoint
+from tests.runtime.engine_folders import write_engines
 
 
 def made(names: list[str], subject: Subject) -> list[Any]:
@@ -174,3 +184,46 @@ def test_a_sweep_times_every_pair_of_threads_and_batch(subject: Subject) -> None
     assert loaded == [1, 2]  # once for each number
     assert [point.scenario for point in points] == list(scenarios)
     assert all(len(point.times(side)) == 1 for point in points for side in ("engines", "torch"))
+
+
+def engines_subject(folder: Path, precisions: tuple[Any, ...], **changes: Any) -> Subject:
+    """A folder of engines that load, as a benchmark's candidate, without a baseline."""
+    write_engines(folder, precisions=precisions, **changes)
+    options = {"num_threads": 1, "precision": None}
+    pipeline = load_pipeline(folder, "onnxruntime", device="cpu", num_threads=1)
+    source = Source(name="onnxruntime", path=folder, backend="onnxruntime", options=options)
+    return Subject(
+        candidate=Side(source=source, pipeline=pipeline),
+        baseline=None,
+        baseline_missing="not asked for",
+        weights_mib={"onnxruntime": 1.0},
+    )
+
+
+def test_every_other_precision_of_the_folder_is_a_rival(tmp_path: Path) -> None:
+    both = engines_subject(tmp_path / "both", ("fp32", "int8"))
+    assert both.candidate.pipeline.precision == "fp32"
+    assert other_precisions(both) == ("int8",)
+    assert other_precisions(engines_subject(tmp_path / "one", ("fp32",))) == ()
+
+
+def test_a_precision_the_folder_lacks_is_said_with_the_command_that_adds_it(tmp_path: Path) -> None:
+    subject = engines_subject(tmp_path / "engines", ("fp32",))
+    (lacking, nobody), (same, _) = made(["int8", "fp32"], subject)
+    assert nobody is None
+    assert lacking.name == "onnxruntime int8"
+    assert "has no int8 engines" in lacking.missing
+    assert re.search(r"run: nsp export .*--fp32 --int8", lacking.missing)
+    assert "are fp32 already" in same.missing
+
+
+def test_a_precision_says_what_it_costs_as_its_export_measured_it(tmp_path: Path) -> None:
+    parity = {
+        "outputs": {"logits": {"relative": 0.0234}},
+        "scales": [{"tokens": 10, "agreement": 1.0}, {"tokens": 90, "agreement": 0.9}],
+    }
+    manifest = write_engines(tmp_path, precisions=("fp32", "int8"), parity=parity)
+    words = gate_words(manifest, "onnxruntime", "int8")
+    assert "off by at most 2.3 % of their range" in words
+    assert "91 % of 100 sampled tokens were PyTorch's (90 % in the worst scale)" in words
+    assert gate_words(manifest, "onnxruntime", "bf16") == ""

@@ -7,6 +7,8 @@ from pathlib import Path
 import onnx
 import pytest
 
+from benchmarks.rivals import make_rivals, other_precisions
+from benchmarks.subject import load_subject
 from export.options import ExportOptions
 from export.run import export
 from nsp.errors import ConfigError
@@ -67,6 +69,20 @@ def test_it_runs_when_asked_for_and_only_then(int8_engines):
     pipeline = load_pipeline(folder, "onnxruntime", device="cpu", precision="int8")
     assert pipeline.precision == "int8"
     assert pipeline.generate(prompts=["red apple"]).images.shape[0] == 1
+
+
+def test_it_is_timed_in_the_same_rounds_with_what_its_gate_measured(int8_engines):
+    folder, _ = int8_engines
+    subject = load_subject(
+        folder, checkpoint=None, backend="onnxruntime", precision=None, threads=1
+    )
+    settings = {"threads": 1, "batches": (1,), "seed": 0, "on_start": lambda name: None}
+    assert "int8" in other_precisions(subject)
+    ((entry, contestant),) = make_rivals(["int8"], subject, **settings)
+    assert (entry.name, entry.missing) == ("onnxruntime int8", None)
+    assert "% of their range" in entry.what
+    request = {**subject.conditions(1), "seed": 0}
+    assert contestant.observe(request, number=0, place=0).stage_total_ms("step") > 0
 
 
 def test_targets_without_it_say_so(small_checkpoint, tmp_path):
