@@ -27,7 +27,8 @@ _NOTES = {"made_by": "benchmarks.random_model", "version": 2}
 # decides the logits are gone.
 _ADALN_GAMMA = 1.0
 # Logits of standard deviation 9: of 4096 codes about three are likely. Were they nearly flat, the
-# smallest rounding would flip tokens (std 3: 3 % of them in fp16), unlike in a trained model.
+# smallest rounding would flip tokens (std 3: 3 % of them in fp16), unlike in a trained model. In int8
+# the logits of w512 are off by 1.7 % of their range, and 91 % of the worst scale's tokens stay.
 _HEAD = 15.0
 
 
