@@ -27,8 +27,8 @@ _NOTES = {"made_by": "benchmarks.random_model", "version": 2}
 # decides the logits are gone.
 _ADALN_GAMMA = 1.0
 # Logits of standard deviation 9: of 4096 codes about three are likely. Were they nearly flat, the
-# smallest rounding would flip tokens (std 3: 3 % of them in fp16), unlike in a trained model. In int8
-# the logits of w512 are off by 1.7 % of their range, and 91 % of the worst scale's tokens stay.
+# smallest rounding would flip tokens (std 3: 3 % of them in fp16), unlike in a trained model. Of
+# w512 in int8 logits are off by 1.7 % of their range, and 91 % of the worst scale's tokens stay.
 _HEAD = 15.0
 
 
@@ -58,11 +58,11 @@ def write_random_model(folder: Path, config: VarConfig) -> None:
     if is_checkpoint(folder):
         record = read_checkpoint(folder)
         if record.notes.get("made_by") != _NOTES["made_by"]:
-            raise ConfigError(f"{folder} holds another checkpoint; choose another --output-dir")
+            raise ConfigError(f"{folder} holds another checkpoint; give a new folder")
         if record.notes == _NOTES and record.config == config.to_dict():
             return
     elif folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds other files; choose another --output-dir")
+        raise ConfigError(f"{folder} holds other files; give a new folder")
     save = family(FAMILY).get("save_checkpoint")
     save(folder, random_system(config), notes=_NOTES, sampling={})
 
