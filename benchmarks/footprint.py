@@ -86,7 +86,7 @@ def _decoder(vae: VaeConfig, batch: int, side: int) -> int:
     """Return the widest level: a block's input, its norm, and a convolution's two ends."""
     widths = [vae.base_channels * m for m in vae.channel_multipliers]
     last = len(widths) - 1
-    sides = [side * 2 ** (last - level) for level in range(len(widths))]
+    sides = [side << (last - level) for level in range(len(widths))]
     levels = [4 * width * grid**2 for width, grid in zip(widths, sides, strict=True)]
     scores = side**4  # of the attention at the coarsest level
     image = 2 * 3 * (sides[0] * vae.patch_size) ** 2
