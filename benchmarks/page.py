@@ -123,12 +123,12 @@ def _tiles(result: BenchResult) -> Iterator[Tile]:
             reached = row.of_roof(result.ceilings)
             share = "" if reached is None else f"{100 * reached:.0f} % of the GEMM peak"
             yield Tile(f"speed-up, batch {batch.batch}", f"{row.speedup:.2f}×", share)
-    first = result.batches[0]
-    step = next((row for row in first.rows if row.name == "step"), None)
+    leading = result.batches[0]
+    step = next((row for row in leading.rows if row.name == "step"), None)
     if step is not None and (part := step.of_roof(result.ceilings)) is not None:
         ratio = f"{step.speedup:.2f} times as fast as {result.baseline}" if step.speedup else ""
         yield Tile(
-            f"scale steps, batch {first.batch}", f"{100 * part:.0f} % of the GEMM peak", ratio
+            f"scale steps, batch {leading.batch}", f"{100 * part:.0f} % of the GEMM peak", ratio
         )
     if result.parity is not None:
         agreement, flips = result.parity.token_agreement, result.parity.num_flips
