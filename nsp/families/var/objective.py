@@ -116,7 +116,7 @@ class PredictorObjective(Objective):
             tokens_BL = batch["tokens"].long()
         else:
             tokens_BL = torch.cat(system.vae.tokenize(to_model_range(batch["image"])), 1)
-        return predictor_loss(
+        metrics = predictor_loss(
             system.predictor,
             system.vae.quantize,
             system.condition(condition_B, dropped),
@@ -124,6 +124,11 @@ class PredictorObjective(Objective):
             label_smoothing=self.settings.label_smoothing if self.training else 0.0,
             num_scales=self._num_scales if self.training else None,
         )
+        if self.training:
+            # The mean over the step's own tokens: as a part of all tokens' sum, gradients of short
+            # steps would be lost beside the second moments that long steps leave in Adam.
+            metrics["loss"] = metrics["loss"] / self.work
+        return metrics
 
     def _conditions(self, batch: Mapping[str, Any]) -> Tensor:
         """Return class ids (B,) or prompt token ids (B, T) of a stream's pictures."""
