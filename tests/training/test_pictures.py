@@ -92,6 +92,9 @@ def test_cached_tokens_are_those_of_the_tokenizer_and_follow_its_weights(
     assert torch.equal(cached_tokens(vae, data, given), expected)
     assert cache.stat().st_mtime_ns == written
     with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(-1)
+    assert torch.equal(cached_tokens(vae, data, given), expected)  # a decoder makes no tokens
+    with torch.no_grad():
         vae.encoder.conv_in.weight.mul_(-1)
     with pytest.raises(ConfigError, match="is of another tokenizer or other pictures; make it"):
         cached_tokens(vae, data, given)

@@ -19,7 +19,6 @@ from torch.utils.data import Dataset
 
 from nsp.config import Config
 from nsp.data.dataset import ImageDataset, to_model_range
-from nsp.data.preview import preview
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import NextScaleConfig
@@ -27,6 +26,7 @@ from nsp.families.next_scale.latents import LatentDataset, encode_scales, resize
 from nsp.families.next_scale.model import FeatureBlock, NextScaleGenerator, grow
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import Vae, decode
+from nsp.families.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 from nsp.layers.attention import KeyValue
 from nsp.training.objective import Objective, TokenCache
 from nsp.training.order import sample_normals, sample_uniforms
@@ -41,7 +41,7 @@ class VaeSettings(Config):
     coarse_weight: float = 0.25  # of each smaller size, which later gives the coarse latents
 
 
-class VaeObjective(Objective):
+class VaeObjective(ReconstructionObjective):
     """Trains the autoencoder to reproduce pictures, at the size of every scale."""
 
     trained: Vae
@@ -53,19 +53,9 @@ class VaeObjective(Objective):
         held_out: ImageDataset | None,
         settings: VaeSettings,
     ) -> None:
-        super().__init__()
-        self.trained = system.vae
-        self.settings, self._data, self._held_out = settings, data, held_out
-        self._config = system.config
+        super().__init__(data, held_out)
+        self.trained, self.settings, self._config = system.vae, settings, system.config
         self._squares: list[Tensor] = []  # mean square of latents, of the step under way
-
-    def dataset(self) -> Dataset[Mapping[str, Any]]:
-        """Return the pictures."""
-        return self._data
-
-    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
-        """Return the held-out pictures."""
-        return self._held_out
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the loss, its parts at full size, and PSNR in dB."""
@@ -93,10 +83,9 @@ class VaeObjective(Objective):
         rebuilt = decode(autoencoder, mean + std * noise if self.training else mean)
         l1, gradient = F.l1_loss(rebuilt, image), image_gradient_loss(rebuilt, image)
         kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
-        mse = F.mse_loss(rebuilt.detach().clamp(-1, 1), image)
         loss = l1 + settings.gradient_weight * gradient + settings.kl_weight * kl
-        psnr = 10 * torch.log10(4 / mse)
-        return {"loss": loss, "l1": l1.detach(), "kl": kl.detach(), "psnr_db": psnr}
+        parts = {"l1": l1.detach(), "kl": kl.detach(), "psnr_db": psnr_db(rebuilt, image)}
+        return {"loss": loss, **parts}
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float | Tensor]:
@@ -110,23 +99,9 @@ class VaeObjective(Objective):
         """Return False for biases and norms."""
         return parameter.ndim > 1
 
-    @torch.no_grad()
-    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
-        """Return pictures beside their reconstructions."""
-        items = preview(self._data, 16, seed=seed)
-        device = next(self.trained.parameters()).device
-        image = torch.stack([item["image"] for item in items]).to(device)
-        rebuilt = self.trained.decode(self.trained.encode(to_model_range(image)))
-        rebuilt = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        pairs = torch.stack([image, rebuilt], 1).flatten(0, 1).movedim(1, -1)
-        titles = [t for item in items for t in (item["caption"], "reconstruction")]
-        return pairs.cpu().numpy(), titles
-
-
-def image_gradient_loss(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean absolute difference of horizontal and vertical finite differences."""
-    horizontal = F.l1_loss(a.diff(dim=-1), b.diff(dim=-1))
-    return horizontal + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
+    def rebuilt(self, image: Tensor) -> Tensor:
+        """Return what is decoded of the latents' means."""
+        return self.trained.decode(self.trained.encode(image))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,23 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather, reduce
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from nsp.config import Config
 from nsp.data.dataset import ImageDataset, to_model_range
-from nsp.data.preview import preview
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
+from nsp.families.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 from nsp.families.var.system import VarSystem
 from nsp.families.var.vqvae import VQVAE
 from nsp.training.average import write_rows
-from nsp.training.objective import Objective
 from nsp.training.order import sample_uniforms
 
 
@@ -45,11 +41,16 @@ class TokenizerSettings(Config):
 
     def __post_init__(self) -> None:
         """Check the share."""
-        if not 0 <= self.prefix_share < 1:
-            raise ConfigError(f"prefix_share must be in [0, 1), got {self.prefix_share}")
+        check_prefix_share(self.prefix_share)
 
 
-class TokenizerObjective(Objective):
+def check_prefix_share(share: float) -> None:
+    """Raise ConfigError for a share that leaves no whole pictures."""
+    if not 0 <= share < 1:
+        raise ConfigError(f"prefix_share must be in [0, 1), got {share}")
+
+
+class TokenizerObjective(ReconstructionObjective):
     """Trains the VQVAE to reproduce pictures through its token maps."""
 
     trained: VQVAE
@@ -61,22 +62,12 @@ class TokenizerObjective(Objective):
         held_out: ImageDataset | None,
         settings: TokenizerSettings,
     ) -> None:
-        super().__init__()
-        self.trained = system.vae
-        self.settings, self._data = settings, data
-        self._held_out = held_out
+        super().__init__(data, held_out)
+        self.trained, self.settings = system.vae, settings
         self._restarts = True
         # Of the optimizer step under way, for `after_step`:
         self._latents: list[Tensor] = []  # (N, Z) each
         self._hits_SV: Tensor | None = None
-
-    def dataset(self) -> Dataset[Mapping[str, Any]]:
-        """Return the pictures."""
-        return self._data
-
-    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
-        """Return the held-out pictures."""
-        return self._held_out
 
     def units(self) -> Sequence[nn.Module]:
         """Return the levels of encoder and decoder."""
@@ -88,31 +79,20 @@ class TokenizerObjective(Objective):
         image = to_model_range(batch["image"])
         latent_BZhw = vae.encode(image)
         quantized = vae.quantize(latent_BZhw)
-        rebuilt = vae.decode(self._decoded(quantized.latents, batch))
+        share = self.settings.prefix_share if self.training else 0.0
+        rebuilt = vae.decode(decoded_latents(quantized.latents, share, batch["key"]))
         pixel = F.l1_loss(rebuilt, image)
         gradient = image_gradient_loss(rebuilt, image)
         loss = pixel + self.settings.gradient_weight * gradient
         if self.training:
             self._count(quantized.tokens)
             self._latents.append(latent_BZhw.detach().float().movedim(1, -1).flatten(0, 2))
-        mse = F.mse_loss(rebuilt.detach().clamp(-1, 1), image)
         return {
             "loss": loss + self.settings.vq_weight * quantized.loss,
             "l1": pixel.detach(),
             "vq": quantized.loss.detach(),
-            "psnr_db": 10 * torch.log10(4 / mse),
+            "psnr_db": psnr_db(rebuilt, image),
         }
-
-    def _decoded(self, latents: Sequence[Tensor], batch: Mapping[str, Any]) -> Tensor:
-        """Return the latent (B, C, h, w) that is decoded of each picture."""
-        share = self.settings.prefix_share if self.training else 0.0
-        if share == 0:
-            return latents[-1]
-        fewest, most = len(latents) // 2, len(latents) - 1  # scales kept where some are left out
-        dropped, place = sample_uniforms(batch["key"], 2).unbind(1)
-        kept = (fewest + place * (most - fewest + 1)).long().clamp(1, most)
-        last = torch.where(dropped < share, kept - 1, len(latents) - 1).to(latents[0].device)
-        return torch.stack(list(latents))[last, torch.arange(len(last), device=last.device)]
 
     def before_step(self, step: int, steps: int) -> bool:
         """Note whether unused codes may still move: the decoder must get to know the last ones."""
@@ -168,21 +148,21 @@ class TokenizerObjective(Objective):
         """Return False for biases, norms and the codebook."""
         return parameter.ndim > 1 and "embedding" not in name
 
-    @torch.no_grad()
-    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
-        """Return pictures beside their reconstructions."""
-        items = preview(self._data, 16, seed=seed)
-        device = next(self.trained.parameters()).device
-        image = torch.stack([item["image"] for item in items]).to(device)
-        vae = self.trained
-        rebuilt = vae.decode(vae.quantize(vae.encode(to_model_range(image))).latents[-1])
-        rebuilt = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        pairs = torch.stack([image, rebuilt], 1).flatten(0, 1).movedim(1, -1)
-        titles = [t for item in items for t in (item["caption"], "reconstruction")]
-        return pairs.cpu().numpy(), titles
+    def rebuilt(self, image: Tensor) -> Tensor:
+        """Return what is decoded of all tokens."""
+        return self.trained.decode(self.trained.quantize(self.trained.encode(image)).latents[-1])
 
 
-def image_gradient_loss(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean absolute difference of horizontal and vertical finite differences."""
-    horizontal = F.l1_loss(a.diff(dim=-1), b.diff(dim=-1))
-    return horizontal + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
+def decoded_latents(latents: Sequence[Tensor], share: float, key_B: Tensor) -> Tensor:
+    """Return the latent (B, C, h, w) that is decoded of each picture.
+
+    `latents` are those of the first 1, 2, ... scales. A share of the pictures, chosen by their
+    keys, is decoded from the first scales only.
+    """
+    if share == 0:
+        return latents[-1]
+    fewest, most = len(latents) // 2, len(latents) - 1  # scales kept where some are left out
+    dropped, place = sample_uniforms(key_B, 2).unbind(1)
+    kept = (fewest + place * (most - fewest + 1)).long().clamp(1, most)
+    last = torch.where(dropped < share, kept - 1, len(latents) - 1).to(latents[0].device)
+    return torch.stack(list(latents))[last, torch.arange(len(last), device=last.device)]

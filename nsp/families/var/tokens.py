@@ -92,9 +92,10 @@ def _tensors(vae: VQVAE, data: ImageDataset) -> dict[str, Tensor]:
 
 
 def _key(vae: VQVAE, data: ImageDataset) -> str:
-    """Return the digest of what decides the tokens; how often codes are used is a statistic."""
+    """Return the digest of what decides the tokens: no statistic, and nothing behind the codes."""
     about = (vae.config, vae.quantize.patch_nums, data.crop)
-    return digest_of(about, vae, data, decides=lambda n: n != "quantize.ema_vocab_hit_SV")
+    others = ("quantize.ema_vocab_hit_SV", "decoder.", "post_quant_conv.")
+    return digest_of(about, vae, data, decides=lambda name: not name.startswith(others))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.families.var import tokens
 from nsp.families.var.config import VarConfig, with_condition
+from nsp.families.var.decoder_objective import DecoderObjective, DecoderSettings
 from nsp.families.var.model import initialize
 from nsp.families.var.objective import PredictorObjective, PredictorSettings
 from nsp.families.var.system import VarSystem
@@ -21,7 +22,7 @@ from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.training.cache import is_constant
 from nsp.training.objective import Objective, TokenCache
 
-PHASES = ("tokenizer", "predictor")
+PHASES = ("tokenizer", "decoder", "predictor")
 
 
 def new_system(
@@ -75,6 +76,8 @@ def objective(
                 " leave it out, or the phase: --from-phase predictor"
             )
         return TokenizerObjective(system, data, held_out, TokenizerSettings.from_dict(settings))
+    if phase == "decoder":
+        return DecoderObjective(system, data, held_out, DecoderSettings.from_dict(settings))
     predictor = PredictorSettings.from_dict(settings)
     return PredictorObjective(system, data, held_out, predictor, cache)
 

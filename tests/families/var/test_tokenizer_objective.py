@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsp.data.dataset import ImageDataset
-from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
-from nsp.families.var.config import SIZES, ClassCondition, with_condition
-from nsp.families.var.system import VarSystem
-from nsp.families.var.tokenizer_objective import TokenizerObjective, TokenizerSettings
+from nsp.families.var.tokenizer_objective import TokenizerSettings, decoded_latents
 from nsp.training.presets import preset
 from nsp.training.run import train
 from tests.training.pictures import write_pictures
@@ -33,21 +29,14 @@ def test_codes_are_left_alone_after_the_stated_fraction(tmp_path: Path) -> None:
 
 
 def test_some_pictures_are_decoded_from_their_first_scales_only() -> None:
-    torch.manual_seed(0)
-    source = ImageSource((), (), ())
-    system = VarSystem(with_condition(SIZES["tiny"], ClassCondition(num_classes=2)))
-    data = ImageDataset(source, 16, train=True, crop=False, flip=False, seed=0)
-    settings = TokenizerSettings(prefix_share=0.5)
-    objective = TokenizerObjective(system, data, None, settings)
     latents = [torch.full((400, 1, 1, 1), float(scale)) for scale in range(4)]
-    batch = {"key": torch.arange(400)}
-    last = objective.train()._decoded(latents, batch).flatten()
+    last = decoded_latents(latents, 0.5, torch.arange(400)).flatten()
     counts = last.long().bincount(minlength=4)
     assert counts[0] == 0  # at least half of the scales
     assert counts[3] == pytest.approx(200, abs=40)
     assert counts[1] == pytest.approx(100, abs=40)
-    assert torch.equal(last, objective._decoded(latents, batch).flatten())  # of the key alone
-    assert objective.eval()._decoded(latents, batch).unique() == 3
+    assert torch.equal(last, decoded_latents(latents, 0.5, torch.arange(400)).flatten())
+    assert decoded_latents(latents, 0.0, torch.arange(400)).unique() == 3
 
 
 def test_a_share_of_all_pictures_is_refused() -> None:

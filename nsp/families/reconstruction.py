@@ -1,0 +1,66 @@
+"""What phases have in common that learn to reproduce pictures, in every family.
+
+Axes: B pictures, H and W pixels. Values in [-1, 1].
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.preview import preview
+from nsp.data.stream import ShardStream
+from nsp.training.objective import Objective
+
+_SHOWN = 16
+
+
+class ReconstructionObjective(Objective):
+    """Trains on the pictures as they are, and shows some beside their reconstructions."""
+
+    def __init__(self, data: ImageDataset | ShardStream, held_out: ImageDataset | None) -> None:
+        super().__init__()
+        self._data, self._held_out = data, held_out
+
+    def dataset(self) -> Dataset[Mapping[str, Any]]:
+        """Return the pictures."""
+        return self._data
+
+    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+        """Return the held-out pictures."""
+        return self._held_out
+
+    @abstractmethod
+    def rebuilt(self, image: Tensor) -> Tensor:
+        """Return the reconstructions (B, 3, H, W) of pictures of that shape, not clamped."""
+
+    @torch.no_grad()
+    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Return pictures beside their reconstructions."""
+        items = preview(self._data, _SHOWN, seed=seed)
+        device = next(self.trained.parameters()).device
+        image = torch.stack([item["image"] for item in items]).to(device)
+        rebuilt = self.rebuilt(to_model_range(image))
+        rebuilt = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        pairs = torch.stack([image, rebuilt], 1).flatten(0, 1).movedim(1, -1)
+        titles = [t for item in items for t in (item["caption"], "reconstruction")]
+        return pairs.cpu().numpy(), titles
+
+
+def image_gradient_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean absolute difference of horizontal and vertical finite differences."""
+    horizontal = F.l1_loss(a.diff(dim=-1), b.diff(dim=-1))
+    return horizontal + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
+
+
+def psnr_db(rebuilt: Tensor, image: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio over all pictures, the reconstructions clamped."""
+    mse = F.mse_loss(rebuilt.detach().clamp(-1, 1), image)
+    return 10 * torch.log10(4 / mse)

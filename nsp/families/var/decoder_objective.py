@@ -1,0 +1,78 @@
+"""The decoder phase of the family `var`: encoder and codes stay, the decoder learns to draw them.
+
+Tokens do not change, so it may follow the predictor, as the decoders of latent diffusion models are
+tuned after the rest (Rombach et al. 2022, arXiv:2112.10752, and the ft-MSE decoder released later).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsp.config import Config
+from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.stream import ShardStream
+from nsp.families.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
+from nsp.families.var.system import VarSystem
+from nsp.families.var.tokenizer_objective import check_prefix_share, decoded_latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings(Config):
+    """Settings of the decoder phase."""
+
+    # Beside the mean squared error, which alone would blur edges.
+    gradient_weight: float = 0.05
+    prefix_share: float = 0.0  # as in TokenizerSettings
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        check_prefix_share(self.prefix_share)
+
+
+class DecoderObjective(ReconstructionObjective):
+    """Trains the decoder on tokens that stay as they are."""
+
+    def __init__(
+        self,
+        system: VarSystem,
+        data: ImageDataset | ShardStream,
+        held_out: ImageDataset | None,
+        settings: DecoderSettings,
+    ) -> None:
+        super().__init__(data, held_out)
+        self.settings, self._vae = settings, system.vae.requires_grad_(False)
+        parts = {"decoder": self._vae.decoder, "post_quant_conv": self._vae.post_quant_conv}
+        self.trained = nn.ModuleDict(parts).requires_grad_(True)
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the levels of the decoder."""
+        return list(self._vae.decoder.up)
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the loss, its mean squared error, and PSNR in dB."""
+        image = to_model_range(batch["image"])
+        share = self.settings.prefix_share if self.training else 0.0
+        rebuilt = self._vae.decode(decoded_latents(self._latents(image), share, batch["key"]))
+        mse = F.mse_loss(rebuilt, image)
+        return {
+            "loss": mse + self.settings.gradient_weight * image_gradient_loss(rebuilt, image),
+            "mse": mse.detach(),
+            "psnr_db": psnr_db(rebuilt, image),
+        }
+
+    @torch.no_grad()
+    def _latents(self, image: Tensor) -> list[Tensor]:
+        """Return what the tokens of the first 1, 2, ... scales stand for."""
+        return self._vae.quantize.tokenize(self._vae.encode(image).float())[1]
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return False for biases and norms."""
+        return parameter.ndim > 1
+
+    def rebuilt(self, image: Tensor) -> Tensor:
+        """Return what is decoded of all tokens."""
+        return self._vae.decode(self._latents(image)[-1])
