@@ -11,6 +11,7 @@ from nsp.text.encoder import build_text_encoder, load_text_encoder
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import CLIPTextModel
 
 
@@ -50,3 +51,20 @@ def text_parts(
         tokenizer, width=width, depth=settings.depth, num_heads=settings.num_heads
     )
     return tokenizer, encoder
+
+
+def without_tokens(
+    token_ids_BT: "Tensor", dropped_BT: "Tensor", tokenizer: PromptTokenizer
+) -> "Tensor":
+    """Return prompts (B, T) without the tokens where `dropped_BT` (bool) holds, the rest moved up.
+
+    Start and end tokens stay.
+    """
+    special_BT = token_ids_BT == tokenizer.bos_id
+    for token in (tokenizer.eos_id, tokenizer.pad_id):
+        special_BT |= token_ids_BT == token
+    gone_BT = dropped_BT & ~special_BT
+    order_BT = gone_BT.int().argsort(dim=1, stable=True)  # what stays first, in its order
+    return token_ids_BT.gather(1, order_BT).masked_fill(
+        gone_BT.gather(1, order_BT), tokenizer.pad_id
+    )

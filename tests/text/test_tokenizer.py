@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nsp.errors import CheckpointError, ConfigError, DataError
+from nsp.text.parts import without_tokens
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
 
 CAPTIONS = [
@@ -245,3 +247,18 @@ def test_training_refuses_what_makes_no_tokenizer(
 def test_it_travels_to_worker_processes(tokenizer: PromptTokenizer) -> None:
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert (copy.encode(PROMPTS) == tokenizer.encode(PROMPTS)).all()
+
+
+def test_prompts_without_some_of_their_tokens_close_up() -> None:
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=600, max_tokens=16)
+    ids = tokenizer.encode(CAPTIONS)
+    dropped = np.random.default_rng(0).random(ids.shape) < 0.5
+    special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+    kept = [
+        [token for token, gone in zip(row, flags, strict=True) if token in special or not gone]
+        for row, flags in zip(ids.tolist(), dropped.tolist(), strict=True)
+    ]
+    expected = [[*row, *[tokenizer.pad_id] * (16 - len(row))] for row in kept]
+    found = without_tokens(torch.from_numpy(ids), torch.from_numpy(dropped), tokenizer)
+    assert found.tolist() == expected
+    assert min(map(len, kept)) < 16

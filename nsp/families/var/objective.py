@@ -24,6 +24,7 @@ from nsp.families.var.model import Conditioning, NextScaleTransformer
 from nsp.families.var.quantizer import MultiScaleQuantizer
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokens import TokenDataset, check_classes
+from nsp.text.parts import without_tokens
 from nsp.training.objective import Objective, TokenCache
 from nsp.training.order import sample_uniforms
 
@@ -52,6 +53,15 @@ class PredictorSettings(Config):
     sample_guidance_scale: float = 2.0
     train_text_encoder: bool = True  # False keeps a pretrained one as it is
     prefixes: tuple[ScalePrefix, ...] = ()  # steps of fewer scales; the rest trains all
+    # A prompt loses a random share of its tokens in every step, up to this: what is left names many
+    # pictures, so that each word comes to mean what they have in common. Without it the model
+    # knows captions as a whole, and mistakes one whose words it never met together for another.
+    token_drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 <= self.token_drop < 1:
+            raise ConfigError(f"token_drop must be in [0, 1), got {self.token_drop}")
 
 
 class PredictorObjective(Objective):
@@ -111,7 +121,13 @@ class PredictorObjective(Objective):
         system = self.system
         condition_B = batch["condition"] if "condition" in batch else self._conditions(batch)
         rate = system.config.predictor.cond_drop_rate if self.training else 0.0
-        dropped = sample_uniforms(batch["key"], 1)[:, 0].to(condition_B.device) < rate
+        uniforms = sample_uniforms(batch["key"], 2 + condition_B[0].numel()).to(condition_B.device)
+        dropped = uniforms[:, 0] < rate
+        if self.training and self.settings.token_drop > 0 and system.prompt_tokenizer is not None:
+            share_B1 = self.settings.token_drop * uniforms[:, 1:2]
+            condition_B = without_tokens(
+                condition_B, uniforms[:, 2:] < share_B1, system.prompt_tokenizer
+            )
         if "tokens" in batch:
             tokens_BL = batch["tokens"].long()
         else:
