@@ -1,6 +1,7 @@
 """The tables of everybody's times: whole batches, the step loop, growth, guidance ended early."""
 
 import statistics
+from collections.abc import Sequence
 
 from benchmarks.intervals import median_ratio
 from benchmarks.results import BatchResult, BenchResult
@@ -119,7 +120,7 @@ def step_ms(observation: Observation) -> float:
     return observation.stage_total_ms("step")
 
 
-def _ratio(base: list[float], times: list[float]) -> str:
+def _ratio(base: Sequence[float], times: Sequence[float]) -> str:
     value, low, high = median_ratio(base, times)
     return f"{value:.2f}x" if low == high else f"{value:.2f}x [{low:.2f}, {high:.2f}]"
 
@@ -129,16 +130,17 @@ def guidance_section(result: BenchResult) -> Section:
     full = result.guidance[0]
     rows = []
     for point in result.guidance:
-        value, low, high = median_ratio(full.times_ms, point.times_ms)
         differing = [psnr for psnr in point.psnr_db if psnr is not None]
-        # Equal pictures have no finite PSNR: they count as better than all others.
-        ranked = [psnr if psnr is not None else float("inf") for psnr in point.psnr_db]
-        median = statistics.median(ranked)
+        # Equal pictures have no finite PSNR: they count as better than all others. The lower of two
+        # in the middle, or a half that differs would be called identical.
+        median = statistics.median_low(
+            [psnr if psnr is not None else float("inf") for psnr in point.psnr_db]
+        )
         rows.append(
             (
                 str(point.guided_scales),
                 ms(statistics.median(point.times_ms)),
-                f"{value:.2f}x [{low:.2f}, {high:.2f}]",
+                _ratio(full.times_ms, point.times_ms),
                 percent(point.token_agreement),
                 db(median if median != float("inf") else None),
                 db(min(differing, default=None)),

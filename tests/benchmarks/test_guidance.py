@@ -59,3 +59,16 @@ def test_the_report_tells_time_tokens_and_pictures(
     assert "## Guidance ended early" in markdown(found)
     (plot,) = [each for each in plots(found) if each.key == "guidance"]
     assert "of the tokens stay" in plot.summary
+
+
+def test_a_half_of_pictures_that_differ_is_not_called_identical(result: BenchResult) -> None:
+    full = GuidancePoint(
+        guided_scales=2, times_ms=(2.0, 2.0), token_agreement=1.0, psnr_db=(None,) * 4
+    )
+    half = dataclasses.replace(
+        full, guided_scales=1, times_ms=(1.0, 1.0), psnr_db=(None, 20.0, None, 30.0)
+    )
+    found = dataclasses.replace(result, guidance=(full, half))
+    (section,) = [each for each in sections(found) if each.topic == "guidance"]
+    assert section.rows[1][2] == "2.00x"
+    assert section.rows[1][4:] == ("30.0 dB", "20.0 dB")
