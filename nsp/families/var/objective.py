@@ -83,6 +83,10 @@ class PredictorObjective(Objective):
         self._token_cache = token_cache
         self._num_scales = system.config.num_scales
         _check_prefixes(settings.prefixes, self._num_scales)
+        if settings.token_drop > 0 and system.prompt_tokenizer is None:
+            raise ConfigError(
+                "token_drop is for prompts, and this model is class-conditional; leave it out"
+            )
         self.system = system.requires_grad_(False)
         parts: dict[str, nn.Module] = {"predictor": system.predictor}
         if system.text_encoder is not None and settings.train_text_encoder:
@@ -117,13 +121,14 @@ class PredictorObjective(Objective):
         return self._num_scales == len(sides)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the metrics of `predictor_loss`."""
+        """Return the metrics of `predictor_loss`; in training, the loss as a mean over tokens."""
         system = self.system
         condition_B = batch["condition"] if "condition" in batch else self._conditions(batch)
         rate = system.config.predictor.cond_drop_rate if self.training else 0.0
         uniforms = sample_uniforms(batch["key"], 2 + condition_B[0].numel()).to(condition_B.device)
         dropped = uniforms[:, 0] < rate
-        if self.training and self.settings.token_drop > 0 and system.prompt_tokenizer is not None:
+        if self.training and self.settings.token_drop > 0:
+            assert system.prompt_tokenizer is not None  # as checked at the start
             share_B1 = self.settings.token_drop * uniforms[:, 1:2]
             condition_B = without_tokens(
                 condition_B, uniforms[:, 2:] < share_B1, system.prompt_tokenizer

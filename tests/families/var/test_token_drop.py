@@ -10,6 +10,7 @@ from nsp.checkpoint import read_checkpoint
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
+from nsp.families.var.config import SIZES, ClassCondition, with_condition
 from nsp.families.var.model import Conditioning
 from nsp.families.var.objective import PredictorObjective, PredictorSettings
 from nsp.families.var.system import VarSystem
@@ -47,3 +48,10 @@ def test_prompts_lose_tokens_in_training_and_are_whole_in_validation(
 def test_a_share_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="token_drop"):
         PredictorSettings(token_drop=1.0)
+
+
+def test_a_class_has_no_tokens_to_lose() -> None:
+    system = VarSystem(with_condition(SIZES["tiny"], ClassCondition(num_classes=2)))
+    data = ImageDataset(ImageSource((), (), ()), 16, train=True, crop=False)
+    with pytest.raises(ConfigError, match="class-conditional"):
+        PredictorObjective(system, data, None, PredictorSettings(token_drop=0.5))
