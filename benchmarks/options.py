@@ -1,6 +1,7 @@
 """What `nsp bench` is asked to measure, and how much of it."""
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -35,6 +36,9 @@ class BenchOptions:
         if unknown := [name for name in self.rivals or () if name not in RIVAL_NAMES]:
             known = ", ".join(RIVAL_NAMES)
             raise ConfigError(f"rival {unknown[0]!r} is unknown; known: {known}")
+        # Times are told apart by name alone: two of one name would be counted as one.
+        if twice := [name for name, count in Counter(self.rivals or ()).items() if count > 1]:
+            raise ConfigError(f"rival {twice[0]!r} is given twice; once is enough")
         if self.peer_var is not None:
             check_clone(self.peer_var)
         if not self.batch_sizes or min(self.batch_sizes) < 1:

@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from benchmarks.rivals import (
 from benchmarks.scenarios import sweep_scenarios
 from benchmarks.subject import Side, Subject
 from benchmarks.sweep import sweep
+from cli import main
 from nsp.checkpoint import read_checkpoint
 from nsp.errors import BackendError, ConfigError
 from nsp.runtime.backends.base import Backend
@@ -98,8 +100,16 @@ def test_a_rival_that_works_takes_part_under_its_name(
 def test_unknown_rivals_and_clones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown; known: torch\.compile"):
         BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, rivals=("numpy",))
+    with pytest.raises(ConfigError, match="'int8' is given twice"):
+        BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, rivals=("int8", "int8"))
     with pytest.raises(ConfigError, match=r"has no models/var\.py; clone"):
         BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, peer_var=tmp_path)
+
+
+def test_the_command_line_offers_every_rival() -> None:
+    (option,) = [each for each in main.commands["bench"].params if each.name == "rivals"]
+    assert isinstance(option.type, click.Choice)
+    assert set(option.type.choices) == set(rivals.RIVAL_NAMES)
 
 
 def clone(folder: Path, *, works: bool = True) -> Path:
