@@ -2,13 +2,21 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from nsp.data.dataset import ImageDataset
+from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
+from nsp.families.var import decoder_objective, tokenizer_objective
+from nsp.families.var.config import SIZES, ClassCondition, with_condition
+from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerSettings, decoded_latents
+from nsp.families.var.training import objective
 from nsp.training.presets import preset
 from nsp.training.run import train
 from tests.training.pictures import write_pictures
@@ -37,6 +45,27 @@ def test_some_pictures_are_decoded_from_their_first_scales_only() -> None:
     assert counts[1] == pytest.approx(100, abs=40)
     assert torch.equal(last, decoded_latents(latents, 0.5, torch.arange(400)).flatten())
     assert decoded_latents(latents, 0.0, torch.arange(400)).unique() == 3
+
+
+@pytest.mark.parametrize("phase", ["tokenizer", "decoder"])
+def test_what_is_measured_is_decoded_from_all_scales(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+
+    def noting(latents: Sequence[Tensor], share: float, key_B: Tensor) -> Tensor:
+        shares.append(share)
+        return decoded_latents(latents, share, key_B)
+
+    for module in (tokenizer_objective, decoder_objective):
+        monkeypatch.setattr(module, "decoded_latents", noting)
+    system = VarSystem(with_condition(SIZES["tiny"], ClassCondition(num_classes=2)))
+    data = ImageDataset(ImageSource((), (), ()), 16, train=True, crop=False)
+    made = objective(phase, {"prefix_share": 0.5}, system, data)
+    batch = {"image": torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "key": torch.arange(2)}
+    made.train()(batch)
+    made.eval()(batch)
+    assert shares == [0.5, 0.0]
 
 
 def test_a_share_of_all_pictures_is_refused() -> None:
