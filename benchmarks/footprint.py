@@ -2,8 +2,8 @@
 
 Weights as their files are, the KV arena as the backend lays it out, and scratch: the tensors alive
 at once at the widest moment of each stage. Stages add up, as each session keeps what it once took.
-Code, libraries and what they allocate for themselves are not counted. Axes as in
-nsp/families/var/io.py.
+Text encoder and condition have little beside their weights: none of it is counted, nor are code,
+libraries and what they allocate for themselves. Axes as in nsp/families/var/io.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
