@@ -177,7 +177,7 @@ def test_export_without_a_checkpoint_names_both_places_it_looked(tmp_path, monke
 def test_fidelity_is_measured_on_seen_and_held_out_captions(engines, tmp_path):
     data, out = write_captioned(tmp_path / "pictures"), tmp_path / "out"
     words = ("--fidelity", "--engine-dir", engines, "--output-dir", out, "--num-captions", 2)
-    result = nsp("bench", *words, "--data", data)
+    result = nsp("bench", *words, "--data", data, "--guidance-until", 1)
     assert result.exit_code == 0, result.stderr
     assert "held out: recall@1" in result.stdout
     assert "tokenizer: recall@1" in result.stdout
@@ -185,7 +185,10 @@ def test_fidelity_is_measured_on_seen_and_held_out_captions(engines, tmp_path):
     assert [split["name"] for split in found["splits"]] == ["seen", "held out"]
     assert [split["recall_at_1"]["count"] for split in found["splits"]] == [2, 2]
     assert (found["num_distinct"], found["precision"]) == (4, "fp32")
-    assert "| held out | 2 |" in (out / "fidelity.md").read_text()
+    assert found["sampling"]["guidance_until"] == 1
+    written = (out / "fidelity.md").read_text()
+    assert "| held out | 2 |" in written
+    assert "Guidance on the first 1 scales only." in written
     assert (out / "fidelity.png").is_file()
 
 

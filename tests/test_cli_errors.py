@@ -51,6 +51,7 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("generate", "--prompts-file", "no-such.txt"), ("no-such.txt", "does not exist")),
         (("generate", "--prompts-file", str(ROOT)), (str(ROOT), "is a directory")),
         (("generate", *PROMPT, "--engine-dir", "a", "--checkpoint", "b"), ("choose one",)),
+        (("bench", "--guidance-until", "1"), ("is for --fidelity", "--sweep")),
         (("inspect",), ("FOLDER",)),
         (("convert", "--family", "var"), ("--tokenizer",)),
     ],
