@@ -104,7 +104,7 @@ class Fidelity(Config):
 
     def _guidance(self) -> str:
         until = self.sampling.get("guidance_until")
-        return "" if until is None else f"Guidance on the first {until} scales only. "
+        return "" if until is None else f"`guidance_until` is {until}. "
 
 
 def run(options: FidelityOptions, *, on_step: OnStep = lambda *_: None) -> Fidelity:

@@ -60,8 +60,8 @@ class Effort:
     baseline_processes: int
     gemm_side: int
     num_conditions: int  # for parity
-    sweep_rounds: int = 3
-    sweep_seconds: float = 60.0  # no further round of a point starts after this
+    sweep_rounds: int
+    sweep_seconds: float  # no further round of a point starts after this
     stability: Stability | None = None  # ends a measurement before all rounds are done
 
     @classmethod
@@ -94,6 +94,7 @@ FULL: dict[str, Any] = {
     "gemm_side": 2048,
     "num_conditions": 8,
     "sweep_rounds": 20,
+    "sweep_seconds": 60.0,
     "stability": Stability(window=20, tolerance=0.01),
 }
 

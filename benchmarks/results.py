@@ -20,8 +20,10 @@ from nsp.errors import ConfigError
 from nsp.files import read_json
 from nsp.runtime.io import StageIO
 
-SCHEMA = 2
-READABLE = (1, 2)  # 1 has no contract, no rivals and no sweep
+SCHEMA = 3
+# 1 has no contract, no rivals and no sweep; 2 no footprint and no guidance ended early, and its
+# `imported_mib` leaves out the backend's library.
+READABLE = (1, 2, 3)
 OUTSIDE = "outside stages"
 END_TO_END = "end to end"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}

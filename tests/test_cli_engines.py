@@ -188,7 +188,7 @@ def test_fidelity_is_measured_on_seen_and_held_out_captions(engines, tmp_path):
     assert found["sampling"]["guidance_until"] == 1
     written = (out / "fidelity.md").read_text()
     assert "| held out | 2 |" in written
-    assert "Guidance on the first 1 scales only." in written
+    assert "`guidance_until` is 1." in written
     assert (out / "fidelity.png").is_file()
 
 

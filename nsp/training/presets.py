@@ -75,7 +75,7 @@ def quick() -> RunConfig:
 
 
 def smoke() -> RunConfig:
-    """Return a run of seconds, for tests: the tiny model at 16 px, four steps a phase."""
+    """Return a run of seconds, for tests: the tiny model at 16 px, two phases of four steps."""
     run = _shortened(emoji(), {"tokenizer": 4, "predictor": 4})
     phases = tuple(
         dataclasses.replace(

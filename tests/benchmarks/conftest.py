@@ -22,6 +22,8 @@ SMALL = Effort(
     baseline_processes=1,
     gemm_side=64,
     num_conditions=3,
+    sweep_rounds=3,
+    sweep_seconds=60,
 )
 
 

@@ -63,13 +63,13 @@ def test_json_on_disk_is_the_result_and_holds_no_nan(result: BenchResult, tmp_pa
         raise AssertionError(constant)
 
     values = json.loads(report.json_path.read_text(), parse_constant=refuse)
-    assert values["schema_version"] == 2
+    assert values["schema_version"] == 3
     assert BenchResult.from_dict(values) == result
 
 
 def test_another_schema_is_refused(result: BenchResult) -> None:
-    with pytest.raises(ConfigError, match="schema_version 3"):
-        BenchResult.from_dict({**result.to_dict(), "schema_version": 3})
+    with pytest.raises(ConfigError, match="schema_version 4"):
+        BenchResult.from_dict({**result.to_dict(), "schema_version": 4})
 
 
 def test_markdown_holds_every_row_of_every_table(result: BenchResult) -> None:
