@@ -1,24 +1,41 @@
-"""Writes the README's table of measurements from a committed result: `python -m benchmarks.readme`.
+"""Writes the README's tables of measurements from committed results: `python -m benchmarks.readme`.
 
-To measure again: `nsp bench --quick`, copy its bench.json over the result, and run this.
+To measure again: run `nsp bench` as the text beside a table says, copy its bench.json over the
+result, and run this.
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from benchmarks.report import write_text
+from benchmarks.contest_tables import step_section
+from benchmarks.report import table_lines, write_text
 from benchmarks.results import BatchResult, BenchResult, Row, read_result
 from nsp.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "emoji_cpu.json"
-BEGIN = "<!-- from benchmarks/results/emoji_cpu.json by: python -m benchmarks.readme -->"
+RESULTS = ROOT / "benchmarks" / "results"
 END = "<!-- end -->"
 
 
+def step_loop(result: BenchResult) -> str:
+    """Return what everybody makes of the scale steps, as Markdown."""
+    model, environment = result.model, result.environment
+    section = step_section(result)
+    lines = [
+        f"The step loop of a larger model with random weights (`w512`: width 512, 8 layers, "
+        f"{model.num_tokens} tokens in {len(model.schedule)} scales, {model.image_size_px} px, "
+        f"guidance on), `nsp bench` on {environment.threads} cores of an {environment.cpu}, all in "
+        "the same rounds:",
+        "",
+        *table_lines(section),
+        *(line for note in section.notes for line in ("", note)),
+    ]
+    return "\n".join(lines)
+
+
 def measured(result: BenchResult) -> str:
-    """Return the section's text and table as Markdown."""
+    """Return the times of the bundled model beside PyTorch's, as Markdown."""
     model, environment = result.model, result.environment
     packages = environment.packages
     assert result.baseline is not None
@@ -98,19 +115,38 @@ def _cold(result: BenchResult, side: str, field: str) -> float:
     return float(statistics.median(getattr(run, field) for run in runs))
 
 
-def rewritten(readme: str, result: BenchResult) -> str:
-    """Return the README with the section of `result`; raise ConfigError without its marks."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"README.md lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{measured(result)}\n\n{END}{after}"
+# Which text is written of which result, between `begin(name)` and END.
+SECTIONS: Mapping[str, Callable[[BenchResult], str]] = {
+    "emoji_cpu.json": measured,
+    "w512_cpu.json": step_loop,
+}
+
+
+def begin(name: str) -> str:
+    """Return the mark before the section of a result."""
+    return f"<!-- from benchmarks/results/{name} by: python -m benchmarks.readme -->"
+
+
+def rewritten(readme: str, results: Mapping[str, BenchResult]) -> str:
+    """Return the README with the sections of `results`; raise ConfigError without their marks."""
+    for name, result in results.items():
+        before, mark, rest = readme.partition(begin(name))
+        _, end, after = rest.partition(END)
+        if not mark or not end:
+            raise ConfigError(f"README.md lacks the marks {begin(name)} and {END}")
+        readme = f"{before}{mark}\n\n{SECTIONS[name](result)}\n\n{end}{after}"
+    return readme
+
+
+def committed() -> dict[str, BenchResult]:
+    """Return the results the README tells of."""
+    return {name: read_result(RESULTS / name) for name in SECTIONS}
 
 
 def main() -> None:
     """Write the README again."""
     path = ROOT / "README.md"
-    write_text(path, rewritten(path.read_text(encoding="utf-8"), read_result(RESULT)))
+    write_text(path, rewritten(path.read_text(encoding="utf-8"), committed()))
 
 
 if __name__ == "__main__":

@@ -129,14 +129,20 @@ def markdown(result: BenchResult) -> str:
     """Return all sections as GitHub-flavoured Markdown."""
     lines = ["# nsp bench", ""]
     for section in sections(result):
-        lines += [f"## {section.title}", ""]
-        lines.append("| " + " | ".join(section.header) + " |")
-        rule = " ---: |" if section.numbers else " --- |"
-        lines.append("| --- |" + rule * (len(section.header) - 1))
-        lines += ["| " + " | ".join(map(_escaped, row)) + " |" for row in section.rows]
+        lines += [f"## {section.title}", "", *table_lines(section)]
         lines += [line for note in section.notes for line in ("", note)]
         lines.append("")
     return "\n".join(lines)
+
+
+def table_lines(section: Section) -> list[str]:
+    """Return the lines of a section's table as Markdown."""
+    rule = " ---: |" if section.numbers else " --- |"
+    return [
+        "| " + " | ".join(section.header) + " |",
+        "| --- |" + rule * (len(section.header) - 1),
+        *("| " + " | ".join(map(_escaped, row)) + " |" for row in section.rows),
+    ]
 
 
 def _escaped(cell: str) -> str:
