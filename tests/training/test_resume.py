@@ -62,7 +62,7 @@ def test_a_resumed_run_does_not_need_the_text_encoder_it_started_from(
         (None, {"data": "emoji"}, "data.source"),
         (None, {"text_encoder": "elsewhere"}, "text_encoder.folder"),
         (None, {"seed": 4}, "seed is 3, not 4"),
-        ("quick", {}, "model"),
+        ("quick", {}, "has the phases tokenizer, predictor, not"),
     ],
 )
 def test_resuming_refuses_an_option_that_contradicts_the_run(
