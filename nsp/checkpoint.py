@@ -51,9 +51,12 @@ class CheckpointRecord:
         return self.family.get("load_checkpoint")(self.folder, self.config)
 
     def weights_hash(self) -> str:
-        """Return the SHA-256 over config.json's model part and every weight file, in name order."""
+        """Return the SHA-256 over config.json's model part and every other file, in name order.
+
+        Not over a card (*.md): what is written about a model does not make it another one.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        files = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
+        files = (p for p in sorted(self.folder.rglob("*")) if p.is_file() and p.suffix != ".md")
         for path in files:
             name = str(path.relative_to(self.folder))
             if name != CONFIG_NAME:  # its notes may change without the model

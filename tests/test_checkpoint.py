@@ -66,6 +66,7 @@ def test_weights_hash_follows_the_weights_not_the_notes(copy: Path) -> None:
     before = read_checkpoint(copy).weights_hash()
     values = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**values, "notes": {"other": 1}}))
+    (copy / "README.md").write_text("# A card")
     assert read_checkpoint(copy).weights_hash() == before
     path = copy / "vae/model.safetensors"
     content = bytearray(path.read_bytes())
