@@ -3,13 +3,22 @@
 import dataclasses
 from pathlib import Path
 
+import onnx
+import pytest
 import torch
+from onnx import TensorProto, helper
 
+import export.targets
 from nsp.data.sources import ImageSource, Sample
 from nsp.families.var.checkpoint import save_checkpoint
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
 from nsp.families.var.training import new_system
 from tests.models import CAPTIONS
+
+rtx = pytest.mark.skipif(
+    not export.targets.is_installed(export.targets.TARGETS["tensorrt-rtx"]),
+    reason="the tensorrt-rtx extra is not installed",
+)
 
 
 def small_config() -> VarConfig:
@@ -46,3 +55,15 @@ def new_small_checkpoint(folder: Path, *, seed: int = 0, num_classes: int = 0) -
             others.mul_(10)
     save_checkpoint(folder, system, notes={"made_by": "tests"})
     return folder
+
+
+def write_model(
+    folder: Path, op: str = "Relu", dtype: int = TensorProto.FLOAT, inputs: int = 1
+) -> Path:
+    """Write y = op(x, x, ...) to `folder` and return the file."""
+    nodes = [helper.make_node(op, ["x"] * inputs, ["y"])]
+    tensors = [helper.make_tensor_value_info(name, dtype, ["B", 4]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:])
+    path = folder / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    return path

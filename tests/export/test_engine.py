@@ -2,10 +2,8 @@
 
 import json
 import platform
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
@@ -29,27 +27,12 @@ from nsp.families.var.config import ClassCondition, with_condition
 from nsp.runtime.io import Axes, StageIO
 from nsp.runtime.manifest import PRECISION_DTYPES, check_files
 from nsp.runtime.nvidia import Gpu
-from tests.export.small import small_config
+from tests.export.small import rtx, small_config, write_model
 from tests.export.test_lint import planned
 from tests.export.test_run import STAGES
 
 IO = StageIO(inputs={"x": Axes("B 4")}, outputs={"y": Axes("B 4")})
 CHILDREN = "tests.export.children"
-
-rtx = pytest.mark.skipif(
-    not export.targets.is_installed(export.targets.TARGETS["tensorrt-rtx"]),
-    reason="the tensorrt-rtx extra is not installed",
-)
-
-
-def write_model(folder: Path, op: str = "Relu", dtype: int = TensorProto.FLOAT, inputs: int = 1):
-    nodes = [helper.make_node(op, ["x"] * inputs, ["y"])]
-    tensors = [helper.make_tensor_value_info(name, dtype, ["B", 4]) for name in "xy"]
-    graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:])
-    path = folder / "model.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
-    return path
-
 
 WIDE = 300
 
@@ -306,208 +289,6 @@ def test_auto_adds_fp32_for_a_cpu_and_every_installed_tensorrt(small_checkpoint,
     monkeypatch.setattr(export.targets, "is_installed", lambda t: t.name == "onnxruntime")
     with pytest.raises(ConfigError, match="no installed target has bf16"):
         export.targets.resolve(bf16)
-
-
-def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
-    """Return a module with the part of TensorRT 10's API that a build uses."""
-
-    class Cache:
-        def __init__(self, content):
-            self.content = content
-
-        def serialize(self):
-            return self.content + b"+measured"
-
-    class Config:
-        progress_monitor = None
-
-        def create_timing_cache(self, content):
-            return Cache(content)
-
-        def set_timing_cache(self, cache, ignore_mismatch):
-            assert ignore_mismatch is False
-            fits = cache.content in (b"", b"times+measured")
-            self.cache = cache if fits else None
-            if not fits:
-                self.log.log("error", "the timing cache is of another GPU")
-            return fits
-
-        def get_timing_cache(self):
-            return self.cache
-
-        def add_optimization_profile(self, profile):
-            recorded.append(("profile", profile.shapes))
-
-        def set_flag(self, flag):
-            recorded.append(("flag", flag))
-
-        def clear_flag(self, flag):
-            recorded.append(("no flag", flag))
-
-    class Builder:
-        def __init__(self, log):
-            self.log = log
-
-        def create_network(self, flags):
-            recorded.append(("flags", flags))
-            return SimpleNamespace(num_inputs=1, get_input=lambda i: SimpleNamespace(name="x"))
-
-        def create_builder_config(self):
-            config = Config()
-            config.log = self.log
-            return config
-
-        def create_optimization_profile(self):
-            shapes = {}
-            return SimpleNamespace(
-                shapes=shapes, set_shape=lambda name, *bounds: shapes.update({name: bounds})
-            )
-
-        def build_serialized_network(self, network, config):
-            config.progress_monitor.phase_start("Building", None, 2)
-            config.progress_monitor.step_complete("Building", 0)
-            config.progress_monitor.phase_finish("Building")
-            if recorded[0][0] == "refuse":
-                self.log.log("error", recorded[0][1])
-                return None
-            return b"engine"
-
-    module = ModuleType("tensorrt")
-    logger = type("ILogger", (), {"ERROR": "error", "INTERNAL_ERROR": "internal"})
-    vars(module).update(
-        ILogger=logger,
-        IProgressMonitor=type("IProgressMonitor", (), {}),
-        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
-        BuilderFlag=SimpleNamespace(TF32=8),
-        Builder=Builder,
-        OnnxParser=lambda network, log: SimpleNamespace(parse_from_file=lambda path: True),
-        __version__="10.13",
-    )
-    return module
-
-
-def compile_with_fake(tmp_path: Path, **settings):
-    done: list[float] = []
-    device = compile_engine(
-        module="tensorrt",
-        model=write_model(tmp_path),
-        plan=tmp_path / "engine.plan",
-        profiles=[{"x": [[1, 4], [2, 4], [2, 4]], "unused": [[1], [1], [1]]}],
-        gpu_archs=[],
-        on_progress=lambda share, phase: done.append(share),
-        **settings,
-    )
-    return device, done
-
-
-def test_full_tensorrt_takes_the_same_path(tmp_path, monkeypatch):
-    recorded: list[tuple[str, object]] = [("build", None)]
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(recorded))
-    device, done = compile_with_fake(tmp_path)
-    assert (device["module"], device["version"]) == ("tensorrt", "10.13")
-    assert (device["os"], device["machine"]) == (platform.system().lower(), platform.machine())
-    assert done == [0.5]
-    profile = ("profile", {"x": ((1, 4), (2, 4), (2, 4))})
-    assert recorded[1:] == [("flags", 2), ("no flag", 8), profile]
-    assert (tmp_path / "engine.plan").read_bytes() == b"engine"
-
-
-def test_engines_are_built_for_cuda_graphs_where_that_must_be_asked_for(tmp_path, monkeypatch):
-    recorded: list[tuple[str, object]] = [("build", None)]
-    module = fake_tensorrt(recorded)
-    module.BuilderFlag.REQUIRE_USER_ALLOCATION = 7
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    compile_with_fake(tmp_path)
-    assert ("flag", 7) in recorded
-    rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    assert hasattr(rtx.BuilderFlag, "REQUIRE_USER_ALLOCATION")
-
-
-@rtx
-def test_float32_products_are_not_rounded(tmp_path, monkeypatch):
-    import tensorrt_rtx as trt
-
-    class Builder:
-        def __init__(self, log):
-            self.real = real(log)
-
-        def __getattr__(self, name):
-            return getattr(self.real, name)
-
-        def build_serialized_network(self, network, config):
-            flags.append(config.get_flag(trt.BuilderFlag.TF32))
-            return self.real.build_serialized_network(network, config)
-
-    flags: list[bool] = []
-    real = trt.Builder
-    monkeypatch.setattr(trt, "Builder", Builder)
-    compile_engine(
-        module="tensorrt_rtx",
-        model=write_model(tmp_path),
-        plan=tmp_path / "engine.plan",
-        profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
-        gpu_archs=["80"],
-        on_progress=lambda done, phase: None,
-    )
-    assert flags == [False]
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ("no GPU\nfound", "^tensorrt cannot build an engine: no GPU found$"),
-        ("Cuda Runtime (out of memory)", "ran out of memory while building.*smaller --max-batch"),
-    ],
-)
-def test_what_tensorrt_says_when_it_refuses_is_passed_on(tmp_path, monkeypatch, said, message):
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt([("refuse", said)]))
-    with pytest.raises(ExportError, match=message):
-        compile_with_fake(tmp_path)
-    assert not (tmp_path / "engine.plan").exists()
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (None, b"+measured"),
-        (b"times+measured", b"times+measured+measured"),
-        (b"of another GPU", b"+measured"),
-    ],
-)
-@pytest.mark.parametrize("outcome", ["build", "refuse"])
-def test_kernel_times_are_kept_for_the_next_build(
-    tmp_path, monkeypatch, caplog, before, after, outcome
-):
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt([(outcome, "no memory left")]))
-    path = tmp_path / TIMING_CACHE
-    if before is not None:
-        path.write_bytes(before)
-    if outcome == "build":
-        compile_with_fake(tmp_path, timing_cache=path)
-    else:
-        with pytest.raises(ExportError, match="no memory left"):  # not what is wrong with the file
-            compile_with_fake(tmp_path, timing_cache=path)
-    assert path.read_bytes() == after
-    assert ("started anew" in caplog.text) == (before == b"of another GPU")
-
-
-@rtx
-@pytest.mark.filterwarnings("ignore:.*Timing cache operations:DeprecationWarning")
-def test_a_damaged_timing_cache_is_replaced_by_a_whole_one(tmp_path):
-    """By the same functions in TensorRT-RTX, where they still are and do nothing else."""
-    path = tmp_path / TIMING_CACHE
-    path.write_bytes(b"damaged" * 100)
-    for _ in range(2):
-        compile_engine(
-            module="tensorrt_rtx",
-            model=write_model(tmp_path),
-            plan=tmp_path / "engine.plan",
-            profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
-            gpu_archs=["80"],
-            timing_cache=path,
-            on_progress=lambda done, phase: None,
-        )
-        assert path.read_bytes().startswith(b"ptrt")
 
 
 def test_a_manifest_is_json_without_special_numbers(half_engines):
