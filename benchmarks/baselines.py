@@ -95,12 +95,12 @@ class RecordedTorchBackend(TorchBackend):
         """
         self._stages["step"].attend = attend_in_place  # type: ignore[assignment]
 
-    def arena(self, shape: KVShape) -> KVArena:
+    def new_arena(self, shape: KVShape) -> KVArena:
         """Return the one arena of this shape, empty: its addresses are part of the recordings."""
         if shape not in self._arenas:
-            self._arenas[shape] = super().arena(shape)
+            self._arenas[shape] = super().new_arena(shape)
         arena = self._arenas[shape]
-        arena.length = 0
+        arena.clear()
         return arena
 
     @torch.inference_mode()

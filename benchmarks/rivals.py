@@ -148,7 +148,7 @@ class PlainOnnxBackend(HostArrays, Backend):
         """Return a copy."""
         return np.array(array)
 
-    def arena(self, shape: KVShape) -> KVArena:
+    def new_arena(self, shape: KVShape) -> KVArena:
         """Return a cache that keeps what the last step returned."""
         self._arena = _JoinedArena(shape)
         return self._arena

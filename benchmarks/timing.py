@@ -9,6 +9,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,8 +133,8 @@ class TimedBackend(Backend):
         """Let the inner backend copy."""
         self.inner.copy_rows(source, target)
 
-    def arena(self, shape: KVShape) -> KVArena:
-        """Return the inner backend's arena."""
+    def arena(self, shape: KVShape) -> AbstractContextManager[KVArena]:
+        """Lend the inner backend's arena."""
         self.kv_shape = shape
         return self.inner.arena(shape)
 

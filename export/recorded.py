@@ -94,7 +94,7 @@ def replay(
     cached = [n for n in io.inputs if n.startswith("past_") and n not in recorded]
     arena = None
     if cached:
-        arena = backend.arena(replace(kv, dtype=io.inputs[cached[0]].dtype))
+        arena = backend.new_arena(replace(kv, dtype=io.inputs[cached[0]].dtype))
     followers = (*calls[1:], None)
     for call, following in zip(calls, followers, strict=True):
         if call.stage != stage:

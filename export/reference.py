@@ -95,10 +95,10 @@ class RecordingBackend(TorchBackend):
         names = ([*io.inputs, *io.outputs] for io in self.stages_io.values())
         return sum(any(name.startswith(("past_", "new_k")) for name in each) for each in names)
 
-    def arena(self, shape: KVShape) -> KVArena:
+    def new_arena(self, shape: KVShape) -> KVArena:
         """Return an empty arena, having noted its size."""
         self.kv = shape
-        return super().arena(shape)
+        return super().new_arena(shape)
 
 
 def _array(tensor: Any) -> NDArray[Any]:

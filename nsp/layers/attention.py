@@ -16,7 +16,9 @@ Attend: TypeAlias = Callable[..., tuple[Tensor, KeyValue]]
 
 def l2_normalize(x: Tensor) -> Tensor:
     """Return `x` over its norm along the last axis, in float32: eps 1e-12 is zero in float16."""
-    return F.normalize(x.float(), dim=-1, eps=1e-12)
+    x = x.float()  # F.normalize would be exported with its norms expanded to the size of x
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp_min(1e-12)
 
 
 def attend_delta(

@@ -45,4 +45,6 @@ def sample_by_inverse_cdf(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:
     cumulative = logits_BLV.softmax(-1).cumsum(-1)
     # The total is 1 only up to rounding; scaling the draw by it makes every draw land inside.
     target = uniforms_BL[..., None] * cumulative[..., -1:]
-    return (cumulative <= target).sum(-1).clamp_max(logits_BLV.shape[-1] - 1)
+    # Counted in float32, exact below 2^24 codes: int64 would be six times the memory traffic.
+    passed = (cumulative <= target).float().sum(-1).long()
+    return passed.clamp_max(logits_BLV.shape[-1] - 1)

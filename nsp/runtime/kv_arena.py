@@ -67,7 +67,12 @@ class KVArena(ABC):
     """Hands out the past and room for what is new; `advance` after every step."""
 
     def __init__(self, shape: KVShape) -> None:
+        self._whole_shape = shape
         self.shape, self.length = shape, 0
+
+    def clear(self) -> None:
+        """Begin anew, with all rows and nothing cached."""
+        self.shape, self.length = self._whole_shape, 0
 
     @abstractmethod
     def keep_rows(self, rows: int) -> None:
@@ -95,7 +100,13 @@ class DeltaArena(KVArena):
 
     def __init__(self, shape: KVShape, memory: Memory) -> None:
         super().__init__(shape)
-        self._memory, self._buffers = memory, self._allocate(memory)
+        self._memory = memory
+        self._buffers = self._whole = self._allocate(memory)
+
+    def clear(self) -> None:
+        """Begin anew, with all rows and nothing cached."""
+        super().clear()
+        self._buffers = self._whole
 
     def _allocate(self, memory: Memory) -> list[Array]:
         kv = self.shape
@@ -134,6 +145,11 @@ class PresentArena(KVArena):
         self._pair = [
             [memory.allocate((size,), shape.dtype) for _ in range(count)] for _ in range(2)
         ]
+        self._current = 0
+
+    def clear(self) -> None:
+        """Begin anew, with all rows and nothing cached."""
+        super().clear()
         self._current = 0
 
     def keep_rows(self, rows: int) -> None:

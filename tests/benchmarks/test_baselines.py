@@ -62,7 +62,7 @@ def test_inputs_and_cache_stay_where_a_recording_holds_them(
     seen = []
 
     def loop(played: Any, inputs: Any) -> Any:
-        arena = played.arena(KVShape(1, 5, 2, 2, 8, "float32"))
+        arena = played.new_arena(KVShape(1, 5, 2, 2, 8, "float32"))
         views = {**inputs, **arena.past(), **arena.new(2)}
         arena.advance(2)
         seen.append({name: view.data_ptr() for name, view in views.items()})

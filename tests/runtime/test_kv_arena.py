@@ -94,6 +94,23 @@ def test_the_first_rows_can_be_kept_alone(layout: str, kept_after: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ARENAS)
+def test_a_cleared_arena_is_as_new(layout: str) -> None:
+    arena = ARENAS[layout](shape_for([1, 4], rows=4), Host())
+    grow(arena, 1)
+    first = arena.past()["past_k_0"].ctypes.data
+    arena.keep_rows(2)
+    arena.clear()
+    for length in (1, 4):
+        grow(arena, length)
+    expected = new_entries(shape_for([1, 4], rows=4), 0, arena.length)
+    for name, values in token_major(arena).items():
+        np.testing.assert_array_equal(values, expected[name.removeprefix("past_")])
+    arena.clear()
+    grow(arena, 1)
+    assert arena.past()["past_k_0"].ctypes.data == first
+
+
+@pytest.mark.parametrize("layout", ARENAS)
 def test_an_empty_past_has_the_address_of_the_arena(layout: str) -> None:
     host = Host()
     past = ARENAS[layout](shape_for([1, 4]), host).past()

@@ -92,20 +92,20 @@ def generate(
     latent = _base(backend, config, inputs, condition)
     yield ScaleStep(0, config.num_scales, latent)
     condition = condition[:batch]
-    arena = backend.arena(_kv_shape(backend, config, batch))
-    for k in range(config.num_predictors):
-        past = arena.past() if config.past_tokens(k) else {}
-        num_new = config.sides[k] ** 2 if config.has_keys(k) else 0
-        grown = backend.run(
-            predictor_stage(k),
-            {"latent": latent, "condition": condition, **past},
-            arena.new(num_new) if num_new else {},
-        )
-        arena.advance(num_new)
-        latent = grown["new_latent"]
-        if k == config.num_predictors - 1:
-            latent = backend.run("refine", {"latent": latent})["new_latent"]
-        yield ScaleStep(k + 1, config.num_scales, latent)
+    with backend.arena(_kv_shape(backend, config, batch)) as arena:
+        for k in range(config.num_predictors):
+            past = arena.past() if config.past_tokens(k) else {}
+            num_new = config.sides[k] ** 2 if config.has_keys(k) else 0
+            grown = backend.run(
+                predictor_stage(k),
+                {"latent": latent, "condition": condition, **past},
+                arena.new(num_new) if num_new else {},
+            )
+            arena.advance(num_new)
+            latent = grown["new_latent"]
+            if k == config.num_predictors - 1:
+                latent = backend.run("refine", {"latent": latent})["new_latent"]
+            yield ScaleStep(k + 1, config.num_scales, latent)
 
 
 def _base(

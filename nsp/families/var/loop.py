@@ -138,27 +138,27 @@ def generate(
     encoded = _encoded(backend, inputs)
     conditioning = _condition(backend, encoded, inputs["rows"])
     x, latent = conditioning.pop("x"), inputs["latent"]
-    arena = backend.arena(_kv_shape(backend, config, rows))
-    for scale, grid in enumerate(config.patch_nums):
-        here = _of_scale(inputs, scale)
-        if x.shape[0] < arena.shape.rows:  # guidance has ended
-            conditioning = _condition(backend, encoded, inputs["rows_alone"])
-            del conditioning["x"]
-            arena.keep_rows(batch)
-        stepped = backend.run(
-            "step",
-            {"x": x, "positions": here["positions"], **conditioning, **arena.past()},
-            arena.new(grid**2),
-        )
-        arena.advance(grid**2)
-        selected = _select(backend, inputs, here, stepped["logits"])
-        codes = selected["codes"].reshape((batch, grid, grid, config.vae.latent_channels))
-        resize = {name: here[name] for name in _RESIZE}
-        grown = backend.run(
-            "accumulate", {"codes": codes, "latent": latent, "rows": here["next_rows"], **resize}
-        )
-        latent, x = grown["new_latent"], grown["x"]
-        yield ScaleStep(scale, config.num_scales, selected["tokens"], selected["guided"], latent)
+    with backend.arena(_kv_shape(backend, config, rows)) as arena:
+        for scale, grid in enumerate(config.patch_nums):
+            here = _of_scale(inputs, scale)
+            if x.shape[0] < arena.shape.rows:  # guidance has ended
+                conditioning = _condition(backend, encoded, inputs["rows_alone"])
+                del conditioning["x"]
+                arena.keep_rows(batch)
+            stepped = backend.run(
+                "step",
+                {"x": x, "positions": here["positions"], **conditioning, **arena.past()},
+                arena.new(grid**2),
+            )
+            arena.advance(grid**2)
+            selected = _select(backend, inputs, here, stepped["logits"])
+            tokens, guided = selected["tokens"], selected["guided"]
+            codes = selected["codes"].reshape((batch, grid, grid, config.vae.latent_channels))
+            added = {"codes": codes, "latent": latent, "rows": here["next_rows"]}
+            resize = {name: here[name] for name in _RESIZE}
+            grown = backend.run("accumulate", {**added, **resize})
+            latent, x = grown["new_latent"], grown["x"]
+            yield ScaleStep(scale, config.num_scales, tokens, guided, latent)
 
 
 def _encoded(backend: Backend, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -53,8 +54,12 @@ class Backend(ABC):
     def copy_rows(self, source: Array, target: Array) -> None:
         """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
 
-    def arena(self, shape: KVShape) -> KVArena:
-        """Return an empty arena in this backend's layout."""
+    def arena(self, shape: KVShape) -> AbstractContextManager[KVArena]:
+        """Lend an empty arena in this backend's layout; its views end with the `with` block."""
+        return nullcontext(self.new_arena(shape))
+
+    def new_arena(self, shape: KVShape) -> KVArena:
+        """Return an arena with memory of its own."""
         return ARENAS[self.kv_layout](shape, self)
 
     def kv_dtype(self) -> str:

@@ -93,8 +93,8 @@ def test_keys_and_values_match(system: VarSystem) -> None:
     io = part(tensors("io"), "ar_greedy/")
     pipe = torch_pipeline(family("var"), system)
     arenas = []
-    make_arena: Callable = pipe.backend.arena
-    pipe.backend.arena = lambda shape: arenas.append(make_arena(shape)) or arenas[-1]  # type: ignore[method-assign]
+    make_arena: Callable = pipe.backend.new_arena
+    pipe.backend.new_arena = lambda shape: arenas.append(make_arena(shape)) or arenas[-1]  # type: ignore[method-assign]
     pipe.generate(class_ids=io["label"].tolist(), guidance_scale=2.5, top_k=1)
     past = arenas[0].past()
     for layer in range(4):

@@ -130,7 +130,7 @@ def test_the_cache_grows_in_the_arena_from_an_empty_past(
     folder: Path, schedule: list[int], dtype: str, kv_layout: str
 ) -> None:
     backend = step_backend(folder, dtype, kv_layout)
-    arena = backend.arena(KVShape(1, sum(schedule), 3, 2, 8, backend.kv_dtype()))
+    arena = backend.new_arena(KVShape(1, sum(schedule), 3, 2, 8, backend.kv_dtype()))
     seen = np.zeros((0, 3, 2, 8), dtype)
     for length in schedule:
         x = np.random.default_rng(length).integers(-9, 9, (length, 3, 2, 8)).astype(dtype)
@@ -266,3 +266,15 @@ def test_one_backend_serves_several_threads(adder: OnnxRuntimeBackend) -> None:
 def test_a_number_of_threads_is_at_least_one(num_threads: object) -> None:
     with pytest.raises(ConfigError, match="num_threads is an integer of at least 1"):
         OnnxRuntimeBackend({}, {}, kv_layout="delta", num_threads=num_threads)
+
+
+def test_a_loop_that_has_ended_gives_its_cache_to_the_next_one(folder: Path) -> None:
+    backend, shape = step_backend(folder, "float32", "present"), KVShape(1, 4, 3, 2, 8, "float32")
+    with backend.arena(shape) as first:
+        first.keep_rows(1)
+        first.advance(2)
+        with backend.arena(shape) as second:  # a stream that is not read to its end
+            assert second is not first
+    with backend.arena(shape) as third:
+        assert third is first
+        assert third.past()["past_k_0"].shape == (3, 2, 0, 8)

@@ -106,7 +106,7 @@ def test_the_cache_grows_on_the_device_from_an_empty_past(
     host = step_backend(folder, dtype, kv_layout)
     device = on_device(host)
     schedule = (1, 4, 2)
-    arenas = [b.arena(KVShape(1, sum(schedule), 3, 2, 8, dtype)) for b in (host, device)]
+    arenas = [b.new_arena(KVShape(1, sum(schedule), 3, 2, 8, dtype)) for b in (host, device)]
     for length in schedule:
         x = np.random.default_rng(length).integers(-9, 9, (length, 3, 2, 8)).astype(dtype)
         expected, given = (

@@ -474,7 +474,7 @@ def test_uploads_come_back_and_freed_memory_is_used_again() -> None:
 
 
 def test_the_arena_of_bfloat16_steps_has_their_dtype(machine: Machine) -> None:
-    arena = machine.load().backend.arena(KVShape(1, 4, 2, 2, 8, "bfloat16"))
+    arena = machine.load().backend.new_arena(KVShape(1, 4, 2, 2, 8, "bfloat16"))
     assert arena.past()["past_k_0"].dtype == "bfloat16"
     assert arena.new(2)["new_v_0"].num_bytes == 2 * 2 * 2 * 8 * 2
 
