@@ -23,6 +23,7 @@ from benchmarks.options import BenchOptions, Effort, plain
 from benchmarks.parity import Parity, compare
 from benchmarks.peer import peer_process
 from benchmarks.pictures import Pictures, make_pictures
+from benchmarks.product import Product
 from benchmarks.report import BenchReport, write_report
 from benchmarks.results import (
     SCHEMA,
@@ -307,7 +308,8 @@ def _batch(
         weight_dtype=pipeline.backend.kv_dtype(),
         text_encoder=subject.text_encoder,
     )
-    contestants: list[Timed] = [*sides, *rivals]
+    yardstick = Product.contestants(effort.gemm_side, threads=scenario.threads)
+    contestants: list[Timed] = [*sides, *rivals, *(yardstick if subject.device == "cpu" else ())]
     observations: list[Observation] = []
     total = (effort.warmup + effort.rounds) * len(contestants)
     for observation in interleaved(

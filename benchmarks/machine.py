@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from benchmarks.processes import run_child
+from benchmarks.product import onnxruntime_product, product_gflop
 from nsp.config import Config
 from nsp.doctor import examine
 from nsp.runtime.cores import usable_cores
@@ -157,7 +158,7 @@ def _ceilings(threads: int, side: int) -> Ceilings:
     a, b = (rng.standard_normal((side, side), np.float32) for _ in range(2))
     out = np.empty_like(a)
     products: dict[str, Callable[[], Any]] = {"numpy": lambda: np.matmul(a, b, out=out)}
-    if (product := _onnxruntime_product(a, b, threads)) is not None:
+    if (product := onnxruntime_product(a, b, threads=threads)) is not None:
         products["onnxruntime"] = product
     source = np.ones(COPY_BYTES // 4, np.float32)
     target = np.empty_like(source)
@@ -166,34 +167,11 @@ def _ceilings(threads: int, side: int) -> Ceilings:
         threads=threads,
         gemm_side=side,
         gemm_gflops={
-            name: (2e-9 * side**3 / _best_seconds(product),) for name, product in products.items()
+            name: (product_gflop(side) / _best_seconds(product),)
+            for name, product in products.items()
         },
         copy_gb_s=(2e-9 * source.nbytes / copy_s,),
     )
-
-
-def _onnxruntime_product(a: Any, b: Any, threads: int) -> Callable[[], Any] | None:
-    """Return a product by ONNX Runtime, or None where a package is missing."""
-    try:
-        import onnx
-        import onnxruntime
-    except ModuleNotFoundError:
-        return None
-    helper, shape = onnx.helper, list(a.shape)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["a", "b"], ["y"])],
-        "product",
-        [helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
-        [onnx.numpy_helper.from_array(b, "b")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return lambda: session.run(None, {"a": a})
 
 
 def _best_seconds(work: Callable[[], Any], *, repeats: int = 6) -> float:
