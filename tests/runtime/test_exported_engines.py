@@ -65,6 +65,7 @@ def on_a_device(engines: Pipeline) -> Pipeline:
     backend = copy.copy(engines.backend)
     assert isinstance(backend, OnnxRuntimeBackend)
     backend.memory = DeviceMemory(onnxruntime, "cpu", (RuntimeError,))
+    backend._idle_arenas = {}
     pipe = copy.copy(engines)
     pipe.backend = backend
     return pipe

@@ -24,6 +24,7 @@ from nsp.errors import BackendError, EngineError, FeedError
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.backends.ort_arrays import DeviceMemory, HostMemory, Memory
 from nsp.runtime.backends.ort_cuda import CPU, CUDA, CudaGraphs, with_options
+from nsp.runtime.backends.ort_session import session_options
 from nsp.runtime.cores import usable_cores
 from nsp.runtime.io import Shape, StageIO
 from nsp.runtime.kv_arena import KVArena, KVShape
@@ -187,18 +188,7 @@ class OnnxRuntimeBackend(Backend):
     def _load(self, stage: str, path: Path) -> Any:
         """Return the session of one stage."""
         ort = self._ort
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads = self.num_threads
-        options.inter_op_num_threads = 1  # stages are chains: nothing to run side by side
-        # Workers that wait spin for 20 us, which bridges two operators (an image of w512 takes 3 %
-        # less, its small scales 8 %), and not beyond the run: spinning on through the next stage's,
-        # on two busy cores, an image took 6 times as long; for 1 ms within the run, 1.1 to 1.3.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # Failures are raised here; ONNX Runtime would also print them.
-        options.log_severity_level = 2 if logger.isEnabledFor(logging.DEBUG) else 4
+        options = session_options(ort, self.num_threads)
         try:
             session = self._new_session(stage, path, options)
         except self._errors as error:
