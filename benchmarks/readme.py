@@ -6,9 +6,12 @@ result, and run this.
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.contest_tables import step_section
+from benchmarks.next_scale import growth_table, read_growth
 from benchmarks.report import table_lines, write_text
 from benchmarks.results import BatchResult, BenchResult, Row, read_result
 from nsp.errors import ConfigError
@@ -115,10 +118,19 @@ def _cold(result: BenchResult, side: str, field: str) -> float:
     return float(statistics.median(getattr(run, field) for run in runs))
 
 
-# Which text is written of which result, between `begin(name)` and END.
-SECTIONS: Mapping[str, Callable[[BenchResult], str]] = {
-    "emoji_cpu.json": measured,
-    "w512_cpu.json": step_loop,
+@dataclass(frozen=True)
+class Source:
+    """How a committed result is read, and what the README says of it."""
+
+    read: Callable[[Path], Any]
+    text: Callable[[Any], str]
+
+
+# Between `begin(name)` and END.
+SECTIONS: Mapping[str, Source] = {
+    "emoji_cpu.json": Source(read_result, measured),
+    "w512_cpu.json": Source(read_result, step_loop),
+    "next_scale_1024_cpu.json": Source(read_growth, growth_table),
 }
 
 
@@ -127,20 +139,20 @@ def begin(name: str) -> str:
     return f"<!-- from benchmarks/results/{name} by: python -m benchmarks.readme -->"
 
 
-def rewritten(readme: str, results: Mapping[str, BenchResult]) -> str:
+def rewritten(readme: str, results: Mapping[str, Any]) -> str:
     """Return the README with the sections of `results`; raise ConfigError without their marks."""
     for name, result in results.items():
         before, mark, rest = readme.partition(begin(name))
         _, end, after = rest.partition(END)
         if not mark or not end:
             raise ConfigError(f"README.md lacks the marks {begin(name)} and {END}")
-        readme = f"{before}{mark}\n\n{SECTIONS[name](result)}\n\n{end}{after}"
+        readme = f"{before}{mark}\n\n{SECTIONS[name].text(result)}\n\n{end}{after}"
     return readme
 
 
-def committed() -> dict[str, BenchResult]:
+def committed() -> dict[str, Any]:
     """Return the results the README tells of."""
-    return {name: read_result(RESULTS / name) for name in SECTIONS}
+    return {name: source.read(RESULTS / name) for name, source in SECTIONS.items()}
 
 
 def main() -> None:
