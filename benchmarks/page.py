@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.pictures import Pictures
 from benchmarks.plots import plots
 from benchmarks.results import BenchResult
-from benchmarks.section import Section
+from benchmarks.section import Section, ms
 from benchmarks.svg import Plot
 from benchmarks.tables import sections
 from nsp.errors import MissingExtraError
@@ -115,10 +115,10 @@ def _tiles(result: BenchResult) -> Iterator[Tile]:
     for batch in (result.batches[0], *result.batches[-1:][: len(result.batches) - 1]):
         row = batch.end_to_end
         what = "one image" if batch.batch == 1 else f"{batch.batch} images at once"
-        beside = f"p90 {row.candidate.p90:.3g} ms"
+        beside = f"p90 {ms(row.candidate.p90)} ms"
         if row.baseline is not None:
-            beside = f"{result.baseline} {row.baseline.p50:.3g} ms"
-        yield Tile(f"{what}, end to end", f"{row.candidate.p50:.3g} ms", beside)
+            beside = f"{result.baseline} {ms(row.baseline.p50)} ms"
+        yield Tile(f"{what}, end to end", f"{ms(row.candidate.p50)} ms", beside)
         if row.speedup is not None:
             reached = row.of_roof(result.ceilings)
             share = "" if reached is None else f"{100 * reached:.0f} % of the GEMM peak"

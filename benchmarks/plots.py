@@ -11,6 +11,7 @@ from benchmarks.intervals import median_ratio
 from benchmarks.machine import Ceilings
 from benchmarks.parity import Parity
 from benchmarks.results import BatchResult, BenchResult, Row
+from benchmarks.section import ms
 from benchmarks.svg import FAINT, INK, MARKERS, SERIES, Plot, draw
 
 if TYPE_CHECKING:
@@ -53,18 +54,18 @@ def _waterfall(result: BenchResult, batch: BatchResult) -> Plot:
             labels = [label for label, _ in lanes]
             at = 0.0
             for lane, (_, parts) in enumerate(lanes):
-                for stage, ms in parts:
+                for stage, took in parts:
                     color = colors.get(stage, FAINT)
                     axes.barh(
                         lane + offset,
-                        ms,
+                        took,
                         left=at,
                         height=0.36,
                         color=color,
                         alpha=1 if name == result.candidate else 0.45,
                     )
-                    at += ms
-            axes.text(at, len(lanes) - 1 + offset, f" {name} {at:.3g} ms", va="center", fontsize=9)
+                    at += took
+            axes.text(at, len(lanes) - 1 + offset, f" {name} {ms(at)} ms", va="center", fontsize=9)
         axes.set_yticks([n + 0.2 for n in range(len(labels))], labels)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")

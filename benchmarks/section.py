@@ -18,7 +18,7 @@ class Section:
 
 
 def ms(value: float) -> str:
-    """Return milliseconds with about three digits."""
+    """Return milliseconds, or a rate, with about three digits."""
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"

@@ -87,7 +87,7 @@ def _row_header(result: BenchResult) -> tuple[str, ...]:
 
 def _row_cells(result: BenchResult, row: Row, batch: int) -> tuple[str, ...]:
     times = row.candidate
-    rate = f"{1e3 * batch / times.p50:.3g}" if times.p50 else NONE
+    rate = ms(1e3 * batch / times.p50) if times.p50 else NONE
     cells = [ms(times.p50), ms(times.p90), ms(times.p99), rate]
     if result.baseline:
         cells += [

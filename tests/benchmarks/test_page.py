@@ -15,6 +15,7 @@ from benchmarks.parity import Flip
 from benchmarks.pictures import Pictures
 from benchmarks.results import BenchResult, Entry, GuidancePoint, SweepPoint
 from benchmarks.scenarios import sweep_scenarios
+from benchmarks.section import ms
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -96,7 +97,8 @@ def test_the_page_is_whole_and_alone(whole: str, result: BenchResult) -> None:
     assert "&lt;b&gt;plain&lt;/b&gt;" in whole
     assert "Identical pixels." in whole
     assert "largest difference 1 of 255" in whole
-    assert f"{result.batches[0].end_to_end.candidate.p50:.3g} ms" in whole
+    assert f"{ms(result.batches[0].end_to_end.candidate.p50)} ms" in whole
+    assert not re.search(r"\de\+0[1-9]", re.sub(r"<svg.*?</svg>", "", whole, flags=re.DOTALL))
 
 
 def test_text_of_plots_is_text_in_the_colours_of_the_page(whole: str) -> None:

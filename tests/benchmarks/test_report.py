@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from rich.console import Console
 
 from benchmarks import bench
 from benchmarks.bench import BenchEvent, measure, run
+from benchmarks.contest_tables import step_ms, step_section
 from benchmarks.options import BenchOptions, Effort
+from benchmarks.product import GEMM
 from benchmarks.report import markdown, write_report
 from benchmarks.results import BenchResult
 from benchmarks.subject import Subject
@@ -33,7 +36,7 @@ def test_a_small_benchmark_measures_everything(result: BenchResult, subject: Sub
         names = [row.name for row in batch.rows]
         assert names == [*stages, "outside stages", "end to end"]
         assert [row.name for row in batch.scale_rows] == [f"{n}x{n}" for n in config.patch_nums]
-        assert len(batch.observations) == 2 * (SMALL.rounds + SMALL.warmup)
+        assert len(batch.observations) == 3 * (SMALL.rounds + SMALL.warmup)  # the product, too
         assert all(row.baseline is not None for row in batch.rows)
         assert batch.end_to_end.cost is not None
     assert result.parity is not None
@@ -53,7 +56,20 @@ def test_progress_of_every_activity_is_told(result: BenchResult, events: list[Be
         "fresh processes",
     ]
     done = [event.done for event in events if event.activity == "batch 1"]
-    assert done == list(range(1, 2 * (SMALL.rounds + SMALL.warmup) + 1))
+    assert done == list(range(1, 3 * (SMALL.rounds + SMALL.warmup) + 1))
+
+
+def test_steps_are_held_against_the_product_of_their_own_round(result: BenchResult) -> None:
+    assert result.ceilings is not None
+    batch = result.batches[0]
+    steps = next(row for row in batch.rows if row.name == "step")
+    assert steps.cost is not None
+    loops, products = batch.times(result.candidate, step_ms), batch.times(GEMM)
+    work = steps.cost.gflop / (2e-9 * result.ceilings.gemm_side**3)
+    shares = [work * product / loop for loop, product in zip(loops, products, strict=True)]
+    section = step_section(result)
+    cell = section.rows[0][section.header.index("of GEMM beside it")]
+    assert cell == f"{100 * statistics.median(shares):.0f} %"
 
 
 def test_json_on_disk_is_the_result_and_holds_no_nan(result: BenchResult, tmp_path: Path) -> None:
