@@ -252,7 +252,7 @@ SIZES: Mapping[str, NextScaleConfig] = {
     "emoji": NextScaleConfig(
         initial_size=4,
         target_size=64,
-        vae=VaeConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8),
+        vae=VaeConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8),
         generator=GeneratorConfig(
             base_width=192, base_blocks=6, condition_width=192, growth=32, flow_steps=16
         ),
