@@ -104,9 +104,6 @@ def main(
     config: Path | None = changes["config"]
     preset = preset and preset.replace("-", "_")  # both spellings name it
     folder = output_dir or Path("runs") / (config.stem if config else preset or "emoji")
-    again = ["python", "train.py", "--resume", "--output-dir", str(folder)]
-    again += ["--phase", phase] if phase else []
-    again += ["--skip-bad-files"] if skip_bad_files else []
     try:
         from nsp.training.run import train
 
@@ -116,7 +113,9 @@ def main(
             if changes["precision"] not in (None, "fp16"):
                 raise ConfigError(f"--fp16 and --precision {changes['precision']}: give one")
             changes["precision"] = "fp16"
-        run = configure(preset, folder if resume else None, **changes)
+        run = configure(
+            preset, folder if resume else None, skip_bad_files=skip_bad_files, **changes
+        )
         result = train(
             run,
             folder,
@@ -127,7 +126,7 @@ def main(
         )
     except KeyboardInterrupt:  # between steps: in imports, data, checkpoints
         if (folder / "run.json").is_file():
-            click.echo(f"stopped; continue with: {shlex.join(again)}", err=True)
+            click.echo(_stopped(folder, phase, skip_bad_files), err=True)
         else:
             click.echo("stopped before the first step; repeat the command to start again", err=True)
         sys.exit(INTERRUPTED)
@@ -140,7 +139,7 @@ def main(
     if not result.is_main_process:
         sys.exit(DONE if result.finished else INTERRUPTED)
     if not result.finished:
-        click.echo(f"stopped; continue with: {shlex.join(again)}", err=True)
+        click.echo(_stopped(folder, phase, skip_bad_files), err=True)
     for line in summary(run, folder):
         click.echo(line)
     click.echo(f"checkpoint: {result.checkpoint}")
@@ -149,6 +148,14 @@ def main(
         following = ["python", "train.py", "--resume", "--output-dir", str(folder)]
     click.echo(f"next: {shlex.join(following)}")
     sys.exit(DONE if result.finished else INTERRUPTED)
+
+
+def _stopped(folder: Path, phase: str | None, skip_bad_files: bool) -> str:
+    """Return how a stopped run goes on."""
+    again = ["python", "train.py", "--resume", "--output-dir", str(folder)]
+    again += ["--phase", phase] if phase else []
+    again += ["--skip-bad-files"] if skip_bad_files else []
+    return f"stopped; continue with: {shlex.join(again)}"
 
 
 def run_of(path: Path, output_dir: Path | None) -> Path:
@@ -195,6 +202,7 @@ def configure(
     stream: bool = False,
     token_cache: str | None = None,
     from_phase: str | None = None,
+    skip_bad_files: bool = False,
     **changes: Any,
 ) -> "RunConfig":
     """Return the run a command line describes: a file's, a preset's or a resumed folder's, changed.
@@ -239,7 +247,9 @@ def configure(
     given = {name: value for name, value in given.items() if value or name != "progressive"}
     values |= {name: value for name, value in given.items() if name not in OPTIONS}
     run = with_options(
-        RunConfig.from_dict(values), {name: given[name] for name in given if name in OPTIONS}
+        RunConfig.from_dict(values),
+        {name: given[name] for name in given if name in OPTIONS},
+        skip_bad_files=skip_bad_files,
     )
     if from_phase is not None:
         run = _from_phase(run, from_phase)

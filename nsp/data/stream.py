@@ -135,7 +135,11 @@ class ShardStream(IterableDataset[StreamItem]):
     def loader(self, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
         """Return the batches from `start_step` on."""
         return DataLoader(
-            self, batch_size=self.batch_size, num_workers=num_workers, pin_memory=pin_memory
+            self,
+            batch_size=self.batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # torch's own is the training step's
         )
 
     def __iter__(self) -> Iterator[StreamItem]:

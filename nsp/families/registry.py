@@ -39,6 +39,8 @@ class Family:
     default_batch_size: int | None = None  # None: as many as are made best at once
     takes_no_prompt: bool = False  # "" stands for no prompt
     kv_layouts: tuple[str, ...] = ("delta", "present")  # of its cache
+    # What of a configuration follows from the parts a model was trained with, such as its encoder.
+    fields_of_parts: tuple[str, ...] = ("condition.",)
 
     def get(self, room: str) -> Any:
         """Return the object a field names, importing its module now."""
@@ -91,6 +93,7 @@ FAMILIES: Mapping[str, Family] = {
         profiles=f"{_NEXT_SCALE}.profiles:stage_profiles",
         parity_requests=f"{_NEXT_SCALE}.profiles:parity_requests",
         draws_tokens=False,
+        fields_of_parts=("vae.", "text.", "pretrained_vae"),
         train_options=f"{_NEXT_SCALE}.presets:with_options",
         scale_of=f"{_NEXT_SCALE}.config:scale_of",
         default_prompt="a beautiful landscape with mountains and a lake",

@@ -93,6 +93,13 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
                 raise ConfigError(
                     f"{folder} holds {name}/ but no {RUN_NAME}: choose another --output-dir"
                 )
+        for phase in config.phases:
+            steps = steps_folder(config, folder / phase.name)
+            if steps.is_dir() and any(steps.iterdir()):
+                raise ConfigError(
+                    f"{steps} holds another run's saved steps; continue that run with --resume, or "
+                    "choose another --checkpoint-dir"
+                )
         return
     if not path.exists():
         raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start one")

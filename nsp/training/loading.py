@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sized
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nsp.data.stream import ShardStream
@@ -42,6 +43,9 @@ def training_loader(
         return data.loader(**settings)
     assert isinstance(data, Sized)  # StepSampler draws indices, so it must be map-style
     sampler = StepSampler(len(data), share, start=start, stop=stop, seed=seed)
+    # A generator of its own: it draws a seed for workers when it starts, and from torch's it would
+    # shift what the first step after a resumption draws.
+    settings["generator"] = torch.Generator()
     return DataLoader(_AtEpoch(data), batch_sampler=sampler, **settings)
 
 

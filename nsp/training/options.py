@@ -23,11 +23,14 @@ OPTIONS = (
 )
 
 
-def with_options(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+def with_options(
+    run: RunConfig, options: Mapping[str, Any], *, skip_bad_files: bool = False
+) -> RunConfig:
     """Return the run with the `options` that are given, by their names in OPTIONS.
 
-    What is counted in epochs becomes steps: the pictures are counted for it. Raises ConfigError for
-    an option the run's family has not, or a value that is not allowed.
+    What is counted in epochs becomes steps: the pictures are counted for it, without bad files if
+    those are left out. Raises ConfigError for an option the run's family has not, for a value that
+    is not allowed, and for what the family misses.
     """
     data = {field: options[name] for name, field in _OF_DATA.items() if name in options}
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
@@ -40,10 +43,11 @@ def with_options(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     if "log_dir" in options:
         tracking = dataclasses.replace(run.tracking, log_dir=options["log_dir"])
         run = dataclasses.replace(run, tracking=tracking)
-    if own := {name: options[name] for name in FAMILY_OPTIONS if name in options}:
-        run = _of_family(run, own)
+    own = {name: options[name] for name in FAMILY_OPTIONS if name in options}
+    if own or family(run.family).train_options is not None:
+        run = _of_family(run, own, skip_bad_files)
     if counted := {_IN_EPOCHS[name]: options[name] for name in _IN_EPOCHS if name in options}:
-        pictures = _num_pictures(run)
+        pictures = _num_pictures(run, skip_bad_files)
         phases = tuple(
             dataclasses.replace(
                 phase, **{n: count * _epoch(phase, pictures) for n, count in counted.items()}
@@ -63,7 +67,7 @@ def _changed(
     return dataclasses.replace(phase, optimizer=optimizer, **fields)
 
 
-def _of_family(run: RunConfig, options: dict[str, Any]) -> RunConfig:
+def _of_family(run: RunConfig, options: dict[str, Any], skip_bad_files: bool) -> RunConfig:
     """Return the run as its family changes it."""
     record = family(run.family)
     if record.train_options is None:
@@ -72,17 +76,17 @@ def _of_family(run: RunConfig, options: dict[str, Any]) -> RunConfig:
             f"--{name} is not for family {run.family}; choose a --preset of next_scale"
         )
     epochs = options.pop("num_epochs_per_scale", None)
-    pictures = 0 if epochs is None else _num_pictures(run)
+    pictures = 0 if epochs is None else _num_pictures(run, skip_bad_files)
     changed: RunConfig = record.get("train_options")(
         run, options, lambda phase: (epochs or 0) * _epoch(phase, pictures)
     )
     return changed
 
 
-def _num_pictures(run: RunConfig) -> int:
+def _num_pictures(run: RunConfig, skip_bad_files: bool) -> int:
     if run.data.stream:
         raise ConfigError("a stream has no epochs: give --steps, not what is counted in epochs")
-    return len(open_source(run.data.source))
+    return len(open_source(run.data.source, skip_bad_files=skip_bad_files))
 
 
 def _epoch(phase: PhaseConfig, num_pictures: int) -> int:

@@ -59,12 +59,12 @@ class RunResult:
     is_main_process: bool = True  # the one that tells the user
 
 
-def resolve_precision(requested: str) -> str:
+def resolve_precision(requested: str, *, on_cpu: bool) -> str:
     """Return accelerate's word for a precision; "auto" is bf16 on a GPU that has it, else fp32."""
+    has_cuda = not on_cpu and torch.cuda.is_available()
     if requested == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        requested = "bf16" if has_bf16 else "fp32"
-    if requested == "fp16" and not torch.cuda.is_available():
+        requested = "bf16" if has_cuda and torch.cuda.is_bf16_supported() else "fp32"
+    if requested == "fp16" and not has_cuda:
         raise ConfigError("precision fp16 needs a CUDA device; use fp32 or bf16")
     return "no" if requested == "fp32" else requested
 
@@ -96,7 +96,7 @@ def train(
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=resolve_precision(config.precision),
+        mixed_precision=resolve_precision(config.precision, on_cpu=on_cpu),
         # While the first process tokenizes a large set or writes a large checkpoint.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
@@ -264,7 +264,7 @@ def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
         )
     wanted = record.family.get("config").from_dict(config.model).to_dict()
     for name, have, want in differing_values(dict(record.config), wanted):
-        if not name.startswith("condition."):  # decided by the text encoder it was trained with
+        if not name.startswith(record.family.fields_of_parts):
             raise ConfigError(
                 f"{config.start_from} has {name} {have!r}, this run's model {want!r}; take the "
                 "model from its config.json, or train from new weights"

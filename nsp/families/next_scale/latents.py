@@ -74,9 +74,12 @@ def encode_scales(system: NextScaleSystem, image_B3HW: Tensor) -> list[Tensor]:
     """Return the latents (B, C, s_k, s_k) of uint8 pictures at every scale."""
     pixels = system.config.vae.downsampling
     image = to_model_range(image_B3HW)
-    return [
-        system.vae.encode(resized(image, side * pixels)).float() for side in system.config.sides
-    ]
+    # Also inside a training step: half types would make other latents than the cached ones, and
+    # SDXL's encoder leaves float16.
+    with torch.autocast(image.device.type, enabled=False):
+        return [
+            system.vae.encode(resized(image, side * pixels)).float() for side in system.config.sides
+        ]
 
 
 def cached_latents(

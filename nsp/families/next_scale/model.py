@@ -309,6 +309,7 @@ def zero_conv(channels_in: int, channels_out: int) -> nn.Conv2d:
 
 def resize(x_BChw: Tensor, matrix: Tensor) -> Tensor:
     """Return matrix @ x @ matrix^T for every channel, never in the narrower type of autocast."""
+    matrix = matrix.to(x_BChw.dtype)
     if torch.is_autocast_enabled(x_BChw.device.type):
         with torch.autocast(x_BChw.device.type, enabled=False):
             return matrix @ x_BChw @ matrix.transpose(0, 1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from nsp.errors import ConfigError
@@ -9,7 +10,7 @@ from nsp.families.next_scale.config import SIZES, NextScaleConfig
 from nsp.families.next_scale.objective import ScalesSettings
 from nsp.training.config import OptimizerConfig, PhaseConfig, RunConfig
 
-_SCALES, _SCALE = "scales", "scale_"
+_VAE, _SCALES, _SCALE = "vae", "scales", "scale_"
 _RANGE = ("start_scale", "end_scale", "progressive")
 _ENDS = ("first_scale", "last_scale")
 _SIZES = ("initial_size", "target_size", "scale_factor")
@@ -22,7 +23,7 @@ def emoji() -> RunConfig:
     it a step takes a third of the time.
     """
     vae = PhaseConfig(
-        name="vae",
+        name=_VAE,
         steps=2000,
         batch_size=16,
         optimizer=OptimizerConfig(
@@ -124,12 +125,25 @@ def with_options(
 
     Sizes of the model; `pretrained_vae`; `start_scale` to `end_scale` (inclusive), trained together
     or, where `progressive`, one after the other with a schedule each. `steps_of` counts the steps
-    of a phase, 0 where the phase's own stay. Raises ConfigError for values that do not fit.
+    of a phase, 0 where the phase's own stay. A pretrained autoencoder is not trained further.
+    Raises ConfigError for values that do not fit, and where the run would have no autoencoder.
     """
     model = dict(run.model)
     model |= {name: options[name] for name in (*_SIZES, "pretrained_vae") if name in options}
+    if "pretrained_vae" in options:
+        from nsp.families.next_scale.vae import read_vae_config
+
+        model["vae"] = read_vae_config(Path(options["pretrained_vae"])).to_dict()
+        phases = tuple(phase for phase in run.phases if phase.name != _VAE)
+        run = dataclasses.replace(run, phases=phases)
     NextScaleConfig.from_dict(model)  # sizes that do not meet are said before pictures are read
     run = dataclasses.replace(run, model=model)
+    trains_vae = any(phase.name == _VAE for phase in run.phases)
+    if not (trains_vae or model.get("pretrained_vae") or run.start_from):
+        raise ConfigError(
+            "this run would begin with an untrained autoencoder: give one with --vae FOLDER (an "
+            "AutoencoderKL), or a trained model with --start-from CHECKPOINT"
+        )
     wanted = {name: options[name] for name in _RANGE if name in options}
     phases = tuple(
         dataclasses.replace(phase, steps=steps_of(phase) or phase.steps)

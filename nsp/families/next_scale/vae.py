@@ -28,8 +28,21 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 _LARGEST = 65504 / 8  # of float16, with room for pictures beyond those measured
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+)
 _READ = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+# Values that AutoencoderKL's own code would heed and this one's decoder does not.
+_FIXED = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
+# Names of folders saved before diffusers 0.18, in the one attention block.
+_OLD_NAMES = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
 
 
 class Vae(nn.Module):
@@ -179,11 +192,12 @@ def load_vae(folder: Path, pictures_B3HW: Tensor | None = None) -> tuple[Vae, Va
     Its decoder is measured on standard-normal latents and on those of `pictures_B3HW` ([-1, 1]).
     Raises CheckpointError for a folder that holds something else, or is incomplete.
     """
-    root = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
-    config = _read_config(root)
+    root = _root(folder)
+    config = read_vae_config(folder)
     path = next((root / name for name in _WEIGHTS if (root / name).is_file()), root / _WEIGHTS[0])
     vae = Vae(config).eval()
-    load_state(vae.autoencoder, read_safetensors(path), str(path))
+    state = {_new_name(name): tensor for name, tensor in read_safetensors(path).items()}
+    load_state(vae.autoencoder, state, str(path))
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(2, config.latent_channels, 16, 16, generator=generator)]
     if pictures_B3HW is not None:
@@ -196,8 +210,20 @@ def load_vae(folder: Path, pictures_B3HW: Tensor | None = None) -> tuple[Vae, Va
     return vae, vae.config
 
 
-def _read_config(root: Path) -> VaeConfig:
+def _root(folder: Path) -> Path:
+    """Return where the autoencoder of a folder lies: there, or in a pipeline's part `vae`."""
+    return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+
+
+def _new_name(name: str) -> str:
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def read_vae_config(folder: Path) -> VaeConfig:
     """Return the configuration of a diffusers folder; CheckpointError for another kind of model."""
+    root = _root(folder)
     path = root / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{root} holds no config.json; give an AutoencoderKL folder")
@@ -211,6 +237,9 @@ def _read_config(root: Path) -> VaeConfig:
         )
     odd = [n for n in ("shift_factor", "latents_mean", "latents_std") if values.get(n) is not None]
     odd += [n for n in ("use_quant_conv", "use_post_quant_conv") if values.get(n) is False]
+    odd += [n for n, value in _FIXED.items() if values.get(n, value) != value]
+    for name, kind in (("down_block_types", "DownEncoder"), ("up_block_types", "UpDecoder")):
+        odd += [name] if any(each != f"{kind}Block2D" for each in values.get(name, ())) else []
     if odd or values.get("mid_block_add_attention") is False:
         name = odd[0] if odd else "mid_block_add_attention"
         raise CheckpointError(

@@ -3,6 +3,8 @@
 The defects named are those of the first implementation of the idea.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,8 @@ def test_latents_come_out_in_the_dtype_they_went_in(
     grown = system.generator(latent.to(dtype), condition)
     assert {each.dtype for each in grown} == {dtype}
     assert system.generator.base(latent.to(dtype), condition, torch.zeros(2)).dtype == dtype
+    narrow = copy.deepcopy(system.generator).to(dtype)
+    assert {each.dtype for each in narrow(latent.to(dtype), condition)} == {dtype}
 
 
 def test_the_same_seed_gives_the_same_image_and_another_seed_another(pipe: Pipeline) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nsp.errors import CheckpointError
@@ -88,11 +89,31 @@ def test_a_diffusers_folder_is_read_with_its_scaling_factor(tmp_path: Path) -> N
         )
 
 
+def test_folders_with_the_old_names_of_attention_are_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = new_autoencoder(CONFIG)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(path)
+    for new, name in old.items():
+        state = {n.replace(f".{new}.", f".{name}."): tensor for n, tensor in state.items()}
+    assert state.keys() != model.state_dict().keys()
+    path.unlink()
+    save_file(state, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    vae, _ = load_vae(tmp_path)
+    with torch.no_grad():
+        found = vae.decode(LATENTS)
+        torch.testing.assert_close(found, model.decode(LATENTS).sample, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"_class_name": "AutoencoderTiny"}, "an AutoencoderKL is needed"),
         ({"shift_factor": 0.1}, "shift_factor=0.1 is not supported"),
+        ({"act_fn": "relu"}, "act_fn=relu is not supported"),
+        ({"up_block_types": ["AttnUpDecoderBlock2D"] * 2}, "up_block_types=.* is not supported"),
     ],
 )
 def test_other_autoencoders_are_refused(

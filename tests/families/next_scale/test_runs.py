@@ -1,0 +1,118 @@
+"""What a run begins with and goes on from: an autoencoder, another model, its own saved steps."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nsp.checkpoint import read_checkpoint
+from nsp.errors import ConfigError
+from nsp.families.next_scale.config import VaeConfig
+from nsp.families.next_scale.objective import ScalesObjective
+from nsp.families.next_scale.vae import new_autoencoder
+from nsp.training.config import RunConfig
+from nsp.training.run import train
+from tests.training.pictures import write_pictures
+from train import configure
+
+# Four pixels a cell, where the preset's own has two.
+WIDE = VaeConfig(
+    block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    new_autoencoder(WIDE).save_pretrained(folder)
+    return folder
+
+
+def _run(pictures: Path, preset: str = "next_scale_smoke", **options: object) -> RunConfig:
+    run = configure(preset, None, data=str(pictures), **options)  # type: ignore[arg-type]
+    phases = tuple(
+        dataclasses.replace(phase, sample_every=100, validate_every=100) for phase in run.phases
+    )
+    tracking = dataclasses.replace(run.tracking, tensorboard=False)
+    return dataclasses.replace(run, phases=phases, tracking=tracking)
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint" / "generator" / "model.safetensors")
+
+
+def test_a_run_that_died_within_a_phase_goes_on_exactly_dropout_included(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(pictures, end_scale=1)
+    assert run.model["generator"]["dropout"] > 0
+    train(run, tmp_path / "whole")
+    after_step = ScalesObjective.after_step
+
+    def dies(self: ScalesObjective, step: int) -> object:
+        if step == 2:
+            raise KeyboardInterrupt
+        return after_step(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ScalesObjective, "after_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, tmp_path / "died")
+    train(run, tmp_path / "died", resume=True)
+    expected, found = _weights(tmp_path / "whole"), _weights(tmp_path / "died")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_new_run_does_not_go_on_from_another_ones_saved_steps(
+    pictures: Path, tmp_path: Path
+) -> None:
+    run = _run(pictures, end_scale=0, checkpoint_dir=str(tmp_path / "steps"))
+    train(run, tmp_path / "first", last_phase="vae")
+    with pytest.raises(ConfigError, match="steps/vae holds another run's saved steps"):
+        train(run, tmp_path / "second")
+    train(run, tmp_path / "first", resume=True)
+
+
+def test_a_run_without_any_autoencoder_is_refused(pictures: Path) -> None:
+    with pytest.raises(ConfigError, match="give one with --vae FOLDER"):
+        _run(pictures, "next_scale_sdxl")
+
+
+def test_a_given_autoencoder_stays_as_it_is_and_decides_what_sizes_fit(
+    pictures: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    options = {"pretrained_vae": str(vae_folder), "end_scale": 0}
+    with pytest.raises(ConfigError, match="4 px per latent cell"):
+        _run(pictures, target_size=20, **options)
+    run = _run(pictures, target_size=16, **options)
+    assert [phase.name for phase in run.phases] == ["scales"]
+    train(run, tmp_path / "run")
+    vae = read_checkpoint(tmp_path / "run" / "checkpoint").load().vae
+    assert float(vae.scaling_factor) == 0.5
+    for name, tensor in load_file(vae_folder / "diffusion_pytorch_model.safetensors").items():
+        torch.testing.assert_close(vae.autoencoder.state_dict()[name], tensor)
+
+    start = str(tmp_path / "run" / "checkpoint")
+    again = _run(pictures, target_size=16, start_from=start, from_phase="scale_0")
+    train(again, tmp_path / "again", last_phase="scale_0")
+    other = read_checkpoint(tmp_path / "again" / "checkpoint").load().vae
+    assert float(other.scaling_factor) == 0.5
+
+
+def test_bad_pictures_left_out_are_left_out_of_an_epoch(pictures: Path, tmp_path: Path) -> None:
+    for path in pictures.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = _run(tmp_path, num_epochs_per_scale=1).phases[-1].steps
+    next(tmp_path.glob("*.png")).write_bytes(b"no picture")
+    with pytest.raises(Exception, match="--skip-bad-files"):
+        _run(tmp_path, num_epochs_per_scale=1)
+    run = _run(tmp_path, num_epochs_per_scale=1, skip_bad_files=True)
+    assert 1 <= run.phases[-1].steps <= whole
