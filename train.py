@@ -107,6 +107,8 @@ def main(
     try:
         from nsp.training.run import train
 
+        if preset is not None and not resume and resume_from is None:
+            folder = _take_defaults(preset, output_dir, changes) or folder
         if resume_from is not None:
             folder, resume = run_of(resume_from, output_dir), True
         if fp16:
@@ -148,6 +150,23 @@ def main(
         following = ["python", "train.py", "--resume", "--output-dir", str(folder)]
     click.echo(f"next: {shlex.join(following)}")
     sys.exit(DONE if result.finished else INTERRUPTED)
+
+
+def _take_defaults(preset: str, output_dir: Path | None, changes: dict[str, Any]) -> Path | None:
+    """Fill in what a preset has for options that are not given; return the run folder, if any."""
+    from nsp.training.presets import OPTION_DEFAULTS
+
+    defaults = dict(OPTION_DEFAULTS.get(preset, {}))
+    if not defaults:
+        return output_dir
+    if changes["data"] is None:
+        raise ConfigError(f"--preset {preset} has no pictures of its own: give --data-dir")
+    folder: Path = defaults.pop("output_dir")
+    in_epochs = ("num_epochs_per_scale", "save_every", "validate_every")
+    for name, value in defaults.items():
+        if changes[name] is None and not (changes["stream"] and name in in_epochs):
+            changes[name] = value
+    return output_dir or folder
 
 
 def _stopped(folder: Path, phase: str | None, skip_bad_files: bool) -> str:

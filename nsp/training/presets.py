@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from nsp.errors import ConfigError
 from nsp.families.next_scale import presets as next_scale
@@ -121,6 +122,10 @@ PRESETS: Mapping[str, Callable[[], RunConfig]] = {
     "next_scale_sdxl": next_scale.sdxl,
     "next_scale_smoke": next_scale.smoke,
 }
+
+
+# What options of the command line are where they are not given, for runs that begin with a preset.
+OPTION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"next_scale_sdxl": next_scale.SDXL_OPTIONS}
 
 
 def preset(name: str) -> RunConfig:

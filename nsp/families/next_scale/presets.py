@@ -11,6 +11,16 @@ from nsp.families.next_scale.objective import ScalesSettings
 from nsp.training.config import OptimizerConfig, PhaseConfig, RunConfig
 
 _VAE, _SCALES, _SCALE = "vae", "scales", "scale_"
+# Of the first implementation's command line; what is counted in epochs cannot be of a stream.
+SDXL_OPTIONS: Mapping[str, Any] = {
+    "output_dir": Path("outputs"),
+    "checkpoint_dir": "checkpoints",
+    "log_dir": "logs",
+    "num_workers": 4,
+    "num_epochs_per_scale": 10,
+    "save_every": 1,
+    "validate_every": 1,
+}
 _RANGE = ("start_scale", "end_scale", "progressive")
 _ENDS = ("first_scale", "last_scale")
 _SIZES = ("initial_size", "target_size", "scale_factor")
@@ -67,8 +77,8 @@ def emoji() -> RunConfig:
 def sdxl() -> RunConfig:
     """Return 16 to 1024 by 2 with a pretrained autoencoder: give --data, --vae, --text-encoder.
 
-    Rates, batch and losses are those of the first implementation of the idea; the number of steps
-    is set by --num-epochs-per-scale.
+    Rates, batch and losses are those of the first implementation of the idea, as are
+    `SDXL_OPTIONS`, which set the number of steps.
     """
     scales = PhaseConfig(
         name=_SCALES,

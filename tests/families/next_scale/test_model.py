@@ -4,6 +4,7 @@ The defects named are those of the first implementation of the idea.
 """
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +122,24 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another(pipe: Pipel
     one, two = (pipe.generate(prompts=["red apple"], seed=7).images for _ in range(2))
     assert np.array_equal(one, two)
     assert not np.array_equal(one, pipe.generate(prompts=["red apple"], seed=8).images)
+
+
+def test_a_regression_base_makes_the_first_latent_in_one_step() -> None:
+    from nsp.families.registry import family
+
+    system = new_tiny_system(tiny_config(base="regression"))
+    pipe = torch_pipeline(family("next_scale"), system, device="cpu")
+    calls: list[str] = []
+    run = pipe.backend.run
+
+    def counted(stage: str, *arguments: Any) -> dict[str, Any]:
+        calls.append(stage)
+        return run(stage, *arguments)
+
+    pipe.backend.run = counted  # type: ignore[method-assign,assignment]
+    images = pipe.generate(prompts=["red apple"], seed=1).images
+    assert calls.count("base") == 1
+    assert images.shape == (1, 16, 16, 3)
 
 
 def test_an_image_does_not_depend_on_its_batch(pipe: Pipeline) -> None:

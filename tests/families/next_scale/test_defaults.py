@@ -1,0 +1,93 @@
+"""The options of the first implementation's trainer and what they are when they are not given."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from nsp.families.next_scale.config import VaeConfig
+from nsp.families.next_scale.vae import new_autoencoder
+from nsp.training.config import RunConfig
+from tests.training.pictures import write_pictures
+from train import main
+
+SMALL = VaeConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder / "pictures")
+    new_autoencoder(SMALL).save_pretrained(folder / "vae")
+    return ["--data_dir", str(folder / "pictures"), "--vae", str(folder / "vae")]
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, Path, dict[str, Any]]]:
+    runs: list[tuple[RunConfig, Path, dict[str, Any]]] = []
+
+    def train(run: RunConfig, folder: Path, **options: Any) -> None:
+        runs.append((run, folder, options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nsp.training.run.train", train)
+    return runs
+
+
+def test_all_twenty_have_their_defaults(data: list[str], begun: list[Any]) -> None:
+    CliRunner().invoke(main, ["--preset", "next_scale_sdxl", *data])
+    ((run, folder, options),) = begun
+    assert [run.model[n] for n in ("initial_size", "target_size", "scale_factor")] == [16, 1024, 2]
+    (phase,) = run.phases
+    assert (phase.name, phase.objective) == ("scales", {})
+    assert (phase.batch_size, phase.optimizer.lr) == (8, 1e-4)
+    epoch = phase.checkpoint_every
+    assert (phase.steps, phase.validate_every) == (10 * epoch, epoch)
+    assert (run.data.num_workers, run.data.validation, run.precision) == (4, None, "auto")
+    folders = (str(folder), run.checkpoint_dir, run.tracking.log_dir)
+    assert folders == ("outputs", "checkpoints", "logs")
+    assert (options["resume"], options["device"]) == (False, None)
+
+
+def test_each_of_them_has_an_effect_in_either_spelling(data: list[str], begun: list[Any]) -> None:
+    given = {
+        "initial_size": 8,
+        "target_size": 256,
+        "scale_factor": 2,
+        "batch_size": 2,
+        "learning_rate": 0.5,
+        "num_epochs_per_scale": 3,
+        "start_scale": 1,
+        "end_scale": 2,
+        "save_every": 2,
+        "validate_every": 3,
+        "num_workers": 0,
+        "output_dir": "here",
+        "checkpoint_dir": "steps",
+        "log_dir": "noted",
+        "device": "cpu",
+        "val_dir": data[1],
+    }
+    for spelling in (lambda name: name, lambda name: name.replace("_", "-")):
+        words = [word for n, value in given.items() for word in (f"--{spelling(n)}", str(value))]
+        arguments = ["--preset", "next_scale_sdxl", *data, *words, "--progressive", "--fp16"]
+        CliRunner().invoke(main, arguments)
+    (run, folder, options), other = begun
+    assert other == (run, folder, options)
+    assert [run.model[n] for n in ("initial_size", "target_size")] == [8, 256]
+    assert [phase.name for phase in run.phases] == ["scale_1", "scale_2"]
+    phase = run.phases[0]
+    epoch = phase.checkpoint_every // 2
+    assert (phase.steps, phase.validate_every) == (3 * epoch, 3 * epoch)
+    assert (phase.batch_size, phase.optimizer.lr) == (2, 0.5)
+    assert (run.data.num_workers, run.data.validation, run.precision) == (0, data[1], "fp16")
+    assert (str(folder), run.checkpoint_dir, run.tracking.log_dir) == ("here", "steps", "noted")
+    assert options["device"] == "cpu"
+
+
+def test_pictures_must_be_given(begun: list[Any]) -> None:
+    result = CliRunner().invoke(main, ["--preset", "next-scale-sdxl"])
+    assert result.exit_code != 0
+    assert "give --data-dir" in result.output
+    assert not begun
