@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from nsp.checkpoint import read_checkpoint
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import VaeConfig
+from nsp.families.next_scale.latents import encode_scales
 from nsp.families.next_scale.objective import ScalesObjective
 from nsp.families.next_scale.vae import new_autoencoder
 from nsp.training.config import RunConfig
 from nsp.training.run import train
+from tests.families.next_scale.models import new_tiny_system
 from tests.training.pictures import write_pictures
 from train import configure
 
@@ -69,6 +71,24 @@ def test_a_run_that_died_within_a_phase_goes_on_exactly_dropout_included(
     train(run, tmp_path / "died", resume=True)
     expected, found = _weights(tmp_path / "whole"), _weights(tmp_path / "died")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_in_bfloat16_keeps_its_weights_in_float32(pictures: Path, tmp_path: Path) -> None:
+    train(_run(pictures, end_scale=1, precision="bf16"), tmp_path / "run")
+    weights = _weights(tmp_path / "run")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+@torch.no_grad()
+def test_latents_made_in_a_mixed_step_are_the_cached_ones() -> None:
+    """Crops and flips change latents, so they are made within the step."""
+    system = new_tiny_system()
+    pictures = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = encode_scales(system, pictures)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encode_scales(system, pictures)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
 def test_a_new_run_does_not_go_on_from_another_ones_saved_steps(
