@@ -1,10 +1,12 @@
 """What a run begins with and goes on from: an autoencoder, another model, its own saved steps."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from nsp.checkpoint import read_checkpoint
@@ -73,6 +75,15 @@ def test_a_run_that_died_within_a_phase_goes_on_exactly_dropout_included(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """Let a run of another precision begin: accelerate allows one in a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("own_precision")
 def test_a_run_in_bfloat16_keeps_its_weights_in_float32(pictures: Path, tmp_path: Path) -> None:
     train(_run(pictures, end_scale=1, precision="bf16"), tmp_path / "run")
     weights = _weights(tmp_path / "run")
