@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from nsp.errors import ConfigError
 from nsp.families.next_scale.config import VaeConfig
 from nsp.families.next_scale.vae import new_autoencoder
 from nsp.training.config import RunConfig
+from nsp.training.run import resolve_precision
 from tests.training.pictures import write_pictures
 from train import main
 
@@ -91,3 +93,29 @@ def test_pictures_must_be_given(begun: list[Any]) -> None:
     assert result.exit_code != 0
     assert "give --data-dir" in result.output
     assert not begun
+
+
+def test_a_stopped_resumption_says_how_its_own_run_goes_on(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, smoke = tmp_path / "mine", ["--preset", "next_scale_smoke", *data[:2], "--end-scale", "0"]
+    arguments = [*smoke, "--output-dir", str(run), "--phase", "vae", "--device", "cpu"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+
+    def stopped(*_arguments: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nsp.training.run.train", stopped)
+    result = CliRunner().invoke(main, ["--resume-from", str(run / "vae")])
+    assert f"python train.py --resume --output-dir {run}" in result.output
+
+
+def test_a_run_on_the_processor_takes_no_type_from_a_gpu_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    assert resolve_precision("auto", on_cpu=False) == "bf16"
+    assert resolve_precision("auto", on_cpu=True) == "no"
+    with pytest.raises(ConfigError, match="fp16 needs a CUDA device"):
+        resolve_precision("fp16", on_cpu=True)
