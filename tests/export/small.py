@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -9,6 +10,7 @@ import torch
 from onnx import TensorProto, helper
 
 import export.targets
+from export.tensorrt import compile_engine
 from nsp.data.sources import ImageSource, Sample
 from nsp.families.var.checkpoint import save_checkpoint
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
@@ -67,3 +69,16 @@ def write_model(
     path = folder / "model.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
     return path
+
+
+def compile_for_rtx(folder: Path, **settings: Any) -> None:
+    """Compile the model of `write_model` to engine.plan with TensorRT-RTX, without a GPU."""
+    compile_engine(
+        module="tensorrt_rtx",
+        model=write_model(folder),
+        plan=folder / "engine.plan",
+        profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
+        gpu_archs=["80"],
+        on_progress=lambda done, phase: None,
+        **settings,
+    )

@@ -10,7 +10,7 @@ import pytest
 from export.engine import TIMING_CACHE
 from export.tensorrt import compile_engine
 from nsp.errors import ExportError
-from tests.export.small import rtx, write_model
+from tests.export.small import compile_for_rtx, rtx, write_model
 
 
 def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
@@ -146,14 +146,7 @@ def test_float32_products_are_not_rounded(tmp_path, monkeypatch):
     flags: list[bool] = []
     real = trt.Builder
     monkeypatch.setattr(trt, "Builder", Builder)
-    compile_engine(
-        module="tensorrt_rtx",
-        model=write_model(tmp_path),
-        plan=tmp_path / "engine.plan",
-        profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
-        gpu_archs=["80"],
-        on_progress=lambda done, phase: None,
-    )
+    compile_for_rtx(tmp_path)
     assert flags == [False]
 
 
@@ -203,13 +196,5 @@ def test_a_damaged_timing_cache_is_replaced_by_a_whole_one(tmp_path):
     path = tmp_path / TIMING_CACHE
     path.write_bytes(b"damaged" * 100)
     for _ in range(2):
-        compile_engine(
-            module="tensorrt_rtx",
-            model=write_model(tmp_path),
-            plan=tmp_path / "engine.plan",
-            profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
-            gpu_archs=["80"],
-            timing_cache=path,
-            on_progress=lambda done, phase: None,
-        )
+        compile_for_rtx(tmp_path, timing_cache=path)
         assert path.read_bytes().startswith(b"ptrt")

@@ -27,7 +27,7 @@ from nsp.families.var.config import ClassCondition, with_condition
 from nsp.runtime.io import Axes, StageIO
 from nsp.runtime.manifest import PRECISION_DTYPES, check_files
 from nsp.runtime.nvidia import Gpu
-from tests.export.small import rtx, small_config, write_model
+from tests.export.small import compile_for_rtx, rtx, small_config, write_model
 from tests.export.test_lint import planned
 from tests.export.test_run import STAGES
 
@@ -144,15 +144,7 @@ def test_the_timeout_stops_the_child_in_order(tmp_path):
 @rtx
 def test_the_compiler_stops_when_asked(tmp_path):
     with pytest.raises(ExportError, match="the build was stopped"):
-        compile_engine(
-            module="tensorrt_rtx",
-            model=write_model(tmp_path),
-            plan=tmp_path / "engine.plan",
-            profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
-            gpu_archs=["80"],
-            on_progress=lambda done, phase: None,
-            should_stop=lambda: True,
-        )
+        compile_for_rtx(tmp_path, should_stop=lambda: True)
     assert not (tmp_path / "engine.plan").exists()
 
 
