@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from nsp import files
-from nsp.errors import ConfigError, MissingExtraError, NspError
+from nsp.errors import ConfigError, MissingExtraError, NspError, one_line
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -72,7 +72,7 @@ class Program(click.Group):
             if settings.verbose:
                 traceback.print_exc()
             message, code = explain(error)
-            click.echo("error: " + " ".join(message.split()), err=True)
+            click.echo("error: " + one_line(" ".join(message.split())), err=True)
         sys.exit(code or DONE)
 
 

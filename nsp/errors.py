@@ -16,11 +16,48 @@ NspError
 
 One line each: what was given, what is allowed, what to do next. `cli.py` prints that line and exits
 with 1 (`ConfigError` from an option: 2); everything else is a bug and keeps its traceback.
+
+Messages quote what came from outside: file names, keys, texts of libraries. `one_line` keeps such a
+quotation from breaking the line, the terminal or the encoder, whatever it holds.
 """
+
+import re
+
+_MAX_WORD = 300  # characters of one word: longer than any path that a file system takes in one part
+_MAX_LINE = 3000
+# Controls, separators that terminals or editors break lines at, marks that reorder text, and half
+# characters (bytes of a file name that are not UTF-8, as Python holds them).
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one line of bounded length that any UTF-8 stream takes.
+
+    What cannot be shown is written as an escape (`\\n`, `\\xe9`, `\\u2028`); words of more than
+    300 characters and lines of more than 3,000 lose their middle, so that a message keeps what
+    happened at its head and what to do at its end.
+    """
+    words = (_without_middle(word, _MAX_WORD) for word in text.strip().split(" "))
+    return _without_middle(_UNSHOWN.sub(_escape, " ".join(words)), _MAX_LINE)
+
+
+def _without_middle(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - most // 2 + 1 :]}"
+
+
+def _escape(found: re.Match[str]) -> str:
+    character = found[0]
+    if "\udc80" <= character <= "\udcff":  # a byte that was not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class NspError(Exception):
     """Base of all expected errors; `str(error)` is the one line a user reads."""
+
+    def __str__(self) -> str:
+        """Return the message as one line."""
+        return one_line(super().__str__())
 
 
 class ConfigError(NspError):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nsp.errors import one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -43,6 +45,8 @@ class _StderrLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
         line = self.format(record)
+        if not record.exc_info:
+            line = one_line(line)
         if record.levelno >= logging.WARNING:
             line = f"{record.levelname.lower()}: {line}"
             if line in self._warned:

@@ -106,4 +106,4 @@ def batches(loader: Iterable[T]) -> Iterator[T]:
     try:
         yield from loader
     except DataError as error:  # torch makes its message the worker's traceback
-        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
+        raise DataError(str(error.args[0]).strip().rpartition("DataError: ")[2]) from error
