@@ -24,6 +24,7 @@ from nsp.command_line import (
     print_json,
     read_json,
     verbose_option,
+    version_option,
 )
 from nsp.data.verbs import data
 from nsp.errors import ConfigError, NspError
@@ -52,7 +53,7 @@ def _print_tables(tables: Iterable[Any]) -> None:
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
-@click.version_option(package_name="nsp", message="%(prog)s %(version)s")
+@version_option
 @verbose_option
 @click.pass_context
 def main(context: click.Context) -> None:

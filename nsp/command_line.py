@@ -111,6 +111,24 @@ verbose_option = click.option(
     callback=_be_verbose,
     help="Log details, and show the traceback of an error.",
 )
+
+
+def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from nsp.distribution import version
+
+        click.echo(" ".join(filter(None, (context.info_name, version()))))
+        context.exit()
+
+
+version_option = click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 engine_dir_option = click.option(
     "--engine-dir", type=FOLDER, help="Folder of exported engines.  [default: engines]"

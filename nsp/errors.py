@@ -23,6 +23,8 @@ quotation from breaking the line, the terminal or the encoder, whatever it holds
 
 import re
 
+from nsp.distribution import pip_install
+
 _MAX_WORD = 300  # characters of one word: longer than any path that a file system takes in one part
 _MAX_LINE = 3000
 # Controls, separators that terminals or editors break lines at, marks that reorder text, and half
@@ -108,4 +110,4 @@ class MissingExtraError(NspError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed; run: pip install 'nsp[{extra}]'")
+        super().__init__(f"{package} is not installed; run: {pip_install(extra)}")

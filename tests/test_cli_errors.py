@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
+from nsp.distribution import pip_install
 from nsp.runtime.manifest import read_manifest
 from tests.disk import largest_file
 from tests.runtime.engine_folders import change_manifest, write_engines
@@ -268,7 +269,8 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tiny_checkpoint
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     *_, line = done.stderr.splitlines()
-    assert line.startswith(f"error: {package} is not installed; run: pip install 'nsp[")
+    advised = [pip_install(extra) for extra in ("export", "train")]
+    assert line in [f"error: {package} is not installed; run: {advice}" for advice in advised]
     assert "Traceback" not in done.stderr
 
 
