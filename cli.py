@@ -1,6 +1,7 @@
 """`nsp …`: every verb is a thin function: parse, configuration, library call, report."""
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from nsp.command_line import (
     precision_options,
     print_json,
     read_json,
+    threads_option,
+    torch_threads,
     verbose_option,
     version_option,
 )
@@ -99,6 +102,7 @@ def main(context: click.Context) -> None:
     metavar="SECONDS",
     help="Stop the compiler of a TensorRT engine after this long.",
 )
+@threads_option("CPU threads of the checks against PyTorch.")
 @click.option("--rebuild", is_flag=True, help="Build again what could be reused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built; write nothing.")
 @json_option
@@ -107,6 +111,7 @@ def export_engines(
     *,
     checkpoint: Path | None,
     engine_dir: Path | None,
+    threads: int | None,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -125,12 +130,13 @@ def export_engines(
         checkpoint=str(checkpoint or find_checkpoint()),
         engine_dir=str(folder),
         precisions=given_precisions(options) or ("fp32",),
+        num_threads=threads,
         **options,
     )
     if dry_run:
         _report_plan(folder, plan(export_options), as_json=as_json)
         return
-    with progress_bar() as show:
+    with progress_bar() as show, torch_threads(threads):
 
         def on_event(event: ExportEvent) -> None:
             if event.stage:  # the end is logged
@@ -214,6 +220,7 @@ def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: boo
 @click.option("--more-smooth/--no-more-smooth", default=None, help="Mix codes (Gumbel softmax).")
 @backend_option
 @precision_options("Run {} engines instead of what suits the device.")
+@threads_option("CPU threads.")
 @click.option("--save-intermediates", is_flag=True, help="Save the picture after every scale.")
 @output_dir_option("outputs", "Where the images go.")
 @json_option
@@ -233,6 +240,7 @@ def generate(
     scale_factor: int | None,
     device: str | None,
     backend: str,
+    threads: int | None,
     save_intermediates: bool,
     output_dir: Path,
     as_json: bool,
@@ -256,13 +264,13 @@ def generate(
     )
     precision = one_precision(options)
     sampling = {name: value for name, value in options.items() if value is not None}
-    pipeline = _load(engine_dir, checkpoint, backend, precision, device)
+    pipeline = _load(engine_dir, checkpoint, backend, precision, device, threads)
     sizes = {"initial_size": initial_size, "target_size": target_size, "scale_factor": scale_factor}
     last_scale = _scale_of(pipeline, {n: size for n, size in sizes.items() if size is not None})
     from nsp.runtime.gallery import generate_gallery  # while the engines are loading
     from nsp.terminal import progress_bar
 
-    with progress_bar() as show:
+    with progress_bar() as show, torch_threads(threads if checkpoint else None):
         gallery = generate_gallery(
             pipeline,
             planned,
@@ -315,6 +323,7 @@ def _load(
     backend: str,
     precision: str | None,
     device: str | None,
+    threads: int | None,
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
     from nsp.checkpoint import is_checkpoint, read_checkpoint
@@ -329,7 +338,7 @@ def _load(
     folder = engine_dir or Path("engines")
     if is_checkpoint(folder):
         raise ConfigError(f"{folder} is a checkpoint; use: --checkpoint {folder}")
-    return load_pipeline(folder, backend, precision=precision, device=device)
+    return load_pipeline(folder, backend, precision=precision, device=device, num_threads=threads)
 
 
 @main.command()
@@ -371,6 +380,7 @@ def convert(
 @click.option(
     "--recorded", is_flag=True, help="Use the outputs recorded at export, even beside PyTorch."
 )
+@threads_option("CPU threads.")
 @json_option
 @verbose_option
 def verify_engines(
@@ -379,6 +389,7 @@ def verify_engines(
     checkpoint: Path | None,
     backend: str,
     recorded: bool,
+    threads: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -389,13 +400,15 @@ def verify_engines(
     """
     from export.verify import verify
 
-    found = verify(
-        engine_dir,
-        backend=backend,
-        precision=one_precision(options),
-        checkpoint=checkpoint,
-        recorded=recorded,
-    )
+    with torch_threads(None if recorded or find_spec("torch") is None else threads):
+        found = verify(
+            engine_dir,
+            backend=backend,
+            precision=one_precision(options),
+            checkpoint=checkpoint,
+            recorded=recorded,
+            num_threads=threads,
+        )
     if as_json:
         print_json(found.to_dict())
     else:

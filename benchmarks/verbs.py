@@ -21,6 +21,7 @@ from nsp.command_line import (
     precision_options,
     print_json,
     seed_option,
+    threads_option,
     verbose_option,
 )
 from nsp.errors import ConfigError, RegressionError
@@ -42,7 +43,7 @@ _THEIRS_ALONE = {"compare", "threshold", "fidelity", "num_captions", "data", "gu
 @checkpoint_option("Baseline to compare with.  [default: what the engines were exported from]")
 @backend_option
 @precision_options("Measure the {} engines instead of what suits the device.")
-@click.option("--threads", type=COUNT, help="CPU threads of both.  [default: every physical core]")
+@threads_option("CPU threads of both.")
 @click.option("--quick", is_flag=True, help="Fewer rounds: a first impression in a minute.")
 @click.option(
     "--batch-size",

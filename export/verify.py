@@ -77,16 +77,18 @@ def verify(
     precision: str | None = None,
     checkpoint: Path | None = None,
     recorded: bool = False,
+    num_threads: int | None = None,
 ) -> Verification:
     """Return what every stage's check showed; stages that fail are in it, not raised.
 
-    `recorded`: hold them to the recorded outputs even where PyTorch could be asked. Raises
+    `recorded`: hold them to the recorded outputs even where PyTorch could be asked. `num_threads`
+    as for `open_engine_dir`. Raises
     EngineError for a folder that is damaged, of another machine, or has nothing to be held to,
     BackendError for a backend that does not work, CheckpointError for a `checkpoint` that does not
     fit.
     """
     manifest = read_manifest(engine_dir)
-    engines = open_engine_dir(engine_dir, backend, precision=precision)
+    engines = open_engine_dir(engine_dir, backend, precision=precision, num_threads=num_threads)
     truth = _truth(engine_dir, manifest, checkpoint, recorded=recorded, limit=engines.max_batch)
     used = engines.backend.kv_dtype()
     width = next(name for name, dtype in PRECISION_DTYPES.items() if dtype == used)

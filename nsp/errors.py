@@ -54,6 +54,28 @@ def _escape(found: re.Match[str]) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+# What libraries say, each in its own kind of error, when the process gets no more memory: the
+# loader, C++, PyTorch, Python's threads, ONNX Runtime and the operating system.
+_MEMORY_HINTS = re.compile(
+    "failed to map segment|bad_alloc|bad allocation|not enough memory|can't allocate memory|"
+    "cannot allocate memory|failed to allocate memory|out of memory|can't start new thread|"
+    "error return without exception set",
+    re.IGNORECASE,
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error, or one it came from, says that memory is exhausted."""
+    cause: BaseException | None = error
+    for _ in range(20):  # chains may be circles
+        if cause is None:
+            return False
+        if isinstance(cause, MemoryError) or _MEMORY_HINTS.search(str(cause)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 class NspError(Exception):
     """Base of all expected errors; `str(error)` is the one line a user reads."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from nsp.distribution import installed_version, pip_install
-from nsp.errors import ConfigError
+from nsp.errors import ConfigError, lacks_memory
 from nsp.runtime.nvidia import find_gpu
 
 Device: TypeAlias = Literal["cpu", "cuda"]
@@ -103,6 +103,9 @@ def availability(name: str) -> Availability:
             return Availability(False, needs, record.install)
         reason = f"{record.module} is installed in part: pip lists it, its files are gone"
     except Exception as error:  # whatever a broken installation raises while it is imported
+        if lacks_memory(error):
+            reason = f"there is not enough memory to load {record.module} ({error})"
+            return Availability(False, " ".join(reason.split()))
         reason = f"{record.module} is installed but does not load: {type(error).__name__}: {error}"
     return Availability(False, " ".join(reason.split()), record.repair)
 
