@@ -23,6 +23,7 @@ from typing import Self
 from nsp.errors import EngineError
 from nsp.files import inside
 from nsp.runtime.cores import usable_cores
+from nsp.sniff import sniff
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,9 @@ def check_file(folder: Path, name: str, digest: str) -> None:
         except OSError as error:
             raise EngineError(f"{folder / name} cannot be read ({error.strerror})") from error
     if found != digest:
-        raise EngineError(f"{folder / name} differs from what was exported (SHA-256)")
+        what = sniff(folder / name)
+        why = f": it {what.words}; {what.remedy}" if what.is_spoilt else " (SHA-256)"
+        raise EngineError(f"{folder / name} differs from what was exported{why}")
 
 
 @contextmanager

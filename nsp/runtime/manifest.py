@@ -31,6 +31,7 @@ from nsp.runtime.io import StageIO
 from nsp.runtime.kv_arena import ARENAS
 from nsp.runtime.repair import repair, repair_unread
 from nsp.runtime.sampling import SamplingConfig
+from nsp.sniff import sniff
 
 SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
@@ -178,9 +179,9 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     except OSError as error:
         raise EngineError(f"{folder / MANIFEST_NAME} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise EngineError(
-            f"{folder / MANIFEST_NAME} is damaged ({error}); {repair(folder)}"
-        ) from error
+        what = sniff(folder / MANIFEST_NAME)
+        why = f": it {what.words}; {what.remedy}, or" if what.is_spoilt else f" ({error});"
+        raise EngineError(f"{folder / MANIFEST_NAME} is damaged{why} {repair(folder)}") from error
     schema = values.get("schema", SCHEMA)
     if type(schema) is int and schema != SCHEMA:
         raise EngineError(

@@ -357,3 +357,13 @@ def test_a_listed_file_of_another_kind_is_one_line(
     words = {"link": "symbolic link", "unreadable": "no permission"}
     with pytest.raises(EngineError, match=words.get(kind, "is no regular file")):
         open_engine_dir(engines)
+
+
+def test_a_pointer_in_place_of_an_engine_is_named_as_one(engines: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1236544000\n"
+    engine_file(engines, "step").write_text(pointer)
+    with pytest.raises(EngineError, match=r"LFS pointer that stands for a file of 1,236,544,000"):
+        open_engine_dir(engines)
+    (engines / "manifest.json").write_text("<!DOCTYPE html><title>Sign in</title>")
+    with pytest.raises(EngineError, match=r"manifest.json is damaged: it is a web page .*sign"):
+        open_engine_dir(engines)
