@@ -55,7 +55,7 @@ class PlannedBuild:
 
     @property
     def folder(self) -> str:
-        """Where its files go, relative to the engine folder."""
+        """Where its files go, relative to the engine folder; a digest of their content follows."""
         return f"{self.stage}/{self.backend}-{self.stored_precision}"
 
 

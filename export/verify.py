@@ -20,8 +20,8 @@ from nsp.config import Config
 from nsp.errors import CheckpointError, EngineError, NspError, ParityError
 from nsp.runtime.engine_choice import choose_backend, choose_variants
 from nsp.runtime.engine_dir import Engines, open_engine_dir
-from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, read_manifest
-from nsp.runtime.repair import checkpoint_folder
+from nsp.runtime.manifest import PRECISION_DTYPES, Manifest
+from nsp.runtime.repair import find_source
 from nsp.runtime.sampling import SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ def verify(
     BackendError for a backend that does not work, CheckpointError for a `checkpoint` that does not
     fit.
     """
-    manifest = read_manifest(engine_dir)
     engines = open_engine_dir(engine_dir, backend, precision=precision, num_threads=num_threads)
+    manifest = engines.manifest
     truth = _truth(engine_dir, manifest, checkpoint, recorded=recorded, limit=engines.max_batch)
     used = engines.backend.kv_dtype()
     width = next(name for name, dtype in PRECISION_DTYPES.items() if dtype == used)
@@ -116,9 +116,7 @@ def _truth(
     """Return what to hold the stages to: PyTorch where it can be asked."""
     if not recorded and importlib.util.find_spec("torch") is not None:
         try:
-            record = _matching_checkpoint(
-                checkpoint or checkpoint_folder(folder, manifest), manifest
-            )
+            record = _matching_checkpoint(checkpoint or find_source(folder, manifest), manifest)
         except CheckpointError as error:
             if checkpoint is not None:
                 raise
@@ -128,7 +126,7 @@ def _truth(
     elif checkpoint is not None:
         raise CheckpointError(f"{checkpoint} cannot be run: torch is not installed or not wanted")
     try:
-        recordings = read_recorded(folder, model_hash=manifest.model_hash)
+        recordings = read_recorded(folder, manifest)
     except EngineError as error:
         raise EngineError(
             f"{error}, and PyTorch cannot be asked; give --checkpoint where torch is installed, or "
@@ -232,11 +230,9 @@ def _locate(
     if engines.backend.name != "onnxruntime":
         return None
     record = engines.family
-    config = record.get("config").from_dict(manifest.config)
     chosen, device = choose_backend(folder, manifest, engines.backend.name, None)
-    variant = choose_variants(
-        folder, manifest, chosen, family=record, config=config, device=device, precision=precision
-    ).stages[stage]
+    found_variants = choose_variants(folder, manifest, chosen, device=device, precision=precision)
+    variant = found_variants.stages[stage]
     graph = folder / next(iter(variant.files))
     try:
         found = first_wrong_tensor(

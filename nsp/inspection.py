@@ -1,7 +1,7 @@
 """What an engine folder or a checkpoint folder says about itself."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         )
     manifest = read_manifest(folder)
     stages = manifest.stages.values()
-    names = [*manifest.files, *(f for variants in stages for v in variants for f in v.files)]
+    shared = [*manifest.files, *manifest.recorded]
+    names = [*shared, *(f for variants in stages for v in variants for f in v.files)]
     sizes = {name: _size(folder / name) for name in names}
     return {"kind": "engines", "folder": str(folder), **manifest.to_dict(), "sizes": sizes}
 
@@ -71,8 +72,8 @@ def render_folder(found: Mapping[str, Any]) -> list["RenderableType"]:
     if found["kind"] == "checkpoint":
         return [head, _files_table(found["sizes"], found["sizes"])]
     tables: list[RenderableType] = [head]
-    if found["files"]:
-        tables.append(_files_table(found["files"], found["sizes"]))
+    if shared := [*found["files"], *found["recorded"]]:
+        tables.append(_files_table(shared, found["sizes"]))
     tables.append(_overview(found))
     for stage, variants in found["stages"].items():
         tables.append(f"\n{stage}")
@@ -134,7 +135,7 @@ def _plain_table() -> "Table":
     return table
 
 
-def _files_table(names: Mapping[str, Any], sizes: Mapping[str, int | None]) -> "Table":
+def _files_table(names: Iterable[str], sizes: Mapping[str, int | None]) -> "Table":
     table = _plain_table()
     for name in names:
         table.add_row(name, _readable(sizes[name]))

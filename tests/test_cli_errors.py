@@ -15,7 +15,7 @@ from cli import main
 from nsp.distribution import pip_install
 from nsp.runtime.manifest import read_manifest
 from tests.disk import largest_file
-from tests.runtime.engine_folders import change_manifest, write_engines
+from tests.runtime.engine_folders import change_manifest, engine_file, write_engines
 
 ROOT = Path(__file__).parent.parent
 PROMPT = ("--prompt", "red apple")
@@ -186,7 +186,7 @@ def assert_refused(engines: Path, code: int, *words: str, options: tuple[object,
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
 def test_a_damaged_engine_is_named_with_the_command_that_repairs_it(engines, damage):
-    path = engines / "step/onnxruntime-fp32/model.onnx"
+    path = engine_file(engines, "step")
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()

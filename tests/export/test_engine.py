@@ -15,20 +15,22 @@ import export.built_for
 import export.engine
 import export.targets
 import nsp.runtime.backends.registry
-from export.engine import TIMING_CACHE, build_engine
+from export.engine import build_engine
 from export.lint import check_graph
 from export.onnx_export import export_stage
 from export.options import ExportOptions
 from export.precision import at_precision
 from export.run import export as run_export
 from export.run import plan
+from export.store import TIMING_CACHE
 from export.tensorrt import compile_engine
 from nsp.distribution import pip_install
 from nsp.errors import BackendError, ConfigError, ExportError
 from nsp.families.registry import family
 from nsp.families.var.config import ClassCondition, with_condition
+from nsp.runtime.engine_files import check_files
 from nsp.runtime.io import Axes, StageIO
-from nsp.runtime.manifest import PRECISION_DTYPES, check_files
+from nsp.runtime.manifest import PRECISION_DTYPES
 from nsp.runtime.nvidia import Gpu
 from tests.export.small import compile_for_rtx, rtx, small_config, write_model
 from tests.export.test_lint import planned

@@ -12,9 +12,10 @@ only if all of it runs on the GPU; another one runs without, which is logged.
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,6 +103,20 @@ class OnnxRuntimeBackend(Backend):
             stage: loader.submit(self._load, stage, path) for stage, path in stage_files.items()
         }
         loader.shutdown(wait=False)
+
+    def when_loaded(self, call: Callable[[], None]) -> None:
+        """Call `call` when every session is loaded or has failed, from the thread that is last."""
+        waiting, lock = set(self._sessions), threading.Lock()
+
+        def end(stage: str, _: Future[Any]) -> None:
+            with lock:
+                waiting.discard(stage)
+                is_last = not waiting
+            if is_last:
+                call()
+
+        for stage, session in self._sessions.items():
+            session.add_done_callback(partial(end, stage))
 
     def wait(self) -> None:
         """Return when every session is loaded; raise EngineError or BackendError if one is not."""

@@ -138,7 +138,7 @@ class Runtime:
             )
 
     def save_cache(self) -> None:
-        """Write what new contexts compiled, if anything, when the folder allows it."""
+        """Write what new contexts compiled, if anything, where that may be kept."""
         if not self._has_new_contexts or self._cache_file is None:
             return
         self._has_new_contexts = False
@@ -157,6 +157,7 @@ class Runtime:
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file that several processes read and replace."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("a")
     except OSError:  # a folder that only the export may write to: nobody replaces the file
         yield
