@@ -247,8 +247,10 @@ def generate(
     **options: Any,
 ) -> None:
     """Make images with exported engines, or with a checkpoint."""
+    from nsp.paths import check_output
     from nsp.runtime.batches import choose_batch_size, plan_images, read_prompts
 
+    check_output(output_dir)
     prompts += read_prompts(prompts_file) if prompts_file else ()
     family = _family_of(checkpoint or engine_dir or Path("engines"))
     if family is not None and family.default_prompt and not prompts and not class_ids:
@@ -326,7 +328,8 @@ def _load(
     threads: int | None,
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
-    from nsp.checkpoint import is_checkpoint, read_checkpoint
+    from nsp.checkpoint import read_checkpoint
+    from nsp.paths import NOTHING, describe, wrong_path
     from nsp.runtime.pipeline import load_pipeline
 
     if engine_dir is not None and checkpoint is not None:
@@ -334,10 +337,12 @@ def _load(
     if checkpoint is not None:
         if precision is not None:
             raise ConfigError(f"--{precision} is for engines; a checkpoint runs in fp32")
+        if (found := describe(checkpoint)).kind == "engines":
+            raise ConfigError(wrong_path(checkpoint, "--checkpoint", found))
         return load_pipeline(read_checkpoint(checkpoint).folder, backend, device=device)
     folder = engine_dir or Path("engines")
-    if is_checkpoint(folder):
-        raise ConfigError(f"{folder} is a checkpoint; use: --checkpoint {folder}")
+    if (found := describe(folder)).kind not in (*NOTHING, "engines"):
+        raise ConfigError(wrong_path(folder, "--engine-dir", found))
     return load_pipeline(folder, backend, precision=precision, device=device, num_threads=threads)
 
 
@@ -360,7 +365,9 @@ def convert(
 ) -> None:
     """Turn published weights into a checkpoint folder."""
     from nsp.families.registry import family
+    from nsp.paths import check_output
 
+    check_output(output_dir)
     record = family(family_name)
     if record.convert is None:
         raise ConfigError(f"no weights of family {family_name} are published: train some instead")

@@ -25,6 +25,7 @@ from nsp.command_line import (
     verbose_option,
 )
 from nsp.errors import ConfigError, RegressionError
+from nsp.paths import check_output
 
 # What the two other uses read; the timing takes everything that is not theirs alone.
 _OF_USES = {
@@ -122,6 +123,7 @@ def bench(
     if compare is not None:
         _compare_results(*compare, threshold=threshold, as_json=as_json)
         return
+    check_output(options["output_dir"])
     from benchmarks.bench import run
     from benchmarks.options import BenchOptions
     from nsp.terminal import progress_bar, results_console

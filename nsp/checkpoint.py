@@ -12,6 +12,7 @@ from nsp.config import Config
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.registry import Family, family
 from nsp.files import name_failed_write, read_json, write_folder
+from nsp.paths import describe, wrong_path
 from nsp.runtime.manifest import file_sha256
 from nsp.runtime.sampling import SamplingConfig
 
@@ -76,8 +77,8 @@ def read_checkpoint(folder: Path) -> CheckpointRecord:
     family.
     """
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no checkpoint folder: {CONFIG_NAME} is missing")
+    if not path.is_file() or describe(folder).kind == "hub model":
+        raise CheckpointError(wrong_path(folder, "--checkpoint"))
     try:
         values = ConfigFile.from_dict(read_json(path))
     except (ValueError, ConfigError) as error:

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsp.checkpoint import CONFIG_NAME, is_checkpoint, read_checkpoint
+from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import EngineError
-from nsp.runtime.manifest import MANIFEST_NAME, read_manifest
+from nsp.paths import describe, wrong_path
+from nsp.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,11 +25,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """
     if is_checkpoint(folder):
         return _describe_checkpoint(folder)
-    if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
-        raise EngineError(
-            f"{folder} is neither an engine folder ({MANIFEST_NAME}) "
-            f"nor a checkpoint folder ({CONFIG_NAME})"
-        )
+    if (found := describe(folder)).kind not in ("engines", "unfinished export"):
+        raise EngineError(wrong_path(folder, "model", found))
     manifest = read_manifest(folder)
     stages = manifest.stages.values()
     shared = [*manifest.files, *manifest.recorded]

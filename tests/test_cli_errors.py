@@ -329,7 +329,7 @@ def in_a_shell(command: str) -> tuple[int, str, str]:
         ("nsp inspect ENGINES >&-", "standard output is closed"),
         ("nsp --help >&-", "standard output is closed"),
         ("nsp inspect ENGINES >/dev/full", "No space left on device"),
-        ("(ulimit -v 102400; nsp generate --engine-dir ENGINES --class-id 1)", "not enough memory"),
+        ("(ulimit -v 51200; nsp generate --engine-dir ENGINES --class-id 1)", "not enough memory"),
     ],
 )
 def test_a_process_that_cannot_write_or_has_no_memory_ends_with_one_line(engines, command, words):

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from nsp import values
 from nsp.checkpoint import is_checkpoint, read_checkpoint
-from nsp.errors import CheckpointError, ConfigError
+from nsp.errors import CheckpointError, ConfigError, EngineError
 from nsp.families.registry import Family
+from nsp.paths import NOTHING, describe, wrong_path
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.engine_dir import open_engine_dir
 from nsp.runtime.kv_arena import Array
@@ -370,6 +371,8 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
                 f"run: nsp export --checkpoint {folder}"
             )
         return _load_checkpoint(folder, **options)
+    if (found := describe(folder)).kind not in (*NOTHING, "engines"):
+        raise EngineError(wrong_path(folder, "model", found))
     engines = open_engine_dir(folder, backend, **options)
     manifest = engines.manifest
     record = engines.family
