@@ -14,6 +14,7 @@ from nsp.families.registry import Family, family
 from nsp.files import name_failed_write, read_json, write_folder
 from nsp.runtime.manifest import file_sha256
 from nsp.runtime.sampling import SamplingConfig
+from nsp.weight_files import read_arrays, write_safetensors
 
 CONFIG_NAME = "config.json"
 
@@ -105,8 +106,6 @@ def copy_in_half(source: Path, target: Path) -> None:
     Loading gives float32 again, rounded to 11 bits of mantissa.
     """
     import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
 
     read_checkpoint(source)
     with write_folder(target) as partial:
@@ -117,13 +116,8 @@ def copy_in_half(source: Path, target: Path) -> None:
                 with name_failed_write(copy):
                     copy.write_bytes(path.read_bytes())
                 continue
-            try:
-                arrays = load_file(path)
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is damaged ({error})") from error
             halved = {
                 name: array.astype(np.float16) if array.dtype == np.float32 else array
-                for name, array in arrays.items()
+                for name, array in read_arrays(path).items()
             }
-            with name_failed_write(copy):
-                save_file(halved, copy, metadata={"format": "pt"})
+            write_safetensors(halved, copy, metadata={"format": "pt"})

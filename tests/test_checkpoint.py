@@ -57,7 +57,7 @@ def test_a_full_disk_names_the_weights_and_leaves_nothing(
 
 def test_halving_damaged_weights_names_them(copy: Path, tmp_path: Path) -> None:
     (copy / "vae/model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match=r"vae/model\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"vae/model\.safetensors is text"):
         copy_in_half(copy, tmp_path / "half")
     assert not (tmp_path / "half").exists()
 
@@ -78,7 +78,7 @@ def test_weights_hash_follows_the_weights_not_the_notes(copy: Path) -> None:
 def test_damage_is_named(copy: Path) -> None:
     path = copy / "predictor/model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"predictor/model\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is .* cut short: it has 1,000"):
         read_checkpoint(copy).load()
     path.unlink()
     with pytest.raises(CheckpointError, match=r"predictor/model\.safetensors is missing"):

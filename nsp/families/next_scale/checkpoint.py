@@ -13,10 +13,12 @@ from typing import Any
 
 from nsp.checkpoint import ConfigFile, write_checkpoint
 from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.model import NextScaleGenerator
 from nsp.families.next_scale.system import NextScaleSystem
+from nsp.families.next_scale.vae import Vae
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.weights import load_weights, save_weights
+from nsp.weights import check_fits, load_weights, save_weights
 
 
 def save_checkpoint(
@@ -49,8 +51,11 @@ def load_checkpoint(folder: Path, config: Mapping[str, Any]) -> NextScaleSystem:
 
     Raises CheckpointError naming a missing, extra, misshapen or non-finite tensor.
     """
+    model = NextScaleConfig.from_dict(config)
+    check_fits(lambda: NextScaleGenerator(model), folder / "generator")
+    check_fits(lambda: Vae(model.vae), folder / "vae")
     system = NextScaleSystem(
-        NextScaleConfig.from_dict(config),
+        model,
         text_encoder=load_text_encoder(folder / "text_encoder"),
         prompt_tokenizer=PromptTokenizer.load(folder / "tokenizer"),
     )

@@ -13,10 +13,12 @@ from typing import Any
 
 from nsp.checkpoint import ConfigFile, write_checkpoint
 from nsp.families.var.config import VarConfig
+from nsp.families.var.model import NextScaleTransformer
 from nsp.families.var.system import VarSystem
+from nsp.families.var.vqvae import VQVAE
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.weights import load_weights, save_weights
+from nsp.weights import check_fits, load_weights, save_weights
 
 
 def save_checkpoint(
@@ -55,6 +57,8 @@ def load_checkpoint(folder: Path, config: Mapping[str, Any]) -> VarSystem:
     if var_config.text is not None:
         tokenizer = PromptTokenizer.load(folder / "tokenizer")
         encoder = load_text_encoder(folder / "text_encoder")
+    check_fits(lambda: NextScaleTransformer(var_config), folder / "predictor")
+    check_fits(lambda: VQVAE(var_config.vae, var_config.patch_nums), folder / "vae")
     system = VarSystem(var_config, text_encoder=encoder, prompt_tokenizer=tokenizer)
     load_weights(system.predictor, folder / "predictor")
     load_weights(system.vae, folder / "vae")
