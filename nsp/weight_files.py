@@ -57,6 +57,13 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error}); copy the folder again") from error
 
 
+def listed_in(listed: Collection[str] | None, part: str) -> frozenset[str] | None:
+    """Return the listed names that lie in the folder `part`, relative to it; None for any name."""
+    if listed is None:
+        return None
+    return frozenset(n.removeprefix(f"{part}/") for n in listed if n.startswith(f"{part}/"))
+
+
 def find_weights(
     folder: Path, stems: Sequence[str], *, what: str, listed: Collection[str] | None = None
 ) -> tuple[Path, ...]:

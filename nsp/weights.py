@@ -35,12 +35,18 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     load_state(module, read_safetensors(folder / WEIGHTS_NAME), str(folder))
 
 
-def check_fits(make: Callable[[], nn.Module], folder: Path) -> None:
+def check_fits(
+    make: Callable[[], nn.Module], folder: Path, *, listed: Collection[str] | None = None
+) -> None:
     """Raise CheckpointError unless folder/model.safetensors fits the module that `make` builds.
 
     Only the file's header is read, and nothing is allocated: a configuration with absurd numbers
-    ends here.
+    ends here. With `listed` the file must be among those names.
     """
+    if listed is not None and WEIGHTS_NAME not in listed:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME} is not listed in config.json; write the checkpoint again"
+        )
     check_shapes(make, read_shapes(folder / WEIGHTS_NAME), str(folder))
 
 

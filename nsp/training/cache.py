@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nsp.data.dataset import ImageDataset
 from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.files import write_file
+from nsp.sniff import sniff
 from nsp.training.objective import TokenCache
 from nsp.weight_files import read_metadata, read_safetensors, write_safetensors
 
@@ -67,7 +68,8 @@ def _key_of(file: Path) -> str | None:
     try:
         return read_metadata(file).get("key")
     except CheckpointError as error:
-        raise DataError(f"{error}; or delete it to make it again") from error
+        words = sniff(file).words
+        raise DataError(f"{file} {words} and is damaged; delete it to make it again") from error
 
 
 def digest_of(

@@ -12,7 +12,6 @@ from nsp.config import Config
 from nsp.errors import ConfigError
 
 _MAX_COUNT = 2**20  # far beyond any model; torch fails in its own words on what no memory holds
-_MAX_LATENT_SIDE = 2**11  # resampling matrices have its square; 16,384 px with 8 px per cell
 
 
 def _check_counts(where: str, record: Config, *names: str, least: int = 1) -> None:
@@ -140,11 +139,6 @@ class NextScaleConfig(Config):
         _check_counts("next_scale", self, "scale_factor", least=2)
         pixels = self.vae.downsampling
         latent, rest = divmod(self.target_size, pixels)
-        if latent > _MAX_LATENT_SIDE:
-            raise ConfigError(
-                f"target_size={self.target_size} makes latents of {latent} cells a side; "
-                f"at most {_MAX_LATENT_SIDE} are possible"
-            )
         if rest or latent not in self.sides[1:]:
             raise ConfigError(self._advice())
         if self.generator.attn_max_size < self.initial_size:
