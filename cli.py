@@ -18,6 +18,7 @@ from nsp.command_line import (
     engine_dir_option,
     given_precisions,
     json_option,
+    no_verify_option,
     one_precision,
     output_dir_option,
     precision_options,
@@ -100,6 +101,7 @@ def main(context: click.Context) -> None:
 )
 @click.option("--rebuild", is_flag=True, help="Build again what could be reused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built; write nothing.")
+@no_verify_option
 @json_option
 @verbose_option
 def export_engines(
@@ -107,6 +109,7 @@ def export_engines(
     checkpoint: Path | None,
     engine_dir: Path | None,
     dry_run: bool,
+    no_verify: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -124,6 +127,7 @@ def export_engines(
         checkpoint=str(checkpoint or find_checkpoint()),
         engine_dir=str(folder),
         precisions=given_precisions(options) or ("fp32",),
+        verify=not no_verify,
         **options,
     )
     if dry_run:
@@ -215,6 +219,7 @@ def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: boo
 @precision_options("Run {} engines instead of what suits the device.")
 @click.option("--save-intermediates", is_flag=True, help="Save the picture after every scale.")
 @output_dir_option("outputs", "Where the images go.")
+@no_verify_option
 @json_option
 @verbose_option
 def generate(
@@ -234,6 +239,7 @@ def generate(
     backend: str,
     save_intermediates: bool,
     output_dir: Path,
+    no_verify: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -255,7 +261,7 @@ def generate(
     )
     precision = one_precision(options)
     sampling = {name: value for name, value in options.items() if value is not None}
-    pipeline = _load(engine_dir, checkpoint, backend, precision, device)
+    pipeline = _load(engine_dir, checkpoint, backend, precision, device, verify=not no_verify)
     sizes = {"initial_size": initial_size, "target_size": target_size, "scale_factor": scale_factor}
     last_scale = _scale_of(pipeline, {n: size for n, size in sizes.items() if size is not None})
     from nsp.runtime.gallery import generate_gallery  # while the engines are loading
@@ -291,7 +297,7 @@ def _family_of(folder: Path) -> "Family | None":
 
     try:
         if is_checkpoint(folder):
-            return read_checkpoint(folder).family
+            return read_checkpoint(folder, verify=False).family
         return family(read_manifest(folder).family)
     except NspError:
         return None
@@ -314,6 +320,8 @@ def _load(
     backend: str,
     precision: str | None,
     device: str | None,
+    *,
+    verify: bool,
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
     from nsp.checkpoint import is_checkpoint, read_checkpoint
@@ -324,11 +332,12 @@ def _load(
     if checkpoint is not None:
         if precision is not None:
             raise ConfigError(f"--{precision} is for engines; a checkpoint runs in fp32")
-        return load_pipeline(read_checkpoint(checkpoint).folder, backend, device=device)
+        folder = read_checkpoint(checkpoint, verify=verify).folder
+        return load_pipeline(folder, backend, device=device, verify=verify)
     folder = engine_dir or Path("engines")
     if is_checkpoint(folder):
         raise ConfigError(f"{folder} is a checkpoint; use: --checkpoint {folder}")
-    return load_pipeline(folder, backend, precision=precision, device=device)
+    return load_pipeline(folder, backend, precision=precision, device=device, verify=verify)
 
 
 @main.command()
@@ -370,6 +379,7 @@ def convert(
 @click.option(
     "--recorded", is_flag=True, help="Use the outputs recorded at export, even beside PyTorch."
 )
+@no_verify_option
 @json_option
 @verbose_option
 def verify_engines(
@@ -378,6 +388,7 @@ def verify_engines(
     checkpoint: Path | None,
     backend: str,
     recorded: bool,
+    no_verify: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -394,6 +405,7 @@ def verify_engines(
         precision=one_precision(options),
         checkpoint=checkpoint,
         recorded=recorded,
+        verify_checkpoint=not no_verify,
     )
     if as_json:
         print_json(found.to_dict())

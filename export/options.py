@@ -25,6 +25,7 @@ class ExportOptions(Config):
     gpu_archs: tuple[str, ...] = ()  # of TensorRT-RTX engines; () is the target's default
     rebuild: bool = False  # build again what could be reused
     build_timeout_s: float = 3600.0  # per engine
+    verify: bool = True  # hold the checkpoint to its digests
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the checkpoint."""

@@ -77,17 +77,26 @@ def verify(
     precision: str | None = None,
     checkpoint: Path | None = None,
     recorded: bool = False,
+    verify_checkpoint: bool = True,
 ) -> Verification:
     """Return what every stage's check showed; stages that fail are in it, not raised.
 
-    `recorded`: hold them to the recorded outputs even where PyTorch could be asked. Raises
+    `recorded`: hold them to the recorded outputs even where PyTorch could be asked.
+    `verify_checkpoint=False` takes a checkpoint that differs from its digests. Raises
     EngineError for a folder that is damaged, of another machine, or has nothing to be held to,
     BackendError for a backend that does not work, CheckpointError for a `checkpoint` that does not
     fit.
     """
     engines = open_engine_dir(engine_dir, backend, precision=precision)
     manifest = engines.manifest
-    truth = _truth(engine_dir, manifest, checkpoint, recorded=recorded, limit=engines.max_batch)
+    truth = _truth(
+        engine_dir,
+        manifest,
+        checkpoint,
+        recorded=recorded,
+        limit=engines.max_batch,
+        verify_checkpoint=verify_checkpoint,
+    )
     used = engines.backend.kv_dtype()
     width = next(name for name, dtype in PRECISION_DTYPES.items() if dtype == used)
     checks = []
@@ -110,11 +119,13 @@ def _truth(
     *,
     recorded: bool,
     limit: int | None,
+    verify_checkpoint: bool,
 ) -> _Truth:
     """Return what to hold the stages to: PyTorch where it can be asked."""
     if not recorded and importlib.util.find_spec("torch") is not None:
         try:
-            record = _matching_checkpoint(checkpoint or find_source(folder, manifest), manifest)
+            source = checkpoint or find_source(folder, manifest)
+            record = _matching_checkpoint(source, manifest, verify=verify_checkpoint)
         except CheckpointError as error:
             if checkpoint is not None:
                 raise
@@ -133,10 +144,10 @@ def _truth(
     return _Truth("outputs recorded at export", recordings)
 
 
-def _matching_checkpoint(folder: Path, manifest: Manifest) -> CheckpointRecord:
+def _matching_checkpoint(folder: Path, manifest: Manifest, *, verify: bool) -> CheckpointRecord:
     if not is_checkpoint(folder):
         raise CheckpointError(f"no checkpoint at {folder}; give it with --checkpoint")
-    record = read_checkpoint(folder)
+    record = read_checkpoint(folder, verify=verify)
     if record.weights_hash() != manifest.model_hash:
         raise CheckpointError(f"{folder} holds another model than the engines were made from")
     return record

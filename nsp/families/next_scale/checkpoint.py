@@ -7,16 +7,22 @@ text_encoder/    a CLIPTextModel folder
 tokenizer/       its prompt tokenizer
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from nsp.checkpoint import ConfigFile, write_checkpoint
+from nsp.errors import CheckpointError
 from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.model import NextScaleGenerator
 from nsp.families.next_scale.system import NextScaleSystem
+from nsp.families.next_scale.vae import Vae
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.weights import load_weights, save_weights
+from nsp.weight_files import listed_in
+from nsp.weights import check_fits, load_weights, save_weights
+
+_MAX_LATENT_SIDE = 2**11  # resampling matrices have its square; 16,384 px with 8 px per cell
 
 
 def save_checkpoint(
@@ -44,15 +50,31 @@ def save_checkpoint(
         system.prompt_tokenizer.save(partial / "tokenizer")
 
 
-def load_checkpoint(folder: Path, config: Mapping[str, Any]) -> NextScaleSystem:
+def load_checkpoint(
+    folder: Path, config: Mapping[str, Any], listed: Collection[str] | None = None
+) -> NextScaleSystem:
     """Return the model in `folder`, in float32 and eval mode; `config` is config.json's "config".
 
-    Raises CheckpointError naming a missing, extra, misshapen or non-finite tensor.
+    With `listed` only files of those names are read. Raises CheckpointError naming a missing,
+    extra, misshapen or non-finite tensor.
     """
+    model = NextScaleConfig.from_dict(config)
+    if model.latent_side > _MAX_LATENT_SIDE:
+        raise CheckpointError(
+            f"{folder}: target_size={model.target_size} makes latents of {model.latent_side} cells "
+            f"a side; at most {_MAX_LATENT_SIDE} are loaded"
+        )
+    generator, vae = listed_in(listed, "generator"), listed_in(listed, "vae")
+    check_fits(lambda: NextScaleGenerator(model), folder / "generator", listed=generator)
+    check_fits(lambda: Vae(model.vae), folder / "vae", listed=vae)
     system = NextScaleSystem(
-        NextScaleConfig.from_dict(config),
-        text_encoder=load_text_encoder(folder / "text_encoder"),
-        prompt_tokenizer=PromptTokenizer.load(folder / "tokenizer"),
+        model,
+        text_encoder=load_text_encoder(
+            folder / "text_encoder", listed=listed_in(listed, "text_encoder")
+        ),
+        prompt_tokenizer=PromptTokenizer.load(
+            folder / "tokenizer", listed=listed_in(listed, "tokenizer")
+        ),
     )
     load_weights(system.generator, folder / "generator")
     load_weights(system.vae, folder / "vae")
