@@ -18,6 +18,7 @@ from nsp.errors import CheckpointError, EngineError
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.io import Axes, StageIO
 from nsp.runtime.kv_arena import KVShape
+from nsp.sniff import sniff
 from nsp.weight_files import read_arrays, read_metadata, write_safetensors
 
 RECORDED_DIR = "reference"
@@ -190,6 +191,7 @@ def read_recorded(folder: Path, *, model_hash: str) -> tuple[Recording, ...]:
             for each in json.loads(found["plan"])
         )
     except CheckpointError as error:
-        raise EngineError(f"{error}; or export the folder again") from error
+        words = sniff(path).words
+        raise EngineError(f"{path} {words} and is damaged; export the folder again") from error
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{path} is damaged ({error}); export the folder again") from error

@@ -227,7 +227,8 @@ def _read_torch(path: Path) -> Any:
 
     _refuse_compressed(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # torch judges a path by its suffix
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make an unpickler fail in any way there is
         # torch's own text advises to load it all the same, running what code is in it.
         raise CheckpointError(f"{path} cannot be read as weights only: {_why(error)}") from error

@@ -103,7 +103,7 @@ def test_cached_tokens_are_those_of_the_tokenizer_and_follow_its_weights(
     assert not torch.equal(cached_tokens(vae, data, own), expected)
     assert "is of another tokenizer or other pictures; made again" in caplog.text
     cache.write_bytes(b"x")
-    with pytest.raises(DataError, match="is text .* and is damaged; delete it"):
+    with pytest.raises(DataError, match=r"is text .* and is damaged; delete it"):
         cached_tokens(vae, data, own)
     with pytest.raises(ConfigError, match="does not exist; make it with nsp data cache"):
         cached_tokens(vae, data, TokenCache(tmp_path / "typo", is_given=True))
