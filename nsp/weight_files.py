@@ -121,7 +121,7 @@ def shards_of(index: Path, names: Collection[str] | None = None) -> tuple[Path, 
         raise CheckpointError(f"{index} holds no weight_map of names to files; copy it again")
     shards = sorted({str(name) for name in weight_map.values()})
     for name in shards:
-        if Path(name).name != name or name in (".", "..") or "\0" in name:
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise CheckpointError(f"{index} names {name!r}, which is not a file of its own folder")
         if not (index.parent / name).is_file() or (names is not None and name not in names):
             raise CheckpointError(
