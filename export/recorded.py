@@ -20,6 +20,7 @@ from nsp.runtime.engine_files import check_files
 from nsp.runtime.io import Axes, StageIO
 from nsp.runtime.kv_arena import KVShape
 from nsp.runtime.manifest import Manifest
+from nsp.sniff import sniff
 from nsp.weight_files import read_arrays, read_metadata, write_safetensors
 
 _FILE = "calls.safetensors"
@@ -193,6 +194,7 @@ def read_recorded(folder: Path, manifest: Manifest) -> tuple[Recording, ...]:
             for each in json.loads(found["plan"])
         )
     except CheckpointError as error:
-        raise EngineError(f"{error}; or export the folder again") from error
+        words = sniff(path).words
+        raise EngineError(f"{path} {words} and is damaged; export the folder again") from error
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{path} is damaged ({error}); export the folder again") from error

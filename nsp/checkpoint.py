@@ -226,8 +226,8 @@ def _check_names(folder: Path, names: Mapping[str, str]) -> None:
         for each in (path, *path.parents[:-1]):
             if (folder / each).is_symlink():
                 raise CheckpointError(
-                    f"{folder / each} is a link, which a checkpoint may lead elsewhere with; copy "
-                    "the folder with its files (cp -rL) and use the copy"
+                    f"{folder / each} is a link, and the files of a checkpoint must lie in its "
+                    "folder; copy it with its files (cp -rL) and use the copy"
                 )
 
 

@@ -121,7 +121,7 @@ def shards_of(index: Path, names: Collection[str] | None = None) -> tuple[Path, 
         raise CheckpointError(f"{index} holds no weight_map of names to files; copy it again")
     shards = sorted({str(name) for name in weight_map.values()})
     for name in shards:
-        if Path(name).name != name or name in (".", "..") or "\0" in name:
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise CheckpointError(f"{index} names {name!r}, which is not a file of its own folder")
         if not (index.parent / name).is_file() or (names is not None and name not in names):
             raise CheckpointError(
@@ -227,7 +227,8 @@ def _read_torch(path: Path) -> Any:
 
     _refuse_compressed(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # torch judges a path by its suffix
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make an unpickler fail in any way there is
         # torch's own text advises to load it all the same, running what code is in it.
         raise CheckpointError(f"{path} cannot be read as weights only: {_why(error)}") from error

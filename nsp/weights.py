@@ -1,8 +1,9 @@
 """Weights of modules: checked against what a module has, then loaded; written as safetensors."""
 
 import logging
+import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from nsp.weight_files import read_safetensors, read_shapes, write_safetensors
 log = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
-_MAX_COMPUTED_BYTES = 2**31  # the mask of VAR at 1024 px takes 0.36 GB
+_BUILD_ERRORS = (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError, LookupError)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,65 +36,54 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     load_state(module, read_safetensors(folder / WEIGHTS_NAME), str(folder))
 
 
-def check_fits(
-    make: Callable[[], nn.Module], folder: Path, *, listed: Collection[str] | None = None
-) -> None:
-    """Raise CheckpointError unless folder/model.safetensors fits the module that `make` builds.
+@contextmanager
+def bounded_by_files(
+    folder: Path, parts: Sequence[str], listed: Collection[str] | None = None
+) -> Iterator[None]:
+    """Build modules no larger than the weight files of a checkpoint's parts, see `bounded`.
 
-    Only the file's header is read, and nothing is allocated: a configuration with absurd numbers
-    ends here. With `listed` the file must be among those names.
+    Only the files' headers are read. With `listed` each file must be among those names.
     """
-    if listed is not None and WEIGHTS_NAME not in listed:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_NAME} is not listed in config.json; write the checkpoint again"
-        )
-    check_shapes(make, read_shapes(folder / WEIGHTS_NAME), str(folder))
-
-
-def check_shapes(
-    make: Callable[[], nn.Module], shapes: Mapping[str, tuple[int, ...]], source: str
-) -> None:
-    """Raise CheckpointError unless tensors of `shapes` fit the module that `make` builds.
-
-    The module is built without memory, and given up once it has more parameters than there are
-    tensors.
-    """
-    with building_without_memory(len(shapes), source):
-        module = make()
-    computed = computed_buffers(module)
-    compare_shapes(module.state_dict(), shapes, source, optional=computed)
-    size = sum(t.numel() * t.element_size() for n, t in computed.items() if n not in shapes)
-    if size > _MAX_COMPUTED_BYTES:
-        raise CheckpointError(
-            f"{source}: the configuration asks for tables of {size:,} bytes that are not in the "
-            f"file; at most {_MAX_COMPUTED_BYTES:,} are computed"
-        )
+    shapes: list[tuple[int, ...]] = []
+    for part in parts:
+        path = folder / part / WEIGHTS_NAME
+        if listed is not None and f"{part}/{WEIGHTS_NAME}" not in listed:
+            raise CheckpointError(
+                f"{path} is not listed in config.json; the checkpoint is incomplete, write it again"
+            )
+        shapes += read_shapes(path).values()
+    with bounded(shapes, str(folder)):
+        yield
 
 
 @contextmanager
-def building_without_memory(num_tensors: int, source: str) -> Iterator[None]:
-    """Build modules on torch's meta device, refusing one of more parameters than tensors.
+def bounded(shapes: Iterable[Sequence[int]], source: str) -> Iterator[None]:
+    """Build modules that cannot be much larger than the tensors they are to hold.
 
-    What torch says about sizes beyond its numbers becomes one line. Not a limit for modules that
-    another thread builds meanwhile.
+    A configuration with absurd numbers ends in CheckpointError: parameters are counted as they are
+    registered, before they are filled, which is when memory is really taken. What torch says of
+    sizes beyond its numbers becomes one line. Modules of other threads are not counted.
     """
-    thread, counted = threading.get_ident(), 0
+    sizes = [math.prod(shape) for shape in shapes]
+    # Room for a model that does not fit by a few layers: those are named when it is loaded.
+    most, largest = 4 * len(sizes) + 64, 4 * sum(sizes) + 2**16
+    thread, count, total = threading.get_ident(), 0, 0
 
-    def count(_module: nn.Module, name: str, _parameter: nn.Parameter | None) -> None:
-        nonlocal counted
-        if threading.get_ident() == thread:
-            counted += 1
-            if counted > 2 * num_tensors + 64:  # a module may replace what it made
-                raise CheckpointError(
-                    f"{source}: the configuration describes a model of more than {counted - 1} "
-                    f"parameters, the file has {num_tensors} tensors; they do not belong together, "
-                    "copy them again"
-                )
+    def note(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count, total
+        if threading.get_ident() != thread or parameter is None:
+            return
+        count, total = count + 1, total + parameter.numel()
+        if count > most or total > largest:
+            raise CheckpointError(
+                f"{source}: the configuration describes a model of more than {count} tensors and "
+                f"{total:,} numbers, the file has {len(sizes)} and {sum(sizes):,}; they do not "
+                "belong together, copy them again"
+            )
 
-    handle = register_module_parameter_registration_hook(count)
+    handle = register_module_parameter_registration_hook(note)
     try:
-        with torch.device("meta"):
-            yield
+        yield
     except NspError:
         raise
     except (
@@ -163,6 +153,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     compare_shapes(own, shapes, source, optional=computed)
     check_types(own, state, source)
+    if eight := rounded_to_eight_bits(state):
+        log.warning("%s: 8-bit weights: %s were rounded before they came here", source, eight)
     # -inf is legitimate in a mask buffer, which is no parameter.
     check_finite(dict(module.named_parameters()), state, source)
     for name in computed.keys() & state.keys():
@@ -179,10 +171,7 @@ def check_finite(names: Collection[str], state: Mapping[str, Tensor], source: st
 
 
 def check_types(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
-    """Raise CheckpointError for integers where the model has floating-point numbers.
-
-    Numbers of 8 bits are taken, and said to be rounded.
-    """
+    """Raise CheckpointError for integers where the model has floating-point numbers."""
     wanted = {n: t for n, t in state.items() if n in own and own[n].is_floating_point()}
     wrong = [n for n, t in wanted.items() if t.dtype not in _FLOATS and not _is_eight_bits(t.dtype)]
     if wrong:
@@ -192,8 +181,6 @@ def check_types(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: 
             f"{source}: tensor {wrong[0]}{more} holds {dtype}, the model has floating-point "
             "weights; these are quantized without their scales, give the weights they were made of"
         )
-    if eight := rounded_to_eight_bits(wanted):
-        log.warning("%s: 8-bit weights: %s rounded before they came here", source, eight)
 
 
 def _is_eight_bits(dtype: torch.dtype) -> bool:

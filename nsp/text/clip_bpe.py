@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import RobertaProcessing
 
 from nsp.errors import CheckpointError
+from nsp.sniff import explain, sniff
 from nsp.weight_files import read_settings
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for I/O, JSON and content alike
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise _unreadable(error, path) from error
     if not isinstance(tokenizer.model, BPE) or tokenizer.model.end_of_word_suffix != WORD_END:
         raise CheckpointError(
             f"{path} holds a {type(tokenizer.model).__name__} tokenizer without {WORD_END!r} word "
@@ -145,9 +146,7 @@ def _read_vocab_and_merges(
             end_of_word_suffix=WORD_END,
         )
     except Exception as error:  # as above
-        raise CheckpointError(
-            f"{root}: vocab.json and merges.txt cannot be read: {_first_line(error)}"
-        ) from error
+        raise _unreadable(error, root / "vocab.json", root / "merges.txt") from error
     tokenizer = clip_tokenizer(model)
     for index, entry in sorted(_added_entries(root, settings, there).items()):
         token = _added_token(entry, EOS_TOKEN)
@@ -236,5 +235,12 @@ def _missing_files(root: Path) -> str:
     return f"{root} holds neither tokenizer.json nor vocab.json with merges.txt; {hint}"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _unreadable(error: Exception, *paths: Path) -> CheckpointError:
+    """Return the error for files that the library refuses: what one of them is, or its reason."""
+    for path in paths:
+        found = sniff(path)
+        if found.is_spoilt:
+            return CheckpointError(explain(path, expected="a CLIP tokenizer's file", found=found))
+    names = " and ".join(path.name for path in paths)
+    reason = str(error).partition("\n")[0]
+    return CheckpointError(f"{paths[0].parent}: {names} cannot be read: {reason}")

@@ -6,6 +6,7 @@ transformer over the padded prompt; the state at the end token stands for the wh
 Shapes: B batch, T prompt tokens, D width.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -21,10 +22,12 @@ from nsp.errors import CheckpointError, ConfigError, MissingExtraError
 from nsp.state_names import plain_names, what_it_is
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
-from nsp.weights import building_without_memory, check_finite, check_types
+from nsp.weights import bounded, check_finite, check_types, rounded_to_eight_bits
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTextModel
+
+log = logging.getLogger(__name__)
 
 # Early CLIP configs state this id, which no CLIP tokenizer uses for its end token; transformers
 # then takes the largest id in the prompt (huggingface/transformers pull request 24773).
@@ -137,6 +140,8 @@ def load_text_encoder(
         state |= read_safetensors(path)
     state = plain_names(state, root)
     _check_weights(_without_prefix(state), config, root)
+    if eight := rounded_to_eight_bits(state):
+        log.warning("text encoder %s: 8-bit weights: %s were rounded", root, eight)
     transformers = _import_transformers()
     try:
         with _quiet(transformers):
@@ -168,7 +173,8 @@ def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: 
 
     transformers fills those with random numbers and goes on. Others are of the rest of a CLIP.
     """
-    with building_without_memory(len(state), f"text encoder {root} cannot be loaded"):
+    shapes = [tensor.shape for tensor in state.values()]
+    with bounded(shapes, f"text encoder {root} cannot be loaded"), torch.device("meta"):
         own: Mapping[str, Tensor] = _import_transformers().CLIPTextModel(config).state_dict()
     for problem, names in (
         ("lacks", sorted(own.keys() - state.keys())),

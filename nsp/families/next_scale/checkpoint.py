@@ -14,15 +14,13 @@ from typing import Any
 from nsp.checkpoint import ConfigFile, write_checkpoint
 from nsp.errors import CheckpointError
 from nsp.families.next_scale.config import NextScaleConfig
-from nsp.families.next_scale.model import NextScaleGenerator
 from nsp.families.next_scale.system import NextScaleSystem
-from nsp.families.next_scale.vae import Vae
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.weight_files import listed_in
-from nsp.weights import check_fits, load_weights, save_weights
+from nsp.weights import bounded_by_files, load_weights, save_weights
 
-_MAX_LATENT_SIDE = 2**11  # resampling matrices have its square; 16,384 px with 8 px per cell
+_MAX_LATENT_SIDE = 2**9  # tables of positions have its square; 4,096 px with 8 px per cell
 
 
 def save_checkpoint(
@@ -64,18 +62,10 @@ def load_checkpoint(
             f"{folder}: target_size={model.target_size} makes latents of {model.latent_side} cells "
             f"a side; at most {_MAX_LATENT_SIDE} are loaded"
         )
-    generator, vae = listed_in(listed, "generator"), listed_in(listed, "vae")
-    check_fits(lambda: NextScaleGenerator(model), folder / "generator", listed=generator)
-    check_fits(lambda: Vae(model.vae), folder / "vae", listed=vae)
-    system = NextScaleSystem(
-        model,
-        text_encoder=load_text_encoder(
-            folder / "text_encoder", listed=listed_in(listed, "text_encoder")
-        ),
-        prompt_tokenizer=PromptTokenizer.load(
-            folder / "tokenizer", listed=listed_in(listed, "tokenizer")
-        ),
-    )
+    encoder = load_text_encoder(folder / "text_encoder", listed=listed_in(listed, "text_encoder"))
+    tokenizer = PromptTokenizer.load(folder / "tokenizer", listed=listed_in(listed, "tokenizer"))
+    with bounded_by_files(folder, ("generator", "vae"), listed):
+        system = NextScaleSystem(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
     load_weights(system.generator, folder / "generator")
     load_weights(system.vae, folder / "vae")
     return system.eval()

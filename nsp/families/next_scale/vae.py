@@ -22,7 +22,7 @@ from nsp.errors import CheckpointError
 from nsp.families.next_scale.config import VaeConfig
 from nsp.state_names import plain_names
 from nsp.weight_files import find_weights, read_safetensors, read_settings
-from nsp.weights import check_shapes, load_state
+from nsp.weights import bounded, load_state
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -196,9 +196,8 @@ def load_vae(folder: Path, pictures_B3HW: Tensor | None = None) -> tuple[Vae, Va
     for path in find_weights(root, _STEMS, what="autoencoder"):
         state |= read_safetensors(path)
     state = {_new_name(name): tensor for name, tensor in plain_names(state, root).items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    check_shapes(lambda: new_autoencoder(config), shapes, str(root))
-    vae = Vae(config).eval()
+    with bounded((tensor.shape for tensor in state.values()), str(root)):
+        vae = Vae(config).eval()
     load_state(vae.autoencoder, state, str(root))
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(2, config.latent_channels, 16, 16, generator=generator)]

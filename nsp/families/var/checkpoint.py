@@ -13,13 +13,11 @@ from typing import Any
 
 from nsp.checkpoint import ConfigFile, write_checkpoint
 from nsp.families.var.config import VarConfig
-from nsp.families.var.model import NextScaleTransformer
 from nsp.families.var.system import VarSystem
-from nsp.families.var.vqvae import VQVAE
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.weight_files import listed_in
-from nsp.weights import check_fits, load_weights, save_weights
+from nsp.weights import bounded_by_files, load_weights, save_weights
 
 
 def save_checkpoint(
@@ -65,17 +63,8 @@ def load_checkpoint(
         encoder = load_text_encoder(
             folder / "text_encoder", listed=listed_in(listed, "text_encoder")
         )
-    check_fits(
-        lambda: NextScaleTransformer(var_config),
-        folder / "predictor",
-        listed=listed_in(listed, "predictor"),
-    )
-    check_fits(
-        lambda: VQVAE(var_config.vae, var_config.patch_nums),
-        folder / "vae",
-        listed=listed_in(listed, "vae"),
-    )
-    system = VarSystem(var_config, text_encoder=encoder, prompt_tokenizer=tokenizer)
+    with bounded_by_files(folder, ("predictor", "vae"), listed):
+        system = VarSystem(var_config, text_encoder=encoder, prompt_tokenizer=tokenizer)
     load_weights(system.predictor, folder / "predictor")
     load_weights(system.vae, folder / "vae")
     return system.eval()

@@ -21,12 +21,10 @@ from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.checkpoint import save_checkpoint
 from nsp.families.var.config import SCHEDULES, ClassCondition, VarConfig
-from nsp.families.var.model import NextScaleTransformer
 from nsp.families.var.system import VarSystem
-from nsp.families.var.vqvae import VQVAE
 from nsp.state_names import VAR_PREDICTOR, VAR_TOKENIZER, find_state, kind_of, what_it_is
 from nsp.weight_files import read_tensor_file
-from nsp.weights import check_shapes, load_state, rounded_to_eight_bits
+from nsp.weights import bounded, load_state, rounded_to_eight_bits
 
 # Constructor argument of the public code -> our field; None: has no effect on inference.
 _VAE_ARGUMENTS = {
@@ -91,11 +89,9 @@ def convert(
     if vae_state.get("quantize.ema_vocab_hit_SV", torch.empty(0)).shape != usage:
         # A usage statistic of another schedule, or none: one tokenizer serves several.
         vae_state["quantize.ema_vocab_hit_SV"] = torch.zeros(usage)
-    check_shapes(
-        lambda: VQVAE(var_config.vae, var_config.patch_nums), _shapes(vae_state), str(tokenizer)
-    )
-    check_shapes(lambda: NextScaleTransformer(var_config), _shapes(var_state), str(predictor))
-    system = VarSystem(var_config)
+    shapes = [tensor.shape for state in (vae_state, var_state) for tensor in state.values()]
+    with bounded(shapes, f"{tokenizer.name} and {predictor.name}"):
+        system = VarSystem(var_config)
     load_state(system.vae, vae_state, str(tokenizer))
     load_state(system.predictor, var_state, str(predictor))
     notes: dict[str, Any] = {
@@ -106,10 +102,6 @@ def convert(
             notes.setdefault("rounded_to_8_bits", {})[name] = eight
     save_checkpoint(output_dir, system, notes=notes)
     return var_config
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
