@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from nsp.data.crops import Crop
+from nsp.data.samples import drawn_caption
 from nsp.data.sources import ImageSource
 from nsp.errors import DataError
 
@@ -21,7 +22,7 @@ class ImageItem(TypedDict):
     """One picture as training sees it."""
 
     image: Tensor  # uint8 (3, H, W)
-    caption: str
+    caption: str  # "": the source has no captions
     class_id: int  # -1: the source has no classes
     index: int
 
@@ -29,6 +30,7 @@ class ImageItem(TypedDict):
 class ImageDataset(Dataset[ImageItem]):
     """The pictures of a source as ImageItems, cut as `Crop` says: H = W = image_size_px.
 
+    Where a picture has several captions, every epoch draws one of them.
     What is random depends on (seed, epoch, index) alone: neither on the order of reading nor on the
     number of workers. Call `set_epoch` before iterating.
     """
@@ -60,7 +62,7 @@ class ImageDataset(Dataset[ImageItem]):
         self._cache_bytes_left = cache_bytes
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose crops and flips come next, in this process and its workers."""
+        """Choose the epoch whose crops, flips and captions come next, in all processes."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -72,15 +74,23 @@ class ImageDataset(Dataset[ImageItem]):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside 0..{len(self) - 1}")
         sample = self.source.samples[index]
+        drawn = self.drawn(index)
         pixels_hw3 = self._resized(index)
         square_3HW = self._squares.cut(pixels_hw3, epoch=int(self._epoch), number=index)
         class_id = -1 if sample.class_id is None else sample.class_id
         return {
             "image": torch.from_numpy(square_3HW),
-            "caption": sample.caption,
+            "caption": sample.captions[drawn] if sample.captions else "",
             "class_id": class_id,
             "index": index,
         }
+
+    def drawn(self, index: int) -> int:
+        """Return which of its captions sample `index` has in this epoch: the first, untrained."""
+        if not self.train:
+            return 0
+        count = len(self.source.samples[index].captions)
+        return drawn_caption(count, seed=self.seed, epoch=int(self._epoch), number=index)
 
     def _resized(self, index: int) -> NDArray[np.uint8]:
         """Return the picture with its short side at the size to cut from, uint8 (h, w, 3)."""

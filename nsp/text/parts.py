@@ -45,7 +45,7 @@ def text_parts(
             "the captions of a stream are not known ahead, so no prompt tokenizer can be trained "
             "on them; give a CLIP folder with --text-encoder, or a checkpoint with --start-from"
         )
-    captions = sorted({sample.caption for sample in source.samples})
+    captions = sorted({caption for sample in source.samples for caption in sample.captions})
     tokenizer = train_tokenizer(captions, vocab_size=settings.vocab_size, max_tokens=max_tokens)
     encoder = build_text_encoder(
         tokenizer, width=width, depth=settings.depth, num_heads=settings.num_heads
