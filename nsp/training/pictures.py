@@ -27,6 +27,15 @@ class Pictures:
         """The listed pictures; None for a stream."""
         return self.train if isinstance(self.train, ImageSource) else None
 
+    @property
+    def without_captions(self) -> str | None:
+        """What has no captions, as a message names it: None where all has."""
+        if not self.train.has_captions:
+            return "the pictures to train on have"
+        if self.held_out is not None and not self.held_out.has_captions:
+            return "the pictures to validate on have"
+        return None
+
     def __str__(self) -> str:
         """Say how much there is."""
         if isinstance(self.train, ImageSource):
