@@ -5,6 +5,7 @@ pointer, the web page of a sign-in, or half a download. Every error about a file
 asks here first. Nothing but regular files is opened: a pipe would wait, a device has no end.
 """
 
+import io
 import os
 import re
 import stat
@@ -141,6 +142,11 @@ def sniff(path: Path) -> Sniffed:
         return Sniffed(kind="missing")
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         return Sniffed(kind="unreadable", detail=getattr(error, "strerror", None) or str(error))
+
+
+def sniff_bytes(content: bytes) -> Sniffed:
+    """Return what the bytes of a file are, as `sniff` does."""
+    return _of_file(io.BytesIO(content), len(content))
 
 
 def explain(path: Path, *, expected: str, found: Sniffed | None = None) -> str:
