@@ -130,7 +130,13 @@ class StageBuilder:
             backend = TorchBackend(modules, stages_io, kv_layout=build.kv_layout, device="cpu")
             return backend, "the same modules in PyTorch bfloat16"
         files = {build.stage: model}
-        runtime = OnnxRuntimeBackend(files, stages_io, kv_layout=build.kv_layout, providers=[CPU])
+        runtime = OnnxRuntimeBackend(
+            files,
+            stages_io,
+            kv_layout=build.kv_layout,
+            providers=[CPU],
+            num_threads=self._plan.options.num_threads,
+        )
         runtime.wait()
         graph = "the graph it was compiled from" if build.profiles else "this graph"
         return runtime, f"{graph} in ONNX Runtime on a CPU"

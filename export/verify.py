@@ -77,17 +77,25 @@ def verify(
     precision: str | None = None,
     checkpoint: Path | None = None,
     recorded: bool = False,
-    verify_checkpoint: bool = True,
+    verify_digests: bool = True,
+    num_threads: int | None = None,
 ) -> Verification:
     """Return what every stage's check showed; stages that fail are in it, not raised.
 
     `recorded`: hold them to the recorded outputs even where PyTorch could be asked.
-    `verify_checkpoint=False` takes a checkpoint that differs from its digests. Raises
+    `verify_digests=False` takes engines and a checkpoint that differ from their digests.
+    `num_threads` as for `open_engine_dir`. Raises
     EngineError for a folder that is damaged, of another machine, or has nothing to be held to,
     BackendError for a backend that does not work, CheckpointError for a `checkpoint` that does not
     fit.
     """
-    engines = open_engine_dir(engine_dir, backend, precision=precision)
+    engines = open_engine_dir(
+        engine_dir,
+        backend,
+        precision=precision,
+        num_threads=num_threads,
+        verify=verify_digests,
+    )
     manifest = engines.manifest
     truth = _truth(
         engine_dir,
@@ -95,7 +103,7 @@ def verify(
         checkpoint,
         recorded=recorded,
         limit=engines.max_batch,
-        verify_checkpoint=verify_checkpoint,
+        verify_digests=verify_digests,
     )
     used = engines.backend.kv_dtype()
     width = next(name for name, dtype in PRECISION_DTYPES.items() if dtype == used)
@@ -119,13 +127,13 @@ def _truth(
     *,
     recorded: bool,
     limit: int | None,
-    verify_checkpoint: bool,
+    verify_digests: bool,
 ) -> _Truth:
     """Return what to hold the stages to: PyTorch where it can be asked."""
     if not recorded and importlib.util.find_spec("torch") is not None:
         try:
             source = checkpoint or find_source(folder, manifest)
-            record = _matching_checkpoint(source, manifest, verify=verify_checkpoint)
+            record = _matching_checkpoint(source, manifest, verify=verify_digests)
         except CheckpointError as error:
             if checkpoint is not None:
                 raise

@@ -21,10 +21,12 @@ from nsp.config import Config
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.registry import Family, family
 from nsp.files import name_failed_write, write_file, write_folder
+from nsp.paths import describe, wrong_path
 from nsp.runtime.cores import usable_cores
 from nsp.runtime.manifest import file_sha256
 from nsp.runtime.sampling import SamplingConfig
 from nsp.sniff import explain, sniff
+from nsp.walk import files_below
 from nsp.weight_files import read_arrays, read_settings, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def _files_of(folder: Path) -> list[str]:
 
     Not of a card (*.md): what is written about a model does not make it another one.
     """
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")
+    files = (path for path in files_below(folder) if path.suffix != ".md")
     names = (path.relative_to(folder).as_posix() for path in files)
     return [name for name in names if name != CONFIG_NAME]
 
@@ -181,6 +183,8 @@ def read_checkpoint(folder: Path, *, verify: bool = True) -> CheckpointRecord:
     the folder, ConfigError for an unknown family.
     """
     path = folder / CONFIG_NAME
+    if not is_checkpoint(folder) or describe(folder).kind == "hub model":
+        raise CheckpointError(wrong_path(folder, "--checkpoint"))
     values = _read_config(path)
     _check_names(folder, values.files)
     has_digests = values.files or values.digest  # one without the other was taken out
@@ -240,7 +244,7 @@ def copy_in_half(source: Path, target: Path) -> None:
 
     record = read_checkpoint(source)
     names = list(record.digests)  # verified
-    cards = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*.md"))]
+    cards = [p.relative_to(source).as_posix() for p in files_below(source) if p.suffix == ".md"]
     with write_checkpoint(target, _read_config(source / CONFIG_NAME)) as partial:
         for name in (*names, *cards):
             path, copy = source / name, partial / name

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsp.checkpoint import CONFIG_NAME, is_checkpoint, read_checkpoint
+from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import EngineError
-from nsp.runtime.manifest import MANIFEST_NAME, read_manifest
+from nsp.paths import describe, wrong_path
+from nsp.runtime.manifest import read_manifest
+from nsp.walk import files_below
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,11 +26,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """
     if is_checkpoint(folder):
         return _describe_checkpoint(folder)
-    if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
-        raise EngineError(
-            f"{folder} is neither an engine folder ({MANIFEST_NAME}) "
-            f"nor a checkpoint folder ({CONFIG_NAME})"
-        )
+    if (found := describe(folder)).kind not in ("engines", "unfinished export"):
+        raise EngineError(wrong_path(folder, "model", found))
     manifest = read_manifest(folder)
     stages = manifest.stages.values()
     shared = [*manifest.files, *manifest.recorded]
@@ -40,7 +39,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 def _describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the record of a checkpoint folder with its files."""
     record = read_checkpoint(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = list(files_below(folder))
     return {
         "kind": "checkpoint",
         "folder": str(folder),

@@ -27,6 +27,7 @@ from nsp.errors import ConfigError, EngineError
 from nsp.families.registry import Family
 from nsp.families.registry import family as family_record
 from nsp.files import inside, read_json, write_file
+from nsp.paths import NOTHING, describe, wrong_path
 from nsp.runtime.io import StageIO
 from nsp.runtime.kv_arena import ARENAS
 from nsp.runtime.repair import repair, repair_unread
@@ -206,6 +207,9 @@ def _why_missing(folder: Path) -> str:
     """Return why a folder has no manifest, and what to do."""
     if (folder / STAGING_NAME).is_dir():
         return f"{folder}: the export was not finished; {repair(folder)}; it goes on from there"
+    found = describe(folder)
+    if found.kind not in NOTHING:
+        return wrong_path(folder, "engines", found)
     return f"{folder} is no engine folder: {MANIFEST_NAME} is missing; {repair(folder)}"
 
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeAlias
 from numpy.typing import NDArray
 
 from nsp.errors import BackendError, FeedError
+from nsp.runtime import cores
 from nsp.runtime.backends.base import Loop, T
 from nsp.runtime.backends.cuda import (
     ALIGNMENT,
@@ -231,7 +232,7 @@ def load_engines(
     """Return the backend of an engine folder's stages."""
     assert device == "cuda", device
     if num_threads is not None:
-        logger.warning("num_threads=%d has no effect on a GPU", num_threads)
+        logger.warning("num_threads=%d has no effect on a GPU", cores.num_threads(num_threads))
     kernels = kernel_cache(stage_files)
     return backend(stage_files, stages_io, kv_layout=kv_layout, cache_file=kernels)
 

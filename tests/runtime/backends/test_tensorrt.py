@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from nsp.checkpoint import read_checkpoint
+from nsp.distribution import pip_install
 from nsp.errors import BackendError, EngineError, FeedError, ProfileError
 from nsp.families.registry import family
 from nsp.families.var.profiles import stage_profiles
 from nsp.runtime.backends import cuda as cuda_module
+from nsp.runtime.backends import registry, tensorrt_engine
 from nsp.runtime.backends import tensorrt as backend_module
-from nsp.runtime.backends import tensorrt_engine
 from nsp.runtime.backends.cuda import DeviceArray, Stream
 from nsp.runtime.backends.tensorrt import load_tensorrt, load_tensorrt_rtx
 from nsp.runtime.kv_arena import KVShape
+from nsp.runtime.nvidia import Gpu
 from nsp.runtime.pipeline import Pipeline, Trace, torch_pipeline
 from nsp.runtime.sampling import SamplingConfig
 from tests.runtime.backends.nvidia import CudaStandIn, TensorRTStandIn, cudaError_t, write_plan
@@ -492,7 +494,11 @@ def no_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_bindings")
-def test_absent_packages_name_their_installation() -> None:
+def test_absent_packages_name_their_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_gpu", lambda: Gpu("NVIDIA L4", "8.9", "13.0"))
     assert "pip install 'cuda-bindings" in refusal(BackendError, cuda_module.import_cuda)
     message = refusal(BackendError, lambda: tensorrt_engine.import_tensorrt("tensorrt_rtx"))
-    assert message.endswith("pip install 'nsp[tensorrt-rtx]'")
+    assert message.endswith(pip_install("tensorrt-rtx"))
+    monkeypatch.setattr(registry, "find_gpu", lambda: None)
+    message = refusal(BackendError, lambda: tensorrt_engine.import_tensorrt("tensorrt_rtx"))
+    assert message.endswith("it runs on an NVIDIA GPU, which is not here")
