@@ -19,6 +19,7 @@ from nsp.command_line import (
     engine_dir_option,
     given_precisions,
     json_option,
+    no_verify_option,
     one_precision,
     output_dir_option,
     precision_options,
@@ -105,6 +106,7 @@ def main(context: click.Context) -> None:
 @threads_option("CPU threads of the checks against PyTorch.")
 @click.option("--rebuild", is_flag=True, help="Build again what could be reused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built; write nothing.")
+@no_verify_option
 @json_option
 @verbose_option
 def export_engines(
@@ -113,6 +115,7 @@ def export_engines(
     engine_dir: Path | None,
     threads: int | None,
     dry_run: bool,
+    no_verify: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -130,6 +133,7 @@ def export_engines(
         checkpoint=str(checkpoint or find_checkpoint()),
         engine_dir=str(folder),
         precisions=given_precisions(options) or ("fp32",),
+        verify=not no_verify,
         num_threads=threads,
         **options,
     )
@@ -223,6 +227,7 @@ def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: boo
 @threads_option("CPU threads.")
 @click.option("--save-intermediates", is_flag=True, help="Save the picture after every scale.")
 @output_dir_option("outputs", "Where the images go.")
+@no_verify_option
 @json_option
 @verbose_option
 def generate(
@@ -243,6 +248,7 @@ def generate(
     threads: int | None,
     save_intermediates: bool,
     output_dir: Path,
+    no_verify: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -266,7 +272,9 @@ def generate(
     )
     precision = one_precision(options)
     sampling = {name: value for name, value in options.items() if value is not None}
-    pipeline = _load(engine_dir, checkpoint, backend, precision, device, threads)
+    pipeline = _load(
+        engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
+    )
     sizes = {"initial_size": initial_size, "target_size": target_size, "scale_factor": scale_factor}
     last_scale = _scale_of(pipeline, {n: size for n, size in sizes.items() if size is not None})
     from nsp.runtime.gallery import generate_gallery  # while the engines are loading
@@ -302,7 +310,7 @@ def _family_of(folder: Path) -> "Family | None":
 
     try:
         if is_checkpoint(folder):
-            return read_checkpoint(folder).family
+            return read_checkpoint(folder, verify=False).family
         return family(read_manifest(folder).family)
     except NspError:
         return None
@@ -326,6 +334,8 @@ def _load(
     precision: str | None,
     device: str | None,
     threads: int | None,
+    *,
+    verify: bool,
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
     from nsp.checkpoint import read_checkpoint
@@ -339,11 +349,14 @@ def _load(
             raise ConfigError(f"--{precision} is for engines; a checkpoint runs in fp32")
         if (found := describe(checkpoint)).kind == "engines":
             raise ConfigError(wrong_path(checkpoint, "--checkpoint", found))
-        return load_pipeline(read_checkpoint(checkpoint).folder, backend, device=device)
+        folder = read_checkpoint(checkpoint, verify=verify).folder
+        return load_pipeline(folder, backend, device=device, verify=verify)
     folder = engine_dir or Path("engines")
     if (found := describe(folder)).kind not in (*NOTHING, "engines"):
         raise ConfigError(wrong_path(folder, "--engine-dir", found))
-    return load_pipeline(folder, backend, precision=precision, device=device, num_threads=threads)
+    return load_pipeline(
+        folder, backend, precision=precision, device=device, num_threads=threads, verify=verify
+    )
 
 
 @main.command()
@@ -387,6 +400,7 @@ def convert(
 @click.option(
     "--recorded", is_flag=True, help="Use the outputs recorded at export, even beside PyTorch."
 )
+@no_verify_option
 @threads_option("CPU threads.")
 @json_option
 @verbose_option
@@ -396,6 +410,7 @@ def verify_engines(
     checkpoint: Path | None,
     backend: str,
     recorded: bool,
+    no_verify: bool,
     threads: int | None,
     as_json: bool,
     **options: Any,
@@ -414,6 +429,7 @@ def verify_engines(
             precision=one_precision(options),
             checkpoint=checkpoint,
             recorded=recorded,
+            verify_digests=not no_verify,
             num_threads=threads,
         )
     if as_json:

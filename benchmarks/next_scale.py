@@ -124,7 +124,7 @@ def _new_pipeline(size: str, threads: int, save_to: Path | None) -> Pipeline:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = SIZES[size]
-    samples = tuple(Sample(name=c, caption=c, class_id=None) for c in _CAPTIONS)
+    samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in _CAPTIONS)
     heads = 12 if config.text.text_width % 12 == 0 else 2
     encoder = {**_TEXT_ENCODER, "num_heads": heads}
     system = new_system(config.to_dict(), encoder, ImageSource(samples, (), ()))

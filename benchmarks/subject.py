@@ -16,6 +16,7 @@ from nsp.runtime.backends.registry import availability
 from nsp.runtime.manifest import Manifest, read_manifest
 from nsp.runtime.pipeline import Pipeline, load_pipeline
 from nsp.runtime.repair import find_source
+from nsp.walk import files_below
 
 logger = logging.getLogger(__name__)
 
@@ -129,12 +130,13 @@ def load_subject(
             device=device,
             weights_mib=weights,
         )
+    weight_files = (path for path in files_below(folder) if path.suffix == ".safetensors")
     return Subject(
         candidate=candidate,
         baseline=baseline,
         device=device,
         text_encoder=TextEncoderSize.read(folder),
-        weights_mib={**weights, BASELINE: _mib(folder.rglob("*.safetensors"))},
+        weights_mib={**weights, BASELINE: _mib(weight_files)},
     )
 
 

@@ -27,6 +27,7 @@ class ExportOptions(Config):
     gpu_archs: tuple[str, ...] = ()  # of TensorRT-RTX engines; () is the target's default
     rebuild: bool = False  # build again what could be reused
     build_timeout_s: float = 3600.0  # per engine
+    verify: bool = True  # hold the checkpoint to its digests
     num_threads: int | None = None  # of ONNX Runtime's checks; None: see `nsp.runtime.cores`
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError, ExportError
 from nsp.runtime.manifest import RECORDED_DIR, SCHEMA, TOKENIZER_DIR, Manifest, Variant
 from nsp.runtime.repair import source_name
+from nsp.text.clip_bpe import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from export.build import StageBuilder
@@ -154,13 +155,14 @@ def _existing(build: PlannedBuild, manifest: Manifest) -> Variant:
 
 def _tokenizer_files(todo: ExportPlan, store: EngineStore) -> dict[str, str]:
     """Return {path: SHA-256} of the prompt tokenizer's files, laid in the staging folder."""
-    source = todo.record.folder / TOKENIZER_DIR
-    if not source.is_dir():
+    source, listed = todo.record.folder / TOKENIZER_DIR, todo.record.files
+    names = [n for n in TOKENIZER_FILES if not listed or f"{TOKENIZER_DIR}/{n}" in listed]
+    names = [name for name in names if (source / name).is_file()]
+    if not names:
         return {}
     with store.new_folder() as folder:
-        for path in sorted(source.iterdir()):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        for name in names:
+            shutil.copyfile(source / name, folder / name)
         return store.finish(folder, f"{TOKENIZER_DIR}/")
 
 

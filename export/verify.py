@@ -77,19 +77,34 @@ def verify(
     precision: str | None = None,
     checkpoint: Path | None = None,
     recorded: bool = False,
+    verify_digests: bool = True,
     num_threads: int | None = None,
 ) -> Verification:
     """Return what every stage's check showed; stages that fail are in it, not raised.
 
-    `recorded`: hold them to the recorded outputs even where PyTorch could be asked. `num_threads`
-    as for `open_engine_dir`. Raises
+    `recorded`: hold them to the recorded outputs even where PyTorch could be asked.
+    `verify_digests=False` takes engines and a checkpoint that differ from their digests.
+    `num_threads` as for `open_engine_dir`. Raises
     EngineError for a folder that is damaged, of another machine, or has nothing to be held to,
     BackendError for a backend that does not work, CheckpointError for a `checkpoint` that does not
     fit.
     """
-    engines = open_engine_dir(engine_dir, backend, precision=precision, num_threads=num_threads)
+    engines = open_engine_dir(
+        engine_dir,
+        backend,
+        precision=precision,
+        num_threads=num_threads,
+        verify=verify_digests,
+    )
     manifest = engines.manifest
-    truth = _truth(engine_dir, manifest, checkpoint, recorded=recorded, limit=engines.max_batch)
+    truth = _truth(
+        engine_dir,
+        manifest,
+        checkpoint,
+        recorded=recorded,
+        limit=engines.max_batch,
+        verify_digests=verify_digests,
+    )
     used = engines.backend.kv_dtype()
     width = next(name for name, dtype in PRECISION_DTYPES.items() if dtype == used)
     checks = []
@@ -112,11 +127,13 @@ def _truth(
     *,
     recorded: bool,
     limit: int | None,
+    verify_digests: bool,
 ) -> _Truth:
     """Return what to hold the stages to: PyTorch where it can be asked."""
     if not recorded and importlib.util.find_spec("torch") is not None:
         try:
-            record = _matching_checkpoint(checkpoint or find_source(folder, manifest), manifest)
+            source = checkpoint or find_source(folder, manifest)
+            record = _matching_checkpoint(source, manifest, verify=verify_digests)
         except CheckpointError as error:
             if checkpoint is not None:
                 raise
@@ -135,10 +152,10 @@ def _truth(
     return _Truth("outputs recorded at export", recordings)
 
 
-def _matching_checkpoint(folder: Path, manifest: Manifest) -> CheckpointRecord:
+def _matching_checkpoint(folder: Path, manifest: Manifest, *, verify: bool) -> CheckpointRecord:
     if not is_checkpoint(folder):
         raise CheckpointError(f"no checkpoint at {folder}; give it with --checkpoint")
-    record = read_checkpoint(folder)
+    record = read_checkpoint(folder, verify=verify)
     if record.weights_hash() != manifest.model_hash:
         raise CheckpointError(f"{folder} holds another model than the engines were made from")
     return record

@@ -169,7 +169,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 engine_dir_option = click.option(
     "--engine-dir", type=FOLDER, help="Folder of exported engines.  [default: engines]"
 )
-
+no_verify_option = click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Take files that differ from their recorded SHA-256, such as ones edited by hand.",
+)
 
 backend_option = click.option(
     "--backend",

@@ -27,23 +27,31 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises ValueError with the reason in one line for anything else, also for an object nested
     deeper than a program can walk; the caller adds which file it is and what to do.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    values = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"a JSON {type(values).__name__} instead of an object")
-    level: list[Any] = [values]
-    for _ in range(_MAX_JSON_DEPTH):
-        level = [child for value in level for child in _children(value)]
-    if level:
-        raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
     json.dumps(values, ensure_ascii=False).encode()  # half characters could not be shown
     return values
 
 
+def parse_json(text: bytes | str) -> Any:
+    """Return the value of a JSON text; ValueError with the reason in one line, as `read_json`."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH + 1):
+        level = [child for inside in level for child in _children(inside)]
+    if level:
+        raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
+    return value
+
+
 def _children(value: Any) -> list[Any]:
-    """Return the lists and objects directly inside one."""
+    """Return the lists and objects directly inside a value."""
+    if not isinstance(value, dict | list):
+        return []
     inside = value.values() if isinstance(value, dict) else value
     return [child for child in inside if isinstance(child, dict | list)]
 

@@ -9,6 +9,7 @@ from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import EngineError
 from nsp.paths import describe, wrong_path
 from nsp.runtime.manifest import read_manifest
+from nsp.walk import files_below
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +39,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 def _describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the record of a checkpoint folder with its files."""
     record = read_checkpoint(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = list(files_below(folder))
     return {
         "kind": "checkpoint",
         "folder": str(folder),

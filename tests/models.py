@@ -30,7 +30,7 @@ def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -
     torch.manual_seed(seed)
     config = SIZES["tiny"]
     config = dataclasses.replace(config, condition=dataclasses.replace(config.condition, null=null))
-    samples = tuple(Sample(name=c, caption=c, class_id=None) for c in CAPTIONS)
+    samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS)
     source = ImageSource(samples, (), ())
     text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
     system = new_system(config.to_dict(), text_encoder, source)

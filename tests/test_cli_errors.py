@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
+from nsp.checkpoint import write_digests
 from nsp.distribution import pip_install
 from nsp.runtime.manifest import read_manifest
 from tests.disk import largest_file
@@ -152,6 +153,7 @@ def test_an_unknown_family_is_named(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, folder)
     record = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**record, "family": "frob"}))
+    write_digests(folder)
     assert_one_line(nsp("inspect", folder), 2, "'frob'", "var")
     weights = folder / "vae/model.safetensors"
     options = ("--tokenizer", weights, "--predictor", weights, "--output-dir", tmp_path / "out")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from nsp.data.crops import Crop
+from nsp.data.samples import drawn_caption
 from nsp.data.sources import ImageSource
 from nsp.errors import DataError
 
@@ -21,7 +22,7 @@ class ImageItem(TypedDict):
     """One picture as training sees it."""
 
     image: Tensor  # uint8 (3, H, W)
-    caption: str
+    caption: str  # "": the source has no captions
     class_id: int  # -1: the source has no classes
     index: int
 
@@ -29,6 +30,7 @@ class ImageItem(TypedDict):
 class ImageDataset(Dataset[ImageItem]):
     """The pictures of a source as ImageItems, cut as `Crop` says: H = W = image_size_px.
 
+    Where a picture has several captions, every epoch draws one of them.
     What is random depends on (seed, epoch, index) alone: neither on the order of reading nor on the
     number of workers. Call `set_epoch` before iterating.
     """
@@ -54,14 +56,19 @@ class ImageDataset(Dataset[ImageItem]):
         self._squares = Crop(
             image_size_px=image_size_px, train=train, crop=crop, flip=flip, seed=seed
         )
+        self._first_rows = np.cumsum([0, *(len(each.captions) for each in source.samples)])
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it
+        self._own_epoch: int | None = None
         self._cache: dict[int, NDArray[np.uint8]] = {}
         self._cache_bytes_left = cache_bytes
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose crops and flips come next, in this process and its workers."""
-        self._epoch.fill_(epoch)
+        """Choose the epoch whose crops, flips and captions come next, in all processes."""
+        if get_worker_info() is None:
+            self._epoch.fill_(epoch)
+        else:  # another worker may be an epoch ahead: it must not move this one's
+            self._own_epoch = epoch
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -72,15 +79,34 @@ class ImageDataset(Dataset[ImageItem]):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside 0..{len(self) - 1}")
         sample = self.source.samples[index]
+        drawn = self.drawn(index)
         pixels_hw3 = self._resized(index)
-        square_3HW = self._squares.cut(pixels_hw3, epoch=int(self._epoch), number=index)
+        square_3HW = self._squares.cut(pixels_hw3, epoch=self._epoch_now(), number=index)
         class_id = -1 if sample.class_id is None else sample.class_id
         return {
             "image": torch.from_numpy(square_3HW),
-            "caption": sample.caption,
+            "caption": sample.captions[drawn] if sample.captions else "",
             "class_id": class_id,
             "index": index,
         }
+
+    def captions(self) -> list[str]:
+        """Return every caption of every picture, in order; `caption_row` says which is whose."""
+        return [caption for sample in self.source.samples for caption in sample.captions]
+
+    def caption_row(self, index: int) -> int:
+        """Return which of `captions` picture `index` has in this epoch."""
+        return int(self._first_rows[index]) + self.drawn(index)
+
+    def drawn(self, index: int) -> int:
+        """Return which of its captions sample `index` has in this epoch: the first, untrained."""
+        if not self.train:
+            return 0
+        count = len(self.source.samples[index].captions)
+        return drawn_caption(count, seed=self.seed, epoch=self._epoch_now(), number=index)
+
+    def _epoch_now(self) -> int:
+        return int(self._epoch) if self._own_epoch is None else self._own_epoch
 
     def _resized(self, index: int) -> NDArray[np.uint8]:
         """Return the picture with its short side at the size to cut from, uint8 (h, w, 3)."""

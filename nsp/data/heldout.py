@@ -6,20 +6,41 @@ a line. It holds out those samples, and all others with one of those captions.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
+from nsp.data.bounds import read_regular
+from nsp.data.samples import shown
 from nsp.errors import DataError
 
+MAX_HELDOUT_BYTES = 512 << 20
 HELDOUT_MEMBER = "__heldout__"  # webdataset readers pass over names of this form
 
 
-def parse_heldout(text: str, *, where: str) -> list[tuple[str, str]]:
+def parse_heldout(content: bytes | str, *, where: str) -> list[tuple[str, str]]:
     """Return (name, caption) of each held-out sample; `where` names the list in errors."""
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8; save it as UTF-8") from error
     rows = [tuple(line.split("\t")) for line in text.splitlines()[1:]]
     for number, row in enumerate(rows, start=2):
         if len(row) != 2 or not all(row):
             raise DataError(f"{where}, line {number}: expected name<TAB>caption, got {row}")
     return [(row[0], row[1]) for row in rows]
+
+
+def read_heldout(folder: Path) -> list[tuple[str, str]]:
+    """Return the list that a folder carries, empty without one; raises DataError."""
+    path = folder / HELDOUT_MEMBER
+    if not path.is_file():
+        return []
+    try:
+        content = read_regular(path, most_bytes=MAX_HELDOUT_BYTES)
+    except (OSError, DataError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{shown(str(path))} cannot be read: {reason}") from error
+    return parse_heldout(content, where=str(path))
 
 
 def format_heldout(rows: Iterable[tuple[str, str]]) -> str:
@@ -45,9 +66,9 @@ class Heldout:
             captions=frozenset(fold_caption(caption) for _, caption in kept),
         )
 
-    def covers(self, name: str, caption: str) -> bool:
-        """Return whether a sample is held out."""
-        return name in self.names or fold_caption(caption) in self.captions
+    def covers(self, name: str, captions: Iterable[str]) -> bool:
+        """Return whether a sample is held out: by its name, or by any of its captions."""
+        return name in self.names or any(fold_caption(each) in self.captions for each in captions)
 
 
 def fold_caption(caption: str) -> str:

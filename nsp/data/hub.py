@@ -2,22 +2,27 @@
 
     FOLDER_OR_NAME[:SPLIT]     without SPLIT: `train`, or the only one
 
-Columns are found by type: the one Image column; the one string column, or of several the one called
-`caption`, `text` or `prompt`; the one ClassLabel column, whose names are the captions where no
-column holds text. A folder may carry a list `__heldout__` (see heldout.py); samples are named by
-split and row, as in `train-12`.
+Columns are found by type: the one Image column; the one column of strings or of lists of strings,
+or of several the one called `caption`, `captions`, `text` or `prompt`; the one ClassLabel column,
+whose names are the captions where no column holds text. A folder may carry a list `__heldout__`
+(see heldout.py); samples are named by split and row, as in `train-12`.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsp.data.heldout import HELDOUT_MEMBER, parse_heldout
-from nsp.data.layouts import Listing
-from nsp.data.samples import Problem
+from nsp.data.bounds import MAX_PICTURE_BYTES, read_regular
+from nsp.data.heldout import read_heldout
+from nsp.data.listing import Listing
+from nsp.data.report import first
 from nsp.errors import DataError, MissingExtraError
 
-CAPTION_COLUMNS = ("caption", "text", "prompt")
+logger = logging.getLogger(__name__)
+
+CAPTION_COLUMNS = ("caption", "captions", "text", "prompt")
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,24 @@ class Cell:
     row: int
     table: Any  # datasets.Dataset with that column, undecoded
 
+    def size(self) -> int:
+        """Return 0: how long a cell is shows when it is read."""
+        return 0
+
     def read(self) -> bytes:
-        """Return the bytes of the picture; raises OSError."""
+        """Return the bytes of the picture; raises OSError, or DataError with the bare reason."""
         try:
             value = self.table[self.row][self.column]
-        except (ValueError, RuntimeError) as error:  # pyarrow's errors are these
-            raise OSError(f"row {self.row} cannot be read: {error}") from error
+        except (ValueError, RuntimeError, OSError) as error:  # pyarrow's errors are these
+            raise DataError(f"the row cannot be read: {_line(error)}") from error
         if value is None:
-            raise OSError(f"row {self.row} has no picture")
+            raise DataError("the row has no picture")
         content = value["bytes"]
-        return Path(value["path"]).read_bytes() if content is None else bytes(content)
+        if content is not None:
+            return bytes(content)
+        if value["path"] is None:
+            raise DataError("the row has no picture")
+        return read_regular(Path(value["path"]), most_bytes=MAX_PICTURE_BYTES)
 
 
 def list_rows(spec: str) -> Listing:
@@ -53,20 +66,28 @@ def list_rows(spec: str) -> Listing:
     pictures = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     names = tuple(table.features[label].names) if label else ()
     rows = table.select_columns([column for column in (caption, label) if column])[:]
-    listing = Listing(class_names=names, heldout=_heldout(Path(name)))
+    listing = Listing(class_names=names, heldout=read_heldout(Path(name)))
+    listing.missing = None if caption is None else f"no text in column {caption}"
     for row in range(len(table)):
         sample = f"{split}-{row}"
         number = rows[label][row] if label else None
         class_id = number if number is not None and number >= 0 else None  # -1: not labelled
+        texts: Sequence[str] = ()
         if caption is not None:
-            text = rows[caption][row] or ""
-        elif class_id is None:
-            listing.problems.append(Problem(sample, f"no class in column {label}"))
+            texts = _texts(rows[caption][row])
+        elif class_id is not None:
+            texts = (names[class_id],)
+        elif label is not None:
+            listing.refuse(sample, f"no class in column {label}")
             continue
-        else:
-            text = names[class_id]
-        listing.add(sample, text, Cell(Path(name), image, row, pictures), class_id)
+        listing.add(sample, texts, Cell(Path(name), image, row, pictures), class_id)
     return listing
+
+
+def _texts(value: str | list[str | None] | None) -> list[str]:
+    """Return the captions in a cell, one or a list."""
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if text is not None]
 
 
 def _parted(spec: str) -> tuple[str, str | None]:
@@ -110,18 +131,17 @@ def _one_split(loaded: Any, name: str, wanted: str | None) -> tuple[str, Any]:
 
 
 def _columns(name: str, features: Any) -> tuple[str, str | None, str | None]:
-    """Return the columns of pictures, of captions and of classes; one of the last two is there."""
+    """Return the columns of pictures, of captions and of classes, as far as there are any."""
     import datasets
 
     def of(wanted: type) -> list[str]:
         return [column for column, feature in features.items() if isinstance(feature, wanted)]
 
-    values = of(datasets.Value)
-    texts = [column for column in values if features[column].dtype in ("string", "large_string")]
+    texts = [column for column, feature in features.items() if _holds_text(feature)]
     images, labels = of(datasets.Image), of(datasets.ClassLabel)
     known = [column for column in texts if column in CAPTION_COLUMNS]
     texts = texts if len(texts) < 2 else known or texts
-    what = f"columns are {', '.join(features)}"
+    what = f"columns are {first(list(features))}"
     if len(images) != 1:
         raise DataError(f"hf:{name}: {_found(images)} of type Image, need one; {what}")
     if len(texts) > 1:
@@ -131,17 +151,22 @@ def _columns(name: str, features: Any) -> tuple[str, str | None, str | None]:
     if len(labels) > 1:
         raise DataError(f"hf:{name}: {_found(labels)} of type ClassLabel; keep one")
     if not texts and not labels:
-        raise DataError(f"hf:{name}: no column of text or of type ClassLabel; {what}")
+        logger.warning(
+            "hf:%s: no column of text or of type ClassLabel, so no captions; %s", name, what
+        )
     return images[0], texts[0] if texts else None, labels[0] if labels else None
 
 
+def _holds_text(feature: Any) -> bool:
+    """Return whether a column holds a string, or a list of strings, in each row."""
+    inner = getattr(feature, "feature", feature)  # of Sequence and List
+    if isinstance(inner, list):
+        inner = inner[0] if len(inner) == 1 else None
+    return getattr(inner, "dtype", None) in ("string", "large_string")
+
+
 def _found(columns: list[str]) -> str:
-    return f"{len(columns)} columns ({', '.join(columns)})" if columns else "no column"
-
-
-def _heldout(folder: Path) -> list[tuple[str, str]]:
-    path = folder / HELDOUT_MEMBER
-    return parse_heldout(path.read_text("utf-8"), where=str(path)) if path.is_file() else []
+    return f"{len(columns)} columns ({first(columns)})" if columns else "no column"
 
 
 def _line(error: Exception) -> str:

@@ -1,264 +1,203 @@
-"""Finds the samples of a folder or a tar: which files are pictures, and where each caption is.
+"""Finds the samples of a folder: which files are pictures, and where their captions are.
 
-A folder is read as the first of these that fits:
+Captions are looked for everywhere, and all that are found are used or named:
 
-1. `metadata.jsonl` at its top: one {"file_name": ..., "text": ...} a line (as in
-   Hugging Face imagefolder).
-2. A picture anywhere inside has a `.txt` of the same name beside it: captions are those files.
+1. tables anywhere inside (metadata.jsonl and others: see captions.py);
+2. `.txt`, `.caption` or `.json` beside a picture, of its name.
+
+Where a picture has several of these, the first of `metadata.jsonl` at the top, `.txt`, another
+table, `.caption`, `.json` is taken, and a warning says where they differ. Tables of the same rank
+that differ are an error.
+
+Only a folder without any is read as one of these:
+
 3. Pictures lie in subfolders: the subfolder is the class, and its name the caption.
-4. It holds no picture but `.tar` files at its top: shards, read one after the other.
+4. Pictures lie at the top: a set without captions.
+5. It holds no picture but `.tar` files at its top: shards, read one after the other (see
+   shard_listing.py).
 
-A tar holds pairs `<key>.<picture suffix>` and `<key>.txt` (a webdataset sample), uncompressed, and
-may hold the number of a class in `<key>.cls`; `index.json` beside it (see pack.py) names classes.
-
-Either may carry a list `__heldout__` at its top (see heldout.py).
-
-Hidden files are passed over; other files that play no part are named in a warning. What plays a
-part and cannot be used (a picture without a caption, a caption without a picture) is a Problem.
+A folder may carry a list `__heldout__` at its top (see heldout.py). Hidden files are passed over;
+other files that play no part are named in a warning. What plays a part and cannot be used (a
+picture without a caption, a caption without a picture) is a Problem.
 """
 
-import json
-import os
 import posixpath
-import tarfile
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from nsp.data.heldout import HELDOUT_MEMBER, parse_heldout
-from nsp.data.index import INDEX_FILE, read_index
+from nsp.data.bounds import MAX_CAPTION_BYTES, read_regular
+from nsp.data.captioned import METADATA_FILE, Beside, Tables, list_captioned
+from nsp.data.captions import TABLE_SUFFIXES, Table, read_table
+from nsp.data.heldout import HELDOUT_MEMBER, read_heldout
+from nsp.data.index import INDEX_FILE
+from nsp.data.listing import FileSlice, Listing, join
 from nsp.data.pictures import PICTURE_SUFFIXES
 from nsp.data.samples import (
+    BESIDE_SUFFIXES,
     CAPTION_SUFFIX,
-    CLASS_SUFFIX,
-    TAR_SUFFIXES,
-    Problem,
-    Sample,
-    is_hidden,
-    parse_caption,
-    parse_class,
-    picture_suffix,
-    tar_key,
+    CAPTIONS_SUFFIX,
+    JSON_SUFFIX,
+    is_picture,
+    shown,
+    stem,
 )
-from nsp.data.tars import open_tar, walk
+from nsp.data.shard_listing import list_tar
 from nsp.errors import DataError
+from nsp.walk import Walk, walk_folder
 
-METADATA_FILE = "metadata.jsonl"
 LAYOUTS = (
     f"{METADATA_FILE} with file_name and text, a .txt beside each picture, one subfolder per class"
-    ", or .tar shards"
+    ", pictures alone, or .tar shards"
 )
-
-
-class PictureFile(Protocol):
-    """Where the bytes of one picture lie; safe to read from any thread and to pickle."""
-
-    @property
-    def path(self) -> Path:
-        """The file to repair when the picture is damaged."""
-
-    def read(self) -> bytes:
-        """Return the bytes; raises OSError."""
-
-
-@dataclass(frozen=True)
-class FileSlice:
-    """A whole file, or a member of a tar."""
-
-    path: Path
-    offset: int = 0
-    num_bytes: int = -1  # -1: to the end of the file
-
-    def read(self) -> bytes:
-        """Return the bytes; opens the file anew, so threads and forked workers do not collide."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.num_bytes)
-
-
-Entry = tuple[Sample, PictureFile]
-
-
-@dataclass
-class Listing:
-    """What was found, before any picture is decoded."""
-
-    entries: list[Entry] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    class_names: tuple[str, ...] = ()
-    heldout: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, name: str, caption: bytes | str, file: PictureFile, class_id: int | None) -> None:
-        """Append a sample, or a problem when its caption is empty or not UTF-8."""
-        try:
-            sample = Sample(name, parse_caption(caption), class_id)
-        except DataError as error:
-            self.problems.append(Problem(name, str(error)))
-        else:
-            self.entries.append((sample, file))
+_ARCHIVES = (".zip", ".rar", ".7z", ".tgz", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MOST_LOOKED_AT = 50  # .json files whose names do not say that they hold captions
+_TELLING = ("metadata", "caption", "annotation", "prompt")
 
 
 def list_folder(root: Path) -> Listing:
-    """Return what lies in a folder; raises DataError when no layout fits."""
-    names = sorted(_walk(root))
-    pictures = [name for name in names if _is_picture(name)]
-    present = set(names)
-    if METADATA_FILE in present:
-        listing = _list_metadata(root, pictures)
-        used = {METADATA_FILE, *pictures}
-    elif any(_caption_name(name) in present for name in pictures):
-        listing = _list_sidecars(root, names, pictures)
-        used = {name for name in names if _is_picture(name) or name.endswith(".txt")}
-    elif any("/" in name for name in pictures):
-        listing = _list_classes(root, pictures)
-        used = set(pictures)
+    """Return what lies in a folder; raises DataError when no layout fits, OSError when closed."""
+    walk = walk_folder(root)
+    names = [name for name in walk.files if name != HELDOUT_MEMBER]
+    pictures = [name for name in names if is_picture(name)]
+    is_packed = not pictures and bool(_shards(names)) and METADATA_FILE not in names
+    tables = Tables(root, names, [] if is_packed else _tables(root, names, pictures))
+    beside = Beside(root, names, pictures)
+    if tables.taken or beside.has_captions:
+        _refuse_packed(root, names, tables)
+        listing = list_captioned(root, names, pictures, tables, beside)
     elif pictures:
-        raise DataError(f"{root}: {len(pictures)} pictures, no captions; accepted are {LAYOUTS}")
+        _refuse_apart(root, names, pictures)
+        listing = _list_uncaptioned(root, pictures)
+        listing.leave(name for name in names if not is_picture(name))
     else:
-        shards = [name for name in names if name.endswith(".tar") and "/" not in name]
-        if not shards:
-            raise DataError(f"{root}: no picture in this folder; accepted are {LAYOUTS}")
-        listing = _join(list_tar(root / name) for name in shards)
-        used = {*shards, INDEX_FILE}
-    if HELDOUT_MEMBER in present:
-        path = root / HELDOUT_MEMBER
-        listing.heldout += parse_heldout(path.read_text("utf-8"), where=str(path))
-    listing.unused += [name for name in names if name not in used | {HELDOUT_MEMBER}]
+        listing = _list_shards(root, names)
+    _report(walk, listing)
+    listing.heldout += read_heldout(root)
     return listing
 
 
-def list_tar(path: Path) -> Listing:
-    """Return what lies in an uncompressed tar; raises DataError when it cannot be read."""
-    try:
-        with path.open("rb") as file, open_tar(file, seekable=True) as archive:
-            members = list(walk(archive))
-    except (tarfile.TarError, OSError) as error:
+def _tables(root: Path, names: list[str], pictures: list[str]) -> list[Table]:
+    """Return every table of captions, that at the top first."""
+    stems = {stem(name) for name in pictures}
+    candidates = []
+    num_looked_at = 0
+    for name in sorted(names, key=lambda name: (name.count("/"), name)):
+        base, suffix = posixpath.basename(name).lower(), posixpath.splitext(name)[1].lower()
+        tells = any(word in base for word in _TELLING)
+        if suffix not in TABLE_SUFFIXES or name == INDEX_FILE:
+            continue
+        if suffix in BESIDE_SUFFIXES and stem(name) in stems and base != METADATA_FILE:
+            continue  # of one picture
+        if suffix == CAPTION_SUFFIX and "caption" not in base:
+            continue
+        if suffix == JSON_SUFFIX and not tells:
+            num_looked_at += 1
+            if num_looked_at > _MOST_LOOKED_AT:
+                continue
+        candidates.append(name)
+    tables = [table for name in candidates if (table := read_table(root, name)) is not None]
+    return sorted(tables, key=lambda table: table.name != METADATA_FILE)
+
+
+def _refuse_packed(root: Path, names: list[str], tables: Tables) -> None:
+    """Raise DataError when all that rows name is still in an archive."""
+    archives = [name for name in names if name.lower().endswith(_ARCHIVES)]
+    if tables.bad and archives and not tables.captions:
         raise DataError(
-            f"{path}: not a whole, uncompressed tar ({error}); unpack a compressed one first"
-        ) from error
-    files = {
-        posixpath.normpath(member.name): FileSlice(path, member.offset_data, member.size)
-        for member in members
-    }
-    listing = Listing()
-    index = read_index(path.parent)
-    if index is not None and path.name in {shard.file for shard in index.shards}:
-        listing.class_names = index.class_names
-    if HELDOUT_MEMBER in files:
-        text = files.pop(HELDOUT_MEMBER).read().decode("utf-8")
-        listing.heldout = parse_heldout(text, where=f"{path}: {HELDOUT_MEMBER}")
-    samples: dict[str, dict[str, FileSlice]] = {}
-    for name in sorted(files):
-        if is_hidden(name):
-            continue
-        key, suffix = tar_key(name)
-        if suffix in TAR_SUFFIXES:
-            samples.setdefault(key, {})[suffix] = files[name]
-        else:
-            listing.unused.append(name)
-    for key, by_suffix in samples.items():
-        try:
-            picture = by_suffix[picture_suffix(key, by_suffix)]
-            class_id = None
-            if CLASS_SUFFIX in by_suffix:
-                content = by_suffix[CLASS_SUFFIX].read()
-                class_id = parse_class(content, len(listing.class_names))
-        except DataError as error:
-            listing.problems.append(Problem(key, str(error)))
-        else:
-            listing.add(key, by_suffix[CAPTION_SUFFIX].read(), picture, class_id)
-    return listing
+            f"{root}: nothing that {shown(tables.taken[0])} names is in the folder, "
+            f"but {shown(archives[0])} is; unpack it there"
+        )
 
 
-def _join(listings: Iterable[Listing]) -> Listing:
-    joined = Listing()
-    for listing in listings:
-        joined.entries += listing.entries
-        joined.problems += listing.problems
-        joined.unused += listing.unused
-        joined.heldout += listing.heldout
-        joined.class_names = joined.class_names or listing.class_names
-    return joined
-
-
-def _list_metadata(root: Path, pictures: list[str]) -> Listing:
-    listing = Listing()
-    rows: list[tuple[str, str]] = []
-    lines = (root / METADATA_FILE).read_bytes().splitlines()
-    for number, line in enumerate(lines, start=1):
-        where = f"{METADATA_FILE}:{number}"
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            listing.problems.append(Problem(where, f"not JSON: {error}"))
-            continue
-        if row is None:
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            listing.problems.append(Problem(where, "the row has no file_name"))
-        elif not isinstance(row.get("text"), str):
-            listing.problems.append(Problem(row["file_name"], f"no text in {where}"))
-        else:
-            rows.append((posixpath.normpath(row["file_name"]), row["text"]))
-    repeats = Counter(name for name, _ in rows)
-    for name, text in rows:
-        if not (root / name).is_file() or name.startswith(("/", "..")):
-            listing.problems.append(Problem(name, f"in {METADATA_FILE} but not in the folder"))
-        elif repeats[name] > 1:
-            listing.problems.append(Problem(name, f"{repeats[name]} rows in {METADATA_FILE}"))
-        else:
-            listing.add(name, text, FileSlice(root / name), None)
-    named = set(repeats) | {problem.name for problem in listing.problems}
-    listing.problems += [
-        Problem(name, f"no row in {METADATA_FILE}") for name in pictures if name not in named
+def _refuse_apart(root: Path, names: list[str], pictures: list[str]) -> None:
+    """Raise DataError when captions lie elsewhere than beside the pictures of their names."""
+    of = {posixpath.basename(stem(name)): name for name in pictures}
+    of |= {posixpath.basename(name): name for name in pictures}
+    apart = [
+        name
+        for name in names
+        if name.lower().endswith((CAPTION_SUFFIX, CAPTIONS_SUFFIX))
+        and posixpath.basename(stem(name)) in of
     ]
-    return listing
+    if apart and _is_prose(root / apart[0]):
+        picture = of[posixpath.basename(stem(apart[0]))]
+        raise DataError(
+            f"{root}: {shown(apart[0])} ({len(apart)} such files) seems to be the "
+            f"caption of {shown(picture)}; put it where it is read, "
+            f"{shown(stem(picture) + posixpath.splitext(apart[0])[1].lower())}, or remove it"
+        )
 
 
-def _list_sidecars(root: Path, names: list[str], pictures: list[str]) -> Listing:
-    listing = Listing()
-    captions = {name for name in names if name.endswith(".txt")}
-    for name in pictures:
-        caption = _caption_name(name)
-        if caption in captions:
-            listing.add(name, (root / caption).read_bytes(), FileSlice(root / name), None)
-        else:
-            listing.problems.append(Problem(name, f"no caption file {caption}"))
-    orphans = captions - {_caption_name(name) for name in pictures}
-    listing.problems += [Problem(name, "a caption without a picture") for name in sorted(orphans)]
-    return listing
+def _is_prose(path: Path) -> bool:
+    """Return whether a file holds words; boxes of objects, for one, are numbers."""
+    try:
+        text = read_regular(path, most_bytes=MAX_CAPTION_BYTES).decode("utf-8", "replace")
+    except (OSError, DataError):
+        return False
+    return any(character.isalpha() for character in text)
 
 
-def _list_classes(root: Path, pictures: list[str]) -> Listing:
+def _list_uncaptioned(root: Path, pictures: list[str]) -> Listing:
+    """Return pictures of class folders, or pictures alone."""
+    if not any("/" in name for name in pictures):
+        listing = Listing(missing=None)
+        for name in pictures:
+            listing.add(name, (), FileSlice(root / name))
+        return listing
+    direct = [name for name in pictures if name.count("/") == 1]
+    below = sorted({posixpath.dirname(posixpath.dirname(name)) for name in pictures})
+    if not direct and "" not in below:
+        given = " or ".join(str(root / folder) for folder in below[:3])
+        raise DataError(
+            f"{root}: no picture lies directly in a subfolder, where classes are, as "
+            f"{shown(pictures[0])} does not; give the folder that holds the class folders: {given}"
+        )
     names = sorted({name.split("/")[0] for name in pictures if "/" in name})
-    listing = Listing(class_names=tuple(names))
+    listing = Listing(class_names=tuple(shown(name) for name in names))
     class_ids = {name: class_id for class_id, name in enumerate(names)}
     for name in pictures:
         folder, _, rest = name.partition("/")
         if not rest:
-            listing.problems.append(Problem(name, "not inside a class folder"))
+            listing.refuse(name, "not inside a class folder")
         elif "/" in rest:
-            listing.problems.append(Problem(name, f"not directly inside class folder {folder}"))
+            listing.refuse(name, f"not directly inside class folder {shown(folder)}")
         else:
-            listing.add(name, folder, FileSlice(root / name), class_ids[folder])
+            listing.add(name, [shown(folder)], FileSlice(root / name), class_ids[folder])
     return listing
 
 
-def _walk(root: Path) -> Iterable[str]:
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        relative = Path(folder).relative_to(root)
-        for name in files:
-            if not is_hidden(name):
-                yield (relative / name).as_posix()
+def _list_shards(root: Path, names: list[str]) -> Listing:
+    """Return what the shards of a folder without pictures hold."""
+    shards = _shards(names)
+    if not shards:
+        tables = [name for name in names if name.lower().endswith((".parquet", ".arrow"))]
+        archives = [name for name in names if name.lower().endswith(_ARCHIVES)]
+        if tables:
+            raise DataError(
+                f"{root}: no picture, but {shown(tables[0])}, as Hugging Face's "
+                f"`datasets` keeps them; give hf:{root}"
+            )
+        if archives:
+            raise DataError(f"{root}: no picture, but {shown(archives[0])}; unpack it")
+        raise DataError(f"{root}: no picture in this folder; accepted are {LAYOUTS}")
+    listing = join(list_tar(root / name) for name in shards)
+    listing.leave(name for name in names if name not in {*shards, INDEX_FILE})
+    return listing
 
 
-def _is_picture(name: str) -> bool:
-    return posixpath.splitext(name)[1].lower() in PICTURE_SUFFIXES
+def _shards(names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith(".tar") and "/" not in name]
 
 
-def _caption_name(picture: str) -> str:
-    return posixpath.splitext(picture)[0] + ".txt"
+def _report(walk: Walk, listing: Listing) -> None:
+    """Add what the walk could not use or did not follow."""
+    for name, reason in walk.unusable:
+        suffix = posixpath.splitext(name)[1].lower()
+        if (
+            suffix in PICTURE_SUFFIXES
+            or suffix == CAPTION_SUFFIX
+            or reason.startswith("the folder")
+        ):
+            listing.refuse(name, reason)
+        else:
+            listing.leave([f"{name} ({reason})"])
+    listing.leave(f"{name} (a link to a folder that is read already)" for name in walk.not_followed)

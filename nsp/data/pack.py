@@ -1,7 +1,9 @@
 """Packs any source into webdataset shards: the same source and options give the same bytes.
 
     OUTPUT_DIR/train-000000.tar     __heldout__ where the source lists any, then the samples
-                                    <key>.<picture suffix>, <key>.txt and, of classes, <key>.cls
+                                    <key>.<picture suffix>, <key>.txt with the first caption,
+                                    <key>.json with all where there are more (see captions.py)
+                                    and, of classes, <key>.cls
     OUTPUT_DIR/index.json           counts, sizes and SHA-256 of every shard (see index.py)
 
 Pictures are copied as they are. Held-out samples are packed with their list: every reader of ours
@@ -9,7 +11,6 @@ keeps them from training.
 """
 
 import hashlib
-import io
 import json
 import logging
 import posixpath
@@ -17,11 +18,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from nsp.data.heldout import HELDOUT_MEMBER, Heldout, format_heldout
 from nsp.data.index import INDEX_FILE, ShardIndex, ShardRecord
-from nsp.data.samples import CAPTION_SUFFIX, CLASS_SUFFIX
+from nsp.data.pictures import picture_format
+from nsp.data.samples import CAPTION_SUFFIX, CLASS_SUFFIX, JSON_SUFFIX
 from nsp.data.sources import ImageSource, readable, survey
 from nsp.data.tars import write_members
 from nsp.errors import ConfigError
@@ -115,9 +116,14 @@ def _cut(
 def _members(source: ImageSource, key: str, number: int) -> list[Member]:
     """Return the files of one sample, sorted by name."""
     sample, content = source.samples[number], source.files[number].read()
-    with Image.open(io.BytesIO(content)) as opened:
-        suffix = _SUFFIXES.get(opened.format or "", ".png")  # readers go by content, not by suffix
-    members = [(key + suffix, content), (key + CAPTION_SUFFIX, sample.caption.encode())]
+    # Readers go by content, not by suffix.
+    suffix = _SUFFIXES.get(picture_format(content), ".png")
+    members = [(key + suffix, content)]
+    if sample.captions:
+        members.append((key + CAPTION_SUFFIX, sample.caption.encode()))
+    if len(sample.captions) > 1:
+        listed = json.dumps({"captions": sample.captions}, ensure_ascii=False)
+        members.append((key + JSON_SUFFIX, listed.encode()))
     if sample.class_id is not None:
         members.append((key + CLASS_SUFFIX, str(sample.class_id).encode()))
     return sorted(members)
@@ -138,7 +144,7 @@ def _write_shard(
     write_members(path, members)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    held = sum(heldout.covers(keys[number], source.samples[number].caption) for number in batch)
+    held = sum(heldout.covers(keys[number], source.samples[number].captions) for number in batch)
     return ShardRecord(
         file=path.name,
         num_samples=len(batch),

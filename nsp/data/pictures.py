@@ -1,43 +1,153 @@
-"""Decodes the bytes of any picture file into 8-bit RGB, or says why they cannot be used."""
+"""Decodes the bytes of any picture file into 8-bit RGB, or says why they cannot be used.
+
+The one place of nsp that opens pictures. Its limits are its own, the same under every setting of
+the library that decodes: at most MAX_PIXELS are read, and pictures whose headers claim much memory
+are decoded one after the other, not side by side (see bounds.py). What a decoder has to say about
+damage stays in the log at debug level; users read our words.
+"""
 
 import io
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from nsp.data.bounds import MAX_PICTURE_BYTES, MEMORY_BYTES, ByteBudget, check_size
 from nsp.errors import DataError
+from nsp.sniff import sniff_bytes
+
+logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff"}
     | {".webp"}
 )
+MAX_PIXELS = 178_956_970  # where Pillow draws the line too, unless told otherwise
+_MEMORY = ByteBudget(MEMORY_BYTES)
+_SMALL_FILE = 16 << 20  # bytes that any number of threads may read at once
+# Bytes a pixel that a decoder itself takes beside the picture it makes.
+_DECODER_BYTES = {"AVIF": 12, "JPEG": 6, "JPEG2000": 16, "MPO": 6, "WEBP": 8}
+_NARROW_MODES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+_WITH_ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
+
+
+class PictureFile(Protocol):
+    """Where the bytes of one picture lie; safe to read from any thread and to pickle."""
+
+    @property
+    def path(self) -> Path:
+        """The file to repair when the picture is damaged."""
+
+    def size(self) -> int:
+        """Return how many bytes it has, as far as that is known before reading; raises OSError."""
+
+    def read(self) -> bytes:
+        """Return the bytes; raises OSError, or DataError with the bare reason."""
 
 
 def decode_rgb(content: bytes) -> Image.Image:
     """Return the whole picture as RGB, upright (EXIF orientation), transparency on white.
 
     Of an animation, the first frame. 16-bit greyscale keeps its high byte. Raises DataError with
-    the bare reason (no file name) when the bytes are empty, truncated or not a picture.
+    the bare reason (no file name) when the bytes are empty, truncated, not a picture or too large.
     """
+    with _decoding():
+        picture = _opened(content)
+        with _MEMORY.hold(_memory_of(picture)):
+            return _to_rgb(picture)
+
+
+@contextmanager
+def picture_in_memory(file: PictureFile) -> Iterator[tuple[bytes, Image.Image]]:
+    """Yield the bytes of a file and its picture as `decode_rgb` makes it, for use in threads.
+
+    The memory of both is counted until the block ends. Raises as `decode_rgb`, and OSError.
+    """
+    num_bytes = file.size()
+    check_size(num_bytes, MAX_PICTURE_BYTES)
+    if num_bytes > _SMALL_FILE:  # and nobody knows yet what it claims to be: alone
+        with _MEMORY.hold(_MEMORY.num_bytes):
+            content = file.read()
+            with _decoding():
+                rgb = _to_rgb(_opened(content))
+            yield content, rgb
+        return
+    content = file.read()
+    with _decoding():
+        picture = _opened(content)
+        memory = _memory_of(picture)
+    with _MEMORY.hold(memory):
+        with _decoding():
+            rgb = _to_rgb(picture)
+        del picture
+        yield content, rgb
+
+
+def picture_format(content: bytes) -> str:
+    """Return Pillow's name of the format, such as "JPEG"; raises DataError as `decode_rgb`."""
+    with _decoding():
+        return _opened(content).format or ""
+
+
+def read_text_chunks(path: Path) -> dict[str, str]:
+    """Return the text chunks of a PNG of ours; raises OSError."""
+    with _quiet(), Image.open(path) as picture:
+        picture.load()  # text may follow the pixels
+        return {key: str(value) for key, value in getattr(picture, "text", {}).items()}
+
+
+def _opened(content: bytes) -> ImageFile.ImageFile:
+    """Return a picture of which only the header is read; raises DataError, and as Pillow does."""
     if not content:
         raise DataError("the file is empty")
     try:
-        with Image.open(io.BytesIO(content)) as opened:
-            opened.load()
-            return _to_rgb(opened)
-    except DataError:
-        raise
+        picture = Image.open(io.BytesIO(content))
     except UnidentifiedImageError as error:
-        raise DataError("not a picture Pillow can read") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise a dozen types (struct, zlib, ...) on damaged bytes
-        raise DataError(f"{type(error).__name__}: {error}") from error
+        raise DataError(_not_a_picture(content)) from error
+    _check_pixels(picture.width * picture.height)
+    return picture
 
 
-def _to_rgb(opened: Image.Image) -> Image.Image:
+def _check_pixels(count: int) -> None:
+    if count > MAX_PIXELS:
+        raise DataError(
+            f"{count / 1e6:,.0f} million pixels; at most {MAX_PIXELS / 1e6:.0f} million are read: "
+            "make it smaller"
+        )
+
+
+def _not_a_picture(content: bytes) -> str:
+    """Return what bytes are that no decoder knows."""
+    found = sniff_bytes(content)
+    if found.is_spoilt:
+        return f"not a picture: it {found.words}; {found.remedy}"
+    return "not a picture Pillow can read"
+
+
+def _memory_of(picture: ImageFile.ImageFile) -> int:
+    """Return the bytes that decoding takes at most, by what the header says."""
+    stored = _NARROW_MODES.get(picture.mode, 4)
+    each = stored + 4 + _DECODER_BYTES.get(picture.format or "", 0)  # 4: turned upright
+    if picture.mode != "RGB":
+        each += 4
+    if picture.mode in _WITH_ALPHA or "transparency" in picture.info:
+        each += 12
+    return picture.width * picture.height * each
+
+
+def _to_rgb(opened: ImageFile.ImageFile) -> Image.Image:
+    """Return what `decode_rgb` does, without a copy where nothing changes: it may be large."""
+    opened.load()
     is_16_bit = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
-    image = ImageOps.exif_transpose(opened)
+    ImageOps.exif_transpose(opened, in_place=True)
+    image: Image.Image = opened
     if is_16_bit:
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):  # Pillow would clip these at 255 without a word
@@ -46,4 +156,64 @@ def _to_rgb(opened: Image.Image) -> Image.Image:
         pixels = image.convert("RGBA")
         white = Image.new("RGBA", pixels.size, "white")
         return Image.alpha_composite(white, pixels).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Make whatever a decoder raises a DataError with a bare reason in our words."""
+    try:
+        with _quiet():
+            yield
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:  # of a part, or of a lower limit of the process
+        told = re.search(r"\((\d+) pixels\)", str(error))
+        _check_pixels(int(told[1]) if told else MAX_PIXELS + 1)
+        raise DataError("more pixels than this process lets Pillow read; make it smaller") from None
+    except MemoryError as error:
+        raise DataError("there is not enough memory to decode it; make it smaller") from error
+    except Exception as error:  # decoders raise a dozen types (struct, zlib, ...) on damaged bytes
+        logger.debug("a decoder says: %s: %s", type(error).__name__, error)
+        raise DataError(_damage(error)) from error
+
+
+def _damage(error: Exception) -> str:
+    text = str(error).lower()
+    if "truncated" in text or "unexpected end" in text or "not enough image data" in text:
+        return "cut short: its end is missing"
+    if isinstance(error, NotImplementedError) or "not available" in text or "unsupported" in text:
+        return "of a kind that cannot be decoded here; convert it to PNG or JPEG"
+    return "damaged: it cannot be decoded"
+
+
+class _Quiet:
+    """Blocks in which Pillow warns of nothing, under any filter, in any number of threads.
+
+    The filters are the process's: the first thread to come changes them, the last one restores.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._filters: AbstractContextManager[object] = nullcontext()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Silence the block."""
+        with self._lock:
+            if self._num_inside == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_inside -= 1
+                if self._num_inside == 0:
+                    self._filters.__exit__(None, None, None)
+
+
+_quiet = _Quiet()

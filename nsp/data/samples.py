@@ -1,24 +1,38 @@
 """What a captioned picture is made of, wherever it lies, and what makes one unusable."""
 
 import posixpath
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from nsp.data.pictures import PICTURE_SUFFIXES
 from nsp.errors import DataError
 
 MAX_CLASSES = 1_000_000  # a larger number is no class
 CAPTION_SUFFIX, CLASS_SUFFIX = ".txt", ".cls"
-TAR_SUFFIXES = PICTURE_SUFFIXES | {CAPTION_SUFFIX, CLASS_SUFFIX}
+CAPTIONS_SUFFIX, JSON_SUFFIX = ".caption", ".json"  # other places of captions (see captions.py)
+BESIDE_SUFFIXES = frozenset({CAPTION_SUFFIX, CAPTIONS_SUFFIX, JSON_SUFFIX})
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+TAR_SUFFIXES = PICTURE_SUFFIXES | BESIDE_SUFFIXES | {CLASS_SUFFIX}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned picture: `name` is its path in the folder (or its key in the tar)."""
+    """One picture: `name` is its path in the folder (or its key in the tar), fit to be shown.
+
+    `captions` are all its different ones, empty in a set without captions.
+    """
 
     name: str
-    caption: str
+    captions: tuple[str, ...]
     class_id: int | None
+
+    @property
+    def caption(self) -> str:
+        """The first caption, or an empty one."""
+        return self.captions[0] if self.captions else ""
 
 
 @dataclass(frozen=True)
@@ -32,11 +46,48 @@ class Problem:
         return f"{self.name} ({self.reason})"
 
 
+def shown(name: str) -> str:
+    """Return a name of the file system as text that any encoder takes: `\\xe9` for a stray byte."""
+    return _HALF_CHARACTER.sub(_escape, name)
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])  # U+DC80 to U+DCFF: a byte that was not UTF-8, as Python holds it
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+
+def drawn_caption(count: int, *, seed: int, epoch: int, number: int) -> int:
+    """Return which of `count` captions sample `number` has in an epoch; of that alone and `seed`.
+
+    Crops draw from the same key at another counter (see crops.py), so neither moves the other.
+    """
+    if count < 2:
+        return 0
+    philox = np.random.Philox(
+        key=np.array([seed, epoch], dtype=np.uint64),
+        counter=np.array([0, 0, 1, number], dtype=np.uint64),
+    )
+    return int(np.random.Generator(philox).integers(count))
+
+
 def tar_key(name: str) -> tuple[str, str]:
-    """Return the webdataset key and the suffix of a member: a key ends at its file's first dot."""
-    folder, base = posixpath.split(posixpath.normpath(name))
+    """Return the webdataset key and the suffix of a member: a key ends at its file's first dot.
+
+    A key is fit to be shown: bytes that are not UTF-8 are escaped.
+    """
+    folder, base = posixpath.split(posixpath.normpath(shown(name)))
     stem, dot, suffix = base.partition(".")
     return posixpath.join(folder, stem), (dot + suffix).lower()
+
+
+def is_picture(name: str) -> bool:
+    """Return whether a file is a picture by its suffix."""
+    return posixpath.splitext(name)[1].lower() in PICTURE_SUFFIXES
+
+
+def stem(name: str) -> str:
+    """Return a name without its suffix."""
+    return posixpath.splitext(name)[0]
 
 
 def is_hidden(name: str) -> bool:
@@ -44,11 +95,9 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in posixpath.normpath(name).split("/"))
 
 
-def picture_suffix(key: str, suffixes: Iterable[str]) -> str:
+def picture_suffix(suffixes: Iterable[str]) -> str:
     """Return the suffix of a tar sample's one picture; DataError with the bare reason without."""
     pictures = [suffix for suffix in suffixes if suffix in PICTURE_SUFFIXES]
-    if CAPTION_SUFFIX not in suffixes:
-        raise DataError(f"no {key}{CAPTION_SUFFIX} with its caption in the tar")
     if len(pictures) != 1:
         what = " and ".join(pictures) if pictures else "no picture"
         raise DataError(f"a caption needs one picture, it has {what}")
@@ -59,7 +108,8 @@ def parse_caption(caption: bytes | str) -> str:
     """Return the caption as text; DataError with the bare reason when empty or not UTF-8."""
     try:
         text = caption.decode("utf-8-sig") if isinstance(caption, bytes) else caption
-    except UnicodeDecodeError as error:
+        text.encode()  # JSON can spell half a character
+    except UnicodeError as error:
         raise DataError("its caption is not UTF-8") from error
     if not text.strip():
         raise DataError("its caption is empty")

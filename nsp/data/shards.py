@@ -11,24 +11,38 @@ from typing import IO
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from nsp.data.heldout import HELDOUT_MEMBER, Heldout, parse_heldout
+from nsp.data.bounds import MAX_CAPTION_BYTES, MAX_PICTURE_BYTES, check_size
+from nsp.data.captions import captions_beside
+from nsp.data.heldout import (
+    HELDOUT_MEMBER,
+    MAX_HELDOUT_BYTES,
+    Heldout,
+    parse_heldout,
+    read_heldout,
+)
+from nsp.data.identity import Identity, Shard, identity_of_shards
 from nsp.data.index import INDEX_FILE, ShardIndex, ShardRecord, parse_index, read_index
+from nsp.data.pictures import PICTURE_SUFFIXES
 from nsp.data.samples import (
-    CAPTION_SUFFIX,
+    BESIDE_SUFFIXES,
     CLASS_SUFFIX,
+    JSON_SUFFIX,
     TAR_SUFFIXES,
     Problem,
     is_hidden,
     parse_caption,
     parse_class,
     picture_suffix,
+    shown,
     tar_key,
 )
+from nsp.data.shard_listing import MISSING
 from nsp.data.tars import open_tar, walk
 from nsp.errors import ConfigError, DataError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
+_HEAD_PICTURES = 20  # that tell whether a set has captions
 _CUT_OFF = (23, 141, -13)  # how curl, a shell and others end when we read no further
 
 
@@ -37,7 +51,7 @@ class RawSample:
     """One captioned picture as the shard holds it; `content` is empty where it was passed over."""
 
     key: str
-    caption: str
+    captions: tuple[str, ...]  # empty in a set without any
     class_id: int  # -1: none
     content: bytes
 
@@ -50,6 +64,19 @@ class ShardSet:
     records: Mapping[str, ShardRecord]  # of the urls that an index.json lists
     class_names: tuple[str, ...]
     heldout: Heldout
+    has_captions: bool  # as far as the head of the first shard tells; a set has them, or has none
+
+    def identity(self) -> Identity:
+        """Return what tells these shards from others, wherever they lie (see identity.py)."""
+        return identity_of_shards([self._shard(url) for url in self.urls])
+
+    def _shard(self, url: str) -> Shard:
+        """Return file name, bytes and SHA-256 of a shard, as far as they are known."""
+        name = url.partition("?")[0].rpartition("/")[2]  # behind "?" there may be a token
+        if record := self.records.get(url):
+            return name, record.num_bytes, record.sha256
+        path = _local(url)
+        return name, None if path is None else path.stat().st_size, ""
 
 
 def find_shards(spec: str | Path, *, allow_commands: bool = False) -> ShardSet:
@@ -77,23 +104,26 @@ def find_shards(spec: str | Path, *, allow_commands: bool = False) -> ShardSet:
         for record in index.shards
     }
     records = {url: records[url] for url in urls if url in records}
-    rows = [row for path in {path.parent for path in local.values()} for row in _list_beside(path)]
+    rows = [row for path in {path.parent for path in local.values()} for row in read_heldout(path)]
     unlisted = [url for url in local if url not in records]
     if unlisted:
         logger.info("%s: looking through %d shards for held-out lists", spec, len(unlisted))
     for url in unlisted:
         with suppress(tarfile.TarError, OSError):  # told when the shard is read
-            rows += _list_inside(url, first_only=False)
-    if urls[0] not in unlisted:
-        try:
-            rows += _list_inside(urls[0], first_only=True)
-        except (tarfile.TarError, OSError) as error:
+            rows += _list_inside(url)
+    has_captions = True
+    try:
+        first_rows, has_captions = _head(urls[0])
+        rows += first_rows
+    except (tarfile.TarError, OSError) as error:
+        if urls[0] not in unlisted:
             raise DataError(f"{urls[0]}: {_line(error)}; the first shard is needed") from error
     return ShardSet(
         urls=urls,
         records=records,
         class_names=next((index.class_names for _, index in indexes), ()),
         heldout=Heldout.of(rows),
+        has_captions=has_captions,
     )
 
 
@@ -174,18 +204,20 @@ class ShardReader:
         for info in walk(archive):
             key, suffix = tar_key(info.name)
             if info.name == HELDOUT_MEMBER:
-                self._check_list(url, _extract(archive, info))
+                self._check_list(url, _extract(archive, info, MAX_HELDOUT_BYTES))
             elif is_hidden(info.name):
                 continue
             elif suffix in TAR_SUFFIXES:
-                content = None if can_rewind else _extract(archive, info)
+                content = None
+                if not can_rewind:  # what is too long is refused when it is asked for
+                    fits = info.size <= MAX_PICTURE_BYTES
+                    content = _extract(archive, info, MAX_PICTURE_BYTES) if fits else b""
                 yield _Member(key, suffix, archive, info, content)
-            elif suffix not in self._noted:
-                self._noted.add(suffix)
-                logger.warning("%s: not used: %s and others like it", url, info.name)
+            else:
+                self._note(url, suffix, info.name)
 
     def _check_list(self, url: str, content: bytes) -> None:
-        rows = parse_heldout(content.decode("utf-8"), where=f"{url}: {HELDOUT_MEMBER}")
+        rows = parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
         if unknown := set(rows) - self._known.heldout.rows:
             raise DataError(
                 f"{url} holds out {len(unknown)} samples that the first shard does not, as "
@@ -197,22 +229,45 @@ class ShardReader:
     ) -> RawSample | Problem | None:
         """Return one sample, or why it is none; None when it is held out."""
         by_suffix: dict[str, _Member] = {}
+        if {member.suffix for member in members} == {JSON_SUFFIX}:
+            self._note(url, JSON_SUFFIX, members[0].info.name)
+            return None
         try:
             for member in members:
                 if member.suffix in by_suffix:
                     raise DataError(f"two members end in {member.suffix}")
                 by_suffix[member.suffix] = member
-            picture = by_suffix[picture_suffix(key, by_suffix)]
-            caption = parse_caption(by_suffix[CAPTION_SUFFIX].read())
+            picture = by_suffix[picture_suffix(by_suffix)]
+            captions = self._captions(by_suffix)
             class_id = -1
             if CLASS_SUFFIX in by_suffix:
-                number = by_suffix[CLASS_SUFFIX].read()
+                number = by_suffix[CLASS_SUFFIX].read(MAX_CAPTION_BYTES)
                 class_id = parse_class(number, len(self._known.class_names))
+            if self._known.heldout.covers(key, captions):
+                return None
+            content = picture.read(MAX_PICTURE_BYTES) if with_picture else b""
         except DataError as error:
             return Problem(f"{url}: {key}", str(error))
-        if self._known.heldout.covers(key, caption):
-            return None
-        return RawSample(key, caption, class_id, picture.read() if with_picture else b"")
+        return RawSample(key, captions, class_id, content)
+
+    def _captions(self, by_suffix: Mapping[str, "_Member"]) -> tuple[str, ...]:
+        """Return the captions of a sample; DataError for one without, in a set that has them."""
+        texts = by_suffix.keys() & BESIDE_SUFFIXES
+        found, _ = captions_beside(
+            {each: by_suffix[each].read(MAX_CAPTION_BYTES) for each in texts}
+        )
+        captions = tuple(dict.fromkeys(parse_caption(caption) for caption in found))
+        if not captions and self._known.has_captions:
+            raise DataError(MISSING)
+        if captions and not self._known.has_captions:
+            raise DataError("it has a caption, and the samples at the head of the set have none")
+        return captions
+
+    def _note(self, url: str, suffix: str, name: str) -> None:
+        """Name the first member of a suffix that plays no part."""
+        if suffix not in self._noted:
+            self._noted.add(suffix)
+            logger.warning("%s: not used: %s and others like it", url, shown(name))
 
 
 @dataclass(frozen=True)
@@ -225,12 +280,16 @@ class _Member:
     info: tarfile.TarInfo
     content: bytes | None
 
-    def read(self) -> bytes:
-        """Return what it holds."""
-        return _extract(self.archive, self.info) if self.content is None else self.content
+    def read(self, most_bytes: int) -> bytes:
+        """Return what it holds; DataError with the bare reason when that is too much."""
+        check_size(self.info.size, most_bytes)
+        if self.content is None:
+            return _extract(self.archive, self.info, most_bytes)
+        return self.content
 
 
-def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo, most_bytes: int) -> bytes:
+    check_size(info.size, most_bytes)
     file = archive.extractfile(info)
     assert file is not None  # a regular file
     return file.read()
@@ -295,22 +354,46 @@ def _remote_index(url: str) -> ShardIndex | None:
         return None
 
 
-def _list_beside(folder: Path) -> list[tuple[str, str]]:
-    path = folder / HELDOUT_MEMBER
-    return parse_heldout(path.read_text("utf-8"), where=str(path)) if path.is_file() else []
-
-
-def _list_inside(url: str, *, first_only: bool) -> list[tuple[str, str]]:
-    """Return the held-out rows of a shard, or only those that it opens with."""
+def _list_inside(url: str) -> list[tuple[str, str]]:
+    """Return the held-out rows of a shard, wherever in it they are."""
     rows = []
     with _opened(url) as archive:
         for info in walk(archive):
             if info.name == HELDOUT_MEMBER:
-                text = _extract(archive, info).decode("utf-8")
-                rows += parse_heldout(text, where=f"{url}: {HELDOUT_MEMBER}")
-            if first_only:
-                break
+                content = _extract(archive, info, MAX_HELDOUT_BYTES)
+                rows += parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
     return rows
+
+
+def _head(url: str) -> tuple[list[tuple[str, str]], bool]:
+    """Return the held-out rows that a shard opens with, and whether it has captions.
+
+    A picture without one is a bad file in a set with captions, and as it should be in another.
+    """
+    rows: list[tuple[str, str]] = []
+    num_pictures = 0
+    with _opened(url) as archive:
+        for number, info in enumerate(walk(archive)):
+            suffix = tar_key(info.name)[1]
+            if info.name == HELDOUT_MEMBER and number == 0:
+                content = _extract(archive, info, MAX_HELDOUT_BYTES)
+                rows = parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
+            elif is_hidden(info.name):
+                continue
+            elif suffix in BESIDE_SUFFIXES and _is_caption(archive, info, suffix):
+                return rows, True
+            num_pictures += suffix in PICTURE_SUFFIXES
+            if num_pictures > _HEAD_PICTURES:
+                break
+    return rows, num_pictures == 0
+
+
+def _is_caption(archive: tarfile.TarFile, info: tarfile.TarInfo, suffix: str) -> bool:
+    try:
+        found, _ = captions_beside({suffix: _extract(archive, info, MAX_CAPTION_BYTES)})
+    except DataError:  # told when the sample is read
+        return suffix != JSON_SUFFIX
+    return bool(found)
 
 
 def _line(error: Exception) -> str:

@@ -1,20 +1,22 @@
 """Opens captioned pictures, wherever they lie, as one ImageSource."""
 
-import hashlib
 import logging
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from PIL import Image
 
 from nsp.data.heldout import HELDOUT_MEMBER, Heldout
-from nsp.data.layouts import LAYOUTS, Entry, Listing, PictureFile, list_folder, list_tar
-from nsp.data.pictures import decode_rgb
-from nsp.data.samples import Problem, Sample
+from nsp.data.identity import Identity, digest_of, identity_of
+from nsp.data.layouts import LAYOUTS, list_folder
+from nsp.data.listing import Entry, Listing
+from nsp.data.pictures import PictureFile, decode_rgb, picture_in_memory
+from nsp.data.report import first, summary
+from nsp.data.samples import Problem, Sample, shown
+from nsp.data.shard_listing import list_tar
 from nsp.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -33,24 +35,35 @@ __all__ = [
 EMOJI_TAR = Path(__file__).with_name("emoji.tar")
 HUB_PREFIX = "hf:"
 Split = Literal["train", "heldout", "all"]
-_NUM_NAMED = 10  # bad files an error names before it counts the rest
+_MOST_WARNINGS = 20  # of bad files that are left out; the rest is counted
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Captioned pictures that were all found readable; pixels are read on demand.
+    """Pictures that were all found readable; pixels are read on demand.
 
     `class_names` is empty unless the source is a folder of class folders; a sample's `class_id`
-    is an index into it. Safe to share between threads and to pickle to worker processes.
+    is an index into it. `digests` are of the files' bytes, as they were when all were read. Safe to
+    share between threads and to pickle to worker processes.
     """
 
     samples: tuple[Sample, ...]
     class_names: tuple[str, ...]
     files: tuple[PictureFile, ...]
+    digests: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.samples)
+
+    @property
+    def has_captions(self) -> bool:
+        """Return whether every sample has a caption: all have one, or none."""
+        return all(sample.captions for sample in self.samples)
+
+    def identity(self) -> Identity:
+        """Return what tells these samples from others, wherever they lie (see identity.py)."""
+        return identity_of(self.samples, self.digests)
 
     def load(self, index: int) -> Image.Image:
         """Return picture `index` as RGB at its own size; DataError when it was damaged since."""
@@ -79,13 +92,15 @@ class Survey:
         """Return the samples of one split; DataError when there are none."""
         chosen = _choose(self.place, self.entries, self.heldout, split)
         if not chosen:
+            why = f" ({summary(self.problems)})" if self.problems else ""
             raise DataError(
-                f"{self.place}: no usable picture in split {split!r}; accepted are {LAYOUTS}"
+                f"{self.place}: no usable picture in split {split!r}{why}; accepted are {LAYOUTS}"
             )
         return ImageSource(
-            samples=tuple(sample for sample, _ in chosen),
+            samples=tuple(entry.sample for entry in chosen),
             class_names=self.class_names,
-            files=tuple(file for _, file in chosen),
+            files=tuple(entry.file for entry in chosen),
+            digests=tuple(entry.digest for entry in chosen),
         )
 
 
@@ -115,22 +130,25 @@ def readable(found: Survey, *, skip_bad_files: bool) -> Survey:
     if found.problems and not skip_bad_files:
         raise DataError(
             f"{found.place}: {len(found.problems)} files cannot be used: "
-            f"{_first([str(problem) for problem in found.problems])}; repair "
-            "or remove them, or leave them out with --skip-bad-files"
+            f"{summary(found.problems)}; repair or remove them, or leave them out with "
+            "--skip-bad-files"
         )
-    for problem in found.problems:
+    for problem in found.problems[:_MOST_WARNINGS]:
         logger.warning("%s: left out %s", found.place, problem)
+    if rest := found.problems[_MOST_WARNINGS:]:
+        logger.warning("%s: left out %d more: %s", found.place, len(rest), summary(rest))
     return found
 
 
 def survey(spec: str | Path) -> Survey:
     """Return what lies at `spec`, each picture decoded once; DataError when that is no source."""
     place, listing = _list(str(spec))
+    listing.settle()
     if listing.unused:
-        logger.warning("%s: not used: %s", place, _first(listing.unused))
+        logger.warning("%s: not used: %s", place, first(listing.unused))
     usable, undecodable = _decode_all(place, listing.entries)
     return Survey(
-        place=place,
+        place=shown(place),
         entries=usable,
         problems=listing.problems + undecodable,
         unused=listing.unused,
@@ -141,7 +159,7 @@ def survey(spec: str | Path) -> Survey:
 
 def _numbered_classes(entries: list[Entry]) -> tuple[str, ...]:
     """Return names for classes that have numbers only."""
-    numbers = [sample.class_id for sample, _ in entries if sample.class_id is not None]
+    numbers = [number for entry in entries if (number := entry.sample.class_id) is not None]
     return tuple(str(number) for number in range(max(numbers, default=-1) + 1))
 
 
@@ -165,23 +183,26 @@ def _decode_all(place: str, entries: list[Entry]) -> tuple[list[Entry], list[Pro
     started = time.monotonic()
     logger.info("%s: checking %d pictures", place, len(entries))
     with ThreadPoolExecutor() as pool:  # Pillow's decoders release the interpreter lock
-        reasons = list(pool.map(_why_undecodable, (file for _, file in entries)))
+        found = list(pool.map(_checked, entries))
     logger.info("%s: checked in %.1f s", place, time.monotonic() - started)
-    usable = [entry for entry, reason in zip(entries, reasons, strict=True) if reason is None]
-    problems = [
-        Problem(sample.name, reason)
-        for (sample, _), reason in zip(entries, reasons, strict=True)
-        if reason is not None
-    ]
-    return usable, problems
+    usable = [each for each in found if isinstance(each, Entry)]
+    return usable, [each for each in found if isinstance(each, Problem)]
 
 
-def _why_undecodable(file: PictureFile) -> str | None:
+def _checked(entry: Entry) -> Entry | Problem:
+    """Return the entry with the digest of its picture, or why that cannot be decoded."""
     try:
-        decode_rgb(file.read())
+        with picture_in_memory(entry.file) as (content, _):
+            return replace(entry, digest=digest_of(content))
     except (OSError, DataError) as error:
-        return str(error)
-    return None
+        return Problem(entry.sample.name, _reason(error))
+
+
+def _reason(error: OSError | DataError) -> str:
+    """Return why a file cannot be used, without its name, so that equal reasons are counted."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    return str(error)
 
 
 def _choose(place: str, entries: list[Entry], heldout: Heldout, split: Split) -> list[Entry]:
@@ -193,27 +214,17 @@ def _choose(place: str, entries: list[Entry], heldout: Heldout, split: Split) ->
             f"{place}: lists no held-out samples; add a file {HELDOUT_MEMBER} with a header line "
             "and name<TAB>caption lines at its top"
         )
-    absent = heldout.names - {sample.name for sample, _ in entries}
+    absent = heldout.names - {entry.sample.name for entry in entries}
     if absent:
-        logger.warning("%s: held out but not among the samples: %s", place, _first(sorted(absent)))
-    covered = [entry for entry in entries if heldout.covers(entry[0].name, entry[0].caption)]
+        logger.warning("%s: held out but not among the samples: %s", place, first(sorted(absent)))
+    covered = [each for each in entries if heldout.covers(each.sample.name, each.sample.captions)]
     if split == "heldout" or not covered:
         return covered if split == "heldout" else entries
     # A held-out picture under another name and caption would be seen all the same.
-    pictures = {_digest(file) for _, file in covered}
-    names = {sample.name for sample, _ in covered}
-    rest = [entry for entry in entries if entry[0].name not in names]
-    copies = [sample.name for sample, file in rest if _digest(file) in pictures]
+    pictures = {entry.digest for entry in covered}
+    names = {entry.sample.name for entry in covered}
+    rest = [entry for entry in entries if entry.sample.name not in names]
+    copies = [entry.sample.name for entry in rest if entry.digest in pictures]
     if copies:
-        logger.info("%s: copies of held-out pictures, left out: %s", place, _first(copies))
-    return [entry for entry in rest if entry[0].name not in set(copies)]
-
-
-def _digest(file: PictureFile) -> bytes:
-    return hashlib.blake2b(file.read(), digest_size=16).digest()
-
-
-def _first(lines: Sequence[str]) -> str:
-    shown = ", ".join(lines[:_NUM_NAMED])
-    rest = len(lines) - _NUM_NAMED
-    return f"{shown} and {rest} more" if rest > 0 else shown
+        logger.info("%s: copies of held-out pictures, left out: %s", place, first(copies))
+    return [entry for entry in rest if entry.sample.name not in set(copies)]

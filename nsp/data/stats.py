@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from nsp.config import Config
 from nsp.data.heldout import fold_caption
-from nsp.data.layouts import Entry
-from nsp.data.pictures import decode_rgb
+from nsp.data.listing import Entry
+from nsp.data.pictures import picture_in_memory
+from nsp.data.report import by_reason, summary
 from nsp.data.samples import Sample
 from nsp.data.sources import Survey
 from nsp.errors import DataError
@@ -26,6 +28,7 @@ from nsp.sheet import contact_sheet
 MOST_NAMED = 20  # sizes, words, classes and duplicates that are listed
 SHEET_PICTURES = 48
 SHEET_SIDE_PX = 128
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,8 @@ class Stats(Config):
     height_px: Spread
     sizes: dict[str, int]
     num_sizes: int
-    caption_words: Spread
+    caption_words: Spread  # of every caption
+    captions_per_picture: Spread
     num_captions: int  # different ones
     num_words: int  # different ones: the vocabulary
     words: dict[str, int]
@@ -88,7 +92,8 @@ class Stats(Config):
     duplicate_pictures: Duplicates
     duplicate_captions: Duplicates
     heldout: HeldoutStats
-    problems: tuple[str, ...]  # what cannot be used, and why
+    reasons: dict[str, int]  # why files cannot be used, and how many
+    problems: tuple[str, ...]  # every one of them, with its reason
     unused: tuple[str, ...]
 
 
@@ -104,18 +109,22 @@ class _Look:
 def collect(found: Survey) -> Stats:
     """Return the statistics of what a survey found; DataError when it found no usable picture."""
     if not found.entries:
-        problems = f", {len(found.problems)} bad files" if found.problems else ""
-        raise DataError(f"{found.place}: no usable picture{problems}")
+        bad = f", {len(found.problems)} bad files: {summary(found.problems)}"
+        raise DataError(f"{found.place}: no usable picture{bad if found.problems else ''}")
     with ThreadPoolExecutor() as pool:  # decoding and hashing release the interpreter lock
         looks = list(pool.map(_look, found.entries))
-    samples = [sample for sample, _ in found.entries]
+    samples = [entry.sample for entry in found.entries]
     sizes = Counter("{}x{}".format(*look.size) for look in looks)
-    words = Counter(word for sample in samples for word in _words(sample.caption))
+    texts = [caption for sample in samples for caption in sample.captions]
+    words = Counter(word for text in texts for word in _words(text))
     classes = Counter(sample.class_id for sample in samples if sample.class_id is not None)
     named = {found.class_names[number]: count for number, count in classes.most_common()}
     heldout = _heldout(found, samples, looks)
-    names = [sample.name for sample in samples]
-    captions = [fold_caption(sample.caption) for sample in samples]
+    folded = [
+        (sample.name, text)
+        for sample in samples
+        for text in dict.fromkeys(map(fold_caption, sample.captions))
+    ]
     return Stats(
         place=found.place,
         num_samples=len(samples),
@@ -125,14 +134,18 @@ def collect(found: Survey) -> Stats:
         height_px=Spread.of([look.size[1] for look in looks]),
         sizes=dict(sizes.most_common(MOST_NAMED)),
         num_sizes=len(sizes),
-        caption_words=Spread.of([len(sample.caption.split()) for sample in samples]),
-        num_captions=len(set(captions)),
+        caption_words=Spread.of([len(text.split()) for text in texts] or [0]),
+        captions_per_picture=Spread.of([len(sample.captions) for sample in samples]),
+        num_captions=len({text for _, text in folded}),
         num_words=len(words),
         words=dict(words.most_common(MOST_NAMED)),
         classes=named | {name: 0 for name in found.class_names if name not in named},
-        duplicate_pictures=_duplicates(names, [look.digest for look in looks]),
-        duplicate_captions=_duplicates(names, captions),
+        duplicate_pictures=_duplicates(
+            (sample.name, look.digest) for sample, look in zip(samples, looks, strict=True)
+        ),
+        duplicate_captions=_duplicates(folded),
         heldout=heldout,
+        reasons={reason: len(names) for reason, names in by_reason(found.problems)},
         problems=tuple(str(problem) for problem in found.problems),
         unused=tuple(found.unused),
     )
@@ -142,15 +155,9 @@ def sample_sheet(found: Survey, *, count: int = SHEET_PICTURES, seed: int = 0) -
     """Return a contact sheet of pictures drawn from all usable ones, whole and with captions."""
     picks = np.random.default_rng(seed).permutation(len(found.entries))[:count]
     chosen = [found.entries[index] for index in sorted(picks.tolist())]
-    pictures = [decode_rgb(file.read()) for _, file in chosen]
-    side = min(SHEET_SIDE_PX, max(max(picture.size) for picture in pictures))
-    padded = [
-        np.asarray(
-            ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, color="white"), np.uint8
-        )
-        for picture in pictures
-    ]
-    return contact_sheet(padded, [sample.caption for sample, _ in chosen])
+    side = min(SHEET_SIDE_PX, max(_longer_side(entry) for entry in chosen))
+    padded = [_padded(entry, side) for entry in chosen]
+    return contact_sheet(padded, [entry.sample.caption for entry in chosen])
 
 
 def write_stats(stats: Stats, found: Survey, output_dir: Path, *, seed: int = 0) -> Path:
@@ -165,20 +172,35 @@ def write_stats(stats: Stats, found: Survey, output_dir: Path, *, seed: int = 0)
     return sheet
 
 
+def _longer_side(entry: Entry) -> int:
+    with picture_in_memory(entry.file) as (_, picture):
+        return max(picture.size)
+
+
+def _padded(entry: Entry, side: int) -> NDArray[np.uint8]:
+    """Return the whole picture in a square of white."""
+    with picture_in_memory(entry.file) as (_, picture):
+        fitted = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, color="white")
+    return np.asarray(fitted, np.uint8)
+
+
 def _look(entry: Entry) -> _Look:
-    content = entry[1].read()
-    picture = decode_rgb(content)
-    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
-    return _Look(picture.size, len(content), digest)
+    with picture_in_memory(entry.file) as (content, picture):
+        digest = hashlib.sha256(repr(picture.size).encode())
+        for top in range(0, picture.height, _ROWS_AT_ONCE):  # a copy of all could be large
+            bottom = min(top + _ROWS_AT_ONCE, picture.height)
+            digest.update(picture.crop((0, top, picture.width, bottom)).tobytes())
+        return _Look(picture.size, len(content), digest.digest())
 
 
 def _words(caption: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", caption.casefold())
 
 
-def _duplicates(names: Sequence[str], values: Iterable[object]) -> Duplicates:
+def _duplicates(named: Iterable[tuple[str, object]]) -> Duplicates:
+    """Return the groups of names that have the same value."""
     groups: dict[object, list[str]] = defaultdict(list)
-    for name, value in zip(names, values, strict=True):
+    for name, value in named:
         groups[value].append(name)
     repeated = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
     return Duplicates(
@@ -189,7 +211,7 @@ def _duplicates(names: Sequence[str], values: Iterable[object]) -> Duplicates:
 
 
 def _heldout(found: Survey, samples: list[Sample], looks: list[_Look]) -> HeldoutStats:
-    held = [found.heldout.covers(sample.name, sample.caption) for sample in samples]
+    held = [found.heldout.covers(sample.name, sample.captions) for sample in samples]
     names = {sample.name for sample in samples}
     withheld = {look.digest for look, is_held in zip(looks, held, strict=True) if is_held}
     return HeldoutStats(

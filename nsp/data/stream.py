@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from nsp.data.crops import Crop
 from nsp.data.pictures import decode_rgb
-from nsp.data.samples import Problem
+from nsp.data.samples import Problem, drawn_caption
 from nsp.data.shards import RawSample, ShardReader, ShardSet, find_shards, wrong_sizes
 from nsp.errors import ConfigError, DataError
 
@@ -180,10 +180,14 @@ class ShardStream(IterableDataset[StreamItem]):
             self._report(Problem(f"{placed.url}: {sample.key}", str(error)))
             return None
         number = int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest())
+        drawn = 0
+        if self.train:
+            count = len(sample.captions)
+            drawn = drawn_caption(count, seed=self.seed, epoch=placed.epoch, number=number)
         image_3HW = self._squares.cut(pixels_hw3, epoch=placed.epoch, number=number)
         return {
             "image": torch.from_numpy(image_3HW),
-            "caption": sample.caption,
+            "caption": sample.captions[drawn] if sample.captions else "",
             "class_id": sample.class_id,
             "key": sample.key,
         }

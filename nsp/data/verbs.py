@@ -1,7 +1,7 @@
 """`nsp data …`: every verb is a thin function: parse, library call, report."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from nsp.command_line import (
 if TYPE_CHECKING:
     from nsp.data.stats import Stats
 
-_SHOWN = 8  # entries of a counter in the table; --json has them all
+_SHOWN = 8  # entries of a list in the table; stats.json has more
 
 source_argument = click.argument("source")
 skip_option = click.option(
@@ -105,6 +105,7 @@ def pack(
 @verbose_option
 def stats(*, source: str, output_dir: Path, seed: int, as_json: bool) -> None:
     """Count what lies in SOURCE, name what cannot be used, and draw a sample sheet."""
+    from nsp.data.report import summary
     from nsp.data.sources import survey
     from nsp.data.stats import collect, write_stats
     from nsp.terminal import results_console
@@ -120,7 +121,7 @@ def stats(*, source: str, output_dir: Path, seed: int, as_json: bool) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(result):
+    for name, value in _rows(result, summary(found.problems)):
         table.add_row(name, value)
     results_console().print(table)
     click.echo(f"sample sheet: {sheet}")
@@ -153,17 +154,22 @@ def cache(*, source: str, checkpoint: Path, output: Path, skip_bad_files: bool) 
     click.echo(f"next: {shlex.join(['python', 'train.py', *words, '--token-cache', str(output)])}")
 
 
-def _rows(stats: "Stats") -> Iterator[tuple[str, str]]:
-    """Yield what is known, a line each; what is not there has none."""
+def _rows(stats: "Stats", bad: str) -> Iterator[tuple[str, str]]:
+    """Yield what is known, a line each; what is not there has none. `bad` sums the bad files up."""
     width, height, words = stats.width_px, stats.height_px, stats.caption_words
     yield "samples", f"{stats.num_samples} ({stats.num_train} to train on)"
     yield "pictures", f"{stats.num_bytes / 1e6:.1f} MB"
     yield "width, px", f"{width.least:g} to {width.most:g}, median {width.median:g}"
     yield "height, px", f"{height.least:g} to {height.most:g}, median {height.median:g}"
     yield "sizes", _counter(stats.sizes, stats.num_sizes)
-    yield "captions", f"{stats.num_captions} different"
-    yield "caption words", f"{words.least:g} to {words.most:g}, mean {words.mean:.1f}"
-    yield "vocabulary", _counter(stats.words, stats.num_words)
+    if stats.num_captions:
+        each = stats.captions_per_picture
+        several = f", {each.least:g} to {each.most:g} of a picture" if each.most > 1 else ""
+        yield "captions", f"{stats.num_captions} different{several}"
+        yield "caption words", f"{words.least:g} to {words.most:g}, mean {words.mean:.1f}"
+        yield "vocabulary", _counter(stats.words, stats.num_words)
+    else:
+        yield "captions", "none"
     if stats.classes:
         yield "classes", _counter(stats.classes, len(stats.classes))
     for name, same in (
@@ -171,8 +177,8 @@ def _rows(stats: "Stats") -> Iterator[tuple[str, str]]:
         ("same caption", stats.duplicate_captions),
     ):
         if same.num_groups:
-            first = ", ".join(same.groups[0][:_SHOWN])
-            yield name, f"{same.num_extra} extra samples in {same.num_groups} groups, as {first}"
+            names = _names(same.groups[0])
+            yield name, f"{same.num_extra} extra samples in {same.num_groups} groups, as {names}"
     held = stats.heldout
     if held.num_listed:
         only = f", {held.num_by_caption_only} by caption only" if held.num_by_caption_only else ""
@@ -182,7 +188,7 @@ def _rows(stats: "Stats") -> Iterator[tuple[str, str]]:
     if held.same_picture:
         yield "held-out pictures", f"{_names(held.same_picture)}: in training too"
     if stats.problems:
-        yield "cannot be used", f"{len(stats.problems)}: {', '.join(stats.problems)}"
+        yield "cannot be used", f"{bad}; all {len(stats.problems)} are in stats.json"
     if stats.unused:
         yield "not used", _names(stats.unused)
 
@@ -192,6 +198,7 @@ def _counter(counts: dict[str, int], total: int) -> str:
     return f"{total}: {_names(shown, total)}"
 
 
-def _names(names: "list[str] | tuple[str, ...]", total: int | None = None) -> str:
-    rest = (len(names) if total is None else total) - min(_SHOWN, len(names))
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest else "")
+def _names(names: Sequence[str], total: int | None = None) -> str:
+    from nsp.data.report import first
+
+    return first(names, _SHOWN, total)

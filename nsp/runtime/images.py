@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from nsp.data.pictures import read_text_chunks
 from nsp.files import write_file
 
 _SLUG_BYTES = 60  # leaves room for the rest of a name below the usual limit of 255
@@ -42,6 +43,4 @@ def write_image(path: Path, image: Image.Image, metadata: Mapping[str, str] | No
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the text chunks of a PNG."""
-    with Image.open(path) as image:
-        image.load()  # text may follow the pixels
-        return {key: str(value) for key, value in getattr(image, "text", {}).items()}
+    return read_text_chunks(path)

@@ -337,11 +337,11 @@ def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pi
     `backend` is "auto" (the fastest that works here; logged with the reason) or a name from
     `nsp.runtime.backends.registry`. `options` of engines are `precision`, `device`, `num_threads`
     and `verify`, as for `open_engine_dir`; a checkpoint has `device` ("cpu", "cuda", "cuda:1";
-    None is the GPU where there is one). Raises ConfigError for another one, and EngineError,
+    None is the GPU where there is one) and `verify` (False takes files that differ from their
+    digests). Raises ConfigError for another one, and EngineError,
     CheckpointError or BackendError with what to do.
     """
     folder, backend = values.path("path", path), values.choice("backend", backend)
-    options = _checked_options(options)
     pipeline = _load(folder, backend, options)
     pipeline.origin = Origin(folder.absolute(), backend, dict(options))
     return pipeline
@@ -377,12 +377,15 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
     """Return the model in `folder`."""
     found = describe(folder)
     checkpoint = found.kind in ("checkpoint", "hub model")
-    kind, known = ("a checkpoint", ("device",)) if checkpoint else ("engines", _ENGINE_OPTIONS)
+    kind, known = (
+        ("a checkpoint", ("device", "verify")) if checkpoint else ("engines", _ENGINE_OPTIONS)
+    )
     if unknown := [name for name in options if name not in known]:
         raise ConfigError(
             f"{folder} is loaded as {kind}, which has no option {unknown[0]!r}; "
             f"it has {', '.join(known)}"
         )
+    options = _checked_options(options)
     if checkpoint:
         if backend not in ("auto", "torch"):
             raise ConfigError(
@@ -409,9 +412,9 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
     )
 
 
-def _load_checkpoint(folder: Path, *, device: str | None = None) -> Pipeline:
+def _load_checkpoint(folder: Path, *, device: str | None = None, verify: bool = True) -> Pipeline:
     """Return the PyTorch pipeline of a checkpoint folder."""
-    record = read_checkpoint(folder)
+    record = read_checkpoint(folder, verify=verify)
     logger.info("%s: backend torch, because it is a checkpoint", folder)
     pipeline = torch_pipeline(record.family, record.load(), device=device, sampling=record.sampling)
     pipeline.model_hash = record.weights_hash()

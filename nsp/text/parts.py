@@ -1,5 +1,6 @@
 """The text parts of a new model: pretrained, or made for the captions it is trained on."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPTextModel
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,9 @@ def text_parts(
     """Return prompt tokenizer and text encoder, pretrained or new.
 
     A new encoder has `width` channels, and its tokenizer, of `max_tokens` per prompt, is trained on
-    the captions of `source`; pretrained ones decide both themselves. Raises ConfigError for a new
-    one where `source` is None: a stream, whose captions are not known.
+    the captions of `source`; where that has none, it knows bytes only. Pretrained ones decide both
+    themselves. Raises ConfigError for a new one where `source` is None: a stream, whose captions
+    are not known.
     """
     if settings.folder is not None:
         folder = Path(settings.folder)
@@ -45,7 +50,13 @@ def text_parts(
             "the captions of a stream are not known ahead, so no prompt tokenizer can be trained "
             "on them; give a CLIP folder with --text-encoder, or a checkpoint with --start-from"
         )
-    captions = sorted({sample.caption for sample in source.samples})
+    captions = sorted({caption for sample in source.samples for caption in sample.captions})
+    if source.samples and not captions:
+        logger.warning(
+            "no captions: the new model's prompt tokenizer knows single letters, no words; for a "
+            "model that will learn from captions later, give a CLIP folder with --text-encoder"
+        )
+        captions = ["a"]
     tokenizer = train_tokenizer(captions, vocab_size=settings.vocab_size, max_tokens=max_tokens)
     encoder = build_text_encoder(
         tokenizer, width=width, depth=settings.depth, num_heads=settings.num_heads

@@ -30,6 +30,7 @@ class Objective(nn.Module, ABC):
     """
 
     trained: nn.Module
+    needs_captions: bool = False  # what it trains is taught by the captions of the pictures
     work: float = 1.0  # of a training step, as a share of a full one's: for the throughput
 
     def train(self, mode: bool = True) -> Self:

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nsp.data.bounds import read_regular
 from nsp.data.dataset import ImageDataset
-from nsp.data.heldout import HELDOUT_MEMBER, Heldout, parse_heldout
+from nsp.data.heldout import HELDOUT_MEMBER, MAX_HELDOUT_BYTES, Heldout, parse_heldout
 from nsp.data.shards import ShardSet, find_shards
 from nsp.data.sources import ImageSource, open_source, readable, survey
 from nsp.data.stream import ShardStream
-from nsp.errors import ConfigError
+from nsp.errors import ConfigError, DataError
 from nsp.training.config import DataConfig, RunConfig
 from nsp.training.order import Share
 
@@ -25,6 +26,15 @@ class Pictures:
     def source(self) -> ImageSource | None:
         """The listed pictures; None for a stream."""
         return self.train if isinstance(self.train, ImageSource) else None
+
+    @property
+    def without_captions(self) -> str | None:
+        """What has no captions, as a message names it: None where all has."""
+        if not self.train.has_captions:
+            return "the pictures to train on have"
+        if self.held_out is not None and not self.held_out.has_captions:
+            return "the pictures to validate on have"
+        return None
 
     def __str__(self) -> str:
         """Say how much there is."""
@@ -83,11 +93,12 @@ def open_pictures(config: DataConfig, *, skip_bad_files: bool) -> Pictures:
 def _check_held_out(source: ImageSource, path: str) -> None:
     """Raise ConfigError when the pictures to train on hold captions of the list at `path`."""
     try:
-        rows = parse_heldout(Path(path).read_text(encoding="utf-8"), where=path)
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_regular(Path(path), most_bytes=MAX_HELDOUT_BYTES)
+        rows = parse_heldout(content, where=path)
+    except (OSError, DataError) as error:
         raise ConfigError(f"data.heldout: {path} cannot be read ({error})") from error
     heldout = Heldout.of(rows)
-    seen = [each for each in source.samples if heldout.covers(each.name, each.caption)]
+    seen = [each for each in source.samples if heldout.covers(each.name, each.captions)]
     if seen:
         raise ConfigError(
             f"{len(seen)} pictures to train on are held out by {path}, first {seen[0].name} "

@@ -8,6 +8,7 @@ checkpoint/ (the model as it is now). Every phase starts from the last of these 
 import copy
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -119,7 +120,8 @@ def train(
 
         def begin() -> None:
             held.enter_context(locked(folder))
-            _prepare_folder(folder, config, accelerator, data, resume=resume)
+            phases = config.phases[: names.index(last_phase or names[-1]) + 1]
+            _prepare_folder(folder, config, phases, accelerator, data, resume=resume)
 
         accelerator.wait_for_everyone()  # nobody writes before everybody has checked
         on_main(accelerator, begin)
@@ -162,6 +164,7 @@ def _run_phase(
     system = record.load()
 
     objective = _objective(config, run, folder, accelerator, data, system)
+    _check_captions(config, objective, data)
     phase = Phase(config, objective, accelerator, folder / config.name, run, tracker)
     finished = phase.run(stop)
     steps[config.name] = phase.step
@@ -216,14 +219,22 @@ def _plain(
 
 
 def _prepare_folder(
-    folder: Path, config: RunConfig, accelerator: Accelerator, data: Pictures, *, resume: bool
+    folder: Path,
+    config: RunConfig,
+    phases: Sequence[PhaseConfig],
+    accelerator: Accelerator,
+    data: Pictures,
+    *,
+    resume: bool,
 ) -> None:
-    """Make the model a new run starts from and store what the run is."""
+    """Make the model a new run starts from and store what the run is; it trains `phases`."""
     start = folder / START_NAME
     if not (resume and is_checkpoint(start)):
         system = _new_system(config, data.source)
         for phase in config.phases:  # a later one's mistakes must not wait for its turn
             objective = _objective(phase, config, folder, accelerator, data, system)
+            if phase in phases:
+                _check_captions(phase, objective, data)
             if phase.lora is not None:
                 check_targets(objective.trained, phase.lora)
         _save(start, system, config, {})
@@ -284,6 +295,15 @@ def _save(
     family(config.family).get("save_checkpoint")(
         checkpoint, system, notes=notes, sampling=config.sampling
     )
+
+
+def _check_captions(phase: PhaseConfig, objective: Objective, data: Pictures) -> None:
+    """Raise ConfigError when a phase learns from captions that are not there."""
+    if objective.needs_captions and data.without_captions is not None:
+        raise ConfigError(
+            f"phase {phase.name} learns from captions, and {data.without_captions} none; add them "
+            "(a .txt of its name beside each picture), or stop before that phase with --phase"
+        )
 
 
 def _check_batches(config: RunConfig, accelerator: Accelerator, data: Pictures) -> None:

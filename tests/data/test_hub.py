@@ -87,7 +87,7 @@ def test_bad_rows_are_named_and_left_out_only_when_asked(
     spec = _saved(tmp_path / "set", image=(datasets.Image(), cells), text=texts)
     with pytest.raises(DataError, match="3 files cannot be used") as caught:
         open_source(spec)
-    named = ["row-1 (not a", "row-2 (row 2 has no picture", "row-3 (its caption is em"]
+    named = ["row-1 (not a", "row-2 (the row has no picture", "row-3 (no text in column text"]
     assert [what for what in named if what not in str(caught.value)] == []
     with caplog.at_level(logging.WARNING):
         source = open_source(spec, skip_bad_files=True)
@@ -100,7 +100,6 @@ def test_bad_rows_are_named_and_left_out_only_when_asked(
     [
         ({"text": "text"}, "no column of type Image"),
         ({"a": "image", "b": "image", "text": "text"}, r"2 columns \(a, b\) of type Image"),
-        ({"image": "image"}, "no column of text or of type ClassLabel; columns are image"),
         ({"image": "image", "a": "text", "b": "text"}, r"2 columns \(a, b\) may hold the caption"),
         ({"image": "image", "a": "label", "b": "label"}, r"\(a, b\) of type ClassLabel"),
     ],
@@ -114,6 +113,25 @@ def test_a_column_that_is_not_clear_is_named(
     with pytest.raises(DataError, match=message) as caught:
         open_source(spec)
     assert "\n" not in str(caught.value)
+
+
+def test_a_set_without_captions_says_so_and_can_be_looked_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = (datasets.Value("int64"), [7, 8])
+    source = open_source(_saved(tmp_path / "set", image=_pictures(2), width=numbers))
+    assert [sample.captions for sample in source.samples] == [(), ()]
+    assert not source.has_captions
+    assert "so no captions; columns are image, width" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["caption", "captions", "text", "sentences"])
+def test_a_column_of_lists_gives_several_captions(tmp_path: Path, name: str) -> None:
+    lists = datasets.Sequence(datasets.Value("string"))
+    cells = [["a cat", "one cat"], ["a dog"], ["a cow", None]]
+    source = open_source(_saved(tmp_path / "set", image=_pictures(3), **{name: (lists, cells)}))
+    captions = [sample.captions for sample in source.samples]
+    assert captions == [("a cat", "one cat"), ("a dog",), ("a cow",)]
 
 
 def test_of_several_texts_the_one_called_caption_is_taken(tmp_path: Path) -> None:

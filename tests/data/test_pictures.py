@@ -1,11 +1,21 @@
 import io
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nsp.data.pictures import decode_rgb
+from nsp.data import pictures
+from nsp.data.bounds import ByteBudget, read_regular
+from nsp.data.pictures import MAX_PIXELS, decode_rgb
 from nsp.errors import DataError
+from tests.data.picture_files import encoded
 
 
 def _bytes(image: Image.Image, format_name: str = "PNG", **options: object) -> bytes:
@@ -57,3 +67,120 @@ def test_exif_orientation_is_honoured() -> None:
 def test_float_pixels_are_refused_rather_than_clipped() -> None:
     with pytest.raises(DataError, match="pixel mode F"):
         decode_rgb(_bytes(Image.new("F", (2, 2), 0.5), "TIFF"))
+
+
+# Limits that are ours
+
+LARGE = _bytes(Image.new("1", (11000, 9000)))
+TOO_LARGE = _bytes(Image.new("1", (16000, 12000)))
+
+
+@pytest.mark.parametrize("action", ["error", "always", "ignore"])
+def test_a_large_picture_is_taken_quietly_under_every_filter(
+    action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "_to_rgb", lambda opened: opened)  # a second, and nothing new
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter(action)  # type: ignore[arg-type]
+        before = list(warnings.filters)
+        assert decode_rgb(LARGE).size == (11000, 9000)
+        with pytest.raises(DataError, match=r"^192 million pixels; at most 179 million are read"):
+            decode_rgb(TOO_LARGE)
+        assert list(warnings.filters) == before
+    assert told == []
+
+
+def test_the_limit_is_the_same_for_every_format_and_where_pillow_draws_its_line() -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None
+    assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+    with pytest.raises(DataError, match=r"^192 million pixels; .* make it smaller$"):
+        decode_rgb(_bytes(Image.new("1", (16000, 12000)), "TIFF", compression="group4"))
+    claims = encoded(".webp")
+    header = b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0" + b"\xfe\x3f\0" * 2 + claims[12:]
+    with pytest.raises(DataError, match=r"^268 million pixels; .* make it smaller$"):
+        decode_rgb(header)
+
+
+def test_a_lower_limit_of_the_process_is_told_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(DataError, match="more pixels than this process lets Pillow read"):
+        decode_rgb(encoded(".png"))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7000\n",
+            "Git LFS pointer",
+        ),
+        (b"<!DOCTYPE html><html>not found</html>", "web page"),
+        (b"words", "not a picture Pillow can read"),
+        (encoded(".jpg", size=(64, 64))[:700], "cut short: its end is missing"),
+        (encoded(".png")[:60], "cut short: its end is missing"),
+        (encoded(".png")[:60] + bytes(60) + encoded(".png")[120:], "damaged: it cannot be decoded"),
+    ],
+)
+def test_damage_is_told_in_our_words(content: bytes, reason: str) -> None:
+    with pytest.raises(DataError, match=reason) as caught:
+        decode_rgb(content)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_picture_that_memory_does_not_hold_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(opened: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pictures, "_to_rgb", full)
+    with pytest.raises(DataError, match="not enough memory to decode it; make it smaller"):
+        decode_rgb(encoded(".png"))
+
+
+def test_pictures_that_claim_much_are_decoded_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six threads, a budget for one: never two at once, and all of them come to an end."""
+    inside: list[int] = []
+    most: list[int] = []
+    lock = threading.Lock()
+
+    def slow(opened: Image.Image) -> Image.Image:
+        with lock:
+            inside.append(1)
+            most.append(len(inside))
+        opened.load()
+        with lock:
+            inside.pop()
+        return opened
+
+    monkeypatch.setattr(pictures, "_MEMORY", ByteBudget(1000))
+    monkeypatch.setattr(pictures, "_to_rgb", slow)
+    content = encoded(".png", size=(400, 300))
+    with ThreadPoolExecutor(6) as pool:
+        assert len(list(pool.map(decode_rgb, [content] * 24))) == 24
+    assert max(most) == 1
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "sparse.png").touch()
+    os.truncate(tmp_path / "sparse.png", 1 << 40)
+    for name in ("zero", "pipe"):
+        with pytest.raises(DataError, match="not a regular file"):
+            read_regular(tmp_path / f"{name}.png", most_bytes=1 << 30)
+    with pytest.raises(DataError, match="1,099,511,627,776 bytes; at most 1,073,741,824 are read"):
+        read_regular(tmp_path / "sparse.png", most_bytes=1 << 30)
+
+
+def test_a_slice_that_claims_more_than_there_is_takes_no_more_memory(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    assert read_regular(tmp_path / "a", most_bytes=1 << 40, offset=6, num_bytes=1 << 40) == b"6789"
+    assert read_regular(tmp_path / "a", most_bytes=9, offset=20, num_bytes=5) == b""
+
+
+def test_reading_pictures_needs_no_torch() -> None:
+    code = "import sys, nsp.data.pictures; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -309,7 +309,7 @@ def test_resume_is_exact_beside_bad_files(tmp_path: Path, num_workers: int) -> N
 
 
 def test_a_set_without_a_usable_sample_ends_in_an_error(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", {"a.png": PNG})
+    write_tar(tmp_path / "0.tar", {"a.txt": "a"})
     with pytest.raises(DataError, match="no usable training sample"):
         _keys(_stream(tmp_path, skip_bad_files=True), 1)
     write_tar(tmp_path / "0.tar", {"a.png": b"x", "a.txt": "a"})

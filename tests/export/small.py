@@ -40,7 +40,7 @@ def new_small_checkpoint(folder: Path, *, seed: int = 0, num_classes: int = 0) -
     It is text-conditional unless `num_classes` is given.
     """
     torch.manual_seed(seed)
-    samples = tuple(Sample(name=c, caption=c, class_id=None) for c in CAPTIONS)
+    samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS)
     text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
     config = small_config()
     if num_classes:

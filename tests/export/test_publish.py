@@ -12,38 +12,45 @@ from pathlib import Path
 import onnx
 import pytest
 
-from export.store import EngineStore
+from export.store import EngineStore, with_variant
 from nsp.errors import ConfigError, EngineError, ExportError
 from nsp.families.var.io import stages_io
 from nsp.runtime import engine_dir, engine_files
 from nsp.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from nsp.runtime.engine_dir import open_engine_dir
-from nsp.runtime.manifest import SCHEMA, Manifest, Variant, read_manifest
+from nsp.runtime.manifest import (
+    PRECISION_DTYPES,
+    SCHEMA,
+    Manifest,
+    Precision,
+    Variant,
+    read_manifest,
+)
 from tests.runtime.engine_folders import CLASSES, engine_file
 from tests.runtime.onnx_stages import write_hollow_model
 
 RED, BLUE, GREEN = "red", "blue", "green"
 
 
-def build(store: EngineStore, model: str) -> Manifest:
+def build(store: EngineStore, model: str, precision: Precision = "fp32") -> Manifest:
     """Lay hollow engines, every one of which names its model, in the staging folder."""
     stages = {}
-    for stage, io in stages_io(CLASSES, "present", "float32").items():
+    for stage, io in stages_io(CLASSES, "present", PRECISION_DTYPES[precision]).items():
         with store.new_folder() as folder:
             path = write_hollow_model(folder / "model.onnx", io)
             graph = onnx.load(path)
             graph.doc_string = model
             onnx.save(graph, path)
-            files = store.finish(folder, f"{stage}/onnxruntime-fp32-")
+            files = store.finish(folder, f"{stage}/onnxruntime-{precision}-")
         stages[stage] = (
             Variant(
                 backend="onnxruntime",
-                precision="fp32",
+                precision=precision,
                 kv_layout="present",
                 opset=18,
                 io=io.to_dict(),
                 files=files,
-                fingerprint=f"{model} {stage}",
+                fingerprint=f"{model} {stage} {precision}",
             ),
         )
     return Manifest(
@@ -56,10 +63,13 @@ def build(store: EngineStore, model: str) -> Manifest:
     )
 
 
-def publish(folder: Path, model: str) -> Manifest:
+def publish(folder: Path, model: str, precision: Precision = "fp32") -> Manifest:
     store = EngineStore(folder)
     with store.lock():
-        manifest = build(store, model)
+        manifest = build(store, model, precision)
+        for stage, variants in store.kept(manifest).items():
+            for variant in variants:
+                manifest = with_variant(manifest, stage, variant)
         store.publish(manifest)
     return manifest
 
@@ -160,8 +170,9 @@ def test_a_folder_that_a_reader_holds_outlives_any_number_of_publishes(engines: 
     assert not (engines / name).exists()
 
 
-def test_an_export_killed_at_any_move_leaves_one_model_or_the_other(
-    engines: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("model", "precision"), [(BLUE, "fp32"), (RED, "fp16")])
+def test_an_export_killed_at_any_move_leaves_what_was_served_or_what_is_new(
+    engines: Path, monkeypatch: pytest.MonkeyPatch, model: str, precision: Precision
 ) -> None:
     whole, target = engines.with_name("whole"), engines.with_name("target")
     engines.rename(whole)
@@ -184,17 +195,18 @@ def test_an_export_killed_at_any_move_leaves_one_model_or_the_other(
             for name in ("rename", "replace", "rmdir", "unlink"):
                 patch.setattr(os, name, killed(getattr(os, name)))
             try:
-                publish(target, BLUE)
+                publish(target, model, precision)
             except KeyboardInterrupt:
                 pass
             else:
                 break
         found.append(loaded_models(target))
-        publish(target, BLUE)  # and the next one ends it
-        assert loaded_models(target) == {BLUE}
+        publish(target, model, precision)  # and the next one ends it
+        assert loaded_models(target) == {model}
+        assert open_engine_dir(target, precision=precision).precision == precision
         shutil.rmtree(target)
     assert found[0] == {RED}
-    assert found[-1] == {BLUE}
+    assert found[-1] == {model}
     assert all(len(models) == 1 for models in found)
 
 

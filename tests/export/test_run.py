@@ -17,6 +17,7 @@ import export.build
 from export.options import ExportEvent, ExportOptions
 from export.run import export as run_export
 from export.run import find_checkpoint, plan
+from nsp.checkpoint import write_digests
 from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
 from nsp.runtime.engine_files import check_files
 from nsp.runtime.kv_arena import PresentArena
@@ -313,6 +314,7 @@ def test_non_finite_weights_are_refused_before_anything_is_kept(
     tensors = load_file(path)
     tensors["head.bias"][3] = float("nan")
     save_file(tensors, path)
+    write_digests(broken)
     with pytest.raises(CheckpointError, match=r"head\.bias"):
         run_export(replace(options, checkpoint=str(broken)))
     assert not Path(options.engine_dir).exists()
@@ -403,6 +405,7 @@ def test_a_model_whose_guidance_ends_early_is_exported_and_checked(
     config = json.loads((folder / "config.json").read_text())
     config["sampling"] = {"guidance_scale": 3.0, "guidance_until": 2}
     (folder / "config.json").write_text(json.dumps(config))
+    write_digests(folder)
     kept, keep_rows = [], PresentArena.keep_rows
 
     def noting(arena, rows):

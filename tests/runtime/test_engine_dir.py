@@ -313,6 +313,21 @@ def test_a_text_model_brings_its_tokenizer(tmp_path: Path) -> None:
     assert opened.tokenizer.encode(["red apple"]).shape == (1, TEXT.text.max_tokens)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "vocab.json"])
+def test_a_file_beside_the_tokenizer_that_is_not_listed_changes_nothing(
+    tmp_path: Path, name: str
+) -> None:
+    write_engines(tmp_path, TEXT)
+    opened = open_engine_dir(tmp_path)
+    assert opened.tokenizer is not None
+    before = opened.tokenizer.encode(["red apple", ""])
+    (folder,) = tmp_path.glob(f"{TOKENIZER_DIR}/*")
+    (folder / name).write_text('{"pad_token": "!", "eos_token": "!", "!": 3}')
+    opened = open_engine_dir(tmp_path)
+    assert opened.tokenizer is not None
+    assert (opened.tokenizer.encode(["red apple", ""]) == before).all()
+
+
 def test_a_tokenizer_that_is_missing_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     write_engines(tmp_path, TEXT)
     (config,) = tmp_path.glob(f"{TOKENIZER_DIR}/*/tokenizer_config.json")

@@ -33,8 +33,7 @@ class LatentDataset(Dataset[Mapping[str, Any]]):
         held_out: bool = False,
     ) -> None:
         self._data, self._held_out = data, held_out
-        captions = [sample.caption for sample in data.source.samples]
-        self._conditions = system.encode_prompts(captions)
+        self._conditions = system.encode_prompts(data.captions())
         self._latents: list[Tensor] | None = None
         if is_constant(data):
             self._latents = cached_latents(system, data, cache)
@@ -45,7 +44,7 @@ class LatentDataset(Dataset[Mapping[str, Any]]):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose crops and flips come next."""
+        """Choose the epoch whose crops, flips and captions come next."""
         self._data.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -54,7 +53,8 @@ class LatentDataset(Dataset[Mapping[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `condition`, `held_out`, and `latents` (one per scale) or `image` (3, H, W)."""
-        item = {"condition": self._conditions[index], "held_out": self._held_out}
+        condition = self._conditions[self._data.caption_row(index)]
+        item = {"condition": condition, "held_out": self._held_out}
         if self._latents is None:
             return {**item, "image": self._data[index]["image"]}
         return {**item, "latents": [scale[index] for scale in self._latents]}

@@ -137,6 +137,8 @@ class ScalesObjective(Objective):
     The autoencoder and all other scales are frozen.
     """
 
+    needs_captions = True
+
     def __init__(
         self,
         system: NextScaleSystem,

@@ -87,6 +87,7 @@ class PredictorObjective(Objective):
             raise ConfigError(
                 "token_drop is for prompts, and this model is class-conditional; leave it out"
             )
+        self.needs_captions = system.config.text is not None
         self.system = system.requires_grad_(False)
         parts: dict[str, nn.Module] = {"predictor": system.predictor}
         if system.text_encoder is not None and settings.train_text_encoder:
@@ -155,6 +156,8 @@ class PredictorObjective(Objective):
         """Return class ids (B,) or prompt token ids (B, T) of a stream's pictures."""
         if self.system.config.text is None:
             class_ids: Tensor = batch["class_id"]
+            if self.system.config.num_classes == 1:  # of which all are, whether they say so or not
+                class_ids = class_ids.clamp_min(0)
             check_classes(class_ids, self.system.config.num_classes)
             return class_ids
         return self.system.encode_prompts(batch["caption"]).to(batch["image"].device)

@@ -30,15 +30,17 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
         self._data = data
         if system.config.text is None:
             classes = [sample.class_id for sample in data.source.samples]
-            if None in classes:
+            if None in classes and system.config.num_classes > 1:
+                has = "only captions" if data.source.has_captions else "neither these nor captions"
                 raise ConfigError(
-                    "a class-conditional model needs class folders; this data has only captions"
+                    f"a class-conditional model needs class folders; this data has {has}"
                 )
-            self._conditions = torch.tensor(classes)
+            # Of one class are all pictures, whether they say so or not: an unconditional model.
+            self._conditions = torch.tensor([number or 0 for number in classes])
             check_classes(self._conditions, system.config.num_classes)
         else:
-            captions = [sample.caption for sample in data.source.samples]
-            self._conditions = system.encode_prompts(captions)
+            self._conditions = system.encode_prompts(data.captions())
+        self._is_text = system.config.text is not None
         self._tokens = None
         if is_constant(data):
             self._tokens = cached_tokens(system.vae, data, cache)
@@ -49,7 +51,7 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose crops and flips come next."""
+        """Choose the epoch whose crops, flips and captions come next."""
         self._data.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -58,7 +60,8 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `condition`, and `tokens` (L,) or `image` (3, H, W) uint8."""
-        condition = self._conditions[index]
+        row = self._data.caption_row(index) if self._is_text else index
+        condition = self._conditions[row]
         if self._tokens is not None:
             return {"condition": condition, "tokens": self._tokens[index]}
         return {"condition": condition, "image": self._data[index]["image"]}

@@ -26,7 +26,7 @@ def new_tiny_system(
 ) -> NextScaleSystem:
     """Return a model with random weights; where `trained`, what starts as zero is random too."""
     torch.manual_seed(seed)
-    samples = tuple(Sample(name=c, caption=c, class_id=None) for c in CAPTIONS)
+    samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS)
     text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
     values = (config or SIZES["tiny"]).to_dict()
     system = new_system(values, text_encoder, ImageSource(samples, (), ())).eval()

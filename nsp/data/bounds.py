@@ -1,0 +1,60 @@
+"""How much of somebody's files is read, and how much memory their pictures take at once."""
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nsp.errors import DataError
+
+MAX_PICTURE_BYTES = 1 << 30  # of a file: 179 million pixels, uncompressed, in 6 bytes each
+MAX_CAPTION_BYTES = 1_000_000
+MEMORY_BYTES = 2 << 30  # of pictures being decoded, all threads of a process together
+
+
+def read_regular(path: Path, *, most_bytes: int, offset: int = 0, num_bytes: int = -1) -> bytes:
+    """Return the bytes of a file, or `num_bytes` of them from `offset` on.
+
+    Raises OSError, and DataError with the bare reason (no file name) for what is no regular file (a
+    pipe would wait, a device has no end) or longer than `most_bytes`.
+    """
+    # Not blocking: what was a file when it was listed may be a pipe by now.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError("not a regular file")
+        size = found.st_size if num_bytes < 0 else num_bytes
+        check_size(size, most_bytes)
+        file.seek(offset)
+        return file.read(min(size, max(0, found.st_size - offset)))
+
+
+def check_size(num_bytes: int, most_bytes: int) -> None:
+    """Raise DataError with the bare reason when something is longer than is read."""
+    if num_bytes > most_bytes:
+        raise DataError(f"{num_bytes:,} bytes; at most {most_bytes:,} are read")
+
+
+class ByteBudget:
+    """Lets threads hold numbers of bytes at once, as many as fit; one that asks for more, alone."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self._left = num_bytes
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, num_bytes: int) -> Iterator[None]:
+        """Wait until so much is free, and keep it for the block. Must not be nested."""
+        wanted = min(num_bytes, self.num_bytes)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= wanted)
+            self._left -= wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += wanted
+                self._changed.notify_all()

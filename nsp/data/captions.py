@@ -1,0 +1,344 @@
+"""Reads captions as people have them: tables that name pictures, and files beside a picture.
+
+A table has rows with the name of a picture (under one of FILE_KEYS) and its caption or captions
+(under the first of CAPTION_KEYS that is there). It is one of
+
+    *.jsonl         an object a line; also a JSON array or object under that name
+    *.json          an array of such objects; {name: caption or object}; COCO's images/annotations
+    *.csv, *.tsv    with a header line; *caption*.txt too (separated by comma, semicolon, tab or |)
+    *.parquet       with columns of these names (needs pyarrow)
+
+Beside a picture lie `.txt` (the caption), `.caption` (the same) or `.json` (an object, as
+img2dataset writes it). `nsp data pack` writes several captions as `captions` in a `.json` whose
+first is also the `.txt`, so that readers that know only `.txt` see one caption of each picture.
+"""
+
+import csv
+import io
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsp.data.bounds import check_size, read_regular
+from nsp.data.samples import CAPTION_SUFFIX, CAPTIONS_SUFFIX, JSON_SUFFIX, parse_caption, shown
+from nsp.errors import DataError, MissingExtraError
+from nsp.files import parse_json
+
+FILE_KEYS = ("file_name", "filename", "file", "image", "path", "image_path", "image_name")
+CAPTION_KEYS = ("text", "caption", "captions", "prompt")
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+MAX_LINES_BYTES = 2 << 30  # of a table that is read line by line
+MAX_TABLE_BYTES = 512 << 20
+MAX_JSON_BYTES = 128 << 20  # of one value, which takes up to 20 times that; COCO's captions: 92 MB
+_MAX_LINE_BYTES = 4 << 20
+_MAX_BAD_ROWS = 100_000
+_SHOWN_KEYS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table says of one picture."""
+
+    file_name: str
+    captions: tuple[str, ...]
+
+
+@dataclass
+class Table:
+    """The rows of a table; `bad` holds name and reason of those without a name or a caption."""
+
+    name: str  # of its file in the folder
+    rows: list[Row] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    is_sure: bool = False  # that it is a table of pictures
+    is_guess: bool = False  # a mapping of texts, which need not be captions
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Note a row; DataError where so many are bad that the table must be something else."""
+        self.bad.append((name, reason))
+        if len(self.bad) > _MAX_BAD_ROWS:
+            raise DataError(
+                f"{shown(self.name)}: more than {_MAX_BAD_ROWS:,} rows cannot be used, the last: "
+                f"{reason}; repair or remove the file"
+            )
+
+    def take(self, values: Any, number: int) -> None:
+        """Add row `number`, or note why it cannot be used."""
+        where = f"{posixpath.basename(self.name)}:{number}"
+        file = _first_text(values, FILE_KEYS) if isinstance(values, dict) else None
+        if file is None:
+            keys = f" (it has {_keys(values)})" if isinstance(values, dict) else ""
+            self.refuse(where, f"the row has no file_name{keys}")
+            return
+        try:
+            self.rows.append(Row(file, captions_of(values)))
+        except DataError as error:
+            self.refuse(file, f"no text in {shown(self.name)}: {error}")
+
+
+def captions_of(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the captions of a row; DataError with the bare reason where it has none."""
+    lower = {str(key).strip().lower(): value for key, value in values.items()}
+    for key in CAPTION_KEYS:
+        found = lower.get(key)
+        if isinstance(found, str):
+            return (found,)
+        if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
+            return tuple(found)
+        if found is not None:
+            raise DataError(f"its {key} is neither a text nor a list of texts")
+    raise DataError(f"the row has {_keys(values)}; captions are read from {_or(CAPTION_KEYS)}")
+
+
+def read_table(root: Path, name: str) -> Table | None:
+    """Return a table, or None when the file is none; DataError when it is one that is damaged.
+
+    Every file that is called metadata.jsonl, and every file with "caption" in its name, is one.
+    """
+    base, suffix = posixpath.basename(name).lower(), posixpath.splitext(name)[1].lower()
+    table, where = Table(name), root / name
+    is_named = base.startswith("metadata.") or "caption" in base
+    try:
+        found = _READERS[suffix](root / name, table)
+    except (OSError, ValueError, csv.Error, DataError) as error:
+        if not is_named and not table.is_sure:
+            return None
+        reason = error.strerror if isinstance(error, OSError) else _reason(error)
+        raise DataError(f"{where} cannot be read: {reason}") from error
+    if found is None and "caption" in base:
+        raise DataError(
+            f"{where} looks like captions, in no form that is read: give each "
+            f"row the name of a picture ({FILE_KEYS[0]}) and its caption ({_or(CAPTION_KEYS)}), as "
+            "in metadata.jsonl, or remove the file"
+        )
+    return found
+
+
+def captions_beside(found: Mapping[str, bytes]) -> tuple[Sequence[bytes | str], bool]:
+    """Return the captions in the files beside a picture, by suffix; and whether these differ.
+
+    Where they do, `.txt` is taken, else `.caption`. No captions: the files hold none. Raises
+    DataError with the bare reason when the only one is a damaged `.json`.
+    """
+    texts = [found[each] for each in (CAPTION_SUFFIX, CAPTIONS_SUFFIX) if each in found]
+    listed: tuple[str, ...] = ()
+    if JSON_SUFFIX in found:
+        try:
+            values = parse_json(found[JSON_SUFFIX])
+            listed = captions_of(values) if isinstance(values, dict) else ()
+        except DataError:
+            listed = ()  # about something else, such as the size of the picture
+        except ValueError as error:
+            if not texts:
+                raise DataError(f"its .json is damaged ({_reason(error)})") from error
+    if not texts:
+        return listed, False
+    first, others = parse_caption(texts[0]), {each.strip() for each in listed}
+    with suppress(DataError):  # an empty one says nothing
+        others |= {parse_caption(each) for each in texts[1:]}
+    if listed and listed[0].strip() == first:
+        return listed, not others <= {each.strip() for each in listed}
+    return [first], not others <= {first, ""}
+
+
+def _jsonl(path: Path, table: Table) -> Table | None:
+    """Read an object a line, or what is JSON as a whole."""
+    content = read_regular(path, most_bytes=MAX_LINES_BYTES)
+    _check_encoding(content)
+    if b"\n" not in content:
+        content = content.replace(b"\r", b"\n")
+    base = posixpath.basename(table.name)
+    first = _first_line(content)
+    if first[:1] == b"[" or first == b"{":  # an array, or an object over several lines
+        return _whole(content, table)
+    if base.lower() != "metadata.jsonl" and "caption" not in base.lower() and not _is_row(first):
+        return None
+    if first == content.strip() and _is_mapping(first):
+        return _whole(content, table)
+    table.is_sure = True
+    for number, line in enumerate(io.BytesIO(content), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = parse_json(line[:_MAX_LINE_BYTES])
+        except ValueError as error:
+            what = "longer than is read" if len(line) > _MAX_LINE_BYTES else _what(error)
+            table.refuse(f"{base}:{number}", f"not JSON: {what}")
+        else:
+            table.take(values, number)
+    return table
+
+
+def _json(path: Path, table: Table) -> Table | None:
+    content = read_regular(path, most_bytes=MAX_JSON_BYTES)
+    _check_encoding(content)
+    return _whole(content, table)
+
+
+def _whole(content: bytes, table: Table) -> Table | None:
+    """Read JSON that is one value; None when that holds no captions."""
+    check_size(len(content), MAX_JSON_BYTES)
+    values = parse_json(content.removeprefix(b"\xef\xbb\xbf"))
+    if isinstance(values, list):
+        rows = [row for row in values if isinstance(row, dict)]
+        if not any(_first_text(row, FILE_KEYS) and _has_caption(row) for row in rows):
+            return None
+        for number, row in enumerate(values, start=1):
+            table.take(row, number)
+        return table
+    if not isinstance(values, dict):
+        return None
+    if isinstance(values.get("images"), list) and isinstance(values.get("annotations"), list):
+        return _coco(values["images"], values["annotations"], table)
+    table.is_guess = True
+    for name, value in values.items():
+        about = value if isinstance(value, dict) else {"caption": value}
+        if _has_caption(about):
+            table.rows.append(Row(name, captions_of(about)))
+    return table if table.rows else None
+
+
+def _coco(images: list[Any], annotations: list[Any], table: Table) -> Table | None:
+    """Read COCO's form: names by number, and annotations with the number of their picture."""
+    names = {}
+    for image in images:
+        number = image.get("id") if isinstance(image, dict) else None
+        if isinstance(number, int | str) and (name := _first_text(image, FILE_KEYS)):
+            names[number] = name
+    captions: dict[str, list[str]] = {}
+    for annotation in annotations:
+        if isinstance(annotation, dict) and isinstance(annotation.get("caption"), str):
+            number = annotation.get("image_id")
+            name = names.get(number) if isinstance(number, int | str) else None
+            if name is not None:
+                captions.setdefault(name, []).append(annotation["caption"])
+    table.rows = [Row(name, tuple(texts)) for name, texts in captions.items()]
+    return table if table.rows else None
+
+
+def _csv(path: Path, table: Table) -> Table | None:
+    content = read_regular(path, most_bytes=MAX_TABLE_BYTES)
+    _check_encoding(content)
+    end = content.find(b"\n")
+    header = content[: end if end >= 0 else len(content)][:4096].decode("utf-8-sig", "replace")
+    separator = max(",;\t|", key=header.count)
+    columns = [column.strip().strip('"').lower() for column in header.split(separator)]
+    if not set(columns) & set(FILE_KEYS) or not set(columns) & set(CAPTION_KEYS):
+        return None
+    table.is_sure = True
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restkey="")
+    reader.fieldnames = [str(name).strip() for name in reader.fieldnames or ()]
+    for row in reader:
+        name = _first_text(row, FILE_KEYS)
+        if row.get(""):
+            reason = f"more fields than the header of {shown(table.name)}; quote the caption"
+            table.refuse(name or f"line {reader.line_num}", reason)
+        else:
+            table.take({k: v.strip() for k, v in row.items() if v is not None}, reader.line_num)
+    return table
+
+
+def _parquet(path: Path, table: Table) -> Table | None:
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        from pyarrow import parquet
+    except ImportError as error:
+        if not posixpath.basename(table.name).startswith("metadata."):
+            return None
+        raise MissingExtraError("pyarrow", "datasets") from error
+    num_bytes = number = 0
+    try:
+        file = parquet.ParquetFile(path)
+        lower = {name.lower(): name for name in file.schema_arrow.names}
+        files = [lower[key] for key in FILE_KEYS if key in lower]
+        captions = [lower[key] for key in CAPTION_KEYS if key in lower]
+        if not files or not captions:
+            return None
+        for batch in file.iter_batches(batch_size=256, columns=files + captions):
+            num_bytes += batch.nbytes  # however well it is packed in the file
+            check_size(num_bytes, MAX_TABLE_BYTES)
+            for row in batch.to_pylist():
+                number += 1
+                table.take(row, number)
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+        raise ValueError(f"it is damaged ({_what(error)})") from error
+    return table
+
+
+_READERS = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".txt": _csv,
+}
+
+
+def _first_line(content: bytes) -> bytes:
+    """Return the first line that is not blank."""
+    start = content.removeprefix(b"\xef\xbb\xbf")[: 2 * _MAX_LINE_BYTES].lstrip()
+    return start.partition(b"\n")[0].strip()
+
+
+def _is_mapping(line: bytes) -> bool:
+    """Return whether a line is an object, but not a row."""
+    try:
+        values = parse_json(line)
+    except ValueError:
+        return False
+    keys = {str(key).strip().lower() for key in values} if isinstance(values, dict) else set()
+    return bool(keys) and not keys & {*FILE_KEYS, *CAPTION_KEYS}
+
+
+def _check_encoding(content: bytes) -> None:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("it is UTF-16; save it as UTF-8")
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and bool(_first_text(row, FILE_KEYS)) and _has_caption(row)
+
+
+def _has_caption(row: Mapping[str, Any]) -> bool:
+    try:
+        return bool(captions_of(row))
+    except DataError:
+        return False
+
+
+def _first_text(values: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    """Return the first text under one of `keys`, whatever their case."""
+    lower = {str(key).strip().lower(): value for key, value in values.items()}
+    found: Iterator[Any] = (lower.get(key) for key in keys)
+    return next((each for each in found if isinstance(each, str) and each), None)
+
+
+def _keys(values: Mapping[str, Any]) -> str:
+    names = [shown(str(key))[:40] for key in values]
+    more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
+    return f"{', '.join(names[:_SHOWN_KEYS])}{more}" if names else "no keys"
+
+
+def _or(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _what(error: Exception) -> str:
+    """Return what is wrong with JSON, without the place, so that equal reasons are counted."""
+    return _reason(error).partition(": line ")[0]

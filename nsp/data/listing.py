@@ -1,0 +1,94 @@
+"""What a look at a place finds, before any picture is decoded: samples, problems, the rest."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nsp.data.bounds import MAX_PICTURE_BYTES, read_regular
+from nsp.data.pictures import PictureFile
+from nsp.data.samples import Problem, Sample, parse_caption, shown
+from nsp.errors import DataError
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """A whole file, or a member of a tar."""
+
+    path: Path
+    offset: int = 0
+    num_bytes: int = -1  # -1: to the end of the file
+
+    def size(self) -> int:
+        """Return the number of bytes; raises OSError."""
+        return self.path.stat().st_size if self.num_bytes < 0 else self.num_bytes
+
+    def read(self, most_bytes: int = MAX_PICTURE_BYTES) -> bytes:
+        """Return the bytes; opens the file anew, so threads and forked workers do not collide."""
+        return read_regular(
+            self.path, most_bytes=most_bytes, offset=self.offset, num_bytes=self.num_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sample, where its picture is and, once it was read, the digest of that file's bytes."""
+
+    sample: Sample
+    file: PictureFile
+    digest: bytes = b""
+
+
+@dataclass
+class Listing:
+    """What was found. Names go in as the file system has them, and come out fit to be shown."""
+
+    entries: list[Entry] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    class_names: tuple[str, ...] = ()
+    heldout: list[tuple[str, str]] = field(default_factory=list)
+    missing: str | None = "no caption"  # why a sample without one is a problem; None: none has any
+
+    def add(
+        self,
+        name: str,
+        captions: Sequence[bytes | str],
+        file: PictureFile,
+        class_id: int | None = None,
+    ) -> None:
+        """Append a sample, or a problem when one of its captions is empty or not UTF-8."""
+        try:
+            texts = tuple(dict.fromkeys(parse_caption(caption) for caption in captions))
+        except DataError as error:
+            self.refuse(name, str(error))
+        else:
+            self.entries.append(Entry(Sample(shown(name), texts, class_id), file))
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Append a problem."""
+        self.problems.append(Problem(shown(name), reason))
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Append what plays no part."""
+        self.unused += [shown(name) for name in names]
+
+    def settle(self) -> None:
+        """Make samples without a caption problems, unless the set has no captions at all."""
+        if self.missing is None:
+            return
+        bare = [entry.sample.name for entry in self.entries if not entry.sample.captions]
+        self.entries = [entry for entry in self.entries if entry.sample.captions]
+        self.problems += [Problem(name, self.missing) for name in bare]
+
+
+def join(listings: Iterable[Listing]) -> Listing:
+    """Return several listings as one, in their order."""
+    joined = Listing(missing=None)
+    for listing in listings:
+        joined.entries += listing.entries
+        joined.problems += listing.problems
+        joined.unused += listing.unused
+        joined.heldout += listing.heldout
+        joined.class_names = joined.class_names or listing.class_names
+        joined.missing = joined.missing or listing.missing
+    return joined

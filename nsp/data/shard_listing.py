@@ -1,0 +1,87 @@
+"""Lists the samples of one tar: `<key>.<picture suffix>` with `<key>.txt`, `.caption` or `.json`.
+
+It is uncompressed, as webdataset has it, and may hold the number of a class in `<key>.cls`;
+`index.json` beside it (see pack.py) names classes. It may carry a list `__heldout__`.
+"""
+
+import posixpath
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from nsp.data.bounds import MAX_CAPTION_BYTES
+from nsp.data.captions import captions_beside
+from nsp.data.heldout import HELDOUT_MEMBER, MAX_HELDOUT_BYTES, parse_heldout
+from nsp.data.index import read_index
+from nsp.data.listing import FileSlice, Listing
+from nsp.data.samples import (
+    BESIDE_SUFFIXES,
+    CLASS_SUFFIX,
+    JSON_SUFFIX,
+    TAR_SUFFIXES,
+    is_hidden,
+    parse_class,
+    picture_suffix,
+    tar_key,
+)
+from nsp.data.tars import open_tar, walk
+from nsp.errors import DataError
+
+MISSING = "no .txt with its caption in the tar"
+
+
+def list_tar(path: Path) -> Listing:
+    """Return what lies in an uncompressed tar; raises DataError when it cannot be read."""
+    try:
+        with path.open("rb") as file, open_tar(file, seekable=True) as archive:
+            members = list(walk(archive))
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"{path}: not a whole, uncompressed tar ({error}); unpack a compressed one first"
+        ) from error
+    files = {
+        posixpath.normpath(member.name): FileSlice(path, member.offset_data, member.size)
+        for member in members
+    }
+    listing = Listing(missing=None)
+    index = read_index(path.parent)
+    if index is not None and path.name in {shard.file for shard in index.shards}:
+        listing.class_names = index.class_names
+    if HELDOUT_MEMBER in files:
+        content = files.pop(HELDOUT_MEMBER).read(MAX_HELDOUT_BYTES)
+        listing.heldout = parse_heldout(content, where=f"{path}: {HELDOUT_MEMBER}")
+    samples: dict[str, dict[str, FileSlice]] = {}
+    for name in sorted(files):
+        if is_hidden(name):
+            continue
+        key, suffix = tar_key(name)
+        if suffix in TAR_SUFFIXES:
+            samples.setdefault(key, {})[suffix] = files[name]
+        else:
+            listing.leave([name])
+    for key, by_suffix in samples.items():
+        if by_suffix.keys() == {JSON_SUFFIX}:
+            listing.leave([key + JSON_SUFFIX])
+        else:
+            _add(listing, key, by_suffix)
+    return listing
+
+
+def _add(listing: Listing, key: str, by_suffix: Mapping[str, FileSlice]) -> None:
+    """Add one sample, or the reason that it is none."""
+    texts = by_suffix.keys() & BESIDE_SUFFIXES
+    try:
+        picture = by_suffix[picture_suffix(by_suffix)]
+        captions, _ = captions_beside(
+            {suffix: by_suffix[suffix].read(MAX_CAPTION_BYTES) for suffix in texts}
+        )
+        class_id = None
+        if CLASS_SUFFIX in by_suffix:
+            content = by_suffix[CLASS_SUFFIX].read(MAX_CAPTION_BYTES)
+            class_id = parse_class(content, len(listing.class_names))
+    except DataError as error:
+        listing.refuse(key, str(error))
+    else:
+        listing.add(key, captions, picture, class_id)
+    if texts - {JSON_SUFFIX} or (listing.entries and listing.entries[-1].sample.captions):
+        listing.missing = MISSING
