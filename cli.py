@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from export.plan import PlannedBuild
     from nsp.families.registry import Family
     from nsp.runtime.pipeline import Pipeline
+    from nsp.runtime.prompt_lists import ListedImage
 
 
 def _print_tables(tables: Iterable[Any]) -> None:
@@ -181,7 +182,11 @@ def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: boo
 @click.option(
     "--prompt", "--text-prompt", "prompts", multiple=True, help="What to show. Repeatable."
 )
-@click.option("--prompts-file", type=FILE, help="Text file with one prompt per line.")
+@click.option(
+    "--prompts-file",
+    type=FILE,
+    help="Text file with one prompt per line; .csv or .jsonl with prompt or class, and seed.",
+)
 @click.option("--class-id", "class_ids", type=int, multiple=True, help="Class. Repeatable.")
 @click.option(
     "--num-images", type=COUNT, default=1, show_default=True, help="Images for each prompt."
@@ -254,10 +259,17 @@ def generate(
 ) -> None:
     """Make images with exported engines, or with a checkpoint."""
     from nsp.paths import check_output
-    from nsp.runtime.batches import choose_batch_size, plan_images, read_prompts
+    from nsp.runtime.batches import choose_batch_size, plan_images
 
     check_output(output_dir)
-    prompts += read_prompts(prompts_file) if prompts_file else ()
+    listed: tuple[ListedImage, ...] = ()
+    if prompts_file is not None:
+        from nsp.runtime.prompt_lists import read_list
+
+        listed = read_list(prompts_file)
+    seeds = (*(None for _ in prompts or class_ids), *(row.seed for row in listed))
+    prompts += tuple(row.prompt for row in listed if row.prompt is not None)
+    class_ids += tuple(row.class_id for row in listed if row.class_id is not None)
     family = _family_of(checkpoint or engine_dir or Path("engines"))
     if family is not None and family.default_prompt and not prompts and not class_ids:
         prompts = (family.default_prompt,)
@@ -268,6 +280,7 @@ def generate(
         class_ids=class_ids,
         seed=seed,
         num_images=num_images,
+        seeds=seeds,
         allow_empty=family is not None and family.takes_no_prompt,
     )
     precision = one_precision(options)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _MAX_JSON_DEPTH = 64  # ours have about ten levels; Python functions give up at a thousand
+_MAX_JSON = 256 << 20  # bytes; a manifest has 100 KB
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -27,7 +28,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises ValueError with the reason in one line for anything else, also for an object nested
     deeper than a program can walk; the caller adds which file it is and what to do.
     """
-    values = parse_json(path.read_text(encoding="utf-8"))
+    with path.open("rb") as file:  # of a device without end, too
+        content = file.read(_MAX_JSON + 1)
+    if len(content) > _MAX_JSON:
+        raise ValueError(f"larger than {_MAX_JSON >> 20} MiB")
+    values = parse_json(content.decode("utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"a JSON {type(values).__name__} instead of an object")
     json.dumps(values, ensure_ascii=False).encode()  # half characters could not be shown

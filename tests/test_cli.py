@@ -109,6 +109,16 @@ def test_prompts_come_from_options_then_the_file(generate, tmp_path):
     assert [image["prompt"] for image in made] == ["apple", "cat", "dog"]
 
 
+def test_a_table_of_prompts_gives_every_image_its_seed(generate, tmp_path):
+    (tmp_path / "prompts.csv").write_text("prompt,seed\nred apple,40\ncat,\n")
+    options = ("--prompt", "first", "--seed", 3, "--num-images", 2, "--json")
+    result = generate("--prompts-file", tmp_path / "prompts.csv", *options)
+    assert result.exit_code == 0, result.output
+    made = [(image["prompt"], image["seed"]) for image in json.loads(result.stdout)["images"]]
+    apples = [("red apple", 40), ("red apple", 41)]
+    assert made == [("first", 3), ("first", 4), *apples, ("cat", 3), ("cat", 4)]
+
+
 def test_class_ids_make_images_of_a_class_model(tiny_class_checkpoint, tmp_path):
     options = ("--checkpoint", tiny_class_checkpoint, "--output-dir", tmp_path / "out")
     result = nsp("generate", *options, "--class-id", 3, "--class-id", 9, "--batch-size", 1)

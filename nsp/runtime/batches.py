@@ -7,12 +7,10 @@ for batch in cut_batches(planned, 4):
     pictures = to_uint8(step.decode())
 """
 
-import codecs
-import unicodedata
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,13 +48,15 @@ def plan_images(
     seed: int = 0,
     num_images: int = 1,
     allow_empty: bool = False,
+    seeds: Sequence[int | None] = (),
 ) -> list[PlannedImage]:
     """Return `num_images` images for every prompt, or for every class id, in order.
 
     The k-th image of the same condition has seed `seed` + k, so an image can be made again alone,
-    and does not change when other prompts join the run. Raises ConfigError unless exactly one kind
-    of condition is given, or when a prompt is no text, or empty unless `allow_empty`: some models
-    take that for no prompt, and `check_images` says which do not.
+    and does not change when other prompts join the run. `seeds` are those of single conditions, in
+    their order, in place of `seed`; None, and what is missing at the end, is `seed`. Raises
+    ConfigError unless exactly one kind of condition is given, or when a prompt is no text, or empty
+    unless `allow_empty`: some models take that for no prompt, and `check_images` says which do not.
     """
     texts = prompt_texts(prompts, allow_empty=allow_empty)
     ids = class_numbers(class_ids).tolist()
@@ -72,46 +72,19 @@ def plan_images(
         )
     made: Counter[tuple[str | None, int | None]] = Counter()
     planned: list[PlannedImage] = []
-    for condition in [*((_text(p), None) for p in texts), *((None, c) for c in ids)]:
-        for _ in range(num_images):
-            planned.append(PlannedImage(len(planned), seed + made[condition], *condition))
-            made[condition] += 1
-    values.seed(seed + max(made.values()) - 1)
+    conditions = [*((_text(p), None) for p in texts), *((None, c) for c in ids)]
+    for condition, own in itertools.zip_longest(conditions, seeds[: len(conditions)]):
+        first = seed + made[condition] if own is None else values.seed(own)
+        for number in range(first, first + num_images):
+            planned.append(PlannedImage(len(planned), number, *condition))
+        made[condition] += num_images if own is None else 0
+    values.seed(max(image.seed for image in planned))
     return planned
 
 
 def _text(prompt: str) -> str:
     """Return `prompt` with half surrogates (bad bytes of a command line) as U+FFFD, to be UTF-8."""
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Return the prompts of a text file (UTF-8, one per line, blank lines left out).
-
-    Lines end in a line feed, with a carriage return before it or not; other separators of Unicode
-    belong to a prompt. Raises ConfigError when there is no prompt, and naming the line that is not
-    UTF-8 or has a control character: such a file is no list of prompts.
-    """
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    prompts = []
-    for number, line in enumerate(content.replace(b"\r\n", b"\n").split(b"\n"), 1):
-        try:
-            prompt = line.decode().strip()
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8"
-            ) from error
-        odd = [c for c in prompt if unicodedata.category(c) == "Cc" and c != "\t"]
-        if odd:
-            raise ConfigError(
-                f"{path}, line {number}: control character U+{ord(odd[0]):04X}; "
-                "write plain text, one prompt per line"
-            )
-        if prompt:
-            prompts.append(prompt)
-    if not prompts:
-        raise ConfigError(f"{path} holds no prompts; write one per line")
-    return tuple(prompts)
 
 
 def choose_batch_size(pipeline: Pipeline, requested: int | None) -> int:

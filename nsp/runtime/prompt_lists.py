@@ -1,0 +1,229 @@
+"""Lists of what to make: a text file of prompts, a CSV table or JSON lines, read as what it is.
+
+prompts.txt    one prompt per line
+images.csv     a header with the columns prompt (or text, caption) or class (or class_id), and seed
+images.jsonl   one object per line with those keys
+
+A table is never drawn line by line, whatever its file is called: a header or an object at the head
+of a text file is told about.
+"""
+
+import codecs
+import csv
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsp import values
+from nsp.errors import ConfigError
+
+_MAX_BYTES = 64 << 20  # of a list: a million long prompts
+_COLUMNS = {
+    "prompt": "prompt",
+    "text": "prompt",
+    "caption": "prompt",
+    "class": "class",
+    "class_id": "class",
+    "seed": "seed",
+}
+_KNOWN = "prompt (or text, caption), class (or class_id) and seed"
+_DELIMITERS = (",", ";", "\t")  # as spreadsheets write them, by country
+_MAX_SEED = 2**63 - 1  # as of --seed
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """One row of a list."""
+
+    prompt: str | None = None
+    class_id: int | None = None
+    seed: int | None = None  # in place of that of the whole run
+
+
+def read_list(path: Path) -> tuple[ListedImage, ...]:
+    """Return the rows of a list, in order; there is at least one.
+
+    Raises ConfigError naming the file, and the line of what is not allowed there.
+    """
+    content = _read(path)
+    suffix = path.suffix.lower()
+    kind = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix, "text")
+    _check_kind(path, kind, content)
+    rows = {"csv": _csv_rows, "jsonl": _json_rows, "text": _text_rows}[kind](path, content)
+    found = tuple(rows)
+    if not found:
+        raise ConfigError(f"{path} holds no prompts; write one per line")
+    if {row.prompt is None for row in found} == {True, False}:
+        raise ConfigError(f"{path} holds prompts and classes; a model takes one kind: choose")
+    return found
+
+
+def _read(path: Path) -> bytes:
+    """Return the content of a file, or of a pipe; ConfigError for one without end."""
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(
+            f"{path} is larger than {_MAX_BYTES >> 20} MiB; cut the list in several files"
+        )
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _check_kind(path: Path, kind: str, content: bytes) -> None:
+    """Raise ConfigError for a file that is another kind of list than its name says."""
+    head = content[:4096].lstrip()
+    if kind != "jsonl" and b"".join(head.split()).startswith((b'{"', b'[{"', b'["')):
+        raise ConfigError(
+            f"{path}, line 1: this is JSON, not {'a table' if kind == 'csv' else 'a prompt'}; "
+            "write one object per line and call the file .jsonl"
+        )
+    if kind == "text" and _delimiter(head.partition(b"\n")[0]) is not None:
+        raise ConfigError(
+            f"{path}, line 1: this is the header of a table, not a prompt; call the file .csv"
+        )
+
+
+def _delimiter(header: bytes) -> str | None:
+    """Return what parts the columns of a table's header, None when the line is none."""
+    text = header.decode("utf-8", "replace")
+    for each in _DELIMITERS:
+        names = [name.strip(" \r\"'").lower() for name in text.split(each)]
+        if len(names) > 1 and set(names) <= _COLUMNS.keys():
+            return each
+    return None
+
+
+def _text_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
+    """Yield a prompt per line.
+
+    Lines end in a line feed, with a carriage return before it or not; other separators of Unicode
+    belong to a prompt.
+    """
+    for number, line in enumerate(content.replace(b"\r\n", b"\n").split(b"\n"), 1):
+        prompt = _checked_text(path, number, _decoded(path, number, line))
+        if prompt:
+            yield ListedImage(prompt=prompt)
+
+
+def _csv_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
+    lines = content.replace(b"\r\n", b"\n").split(b"\n")
+    texts = [_decoded(path, number, line) for number, line in enumerate(lines, 1)]
+    header = next((line for line in lines if line.strip()), b"")
+    delimiter = _delimiter(header) or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    table = csv.reader((text + "\n" for text in texts), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    while True:
+        try:
+            cells = next(table, None)
+        except csv.Error as error:
+            raise ConfigError(
+                f"{path}, line {table.line_num}: no line of a CSV: {error}"
+            ) from error
+        if cells is None:
+            return
+        if not any(cell.strip() for cell in cells):
+            continue
+        if names is None:
+            names = _checked_columns(path, table.line_num, cells)
+            continue
+        if len(cells) != len(names):
+            raise ConfigError(
+                f"{path}, line {table.line_num}: {len(cells)} cells, the header has {len(names)}; "
+                'write "…" around a text with the separator in it'
+            )
+        row = dict(zip(names, (cell.strip() for cell in cells), strict=True))
+        yield _row(path, table.line_num, {n: _number(n, cell) for n, cell in row.items()})
+
+
+def _number(name: str, cell: str) -> Any:
+    """Return an integer's cell as one, an empty seed as none, any other cell as it is."""
+    if name == "prompt":
+        return cell
+    if not cell and name == "seed":
+        return None
+    return int(cell) if cell.isascii() and cell.isdigit() and len(cell) <= 20 else cell
+
+
+def _json_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        text = _decoded(path, number, line)
+        try:
+            pairs = json.loads(text, object_pairs_hook=_Pairs)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}, line {number}: no JSON ({error})") from error
+        if not isinstance(pairs, _Pairs):
+            raise ConfigError(
+                f"{path}, line {number}: {values.shown(pairs)} is no object; write "
+                '{"prompt": "…", "seed": 1}'
+            )
+        names = _checked_columns(path, number, [name for name, _ in pairs])
+        row = dict(zip(names, (value for _, value in pairs), strict=True))
+        yield _row(path, number, row)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """The keys and values of a JSON object as they stand there: keys may repeat."""
+
+
+def _checked_columns(path: Path, number: int, given: list[str]) -> list[str]:
+    """Return what each column is; ConfigError for an unknown or repeated one."""
+    names: list[str] = []
+    for each in given:
+        name = _COLUMNS.get(each.strip().lower())
+        if name is None:
+            raise ConfigError(
+                f"{path}, line {number}: column {values.shown(each)} is not known; known are "
+                f"{_KNOWN}. Other settings hold for the whole run: give them as options"
+            )
+        if name in names or (name != "seed" and {"prompt", "class"} & set(names)):
+            raise ConfigError(
+                f"{path}, line {number}: column {values.shown(each)} says again what another says; "
+                "keep one of them"
+            )
+        names.append(name)
+    if not {"prompt", "class"} & set(names):
+        raise ConfigError(
+            f"{path}, line {number}: no column prompt and none class; known: {_KNOWN}"
+        )
+    return names
+
+
+def _row(path: Path, number: int, given: Mapping[str, Any]) -> ListedImage:
+    """Return one row; ConfigError naming its line for a value of the wrong kind."""
+    where = f"{path}, line {number}: "
+    seed = given.get("seed")
+    if seed is not None:
+        seed = values.integer(f"{where}seed", seed, least=0, most=_MAX_SEED)
+    if "class" in given:
+        class_id = values.integer(f"{where}class", given["class"], least=0)
+        return ListedImage(class_id=class_id, seed=seed)
+    prompt = given["prompt"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ConfigError(f"{where}prompt is {values.shown(prompt)}; write what is to be shown")
+    return ListedImage(prompt=_checked_text(path, number, prompt.strip()), seed=seed)
+
+
+def _decoded(path: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from error
+
+
+def _checked_text(path: Path, number: int, text: str) -> str:
+    """Return a prompt without space around it; ConfigError when it is no plain text."""
+    prompt = text.strip()
+    odd = [c for c in prompt if unicodedata.category(c) in ("Cc", "Cs") and c != "\t"]
+    if odd:
+        raise ConfigError(
+            f"{path}, line {number}: control character U+{ord(odd[0]):04X}; "
+            "write plain text, one prompt per line"
+        )
+    return prompt
