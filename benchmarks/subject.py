@@ -136,10 +136,7 @@ def load_subject(
         baseline=baseline,
         device=device,
         text_encoder=TextEncoderSize.read(folder),
-        weights_mib={
-            **weights,
-            BASELINE: _mib(p for p in files_below(folder) if p.suffix == ".safetensors"),
-        },
+        weights_mib={**weights, BASELINE: _mib(weight_files)},
     )
 
 
