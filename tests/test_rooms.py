@@ -16,7 +16,6 @@ DOORS = {
     "safe_open": ("safetensors", "safe_open"),
     "load_file": ("safetensors", "load_file"),
     "Image.open": ("PIL.Image", "open"),
-    "os.scandir": ("os", "scandir"),
     "os.walk": ("os", "walk"),
     "rglob": ("", "rglob"),
 }
