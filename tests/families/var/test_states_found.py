@@ -272,9 +272,21 @@ def test_buffers_that_follow_from_the_configuration_may_be_missing(
 
 def test_a_buffer_that_differs_from_what_is_computed_is_refused(tmp_path: Path) -> None:
     state = predictor_state()
-    state["attn_bias_for_masking"][0, 0, 3, 0] = -torch.inf
-    with pytest.raises(CheckpointError, match="attn_bias_for_masking differs from what the conf"):
+    state["blocks.1.attn.zero_k_bias"][3] = 1
+    with pytest.raises(CheckpointError, match=r"zero_k_bias differs from what the configuration"):
         converted(saved(state, tmp_path / "a.pth"), tmp_path)
+
+
+def test_a_mask_that_is_none_is_computed_which_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = predictor_state()
+    expected = state["attn_bias_for_masking"].clone()
+    state["attn_bias_for_masking"].zero_()
+    converted(saved(state, tmp_path / "a.pth"), tmp_path)
+    assert "attn_bias_for_masking differs from what the configuration gives, which" in caplog.text
+    found = read_checkpoint(tmp_path / "out").load().predictor.attn_bias_for_masking
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["blocks.", "encoder.down.0.block.", "quantize.quant_resi."])
