@@ -86,14 +86,7 @@ def bounded(shapes: Iterable[Sequence[int]], source: str) -> Iterator[None]:
         yield
     except NspError:
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        MemoryError,
-        LookupError,
-    ) as error:
+    except _BUILD_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{source}: the configuration describes a model that cannot be built ({reason})"

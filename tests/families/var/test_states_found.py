@@ -172,6 +172,21 @@ def test_a_file_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.zeros(3, device="meta"), "tensor w holds no numbers"),
+        (torch.zeros(3).to_sparse(), "tensor w holds a torch.sparse_coo tensor"),
+    ],
+)
+def test_tensors_that_are_no_plain_weights_are_named(
+    tensor: Tensor, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="a.pth") as caught:
+        read(saved({"model": {"w": tensor}}, tmp_path / "a.pth"))
+    assert said.replace("tensor w", "tensor model.w") in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("tokenizer", "predictor", "said"),
     [
         (VAE, VAE, "holds the image tokenizer of VAR; give the transformer of VAR"),
