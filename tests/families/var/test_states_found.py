@@ -181,7 +181,7 @@ def test_a_file_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> No
 def test_tensors_that_are_no_plain_weights_are_named(
     tensor: Tensor, said: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="a.pth") as caught:
+    with pytest.raises(CheckpointError, match=r"a\.pth") as caught:
         read(saved({"model": {"w": tensor}}, tmp_path / "a.pth"))
     assert said.replace("tensor w", "tensor model.w") in str(caught.value)
 
