@@ -5,18 +5,26 @@ import json
 import logging
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nsp.command_line import DONE, INTERRUPTED, explain, open_standard_streams, read_json
+from nsp.command_line import (
+    COUNT,
+    DONE,
+    FOLDER,
+    INTERRUPTED,
+    explain,
+    open_standard_streams,
+    read_json,
+)
 from nsp.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from nsp.training.config import RunConfig
 
-FOLDER = click.Path(path_type=Path)
 # Fields of RunConfig that are options of the same name.
 _OPTIONS = (
     "seed",
@@ -28,7 +36,6 @@ _OPTIONS = (
     "tracking",
     "checkpoint_dir",
 )
-COUNT = click.IntRange(min=1)
 SCALE = click.IntRange(min=0)
 
 
@@ -136,7 +143,7 @@ def main(
     except Exception as error:
         message, code = explain(error)
         if verbose:
-            raise
+            traceback.print_exc()
         click.echo("error: " + one_line(" ".join(message.split())), err=True)
         sys.exit(code)
     if not result.is_main_process:

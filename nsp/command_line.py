@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import click
 
-from nsp import files
+from nsp import files, values
 from nsp.errors import ConfigError, MissingExtraError, NspError, lacks_memory, one_line
 from nsp.runtime.cores import MAX_THREADS
 
@@ -123,8 +123,20 @@ def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None
     context.obj.verbose |= value
 
 
-FOLDER = click.Path(path_type=Path)
-FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+class _Path(click.Path):
+    """A path that this system's files can have; click itself looks it up first and fails."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the path; a wrong usage names its option."""
+        try:
+            values.path("the path", value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = _Path(path_type=Path)
+FILE = _Path(path_type=Path, exists=True, dir_okay=False)
 COUNT = click.IntRange(min=1)
 SEED = click.IntRange(0, 2**63 - 1)
 

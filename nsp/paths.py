@@ -73,7 +73,7 @@ def describe(path: Path) -> Found:
     except OSError as error:
         return _unreachable(path, error)
     except ValueError:
-        return Found("missing", "is no path: it holds a null character", path)
+        return Found("missing", "is no path: it holds what no name can", path)
     if not stat.S_ISDIR(mode):
         return _file(path)
     try:

@@ -96,7 +96,7 @@ def path(name: str, value: Any) -> Path:
         found = Path(value)
         encoded = os.fsencode(found)
     except (TypeError, ValueError) as error:  # half of a character, or a path of bytes
-        raise ConfigError(f"{name} {shown(value)} is no path: {error}") from error
+        raise ConfigError(f"{name} {shown(value)} is no path: it holds what no name can") from error
     if b"\0" in encoded:
-        raise ConfigError(f"{name} {shown(value)} is no path: it holds a null character")
+        raise ConfigError(f"{name} {shown(value)} is no path: it holds what no name can")
     return found

@@ -88,9 +88,7 @@ def test_damage_is_named(copy: Path) -> None:
 
 
 def test_config_json_is_checked(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"does not exist; a checkpoint folder \(with config\.json\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not exist; .*config\.json"):
         read_checkpoint(tmp_path / "nowhere")
     (copy / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is damaged"):

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp import values
-from nsp.checkpoint import is_checkpoint, read_checkpoint
+from nsp.checkpoint import read_checkpoint
 from nsp.errors import CheckpointError, ConfigError, EngineError
 from nsp.families.registry import Family
 from nsp.paths import NOTHING, describe, wrong_path
 from nsp.runtime.backends.base import Backend
+from nsp.runtime.cores import num_threads
 from nsp.runtime.engine_dir import open_engine_dir
 from nsp.runtime.kv_arena import Array
 from nsp.runtime.requests import class_numbers, prompt_texts
@@ -179,6 +180,7 @@ class Pipeline:
         """
         prompts = list(prompts) if isinstance(prompts, Iterator) else prompts  # read twice
         class_ids = list(class_ids) if isinstance(class_ids, Iterator) else class_ids
+        trace = values.flag("trace", trace)
         request = self._checked_request(
             prompts=prompts,
             class_ids=class_ids,
@@ -345,6 +347,21 @@ def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pi
     return pipeline
 
 
+def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with Python's own values; ConfigError for one of a wrong kind."""
+    checked = dict(options)
+    for name in ("precision", "num_threads"):
+        if checked.get(name) is None:
+            checked.pop(name, None)
+    if "precision" in checked:
+        checked["precision"] = values.choice("precision", checked["precision"])
+    if "num_threads" in checked:
+        checked["num_threads"] = num_threads(checked["num_threads"])
+    if "verify" in checked:
+        checked["verify"] = values.flag("verify", checked["verify"])
+    return checked
+
+
 def _load_again(origin: Origin, model_hash: str) -> Pipeline:
     """Return a pipeline that was pickled; CheckpointError when another model lies there now."""
     pipeline = load_pipeline(origin.path, origin.backend, **origin.options)
@@ -358,7 +375,8 @@ def _load_again(origin: Origin, model_hash: str) -> Pipeline:
 
 def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
     """Return the model in `folder`."""
-    checkpoint = is_checkpoint(folder)
+    found = describe(folder)
+    checkpoint = found.kind in ("checkpoint", "hub model")
     kind, known = (
         ("a checkpoint", ("device", "verify")) if checkpoint else ("engines", _ENGINE_OPTIONS)
     )
@@ -367,6 +385,7 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
             f"{folder} is loaded as {kind}, which has no option {unknown[0]!r}; "
             f"it has {', '.join(known)}"
         )
+    options = _checked_options(options)
     if checkpoint:
         if backend not in ("auto", "torch"):
             raise ConfigError(
@@ -374,8 +393,10 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
                 f"run: nsp export --checkpoint {folder}"
             )
         return _load_checkpoint(folder, **options)
-    if (found := describe(folder)).kind not in (*NOTHING, "engines"):
+    if found.kind not in (*NOTHING, "engines"):
         raise EngineError(wrong_path(folder, "model", found))
+    if options.get("device") is not None:
+        values.choice("device", options["device"])
     engines = open_engine_dir(folder, backend, **options)
     manifest = engines.manifest
     record = engines.family
