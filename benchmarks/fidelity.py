@@ -111,9 +111,10 @@ def _tokenizer_of(options: FidelityOptions, manifest: Manifest) -> CheckpointRec
     """Return the checkpoint whose tokenizer reconstructs pictures; None where it is not here."""
     try:
         return read_checkpoint(options.checkpoint or find_source(options.engine_dir, manifest))
-    except CheckpointError:
+    except CheckpointError as error:
         if options.checkpoint is not None:
             raise
+        logger.warning("no figures of the tokenizer alone: %s", error)
         return None
 
 

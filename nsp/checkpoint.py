@@ -32,7 +32,10 @@ from nsp.weight_files import read_arrays, read_settings, write_safetensors
 log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
-_REPAIR = "copy the checkpoint again, or take it with --no-verify if you changed it yourself"
+_REPAIR = (
+    "copy the checkpoint again; if you changed it yourself, give --no-verify, or record the change "
+    "with nsp.checkpoint.write_digests"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

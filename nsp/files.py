@@ -45,6 +45,8 @@ def parse_json(text: bytes | str) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
     level = [value]
     for _ in range(_MAX_JSON_DEPTH + 1):
         level = [child for inside in level for child in _children(inside)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsp.checkpoint import is_checkpoint, read_checkpoint
-from nsp.errors import EngineError
+from nsp.errors import CheckpointError, EngineError
 from nsp.paths import describe, wrong_path
 from nsp.runtime.manifest import read_manifest
 from nsp.walk import files_below
@@ -38,7 +38,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
 def _describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the record of a checkpoint folder with its files."""
-    record = read_checkpoint(folder)
+    record = read_checkpoint(folder, verify=False)
     files = list(files_below(folder))
     return {
         "kind": "checkpoint",
@@ -46,10 +46,20 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
         "family": record.family.name,
         "config": dict(record.config),
         "model_hash": record.weights_hash(),
+        "digests": _digests_in_words(folder),
         "sampling": dict(record.sampling),
         "notes": dict(record.notes),
         "sizes": {str(path.relative_to(folder)): _size(path) for path in files},
     }
+
+
+def _digests_in_words(folder: Path) -> str:
+    """Return whether the files are those that were written."""
+    try:
+        record = read_checkpoint(folder)
+        return "match" if record.files and record.digests else "none: written before there were any"
+    except CheckpointError as error:
+        return str(error)
 
 
 def _size(path: Path) -> int | None:
@@ -62,6 +72,8 @@ def render_folder(found: Mapping[str, Any]) -> list["RenderableType"]:
     head.add_row(found["kind"], found["folder"])
     head.add_row("family", found["family"])
     head.add_row("model", found["model_hash"])
+    if digests := found.get("digests"):
+        head.add_row("digests", digests)
     if source := found.get("source"):
         head.add_row("source", source)
     for key, text in [*_lines("config", found["config"]), *_lines("sampling", found["sampling"])]:

@@ -8,6 +8,7 @@ NumPy and safetensors only.
 import logging
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -227,14 +228,20 @@ def _read_torch(path: Path) -> Any:
 
     _refuse_compressed(path)
     try:
-        with path.open("rb") as file:  # torch judges a path by its suffix
+        # torch judges a path by its suffix, and warns of what damage makes of a pickle.
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make an unpickler fail in any way there is
         # torch's own text advises to load it all the same, running what code is in it.
         raise CheckpointError(f"{path} cannot be read as weights only: {_why(error)}") from error
     size = path.stat().st_size
     for name, tensor in _tensors(content):
-        if tensor.layout == torch.strided and tensor.numel() * tensor.element_size() > size:
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = "no numbers" if tensor.device.type == "meta" else f"a {tensor.layout} tensor"
+            raise CheckpointError(
+                f"{path}: tensor {name} holds {kind}; save the model's plain weights"
+            )
+        if tensor.numel() * tensor.element_size() > size:
             raise CheckpointError(
                 f"{path}: tensor {name} {tuple(tensor.shape)} is larger than the whole file; save "
                 "it with .contiguous()"

@@ -86,14 +86,7 @@ def bounded(shapes: Iterable[Sequence[int]], source: str) -> Iterator[None]:
         yield
     except NspError:
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        MemoryError,
-        LookupError,
-    ) as error:
+    except _BUILD_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{source}: the configuration describes a model that cannot be built ({reason})"
@@ -146,8 +139,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     """Load `state` into `module`, every name, shape and type matching.
 
     Buffers that follow from the configuration may be missing; those that are there must hold what
-    the module computes. Raises CheckpointError naming the first missing, extra, misshapen, mistyped
-    or non-finite tensor and how many there are.
+    the module computes (or are replaced by it and that is said, where the module names them in
+    `RECOMPUTED_BUFFERS`). Raises CheckpointError naming the first missing, extra, misshapen,
+    mistyped or non-finite tensor and how many there are.
     """
     own, computed = module.state_dict(), computed_buffers(module)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -157,8 +151,14 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         log.warning("%s: 8-bit weights: %s were rounded before they came here", source, eight)
     # -inf is legitimate in a mask buffer, which is no parameter.
     check_finite(dict(module.named_parameters()), state, source)
-    for name in computed.keys() & state.keys():
-        _check_buffer(computed[name], state[name], f"{source}: tensor {name}")
+    odd = [name for name in computed.keys() & state.keys() if not _is_computed(name, module, state)]
+    for name in sorted(odd):
+        where = f"{source}: tensor {name} differs from what the configuration gives"
+        part, _, last = name.rpartition(".")
+        if last not in getattr(module.get_submodule(part), "RECOMPUTED_BUFFERS", ()):
+            raise CheckpointError(f"{where}; it is of another model, or damaged")
+        log.warning("%s, which is taken", where)
+    state = {name: tensor for name, tensor in state.items() if name not in odd}
     cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
     module.load_state_dict({**own, **cast})
 
@@ -195,11 +195,7 @@ def rounded_to_eight_bits(state: Mapping[str, Tensor]) -> str | None:
     return f"{len(found)} of {len(state)} tensors ({', '.join(sorted(set(found)))})"
 
 
-def _check_buffer(computed: Tensor, given: Tensor, where: str) -> None:
-    """Raise CheckpointError unless a buffer holds what is computed, as its type can hold it."""
-    if computed.shape != given.shape:
-        raise CheckpointError(f"{where} is misshapen {tuple(given.shape)}")
-    if not torch.equal(computed.to(given.dtype), given):
-        raise CheckpointError(
-            f"{where} differs from what the configuration gives; it is of another model, or damaged"
-        )
+def _is_computed(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Return whether a buffer holds in `state` what `module` computes, as its type can hold it."""
+    computed, given = module.get_buffer(name), state[name]
+    return computed.shape == given.shape and torch.equal(computed.to(given.dtype), given)

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from cli import main
 from nsp.checkpoint import CheckpointRecord, copy_in_half, read_checkpoint, write_digests
 from nsp.errors import CheckpointError, NspError
+from nsp.inspection import describe_folder
 from nsp.runtime.pipeline import load_pipeline
 from tests.mutations import mutate
 from tests.weight_states import POINTER
@@ -183,6 +184,14 @@ def test_a_folder_replaced_while_it_is_read_is_refused(
     write_digests(copy)
     with pytest.raises(CheckpointError, match="was replaced while it was read"):
         record.load()
+
+
+def test_inspecting_says_whether_the_files_are_those_written(copy: Path) -> None:
+    assert describe_folder(copy)["digests"] == "match"
+    flip(copy / WEIGHTS)
+    assert "differs from what was written" in describe_folder(copy)["digests"]
+    edit(copy / "config.json", lambda v: (v.pop("files"), v.pop("digest")))
+    assert describe_folder(copy)["digests"].startswith("none")
 
 
 def test_each_file_is_hashed_once_per_load(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,10 @@ def _json(path: Path, table: Table) -> Table | None:
 def _whole(content: bytes, table: Table) -> Table | None:
     """Read JSON that is one value; None when that holds no captions."""
     check_size(len(content), MAX_JSON_BYTES)
-    values = parse_json(content.removeprefix(b"\xef\xbb\xbf"))
+    try:
+        values = parse_json(content.removeprefix(b"\xef\xbb\xbf"))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({_reason(error)})") from error
     if isinstance(values, list):
         rows = [row for row in values if isinstance(row, dict)]
         if not any(_first_text(row, FILE_KEYS) and _has_caption(row) for row in rows):

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nsp.config import Config
+from nsp.data.bounds import read_regular
 from nsp.errors import ConfigError, DataError
 
 INDEX_FILE = "index.json"
+_MAX_BYTES = 128 << 20  # some 600,000 shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,4 +50,10 @@ def parse_index(text: str | bytes, *, where: str) -> ShardIndex | None:
 def read_index(folder: Path) -> ShardIndex | None:
     """Return the index of a folder, or None without one; DataError when damaged."""
     path = folder / INDEX_FILE
-    return parse_index(path.read_bytes(), where=str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        content = read_regular(path, most_bytes=_MAX_BYTES)
+    except DataError as error:
+        raise DataError(f"{path} is damaged ({error}); delete it, or pack again") from error
+    return parse_index(content, where=str(path))

@@ -22,7 +22,7 @@ import numpy as np
 from nsp.data.heldout import HELDOUT_MEMBER, Heldout, format_heldout
 from nsp.data.index import INDEX_FILE, ShardIndex, ShardRecord
 from nsp.data.pictures import picture_format
-from nsp.data.samples import CAPTION_SUFFIX, CLASS_SUFFIX, JSON_SUFFIX
+from nsp.data.samples import CAPTION_SUFFIX, CLASS_SUFFIX, JSON_SUFFIX, is_hidden
 from nsp.data.sources import ImageSource, readable, survey
 from nsp.data.tars import write_members
 from nsp.errors import ConfigError
@@ -161,7 +161,8 @@ def _keys(names: Iterable[str]) -> list[str]:
     for number, name in enumerate(names):
         folder, base = posixpath.split(posixpath.splitext(name)[0] if "." in name else name)
         key = posixpath.join(folder, base.replace(".", "_"))  # a key ends at the first dot
-        if len(key.encode()) > _MAX_KEY_BYTES or key in taken:
+        # Readers pass over hidden members.
+        if len(key.encode()) > _MAX_KEY_BYTES or key in taken or is_hidden(key):
             end = key.encode()[-40:].decode(errors="ignore")
             key = f"{number:09d}-{end.replace('/', '-').replace('.', '_')}"
         taken.add(key)

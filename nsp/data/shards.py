@@ -3,13 +3,10 @@
 import logging
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import IO
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from nsp.data.bounds import MAX_CAPTION_BYTES, MAX_PICTURE_BYTES, check_size
 from nsp.data.captions import captions_beside
@@ -36,14 +33,14 @@ from nsp.data.samples import (
     shown,
     tar_key,
 )
+from nsp.data.shard_files import check_scheme, expand, extract, line_of, local_path, opened
 from nsp.data.shard_listing import MISSING
-from nsp.data.tars import open_tar, walk
-from nsp.errors import ConfigError, DataError, MissingExtraError
+from nsp.data.tars import walk
+from nsp.errors import DataError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
 _HEAD_PICTURES = 20  # that tell whether a set has captions
-_CUT_OFF = (23, 141, -13)  # how curl, a shell and others end when we read no further
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class ShardSet:
         name = url.partition("?")[0].rpartition("/")[2]  # behind "?" there may be a token
         if record := self.records.get(url):
             return name, record.num_bytes, record.sha256
-        path = _local(url)
+        path = local_path(url)
         return name, None if path is None else path.stat().st_size, ""
 
 
@@ -91,10 +88,10 @@ def find_shards(spec: str | Path, *, allow_commands: bool = False) -> ShardSet:
         import webdataset.gopen  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("webdataset", "train") from error
-    urls = _expand(spec)
+    urls = expand(spec)
     for url in urls:
-        _check_scheme(url, allow_commands)
-    local = {url: path for url in urls if (path := _local(url)) is not None}
+        check_scheme(url, allow_commands)
+    local = {url: path for url in urls if (path := local_path(url)) is not None}
     if missing := [str(path) for path in local.values() if not path.is_file()]:
         raise DataError(f"{spec}: {len(missing)} shards do not exist, first {missing[0]}")
     indexes = list(_indexes(urls))
@@ -117,7 +114,7 @@ def find_shards(spec: str | Path, *, allow_commands: bool = False) -> ShardSet:
         rows += first_rows
     except (tarfile.TarError, OSError) as error:
         if urls[0] not in unlisted:
-            raise DataError(f"{urls[0]}: {_line(error)}; the first shard is needed") from error
+            raise DataError(f"{urls[0]}: {line_of(error)}; the first shard is needed") from error
     return ShardSet(
         urls=urls,
         records=records,
@@ -131,47 +128,11 @@ def wrong_sizes(shards: ShardSet) -> list[Problem]:
     """Return the local shards that are longer or shorter than index.json says."""
     found = []
     for url, record in shards.records.items():
-        path = _local(url)
+        path = local_path(url)
         if path is not None and path.stat().st_size != record.num_bytes:
             reason = f"{path.stat().st_size} bytes, {INDEX_FILE} says {record.num_bytes}"
             found.append(Problem(url, reason))
     return found
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[tarfile.TarFile]:
-    """Yield a shard open for `walk`, as webdataset opens it; raises tarfile.TarError or OSError.
-
-    The command that fetches a URL may hold a token, so no error repeats it.
-    """
-    from webdataset.gopen import gopen
-
-    try:
-        file: IO[bytes] = gopen(url)
-    except OSError:
-        raise
-    except Exception as error:  # every scheme has a library of its own
-        raise OSError(f"cannot be opened: {type(error).__name__}: {error}") from error
-    try:
-        with open_tar(file, seekable=_local(url) is not None) as archive:
-            yield archive
-    except (tarfile.TarError, OSError):
-        if status := _end(file):
-            raise OSError(f"the command that fetches it ended with status {status}") from None
-        raise
-    else:
-        if status := _end(file):
-            raise OSError(f"the command that fetches it ended with status {status}")
-    finally:
-        _end(file)
-
-
-def _end(file: IO[bytes]) -> int:
-    """Close what was opened; return the exit status of a command that failed by itself, else 0."""
-    with suppress(OSError):
-        file.close()
-    status: int | None = getattr(file, "status", None)
-    return 0 if status is None or status in _CUT_OFF else status
 
 
 class ShardReader:
@@ -189,29 +150,29 @@ class ShardReader:
         """
         number, key = 0, "its head"
         try:
-            with _opened(url) as archive:
+            with opened(url) as archive:
                 for key, group in groupby(self._members(url, archive), key=lambda m: m.key):
                     found = self._sample(url, key, list(group), number >= skip)
                     if found is not None:
                         number += isinstance(found, RawSample)
                         yield found
         except (tarfile.TarError, OSError) as error:
-            yield Problem(url, f"{_line(error)}; its samples after {key} are lost")
+            yield Problem(url, f"{line_of(error)}; its samples after {key} are lost")
 
     def _members(self, url: str, archive: tarfile.TarFile) -> Iterator["_Member"]:
         """Yield the members that make samples."""
-        can_rewind = _local(url) is not None
+        can_rewind = local_path(url) is not None
         for info in walk(archive):
             key, suffix = tar_key(info.name)
             if info.name == HELDOUT_MEMBER:
-                self._check_list(url, _extract(archive, info, MAX_HELDOUT_BYTES))
+                self._check_list(url, extract(archive, info, MAX_HELDOUT_BYTES))
             elif is_hidden(info.name):
                 continue
             elif suffix in TAR_SUFFIXES:
                 content = None
                 if not can_rewind:  # what is too long is refused when it is asked for
                     fits = info.size <= MAX_PICTURE_BYTES
-                    content = _extract(archive, info, MAX_PICTURE_BYTES) if fits else b""
+                    content = extract(archive, info, MAX_PICTURE_BYTES) if fits else b""
                 yield _Member(key, suffix, archive, info, content)
             else:
                 self._note(url, suffix, info.name)
@@ -284,55 +245,14 @@ class _Member:
         """Return what it holds; DataError with the bare reason when that is too much."""
         check_size(self.info.size, most_bytes)
         if self.content is None:
-            return _extract(self.archive, self.info, most_bytes)
+            return extract(self.archive, self.info, most_bytes)
         return self.content
-
-
-def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo, most_bytes: int) -> bytes:
-    check_size(info.size, most_bytes)
-    file = archive.extractfile(info)
-    assert file is not None  # a regular file
-    return file.read()
-
-
-def _expand(spec: str | Path) -> tuple[str, ...]:
-    if Path(spec).is_dir():
-        urls = [str(path) for path in sorted(Path(spec).glob("*.tar")) if path.name[0] != "."]
-        if not urls:
-            raise DataError(f"{spec}: no .tar in this folder")
-        return tuple(urls)
-    from webdataset.shardlists import expand_urls  # type: ignore[import-untyped]
-
-    try:
-        return tuple(expand_urls(str(spec)))
-    except (ValueError, AssertionError) as error:  # unbalanced braces; ${NAME} without WDS_NAME
-        raise ConfigError(f"{spec}: not a path or URL of shards: {error}") from error
-
-
-def _check_scheme(url: str, allow_commands: bool) -> None:
-    from webdataset.gopen import gopen_schemes
-
-    scheme = urlparse(url).scheme
-    if scheme == "pipe" and not allow_commands:
-        raise ConfigError(
-            f"{url} would run a command of the shell; mount what it reads, or use an https: URL"
-        )
-    if scheme and scheme != "file" and scheme not in gopen_schemes:
-        known = ", ".join(sorted({*gopen_schemes, "file"} - {"__default__", "pipe"}))
-        raise ConfigError(f"{url}: {scheme}: cannot be read; choose a path or one of {known}")
-
-
-def _local(url: str) -> Path | None:
-    parts = urlparse(url)
-    if parts.scheme == "file":
-        return Path(url2pathname(parts.path))
-    return None if parts.scheme else Path(url)
 
 
 def _indexes(urls: Iterable[str]) -> Iterator[tuple[str, ShardIndex]]:
     """Yield every index.json beside shards with the folder it is in, as the urls spell it."""
     for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
-        path = _local(f"{folder}/x")
+        path = local_path(f"{folder}/x")
         if path is not None:
             index = read_index(path.parent if folder else Path())
         elif folder.startswith("pipe:"):
@@ -357,10 +277,10 @@ def _remote_index(url: str) -> ShardIndex | None:
 def _list_inside(url: str) -> list[tuple[str, str]]:
     """Return the held-out rows of a shard, wherever in it they are."""
     rows = []
-    with _opened(url) as archive:
+    with opened(url) as archive:
         for info in walk(archive):
             if info.name == HELDOUT_MEMBER:
-                content = _extract(archive, info, MAX_HELDOUT_BYTES)
+                content = extract(archive, info, MAX_HELDOUT_BYTES)
                 rows += parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
     return rows
 
@@ -372,11 +292,11 @@ def _head(url: str) -> tuple[list[tuple[str, str]], bool]:
     """
     rows: list[tuple[str, str]] = []
     num_pictures = 0
-    with _opened(url) as archive:
+    with opened(url) as archive:
         for number, info in enumerate(walk(archive)):
             suffix = tar_key(info.name)[1]
             if info.name == HELDOUT_MEMBER and number == 0:
-                content = _extract(archive, info, MAX_HELDOUT_BYTES)
+                content = extract(archive, info, MAX_HELDOUT_BYTES)
                 rows = parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
             elif is_hidden(info.name):
                 continue
@@ -390,11 +310,7 @@ def _head(url: str) -> tuple[list[tuple[str, str]], bool]:
 
 def _is_caption(archive: tarfile.TarFile, info: tarfile.TarInfo, suffix: str) -> bool:
     try:
-        found, _ = captions_beside({suffix: _extract(archive, info, MAX_CAPTION_BYTES)})
+        found, _ = captions_beside({suffix: extract(archive, info, MAX_CAPTION_BYTES)})
     except DataError:  # told when the sample is read
         return suffix != JSON_SUFFIX
     return bool(found)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

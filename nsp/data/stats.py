@@ -28,7 +28,7 @@ from nsp.sheet import contact_sheet
 MOST_NAMED = 20  # sizes, words, classes and duplicates that are listed
 SHEET_PICTURES = 48
 SHEET_SIDE_PX = 128
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, kw_only=True)

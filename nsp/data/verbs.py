@@ -108,6 +108,7 @@ def stats(*, source: str, output_dir: Path, seed: int, as_json: bool) -> None:
     from nsp.data.report import summary
     from nsp.data.sources import survey
     from nsp.data.stats import collect, write_stats
+    from nsp.errors import one_line
     from nsp.terminal import results_console
 
     found = survey(source)
@@ -122,7 +123,7 @@ def stats(*, source: str, output_dir: Path, seed: int, as_json: bool) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _rows(result, summary(found.problems)):
-        table.add_row(name, value)
+        table.add_row(name, one_line(value))
     results_console().print(table)
     click.echo(f"sample sheet: {sheet}")
 

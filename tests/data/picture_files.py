@@ -27,6 +27,7 @@ def write_files(root: Path, files: dict[str, bytes | str]) -> Path:
 
 def write_tar(path: Path, files: dict[str, bytes | str]) -> Path:
     """Write the files as an uncompressed tar and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
             payload = content.encode() if isinstance(content, str) else content

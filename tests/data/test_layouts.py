@@ -289,7 +289,7 @@ def test_links_to_the_folder_itself_count_nothing_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("[" * 5000, "cannot be read: nested too deeply"),
+        ("[" * 5000, r"cannot be read: it is not JSON \(nested too deeply\)"),
         ('{"file_name": "a.png", "text": ' + "[" * 5000, "not JSON: nested too deeply"),
         ('{"file_name": "a.png", "text": ' + "9" * 5000 + "}", "not JSON: Exceeds the limit"),
         ('{"file_name": "a.png", "text": "\\ud800"}', "its caption is not UTF-8"),

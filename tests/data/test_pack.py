@@ -1,5 +1,6 @@
 import hashlib
 import io
+import tarfile
 from pathlib import Path
 from typing import get_args
 
@@ -98,6 +99,30 @@ def test_names_that_no_tar_or_reader_can_hold_get_another_key(tmp_path: Path) ->
     assert {sample.caption for sample in source.samples} == {
         f"at {name.removesuffix('.png')}" for name in files if name.endswith(".png")
     }
+
+
+def test_a_picture_that_only_its_row_names_keeps_its_place_in_the_shards(tmp_path: Path) -> None:
+    rows = '{"file_name": ".hidden/1.png", "text": ["x", "y"]}\n{"file_name": "2.png", "text": "z"}'
+    files: dict[str, bytes | str] = {".hidden/1.png": PNG, "2.png": encoded(".png", 2)}
+    files["metadata.jsonl"] = rows
+    write_files(tmp_path / "set", files)
+    pack(tmp_path / "set", tmp_path / "packed")
+    found = {sample.captions for sample in open_source(tmp_path / "packed").samples}
+    assert found == {("x", "y"), ("z",)}
+
+
+def test_readers_that_know_only_txt_see_one_caption_and_single_ones_have_no_json(
+    tmp_path: Path,
+) -> None:
+    rows = '{"file_name": "1.png", "text": ["x", "y\\nz"]}\n{"file_name": "2.png", "text": "z"}'
+    files: dict[str, bytes | str] = {"1.png": PNG, "2.png": encoded(".png", 2)}
+    files["metadata.jsonl"] = rows
+    write_files(tmp_path / "set", files)
+    pack(tmp_path / "set", tmp_path / "packed")
+    with tarfile.open(tmp_path / "packed/train-000000.tar") as archive:
+        members = {m.name: archive.extractfile(m) for m in archive.getmembers()}
+        texts = {n: f.read() for n, f in members.items() if f is not None and ".png" not in n}
+    assert texts == {"1.txt": b"x", "1.json": b'{"captions": ["x", "y\\nz"]}', "2.txt": b"z"}
 
 
 def test_pictures_are_copied_byte_for_byte_under_their_own_suffix(tmp_path: Path) -> None:

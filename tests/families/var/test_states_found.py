@@ -172,6 +172,21 @@ def test_a_file_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.zeros(3, device="meta"), "tensor w holds no numbers"),
+        (torch.zeros(3).to_sparse(), "tensor w holds a torch.sparse_coo tensor"),
+    ],
+)
+def test_tensors_that_are_no_plain_weights_are_named(
+    tensor: Tensor, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"a\.pth") as caught:
+        read(saved({"model": {"w": tensor}}, tmp_path / "a.pth"))
+    assert said.replace("tensor w", "tensor model.w") in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("tokenizer", "predictor", "said"),
     [
         (VAE, VAE, "holds the image tokenizer of VAR; give the transformer of VAR"),
@@ -272,9 +287,21 @@ def test_buffers_that_follow_from_the_configuration_may_be_missing(
 
 def test_a_buffer_that_differs_from_what_is_computed_is_refused(tmp_path: Path) -> None:
     state = predictor_state()
-    state["attn_bias_for_masking"][0, 0, 3, 0] = -torch.inf
-    with pytest.raises(CheckpointError, match="attn_bias_for_masking differs from what the conf"):
+    state["blocks.1.attn.zero_k_bias"][3] = 1
+    with pytest.raises(CheckpointError, match=r"zero_k_bias differs from what the configuration"):
         converted(saved(state, tmp_path / "a.pth"), tmp_path)
+
+
+def test_a_mask_that_is_none_is_computed_which_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = predictor_state()
+    expected = state["attn_bias_for_masking"].clone()
+    state["attn_bias_for_masking"].zero_()
+    converted(saved(state, tmp_path / "a.pth"), tmp_path)
+    assert "attn_bias_for_masking differs from what the configuration gives, which" in caplog.text
+    found = read_checkpoint(tmp_path / "out").load().predictor.attn_bias_for_masking
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["blocks.", "encoder.down.0.block.", "quantize.quant_resi."])
