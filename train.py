@@ -92,6 +92,9 @@ SCALE = click.IntRange(min=0)
 @click.option("--mlflow", help="Record to MLflow: 'local', a folder, or a server's URI.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
 @click.option("--resume-from", type=FOLDER, help="Continue the run this folder is of, or lies in.")
+@click.option(
+    "--accept-changed-data", is_flag=True, help="Resume although the data changed meanwhile."
+)
 @click.option("--skip-bad-files", is_flag=True, help="Leave bad pictures out instead of stopping.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(
@@ -100,6 +103,7 @@ def main(
     phase: str | None,
     resume: bool,
     resume_from: Path | None,
+    accept_changed_data: bool,
     skip_bad_files: bool,
     verbose: bool,
     device: str | None,
@@ -133,6 +137,7 @@ def main(
             resume=resume,
             skip_bad_files=skip_bad_files,
             device=device,
+            accept_changed_data=accept_changed_data,
         )
     except KeyboardInterrupt:  # between steps: in imports, data, checkpoints
         if (folder / "run.json").is_file():

@@ -154,6 +154,8 @@ def _about(folder: Path) -> SavedStep:
     try:
         values = read_json(path)
         loss = values["loss"]
+        if folder.name != f"step{int(values['step']):08d}":
+            raise ValueError(f"it is of step {values['step']}, in a folder of another name")
         return SavedStep(
             folder=folder,
             step=int(values["step"]),
@@ -177,4 +179,6 @@ def _read_state(saved: SavedStep) -> dict[str, Any]:
     except Exception as error:  # arbitrary bytes: what torch raises has no common base
         # Its messages advise to load without weights_only, which would run what is in the file.
         raise CheckpointError(f"{path} is damaged or was not written by train.py") from error
+    if not isinstance(state, dict) or state.get("step") != saved.step:
+        raise CheckpointError(f"{path} is not of the step that its folder's name says")
     return state

@@ -1,8 +1,8 @@
 """The folder of a run: what lies in it, and whether a command may begin or continue a run there."""
 
-import fcntl
 import itertools
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +11,17 @@ from typing import Any
 from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
 from nsp.config import Config
 from nsp.errors import CheckpointError, ConfigError
-from nsp.files import read_json
+from nsp.files import locked_file, read_json
 from nsp.training.config import FREE_OF_PHASE, RunConfig
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "checkpoint"
 RUN_NAME = "run.json"
+DATA_NAME = "data.json"
 START_NAME = "start"
 TOKENS_NAME = "tokens.safetensors"
-_LOCK_NAME = ".lock"
+LOCK_NAME = ".lock"
 # What a resumed run may change: how long, how it is computed, what is kept of it.
 _FREE = (
     "precision",
@@ -30,6 +31,9 @@ _FREE = (
     "tracking",
     "data.num_workers",
 )
+# Where things lie. What they are is told by their content: data.json, the key of cached tokens, and
+# start/, into which the first model was copied.
+_PLACES = ("data.source", "data.validation", "data.heldout", "data.token_cache", "start_from")
 
 
 def newest_model(folder: Path) -> CheckpointRecord:
@@ -61,14 +65,12 @@ def locked(folder: Path) -> Iterator[None]:
     """
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _LOCK_NAME
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    path = folder / LOCK_NAME
+    with locked_file(path) as held:
+        if not held:
             raise ConfigError(
                 f"another process trains in {folder}; wait for it or choose another --output-dir"
-            ) from error
+            )
         try:
             yield
         finally:
@@ -111,8 +113,9 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
             "changes them to continue that run, or start another with --output-dir"
         )
     _check_order(folder, config)
+    knows_data = (folder / DATA_NAME).exists()
     for name, was, given in differences(stored, config):
-        if _is_free(name):
+        if _is_free(name) or (name in _PLACES and knows_data):
             logger.info("%s: %s is %r from here on, it was %r", folder, name, given, was)
         else:
             raise ConfigError(
@@ -150,6 +153,22 @@ def stored_run(folder: Path) -> RunConfig:
         raise CheckpointError(
             f"{path} is damaged ({error}); start another run with --output-dir"
         ) from error
+
+
+def without_places(values: Any) -> Any:
+    """Return a configuration with the names of files and folders in place of absolute paths.
+
+    A checkpoint is published; where its data lay on the machine that trained it is not.
+    """
+    if isinstance(values, dict):
+        return {name: without_places(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [without_places(value) for value in values]
+    if not isinstance(values, str):
+        return values
+    prefix = "hf:" if values.startswith("hf:") else ""
+    path = values.removeprefix(prefix)
+    return prefix + os.path.basename(path.rstrip("/")) if os.path.isabs(path) else values
 
 
 def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:

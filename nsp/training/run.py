@@ -26,6 +26,7 @@ from nsp.families.registry import family
 from nsp.files import write_file
 from nsp.paths import wrong_path
 from nsp.training.config import PhaseConfig, RunConfig
+from nsp.training.data_record import DataRecord
 from nsp.training.folder import (
     CHECKPOINT_NAME,
     RUN_NAME,
@@ -36,7 +37,9 @@ from nsp.training.folder import (
     locked,
     newest_model,
     steps_folder,
+    without_places,
 )
+from nsp.training.leftovers import refuse_links, remove_leftovers
 from nsp.training.objective import Objective, TokenCache
 from nsp.training.optimizer import check_targets, merge_adapters
 from nsp.training.order import StepSampler
@@ -79,13 +82,15 @@ def train(
     resume: bool = False,
     skip_bad_files: bool = False,
     device: str | None = None,
+    accept_changed_data: bool = False,
 ) -> RunResult:
     """Train every phase of `config` up to `last_phase` in `folder` and write `folder`/checkpoint.
 
     Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint of what has been
     learnt; `resume` continues such a run (or any that died) at its last saved step. It may change
-    the number of steps, the precision and the devices; other differences from the stored
-    configuration raise ConfigError, as does a folder that holds a run when `resume` is not given.
+    the number of steps, the precision and the devices, and its data may have moved; other
+    differences from the stored configuration raise ConfigError, as do changed data unless
+    `accept_changed_data`, and a folder that holds a run when `resume` is not given.
     `device` is "cpu" or "cuda"; None is a GPU where there is one. Every process of a distributed
     run calls this.
     """
@@ -108,8 +113,11 @@ def train(
     if not accelerator.is_main_process:
         speak_less()
     check_folder(folder, config, resume=resume)
+    refuse_links(folder, config)
     set_seed(config.seed)
     data = open_pictures(config.data, skip_bad_files=skip_bad_files)
+    record = DataRecord(folder, data, resume=resume)
+    record.check(accept_changed_data=accept_changed_data)
     _check_batches(config, accelerator, data)
     is_main = accelerator.is_main_process
     with (
@@ -120,8 +128,10 @@ def train(
 
         def begin() -> None:
             held.enter_context(locked(folder))
+            refuse_links(folder, config)
+            remove_leftovers(folder, config)
             phases = config.phases[: names.index(last_phase or names[-1]) + 1]
-            _prepare_folder(folder, config, phases, accelerator, data, resume=resume)
+            _prepare_folder(folder, config, phases, accelerator, data, record, resume=resume)
 
         accelerator.wait_for_everyone()  # nobody writes before everybody has checked
         on_main(accelerator, begin)
@@ -224,6 +234,7 @@ def _prepare_folder(
     phases: Sequence[PhaseConfig],
     accelerator: Accelerator,
     data: Pictures,
+    record: DataRecord,
     *,
     resume: bool,
 ) -> None:
@@ -239,6 +250,7 @@ def _prepare_folder(
                 check_targets(objective.trained, phase.lora)
         _save(start, system, config, {})
     _begin_again(folder, config, accelerator, data)
+    record.write(newest_model(folder).notes.get("steps", {}))
     with write_file(folder / RUN_NAME) as partial:  # from here on the folder belongs to this run
         partial.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
@@ -291,7 +303,7 @@ def _save(
     checkpoint: Path, system: torch.nn.Module, config: RunConfig, steps: dict[str, int]
 ) -> None:
     """Write a checkpoint folder."""
-    notes = {"steps": steps, "run": config.to_dict()}
+    notes = {"steps": steps, "run": without_places(config.to_dict())}
     family(config.family).get("save_checkpoint")(
         checkpoint, system, notes=notes, sampling=config.sampling
     )

@@ -76,6 +76,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(
         for phase in ("tokenizer", "predictor")
     ]
     assert steps == [list(range(1, STEPS + 1))] * 2  # nothing twice, nothing lost
+    left = {path.name for path in killed.rglob(".*")}
+    assert left == {path.name for path in whole.rglob(".*")} == {".lock"}
 
 
 def _wait_for(log: Path, step: int, process: "subprocess.Popen[str]") -> None:

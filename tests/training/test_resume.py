@@ -40,7 +40,8 @@ def test_resuming_with_changed_captions_keeps_the_prompt_tokenizer(
     write_pictures(data, "many other words in every caption")
     tokenizer, predictor = run.phases
     longer = (tokenizer, dataclasses.replace(predictor, steps=6))
-    train(dataclasses.replace(run, phases=longer), tmp_path / "run", resume=True)
+    run = dataclasses.replace(run, phases=longer)
+    train(run, tmp_path / "run", resume=True, accept_changed_data=True)
     resumed = PromptTokenizer.load(tmp_path / "run/checkpoint/tokenizer")
     assert (resumed.encode(["colour number 3"]) == ids).all()
 

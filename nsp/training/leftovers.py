@@ -1,0 +1,74 @@
+"""What the holder of a run's lock does before anything is written: refuse links, remove leftovers.
+
+A training that is killed leaves half-written files and folders under hidden names, up to a copy of
+all weights each. Nobody else can be writing them while the lock is held.
+"""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nsp.errors import ConfigError
+from nsp.training.config import RunConfig
+from nsp.training.folder import (
+    CHECKPOINT_NAME,
+    DATA_NAME,
+    LOCK_NAME,
+    RUN_NAME,
+    START_NAME,
+    TOKENS_NAME,
+    steps_folder,
+)
+
+logger = logging.getLogger(__name__)
+
+# Names given by `files.write_folder` and `files.write_file` (today's and earlier ones), and by
+# `CheckpointStore`.
+_FOLDER = re.compile(r"\.(?P<name>[^.].*)\.[a-z0-9_]{8}(?P<old>\.old)?|\.step\d+\.gone")
+_FILE = re.compile(r"\..+\.(?:[0-9a-f]{8}|\d+)\.partial")
+_OURS = (CHECKPOINT_NAME, START_NAME, RUN_NAME, DATA_NAME, TOKENS_NAME, LOCK_NAME)
+
+
+def refuse_links(folder: Path, config: RunConfig) -> None:
+    """Raise ConfigError where what a run writes in its folder is a link to somewhere else.
+
+    The run folder itself may be reached by links; so may a folder that --checkpoint-dir names.
+    """
+    names = [*_OURS, "mlflow.json", "tensorboard", *(phase.name for phase in config.phases)]
+    found = [folder / name for name in names]
+    for phase in config.phases:
+        found += _entries(folder / phase.name)
+    for path in found:
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link, and nothing in a run folder is written through one; put the "
+                "file or folder itself there (saved steps may lie elsewhere: --checkpoint-dir)"
+            )
+
+
+def remove_leftovers(folder: Path, config: RunConfig) -> None:
+    """Remove what killed trainings left in a run's folder and beside its saved steps."""
+    places = [folder]
+    for phase in config.phases:
+        own = folder / phase.name
+        places += [own, own / "samples", steps_folder(config, own)]
+    for path in [path for place in dict.fromkeys(places) for path in _entries(place)]:
+        if path.is_symlink():
+            continue
+        whole = _FOLDER.fullmatch(path.name) if path.is_dir() else None
+        if whole is not None and whole["old"] and not (path.parent / whole["name"]).exists():
+            os.rename(path, path.parent / whole["name"])  # killed between two renames
+        elif whole is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            logger.info("%s: left by a training that was killed; removed", path)
+        elif path.is_file() and _FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    yield from sorted(folder.iterdir())
