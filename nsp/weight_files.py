@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from nsp.errors import CheckpointError
-from nsp.files import name_failed_write, read_json
+from nsp.files import name_failed_write, name_problem, read_json
 from nsp.sniff import explain, sniff
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ _NUM_SHOWN = 4  # files or names of a list that are named
 
 def require_file(path: Path, *, expected: str = WEIGHTS) -> None:
     """Raise CheckpointError when `path` is nothing anybody can mean: what it is, and what to do."""
+    if problem := name_problem(path):
+        raise CheckpointError(f"{path} {problem}")
     found = sniff(path)
     if found.kind == "missing":
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, write it again")
