@@ -61,8 +61,8 @@ def _children(value: Any) -> list[Any]:
 def name_problem(path: Path) -> str | None:
     """Return why other programs cannot open a path, None for one that they can.
 
-    ONNX Runtime and safetensors take paths as UTF-8; names in Latin-1 are common in old folders and on network
-    drives.
+    ONNX Runtime and safetensors take paths as UTF-8; names in Latin-1 are common in old folders and
+    on network drives.
     """
     try:
         str(path).encode()
