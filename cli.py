@@ -1,6 +1,7 @@
 """`nsp …`: every verb is a thin function: parse, configuration, library call, report."""
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,16 @@ from nsp.command_line import (
     engine_dir_option,
     given_precisions,
     json_option,
+    no_verify_option,
     one_precision,
     output_dir_option,
     precision_options,
     print_json,
     read_json,
+    threads_option,
+    torch_threads,
     verbose_option,
+    version_option,
 )
 from nsp.data.verbs import data
 from nsp.errors import ConfigError, NspError
@@ -52,7 +57,7 @@ def _print_tables(tables: Iterable[Any]) -> None:
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
-@click.version_option(package_name="nsp", message="%(prog)s %(version)s")
+@version_option
 @verbose_option
 @click.pass_context
 def main(context: click.Context) -> None:
@@ -98,15 +103,19 @@ def main(context: click.Context) -> None:
     metavar="SECONDS",
     help="Stop the compiler of a TensorRT engine after this long.",
 )
+@threads_option("CPU threads of the checks against PyTorch.")
 @click.option("--rebuild", is_flag=True, help="Build again what could be reused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built; write nothing.")
+@no_verify_option
 @json_option
 @verbose_option
 def export_engines(
     *,
     checkpoint: Path | None,
     engine_dir: Path | None,
+    threads: int | None,
     dry_run: bool,
+    no_verify: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -124,12 +133,14 @@ def export_engines(
         checkpoint=str(checkpoint or find_checkpoint()),
         engine_dir=str(folder),
         precisions=given_precisions(options) or ("fp32",),
+        verify=not no_verify,
+        num_threads=threads,
         **options,
     )
     if dry_run:
         _report_plan(folder, plan(export_options), as_json=as_json)
         return
-    with progress_bar() as show:
+    with progress_bar() as show, torch_threads(threads):
 
         def on_event(event: ExportEvent) -> None:
             if event.stage:  # the end is logged
@@ -213,8 +224,10 @@ def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: boo
 @click.option("--more-smooth/--no-more-smooth", default=None, help="Mix codes (Gumbel softmax).")
 @backend_option
 @precision_options("Run {} engines instead of what suits the device.")
+@threads_option("CPU threads.")
 @click.option("--save-intermediates", is_flag=True, help="Save the picture after every scale.")
 @output_dir_option("outputs", "Where the images go.")
+@no_verify_option
 @json_option
 @verbose_option
 def generate(
@@ -232,14 +245,18 @@ def generate(
     scale_factor: int | None,
     device: str | None,
     backend: str,
+    threads: int | None,
     save_intermediates: bool,
     output_dir: Path,
+    no_verify: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Make images with exported engines, or with a checkpoint."""
+    from nsp.paths import check_output
     from nsp.runtime.batches import choose_batch_size, plan_images, read_prompts
 
+    check_output(output_dir)
     prompts += read_prompts(prompts_file) if prompts_file else ()
     family = _family_of(checkpoint or engine_dir or Path("engines"))
     if family is not None and family.default_prompt and not prompts and not class_ids:
@@ -255,13 +272,15 @@ def generate(
     )
     precision = one_precision(options)
     sampling = {name: value for name, value in options.items() if value is not None}
-    pipeline = _load(engine_dir, checkpoint, backend, precision, device)
+    pipeline = _load(
+        engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
+    )
     sizes = {"initial_size": initial_size, "target_size": target_size, "scale_factor": scale_factor}
     last_scale = _scale_of(pipeline, {n: size for n, size in sizes.items() if size is not None})
     from nsp.runtime.gallery import generate_gallery  # while the engines are loading
     from nsp.terminal import progress_bar
 
-    with progress_bar() as show:
+    with progress_bar() as show, torch_threads(threads if checkpoint else None):
         gallery = generate_gallery(
             pipeline,
             planned,
@@ -291,7 +310,7 @@ def _family_of(folder: Path) -> "Family | None":
 
     try:
         if is_checkpoint(folder):
-            return read_checkpoint(folder).family
+            return read_checkpoint(folder, verify=False).family
         return family(read_manifest(folder).family)
     except NspError:
         return None
@@ -314,9 +333,13 @@ def _load(
     backend: str,
     precision: str | None,
     device: str | None,
+    threads: int | None,
+    *,
+    verify: bool,
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
-    from nsp.checkpoint import is_checkpoint, read_checkpoint
+    from nsp.checkpoint import read_checkpoint
+    from nsp.paths import NOTHING, describe, wrong_path
     from nsp.runtime.pipeline import load_pipeline
 
     if engine_dir is not None and checkpoint is not None:
@@ -324,11 +347,16 @@ def _load(
     if checkpoint is not None:
         if precision is not None:
             raise ConfigError(f"--{precision} is for engines; a checkpoint runs in fp32")
-        return load_pipeline(read_checkpoint(checkpoint).folder, backend, device=device)
+        if (found := describe(checkpoint)).kind == "engines":
+            raise ConfigError(wrong_path(checkpoint, "--checkpoint", found))
+        folder = read_checkpoint(checkpoint, verify=verify).folder
+        return load_pipeline(folder, backend, device=device, verify=verify)
     folder = engine_dir or Path("engines")
-    if is_checkpoint(folder):
-        raise ConfigError(f"{folder} is a checkpoint; use: --checkpoint {folder}")
-    return load_pipeline(folder, backend, precision=precision, device=device)
+    if (found := describe(folder)).kind not in (*NOTHING, "engines"):
+        raise ConfigError(wrong_path(folder, "--engine-dir", found))
+    return load_pipeline(
+        folder, backend, precision=precision, device=device, num_threads=threads, verify=verify
+    )
 
 
 @main.command()
@@ -350,7 +378,9 @@ def convert(
 ) -> None:
     """Turn published weights into a checkpoint folder."""
     from nsp.families.registry import family
+    from nsp.paths import check_output
 
+    check_output(output_dir)
     record = family(family_name)
     if record.convert is None:
         raise ConfigError(f"no weights of family {family_name} are published: train some instead")
@@ -370,6 +400,8 @@ def convert(
 @click.option(
     "--recorded", is_flag=True, help="Use the outputs recorded at export, even beside PyTorch."
 )
+@no_verify_option
+@threads_option("CPU threads.")
 @json_option
 @verbose_option
 def verify_engines(
@@ -378,6 +410,8 @@ def verify_engines(
     checkpoint: Path | None,
     backend: str,
     recorded: bool,
+    no_verify: bool,
+    threads: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -388,13 +422,16 @@ def verify_engines(
     """
     from export.verify import verify
 
-    found = verify(
-        engine_dir,
-        backend=backend,
-        precision=one_precision(options),
-        checkpoint=checkpoint,
-        recorded=recorded,
-    )
+    with torch_threads(None if recorded or find_spec("torch") is None else threads):
+        found = verify(
+            engine_dir,
+            backend=backend,
+            precision=one_precision(options),
+            checkpoint=checkpoint,
+            recorded=recorded,
+            verify_digests=not no_verify,
+            num_threads=threads,
+        )
     if as_json:
         print_json(found.to_dict())
     else:

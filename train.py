@@ -5,18 +5,26 @@ import json
 import logging
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nsp.command_line import DONE, INTERRUPTED, explain, read_json
-from nsp.errors import ConfigError, NspError
+from nsp.command_line import (
+    COUNT,
+    DONE,
+    FOLDER,
+    INTERRUPTED,
+    explain,
+    open_standard_streams,
+    read_json,
+)
+from nsp.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from nsp.training.config import RunConfig
 
-FOLDER = click.Path(path_type=Path)
 # Fields of RunConfig that are options of the same name.
 _OPTIONS = (
     "seed",
@@ -28,7 +36,6 @@ _OPTIONS = (
     "tracking",
     "checkpoint_dir",
 )
-COUNT = click.IntRange(min=1)
 SCALE = click.IntRange(min=0)
 
 
@@ -105,6 +112,7 @@ def main(
     preset = preset and preset.replace("-", "_")  # both spellings name it
     folder = output_dir or Path("runs") / (config.stem if config else preset or "emoji")
     try:
+        open_standard_streams()
         from nsp.training.run import train
 
         if preset is not None and not resume and resume_from is None:
@@ -132,11 +140,11 @@ def main(
         else:
             click.echo("stopped before the first step; repeat the command to start again", err=True)
         sys.exit(INTERRUPTED)
-    except (NspError, OSError, ModuleNotFoundError) as error:
-        if verbose:
-            raise
+    except Exception as error:
         message, code = explain(error)
-        click.echo("error: " + " ".join(message.split()), err=True)
+        if verbose:
+            traceback.print_exc()
+        click.echo("error: " + one_line(" ".join(message.split())), err=True)
         sys.exit(code)
     if not result.is_main_process:
         sys.exit(DONE if result.finished else INTERRUPTED)

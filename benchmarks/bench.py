@@ -42,7 +42,7 @@ from benchmarks.subject import Subject, load_subject, torch_threads
 from benchmarks.sweep import sweep
 from benchmarks.timing import Contestant, Observation, Timed, interleaved
 from nsp.errors import BackendError, ConfigError
-from nsp.runtime.cores import usable_cores
+from nsp.runtime.cores import num_threads, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
     Raises EngineError, CheckpointError or BackendError for what cannot be loaded, ParityError for
     engines that do not give finite numbers, ConfigError for a batch the engines do not take.
     """
-    threads = options.threads or usable_cores()
+    threads = num_threads(options.threads)
     emit = on_event or _ignore
     emit(BenchEvent(activity="loading", done=0, total=1))
     subject, effort = _load(options, threads), Effort.of(options)

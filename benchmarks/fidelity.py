@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.retrieval import PictureSet, Recall, at_side, psnr_db
-from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
+from nsp.checkpoint import CheckpointRecord, read_checkpoint
 from nsp.config import Config
 from nsp.data.sources import ImageSource, survey
-from nsp.errors import ConfigError
+from nsp.errors import CheckpointError, ConfigError
 from nsp.files import write_file
-from nsp.runtime.manifest import read_manifest
+from nsp.runtime.manifest import Manifest, read_manifest
 from nsp.runtime.pipeline import Pipeline, load_pipeline
-from nsp.runtime.repair import checkpoint_folder
+from nsp.runtime.repair import find_source
 from nsp.sheet import contact_sheet
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,17 @@ class Fidelity(Config):
         return "" if until is None else f"`guidance_until` is {until}. "
 
 
+def _tokenizer_of(options: FidelityOptions, manifest: Manifest) -> CheckpointRecord | None:
+    """Return the checkpoint whose tokenizer reconstructs pictures; None where it is not here."""
+    try:
+        return read_checkpoint(options.checkpoint or find_source(options.engine_dir, manifest))
+    except CheckpointError as error:
+        if options.checkpoint is not None:
+            raise
+        logger.warning("no figures of the tokenizer alone: %s", error)
+        return None
+
+
 def run(options: FidelityOptions, *, on_step: OnStep = lambda *_: None) -> Fidelity:
     """Return the figures, written as fidelity.json, .md and .png to `output_dir`.
 
@@ -121,8 +132,7 @@ def run(options: FidelityOptions, *, on_step: OnStep = lambda *_: None) -> Fidel
         pipeline.sampling = pipeline.sampling.changed(until)
     found = survey(options.source)
     pictures = PictureSet.of(found.choose("all"))
-    checkpoint = options.checkpoint or checkpoint_folder(options.engine_dir, manifest)
-    record = read_checkpoint(checkpoint) if is_checkpoint(checkpoint) else None
+    record = _tokenizer_of(options, manifest)
     splits, rows, started, count = [], [], time.perf_counter(), 0
     for name, source in (("seen", found.choose("train")), ("held out", found.choose("heldout"))):
         picks = _picks(source, options)

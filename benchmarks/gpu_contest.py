@@ -37,7 +37,7 @@ from benchmarks.results import Cost, call_costs
 from benchmarks.timing import StageCall
 from nsp.families.registry import family
 from nsp.runtime.backends.base import Backend
-from nsp.runtime.cores import usable_cores
+from nsp.runtime.cores import num_threads
 from nsp.runtime.manifest import PRECISION_DTYPES
 from nsp.runtime.pipeline import Pipeline
 from nsp.runtime.sampling import SamplingConfig
@@ -219,7 +219,7 @@ def fresh_process(name: str, place: Place, request: Mapping[str, Any]) -> FreshP
         lowest = pool.submit(_least_free_mib, done) if place.device == "cuda" else None
         free_before = torch.cuda.mem_get_info()[0] / 2**20 if lowest else 0.0
         try:
-            found = run_child("benchmarks.gpu_child", [job], threads=usable_cores())
+            found = run_child("benchmarks.gpu_child", [job], threads=num_threads())
         finally:
             done.set()
         gpu = None if lowest is None else max(0.0, free_before - lowest.result())

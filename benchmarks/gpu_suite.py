@@ -30,7 +30,7 @@ from benchmarks.random_model import random_config
 from nsp.command_line import FOLDER
 from nsp.errors import BackendError, ConfigError, NspError
 from nsp.files import write_file
-from nsp.runtime.cores import usable_cores
+from nsp.runtime.cores import num_threads
 from nsp.runtime.nvidia import find_gpu
 
 JSON_NAME, MARKDOWN_NAME = "gpu_suite.json", "gpu_suite.md"
@@ -108,7 +108,7 @@ def run(options: SuiteOptions) -> SuiteResult:
                 seconds=time.perf_counter() - began,
                 options=_plain(options),
                 clock=Clock(options.device).name,
-                environment=Environment.read(threads=usable_cores()),
+                environment=Environment.read(threads=num_threads()),
                 ceilings=ceilings,
                 contests=tuple(contests),
             )

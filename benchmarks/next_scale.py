@@ -18,7 +18,7 @@ from nsp.command_line import FOLDER
 from nsp.config import Config
 from nsp.errors import ConfigError, NspError
 from nsp.files import read_json, write_file
-from nsp.runtime.cores import usable_cores
+from nsp.runtime.cores import num_threads
 from nsp.runtime.pipeline import Pipeline, load_pipeline
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def growth_table(growth: Growth) -> str:
 
 @click.command()
 @click.option("--size", default="sdxl", show_default=True, help="sdxl, emoji or tiny.")
-@click.option("--threads", type=click.IntRange(min=1), default=None, help="Default: all cores.")
+@click.option("--threads", type=click.IntRange(min=1), default=None, help="As for nsp bench.")
 @click.option("--engine-dir", type=FOLDER, help="Engines of such a model, in place of PyTorch.")
 @click.option("--checkpoint-dir", type=FOLDER, help="Keep the weights there, to export them.")
 @click.option("--output-dir", type=FOLDER, default=Path("outputs/bench"), show_default=True)
@@ -194,7 +194,7 @@ def main(
         raise click.UsageError("--checkpoint-dir keeps new weights; --engine-dir brings its own")
     try:
         growth = measure(
-            size, threads=threads or usable_cores(), engine_dir=engine_dir, save_to=checkpoint_dir
+            size, threads=num_threads(threads), engine_dir=engine_dir, save_to=checkpoint_dir
         )
     except NspError as error:
         raise click.ClickException(str(error)) from error

@@ -26,7 +26,7 @@ class BenchOptions:
     rounds: int | None = None
     warmup: int | None = None
     seed: int = 0
-    threads: int | None = None  # None: every physical core
+    threads: int | None = None  # None: see `nsp.runtime.cores`
     rivals: tuple[str, ...] | None = None  # of RIVAL_NAMES; None: all there are, none when quick
     peer_var: Path | None = None  # a clone of the public VAR code
     sweep: bool = False  # batch sizes, threads and guidance ended early, for the plots

@@ -15,7 +15,8 @@ from nsp.errors import BackendError, CheckpointError
 from nsp.runtime.backends.registry import availability
 from nsp.runtime.manifest import Manifest, read_manifest
 from nsp.runtime.pipeline import Pipeline, load_pipeline
-from nsp.runtime.repair import checkpoint_folder
+from nsp.runtime.repair import find_source
+from nsp.walk import files_below
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def load_subject(
     )
     weights = {name: _engines_mib(manifest, engine_dir, pipeline)}
     try:
-        folder = checkpoint or checkpoint_folder(engine_dir, manifest)
+        folder = checkpoint or find_source(engine_dir, manifest)
         baseline = _load_baseline(folder, manifest.model_hash, device=device)
     except (CheckpointError, BackendError) as error:
         if checkpoint is not None:
@@ -129,12 +130,13 @@ def load_subject(
             device=device,
             weights_mib=weights,
         )
+    weight_files = (path for path in files_below(folder) if path.suffix == ".safetensors")
     return Subject(
         candidate=candidate,
         baseline=baseline,
         device=device,
         text_encoder=TextEncoderSize.read(folder),
-        weights_mib={**weights, BASELINE: _mib(folder.rglob("*.safetensors"))},
+        weights_mib={**weights, BASELINE: _mib(weight_files)},
     )
 
 

@@ -159,7 +159,7 @@ def synchronizer(backend: Backend) -> Callable[[], None]:
 def with_backend(pipeline: Pipeline, backend: Backend) -> Pipeline:
     """Return a copy of `pipeline` that runs on `backend`."""
     result = copy.copy(pipeline)
-    result.backend = backend
+    result.backend, result.origin = backend, None
     return result
 
 

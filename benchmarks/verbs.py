@@ -21,9 +21,11 @@ from nsp.command_line import (
     precision_options,
     print_json,
     seed_option,
+    threads_option,
     verbose_option,
 )
 from nsp.errors import ConfigError, RegressionError
+from nsp.paths import check_output
 
 # What the two other uses read; the timing takes everything that is not theirs alone.
 _OF_USES = {
@@ -42,7 +44,7 @@ _THEIRS_ALONE = {"compare", "threshold", "fidelity", "num_captions", "data", "gu
 @checkpoint_option("Baseline to compare with.  [default: what the engines were exported from]")
 @backend_option
 @precision_options("Measure the {} engines instead of what suits the device.")
-@click.option("--threads", type=COUNT, help="CPU threads of both.  [default: every physical core]")
+@threads_option("CPU threads of both.")
 @click.option("--quick", is_flag=True, help="Fewer rounds: a first impression in a minute.")
 @click.option(
     "--batch-size",
@@ -121,6 +123,7 @@ def bench(
     if compare is not None:
         _compare_results(*compare, threshold=threshold, as_json=as_json)
         return
+    check_output(options["output_dir"])
     from benchmarks.bench import run
     from benchmarks.options import BenchOptions
     from nsp.terminal import progress_bar, results_console

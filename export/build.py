@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from export.engine import ENGINE_NAME, TIMING_CACHE, Engine, build_engine
+from export.engine import ENGINE_NAME, Engine, build_engine
 from export.images import check_images
 from export.lint import check_graph
 from export.onnx_export import MODEL_NAME, export_stage
@@ -24,7 +24,7 @@ from export.store import EngineStore, with_variant
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
 from nsp.runtime.backends.torch import TorchBackend
-from nsp.runtime.manifest import Manifest, Variant, file_sha256
+from nsp.runtime.manifest import Manifest, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class StageBuilder:
         if "reference" not in self.__dict__:
             self._report(build, "reference", 0.0, "generating with PyTorch")
             _ = self.reference
-        with self._store.new_folder(build.folder) as folder:
+        with self._store.new_folder() as folder:
             onnx_folder = folder / "onnx" if build.profiles else folder
             onnx_folder.mkdir(exist_ok=True)
             model = self._export(build, onnx_folder)
@@ -79,13 +79,14 @@ class StageBuilder:
                     model,
                     folder / ENGINE_NAME,
                     timeout_s=self._plan.options.build_timeout_s,
-                    timing_cache=self._store.folder / TIMING_CACHE,
+                    timing_cache=self._store.timing_cache,
                     on_progress=lambda done, message: self._report(
                         build, "build", _START["build"] + (1 - _START["build"]) * done, message
                     ),
                 )
                 shutil.rmtree(onnx_folder)
-            files = _digests(folder, build.folder)
+            first = (ENGINE_NAME, MODEL_NAME)
+            files = self._store.finish(folder, f"{build.folder}-", first=first)
         seconds = time.monotonic() - started
         logger.info("%s %s %s: %.1f s", build.stage, build.target, build.precision, seconds)
         return _variant(build, files, engine, parity, seconds)
@@ -129,7 +130,13 @@ class StageBuilder:
             backend = TorchBackend(modules, stages_io, kv_layout=build.kv_layout, device="cpu")
             return backend, "the same modules in PyTorch bfloat16"
         files = {build.stage: model}
-        runtime = OnnxRuntimeBackend(files, stages_io, kv_layout=build.kv_layout, providers=[CPU])
+        runtime = OnnxRuntimeBackend(
+            files,
+            stages_io,
+            kv_layout=build.kv_layout,
+            providers=[CPU],
+            num_threads=self._plan.options.num_threads,
+        )
         runtime.wait()
         graph = "the graph it was compiled from" if build.profiles else "this graph"
         return runtime, f"{graph} in ONNX Runtime on a CPU"
@@ -194,10 +201,3 @@ def _variant(
         build_peak_mib=round(engine.peak_mib),
         fingerprint=build.fingerprint,
     )
-
-
-def _digests(folder: Path, name: str) -> dict[str, str]:
-    """Return {path in the engine folder: SHA-256} of a stage's files, the one to load leading."""
-    first = (ENGINE_NAME, MODEL_NAME)
-    paths = sorted(folder.iterdir(), key=lambda path: (path.name not in first, path.name))
-    return {f"{name}/{path.name}": file_sha256(path) for path in paths}

@@ -25,7 +25,6 @@ from nsp.errors import ExportError
 logger = logging.getLogger(__name__)
 
 ENGINE_NAME = "engine.plan"
-TIMING_CACHE = "tensorrt.timing_cache"  # in the engine folder; of TensorRT, for later builds
 _CHILD = "export.build_child"
 _GRACE_S = 10.0  # for a child that is asked to stop; TensorRT asks back every second or so
 

@@ -30,7 +30,13 @@ def check_images(
     and where a family draws none, images must, else ParityError; images made with `more_smooth` are
     only reported, for there rounding feeds back through mixed codes.
     """
-    backend = OnnxRuntimeBackend(files, stages_io, kv_layout=kv_layout, providers=[CPU])
+    backend = OnnxRuntimeBackend(
+        files,
+        stages_io,
+        kv_layout=kv_layout,
+        providers=[CPU],
+        num_threads=plan.options.num_threads,
+    )
     pipeline = Pipeline(
         plan.record.family,
         plan.config,

@@ -7,7 +7,9 @@ from typing import TypeAlias
 
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.runtime.cores import num_threads
 from nsp.runtime.manifest import PRECISION_DTYPES
+from nsp.values import count
 
 AUTO = "auto"
 
@@ -25,6 +27,8 @@ class ExportOptions(Config):
     gpu_archs: tuple[str, ...] = ()  # of TensorRT-RTX engines; () is the target's default
     rebuild: bool = False  # build again what could be reused
     build_timeout_s: float = 3600.0  # per engine
+    verify: bool = True  # hold the checkpoint to its digests
+    num_threads: int | None = None  # of ONNX Runtime's checks; None: see `nsp.runtime.cores`
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the checkpoint."""
@@ -34,8 +38,9 @@ class ExportOptions(Config):
                 raise ConfigError(f"precision {name!r} is not one of {known}")
         if not self.precisions or not self.targets:
             raise ConfigError("an export needs at least one precision and one target")
-        if self.max_batch < 1:
-            raise ConfigError(f"max_batch={self.max_batch} must be at least 1")
+        count("max_batch", self.max_batch)
+        if self.num_threads is not None:
+            num_threads(self.num_threads)
         if not 0 < self.build_timeout_s <= threading.TIMEOUT_MAX:
             raise ConfigError(
                 f"build_timeout_s={self.build_timeout_s} must be above 0 and at most "

@@ -55,7 +55,7 @@ class PlannedBuild:
 
     @property
     def folder(self) -> str:
-        """Where its files go, relative to the engine folder."""
+        """Where its files go, relative to the engine folder; a digest of their content follows."""
         return f"{self.stage}/{self.backend}-{self.stored_precision}"
 
 
@@ -78,7 +78,7 @@ def make_plan(options: ExportOptions, store: EngineStore) -> ExportPlan:
     """
     pairs = resolve(options)
     checkpoint = Path(options.checkpoint)
-    record = read_checkpoint(checkpoint)
+    record = read_checkpoint(checkpoint, verify=options.verify)
     config = record.family.get("config").from_dict(record.config)
     plan = ExportPlan(
         options=options,

@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from nsp.errors import EngineError
+from nsp.errors import CheckpointError, EngineError
 from nsp.runtime.backends.base import Backend
+from nsp.runtime.engine_files import check_files
 from nsp.runtime.io import Axes, StageIO
 from nsp.runtime.kv_arena import KVShape
+from nsp.runtime.manifest import Manifest
+from nsp.sniff import sniff
+from nsp.weight_files import read_arrays, read_metadata, write_safetensors
 
-RECORDED_DIR = "reference"
 _FILE = "calls.safetensors"
 _SCHEMA = 1
 
@@ -158,23 +159,24 @@ def write_recorded(recordings: Sequence[Recording], folder: Path, *, model_hash:
         for recording in recordings
     ]
     metadata = {"schema": str(_SCHEMA), "model_hash": model_hash, "plan": json.dumps(plan)}
-    save_file(arrays, folder / _FILE, metadata=metadata)
+    write_safetensors(arrays, folder / _FILE, metadata=metadata)
 
 
-def read_recorded(folder: Path, *, model_hash: str) -> tuple[Recording, ...]:
+def read_recorded(folder: Path, manifest: Manifest) -> tuple[Recording, ...]:
     """Return the recordings of an engine folder.
 
     Raises EngineError when there are none, they are damaged, or of another model.
     """
-    path = folder / RECORDED_DIR / _FILE
-    if not path.is_file():
-        raise EngineError(f"{folder} holds no recorded outputs ({RECORDED_DIR}/{_FILE})")
+    if not manifest.recorded:
+        raise EngineError(f"{folder} holds no recorded outputs")
+    check_files(folder, manifest.recorded)
+    path = folder / next(iter(manifest.recorded))
     try:
-        with safe_open(path, framework="numpy") as file:
-            found = file.metadata() or {}
-            if found.get("schema") != str(_SCHEMA) or found.get("model_hash") != model_hash:
-                raise EngineError(f"{path} is of another model or version; export the folder again")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = read_metadata(path)
+        same_model = found.get("model_hash") == manifest.model_hash
+        if found.get("schema") != str(_SCHEMA) or not same_model:
+            raise EngineError(f"{path} is of another model or version; export the folder again")
+        arrays = read_arrays(path)
         return tuple(
             Recording(
                 calls=tuple(
@@ -191,5 +193,8 @@ def read_recorded(folder: Path, *, model_hash: str) -> tuple[Recording, ...]:
             )
             for each in json.loads(found["plan"])
         )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except CheckpointError as error:
+        words = sniff(path).words
+        raise EngineError(f"{path} {words} and is damaged; export the folder again") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{path} is damaged ({error}); export the folder again") from error

@@ -7,7 +7,6 @@
 
 import errno
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from export.options import ExportEvent, ExportOptions, OnEvent
 from export.plan import ExportPlan, PlannedBuild, make_plan
-from export.recorded import RECORDED_DIR, write_recorded
+from export.recorded import write_recorded
 from export.store import EngineStore, with_variant
 from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError, ExportError
-from nsp.runtime.manifest import SCHEMA, TOKENIZER_DIR, Manifest, Variant, file_sha256
-from nsp.runtime.repair import checkpoint_folder
+from nsp.runtime.manifest import RECORDED_DIR, SCHEMA, TOKENIZER_DIR, Manifest, Variant
+from nsp.runtime.repair import source_name
+from nsp.text.clip_bpe import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from export.build import StageBuilder
@@ -54,10 +54,8 @@ def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manife
     todo = make_plan(options, store)
     store.check_is_ours({build.stage for build in todo.builds})
     if store.previous is not None and store.previous.model_hash != todo.model_hash:
-        old = checkpoint_folder(store.folder, store.previous)
-        logger.warning(
-            "%s: engines of %s are replaced by those of %s", store.folder, old, options.checkpoint
-        )
+        old, new = store.previous.source, source_name(Path(options.checkpoint))
+        logger.warning("%s: engines of %s are replaced by those of %s", store.folder, old, new)
     _check_space(todo, store.folder)
     with _writing(store.folder), store.lock():
         try:
@@ -92,7 +90,7 @@ def find_checkpoint(root: Path | None = None) -> Path:
 def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
     """Build what the plan says, check it, and publish it."""
     started = time.monotonic()
-    manifest = _new_manifest(todo, store)
+    manifest = _new_manifest(todo)
     progress = _Progress(todo, on_event)
     builder = _builder(todo, store, progress) if _has_work(todo) else None
     for build in todo.builds:
@@ -108,15 +106,15 @@ def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
         progress.finish(build)
     if builder is not None:
         manifest = builder.check_images(manifest)
-    shared, digests = _shared_files(todo, store)
+    recorded = {} if store.previous is None else store.previous.recorded
     if builder is not None:
-        shared |= {RECORDED_DIR: _recorded(builder, todo, store)}
-    manifest = replace(manifest, files=digests)
+        recorded = _recorded(builder, todo, store)
+    manifest = replace(manifest, files=_tokenizer_files(todo, store), recorded=recorded)
     kept = store.kept(manifest)
     for stage, variants in kept.items():
         for variant in variants:
             manifest = with_variant(manifest, stage, variant)
-    store.publish(manifest, shared)
+    store.publish(manifest)
     progress.done(f"{store.folder} is ready after {time.monotonic() - started:.1f} s")
     return manifest
 
@@ -132,15 +130,13 @@ def _builder(todo: ExportPlan, store: EngineStore, progress: "_Progress") -> "St
     return StageBuilder(todo, store, progress.report)
 
 
-def _new_manifest(todo: ExportPlan, store: EngineStore) -> Manifest:
-    # Relative, so that both can move together, and that no path of this machine is published.
-    source = os.path.relpath(todo.record.folder.resolve(), store.folder.resolve())
+def _new_manifest(todo: ExportPlan) -> Manifest:
     return Manifest(
         schema=SCHEMA,
         family=todo.record.family.name,
         config=dict(todo.record.config),
         model_hash=todo.model_hash,
-        source=source,
+        source=source_name(todo.record.folder),
         sampling=todo.sampling.to_dict(),
         stages={},
     )
@@ -157,28 +153,27 @@ def _existing(build: PlannedBuild, manifest: Manifest) -> Variant:
     return replace(variant, precision=build.precision)  # type: ignore[arg-type]
 
 
-def _shared_files(todo: ExportPlan, store: EngineStore) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return the folders all stages share, new in the staging folder, and files' SHA-256."""
-    source = todo.record.folder / TOKENIZER_DIR
-    if not source.is_dir():
-        return {}, {}
-    with store.new_folder(TOKENIZER_DIR) as partial:
-        for path in sorted(source.iterdir()):
-            if path.is_file():
-                shutil.copyfile(path, partial / path.name)
-    made = store.staging / TOKENIZER_DIR
-    digests = {f"{TOKENIZER_DIR}/{p.name}": file_sha256(p) for p in sorted(made.iterdir())}
-    return {TOKENIZER_DIR: made}, digests
+def _tokenizer_files(todo: ExportPlan, store: EngineStore) -> dict[str, str]:
+    """Return {path: SHA-256} of the prompt tokenizer's files, laid in the staging folder."""
+    source, listed = todo.record.folder / TOKENIZER_DIR, todo.record.files
+    names = [n for n in TOKENIZER_FILES if not listed or f"{TOKENIZER_DIR}/{n}" in listed]
+    names = [name for name in names if (source / name).is_file()]
+    if not names:
+        return {}
+    with store.new_folder() as folder:
+        for name in names:
+            shutil.copyfile(source / name, folder / name)
+        return store.finish(folder, f"{TOKENIZER_DIR}/")
 
 
-def _recorded(builder: "StageBuilder", todo: ExportPlan, store: EngineStore) -> Path:
-    """Return the folder with recorded calls, in the staging folder, for `nsp verify`."""
+def _recorded(builder: "StageBuilder", todo: ExportPlan, store: EngineStore) -> dict[str, str]:
+    """Return {path: SHA-256} of recorded calls for `nsp verify`, laid in the staging folder."""
     from export.reference import smallest_recordings
 
-    with store.new_folder(RECORDED_DIR) as partial:
+    with store.new_folder() as folder:
         recordings = smallest_recordings(builder.reference)
-        write_recorded(recordings, partial, model_hash=todo.model_hash)
-    return store.staging / RECORDED_DIR
+        write_recorded(recordings, folder, model_hash=todo.model_hash)
+        return store.finish(folder, f"{RECORDED_DIR}/")
 
 
 def _check_space(todo: ExportPlan, folder: Path) -> None:

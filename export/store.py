@@ -1,59 +1,93 @@
 """The engine folder as an export sees it: what is finished and what is in progress.
 
-Work in progress lies in `.export/` beside its own manifest, in the final layout. The folder's
-manifest and engines stay as they were until everything is built and checked; then folders are
-moved, and the new manifest last of all. So an interruption loses nothing that was finished, and a
-reader never sees a half-written stage.
+Work in progress lies in `.export/`, beside a manifest of what is finished there. Folders of files
+are named by their content, so publishing adds folders beside those that are served and then renames
+one new manifest over the old one: before that rename readers get the old engines, after it the new
+ones, and a process killed at any moment leaves one or the other. Folders that neither the new
+manifest nor the one before it names are removed, unless a reader is loading from them.
+
+Nothing is written, moved or removed through a link, and only folders of the form that an export
+writes are removed.
 """
 
-import fcntl
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Set
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from nsp.errors import ConfigError, EngineError, ExportError
-from nsp.files import write_folder
+from nsp.files import inside, locked_file, name_failed_write
+from nsp.runtime.engine_files import check_files, unused
 from nsp.runtime.manifest import (
     MANIFEST_NAME,
     PRECISION_DTYPES,
+    RECORDED_DIR,
     STAGING_NAME,
     TOKENIZER_DIR,
     Manifest,
     Variant,
-    check_files,
+    content_folder,
+    content_name,
+    file_sha256,
     read_manifest,
     write_manifest,
 )
 
 logger = logging.getLogger(__name__)
 
-_VARIANT_FOLDER = re.compile(rf"[a-z_]+-({'|'.join(PRECISION_DTYPES)})")
+TIMING_CACHE = "tensorrt.timing_cache"  # in the engine folder; of TensorRT, for later builds
+_LOCK_NAME = "lock"
+_BUILD_PREFIX = "build-"
+# What exports of schema 1 wrote, which is removed with the first publish in its place.
+_OLD_VARIANT = re.compile(rf"[a-z_]+-({'|'.join(PRECISION_DTYPES)})")
+_OLD_FILES = {
+    TOKENIZER_DIR: ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    RECORDED_DIR: ("calls.safetensors",),
+}
 
 
 class EngineStore:
     """One engine folder."""
 
     def __init__(self, folder: Path) -> None:
+        """Read what is finished; ConfigError for a folder with a link where an export works."""
         self.folder, self.staging = folder, folder / STAGING_NAME
+        self._check_links(STAGING_NAME, MANIFEST_NAME)
         self.previous = _read(folder)
-        self.staged = _read(self.staging)
+        self.staged = _read(self.staging) if self.staging.is_dir() else None
+
+    def _check_links(self, *names: str) -> None:
+        for name in names:
+            try:
+                inside(self.folder, name)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self.folder / name} {error}, or choose another --engine-dir"
+                ) from None
 
     def check_is_ours(self, stages: Set[str]) -> None:
         """Raise ConfigError for a folder of something else, of which an export would replace parts.
 
-        Without a readable manifest, what an export left is known by its variants' folders.
+        Without a readable manifest, what an export left is known by its variants' folders. Folders
+        of stages that are links are refused: what they lead to is not ours.
         """
+        taken = (TOKENIZER_DIR, RECORDED_DIR, *sorted(stages))
+        self._check_links(*taken)
         if self.previous is not None or self.staging.is_dir():
             return
-        taken = {MANIFEST_NAME, TOKENIZER_DIR, *stages}
-        held = sorted(name for name in taken if (self.folder / name).exists())
-        variants = [path.name for name in stages for path in (self.folder / name).glob("*")]
-        if held and not (variants and all(map(_VARIANT_FOLDER.fullmatch, variants))):
+        held = [name for name in (MANIFEST_NAME, *taken) if (self.folder / name).exists()]
+        variants = [path for name in stages for path in (self.folder / name).glob("*")]
+        ours = content_folder(stages)
+        known = (
+            _OLD_VARIANT.fullmatch(path.name) or ours.fullmatch(f"{path.parent.name}/{path.name}")
+            for path in variants
+        )
+        if held and not (variants and all(known)):
             raise ConfigError(
                 f"{self.folder} holds {held[0]}, which no export wrote; choose another --engine-dir"
             )
@@ -62,75 +96,124 @@ class EngineStore:
     def lock(self) -> Iterator[None]:
         """Hold the folder, with its staging folder; raise ExportError when another export does."""
         self.staging.mkdir(parents=True, exist_ok=True)
-        with (self.staging / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+        with locked_file(self.staging / _LOCK_NAME) as held:
+            if not held:
                 raise ExportError(
                     f"another export is writing to {self.folder}; wait for it or choose another "
                     "--engine-dir"
-                ) from error
+                )
+            if _read(self.folder) != self.previous:
+                raise ExportError(f"another export to {self.folder} ended just now; export again")
+            for path in self.staging.glob(f"{_BUILD_PREFIX}*"):  # of one that was killed
+                shutil.rmtree(path, ignore_errors=True)
             yield
 
     def intact(self, variant: Variant) -> bool:
         """Return whether all files of a variant are there with their recorded content."""
-        return self._root(variant) is not None
+        return self._root(variant.files) is not None
 
     def path(self, variant: Variant) -> Path:
         """Return the file of a variant that is loaded, finished or in progress."""
-        root = self._root(variant)
+        root = self._root(variant.files)
         name = next(iter(variant.files))
         if root is None:
             raise ExportError(f"{self.folder / name} changed while it was exported; export again")
         return root / name
 
-    def _root(self, variant: Variant) -> Path | None:
+    def _root(self, digests: Mapping[str, str]) -> Path | None:
         for root in (self.staging, self.folder):
             try:
-                check_files(root, variant.files)
+                check_files(root, digests)
             except EngineError:
                 continue
             return root
         return None
 
     @contextmanager
-    def new_folder(self, name: str) -> Iterator[Path]:
-        """Yield an empty folder that becomes `name` in the staging folder if the block succeeds."""
-        with write_folder(self.staging / name) as partial:
-            yield partial
+    def new_folder(self) -> Iterator[Path]:
+        """Yield an empty folder to build in, of which `finish` makes a finished one."""
+        path = Path(tempfile.mkdtemp(prefix=_BUILD_PREFIX, dir=self.staging))
+        try:
+            with name_failed_write(self.folder, path):
+                yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def finish(self, folder: Path, prefix: str, *, first: Sequence[str] = ()) -> dict[str, str]:
+        """Name a folder of `new_folder` by `prefix` and its content.
+
+        Returns {path in the engine folder: SHA-256} of its files, those called `first` leading.
+        """
+        paths = sorted(folder.iterdir(), key=lambda path: (path.name not in first, path.name))
+        digests = {path.name: file_sha256(path) for path in paths}
+        name = prefix + content_name(digests)
+        place = inside(self.staging, name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)  # perhaps damaged since it was finished
+        folder.chmod(0o755)
+        os.rename(folder, place)
+        return {f"{name}/{file}": digest for file, digest in digests.items()}
+
+    @property
+    def timing_cache(self) -> Path:
+        """The file in which TensorRT keeps how long kernels took."""
+        self._check_links(TIMING_CACHE)
+        return self.folder / TIMING_CACHE
 
     def record(self, manifest: Manifest) -> None:
-        """Remember what is finished so far."""
+        """Remember what is finished so far, and what an interrupted export had finished before."""
+        if self.staged is not None and self.staged.family == manifest.family:
+            manifest = _with_finished(manifest, self.staged)
         write_manifest(self.staging, manifest)
         self.staged = manifest
 
-    def publish(self, manifest: Manifest, shared: Mapping[str, Path]) -> None:
-        """Move what is finished to its place, then the manifest, then drop what it does not name.
+    def publish(self, manifest: Manifest) -> None:
+        """Lay what is finished beside what is served, then put the new manifest in place.
 
-        `shared` are folders for all stages: {name in the engine folder: finished folder to move
-        there}.
+        What the manifest before this one names stays, for who reads it now, until the next publish.
         """
-        moves = {name: source for name, source in shared.items() if source.is_dir()}
-        for name in sorted(_folders(manifest)):
-            if (self.staging / name).is_dir():
-                moves[name] = self.staging / name
-        pending = self.staging / "new"
-        write_manifest(pending, manifest)  # before anything moves: this is where a disk is full
-        replaced = self.staging / "old"
-        try:
-            for name, source in moves.items():
-                _swap(source, self.folder / name, replaced / name)
-            os.replace(pending / MANIFEST_NAME, self.folder / MANIFEST_NAME)
-        except BaseException:
-            for name, source in reversed(moves.items()):
-                _swap_back(source, self.folder / name, replaced / name)
-            raise
-        if self.previous is not None:
-            for name in _folders(self.previous) - _folders(manifest):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-                _remove_empty(self.folder / Path(name).parent)
+        for name, digests in _folders(manifest).items():
+            self._place(name, digests)
+        if manifest != self.previous:
+            write_manifest(self.folder, manifest)
+            before = [each for each in (manifest, self.previous) if each is not None]
+            self._remove_unnamed(before)
         shutil.rmtree(self.staging, ignore_errors=True)
         self.previous, self.staged = manifest, None
+
+    def _place(self, name: str, digests: Mapping[str, str]) -> None:
+        """Move a finished folder to its place, unless it is there, whole."""
+        source, place = self.staging / name, inside(self.folder, name)
+        if not source.is_dir():
+            return
+        if not place.is_dir():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(source, place)
+            return
+        try:
+            check_files(self.folder, digests)
+        except EngineError:
+            for path in source.iterdir():  # one by one: its readers never miss a file
+                os.replace(path, place / path.name)
+
+    def _remove_unnamed(self, manifests: Sequence[Manifest]) -> None:
+        """Remove the folders of files that no manifest names and nobody is loading from."""
+        kept = {name for manifest in manifests for name in _folders(manifest)}
+        stages = {stage for manifest in manifests for stage in manifest.stages}
+        ours = content_folder(stages)
+        for owner in (*sorted(stages), TOKENIZER_DIR, RECORDED_DIR):
+            root = self.folder / owner
+            if root.is_symlink() or not root.is_dir():
+                continue
+            for path in list(root.iterdir()):
+                name = f"{owner}/{path.name}"
+                if path.is_file() and path.name in _OLD_FILES.get(owner, ()):
+                    path.unlink()
+                elif name not in kept and (
+                    ours.fullmatch(name) or (owner in stages and _OLD_VARIANT.fullmatch(path.name))
+                ):
+                    _remove_unused(path)
+            _remove_empty(root)
 
     def abandon(self) -> None:
         """Remove the staging folder when nothing is finished in it."""
@@ -141,24 +224,14 @@ class EngineStore:
     def kept(self, manifest: Manifest) -> dict[str, tuple[Variant, ...]]:
         """Return the variants of the last finished export that stand beside the new `manifest`.
 
-        They are of the same model, of a backend and precision that this export does not make, and
-        none of their files is replaced.
+        They are of the same model, and of a backend and precision that this export does not make.
         """
         old = self.previous
         if old is None or old.model_hash != manifest.model_hash or old.config != manifest.config:
             return {}
         new = {(v.backend, v.precision) for vs in manifest.stages.values() for v in vs}
-        digests = {n: d for vs in manifest.stages.values() for v in vs for n, d in v.files.items()}
-        dropped = set(new)
-        for variants in old.stages.values():
-            for variant in variants:
-                changed = any(digests.get(n, d) != d for n, d in variant.files.items())
-                if changed:
-                    dropped.add((variant.backend, variant.precision))
-        for backend, precision in sorted(dropped - new):
-            logger.info("dropping %s %s: it shares files that were rebuilt", backend, precision)
         return {
-            stage: tuple(v for v in variants if (v.backend, v.precision) not in dropped)
+            stage: tuple(v for v in variants if (v.backend, v.precision) not in new)
             for stage, variants in old.stages.items()
         }
 
@@ -170,38 +243,45 @@ def with_variant(manifest: Manifest, stage: str, variant: Variant) -> Manifest:
     return replace(manifest, stages={**manifest.stages, stage: tuple(variants.values())})
 
 
+def _with_finished(manifest: Manifest, staged: Manifest) -> Manifest:
+    """Return the manifest with the variants of another one behind its own, also of other models."""
+    stages = dict(manifest.stages)
+    for stage, variants in staged.stages.items():
+        own = stages.get(stage, ())
+        known = {variant.fingerprint for variant in own}
+        stages[stage] = (*own, *(v for v in variants if v.fingerprint not in known))
+    return replace(manifest, stages=stages)
+
+
 def _read(folder: Path) -> Manifest | None:
     """Return a folder's manifest, or None when there is none that can be read."""
     try:
         return read_manifest(folder)
     except EngineError as error:
-        if folder.name != STAGING_NAME and any(folder.glob("*.json")):
+        if folder.name != STAGING_NAME and (folder / MANIFEST_NAME).exists():
             logger.warning("%s; everything is exported again", error)
         return None
 
 
-def _folders(manifest: Manifest) -> set[str]:
-    """Return the folders that hold a manifest's stages."""
-    files = (name for vs in manifest.stages.values() for v in vs for name in v.files)
-    return {str(Path(name).parent) for name in files}
+def _folders(manifest: Manifest) -> dict[str, dict[str, str]]:
+    """Return the folders that hold a manifest's files, each with {path: SHA-256} of its own."""
+    listed = [manifest.files, manifest.recorded]
+    listed += [variant.files for variants in manifest.stages.values() for variant in variants]
+    folders: dict[str, dict[str, str]] = {}
+    for digests in listed:
+        for name, digest in digests.items():
+            folders.setdefault(name.rpartition("/")[0], {})[name] = digest
+    return folders
 
 
-def _swap(source: Path, place: Path, old: Path) -> None:
-    """Move `source` to `place`, and what was there to `old`."""
-    shutil.rmtree(old, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():
-        old.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(place, old)
-    os.rename(source, place)
-
-
-def _swap_back(source: Path, place: Path, old: Path) -> None:
-    """Undo as much of `_swap` as was done."""
-    if place.exists() and not source.exists():
-        os.rename(place, source)
-    if old.exists() and not place.exists():
-        os.rename(old, place)
+def _remove_unused(path: Path) -> None:
+    """Remove a folder unless a reader holds it; it is then left for a later publish."""
+    try:
+        with unused(path) as free:
+            if free:
+                shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:  # no folder, a link, or not to be opened: then it is not ours
+        logger.warning("%s is left as it is (%s)", path, error.strerror)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -94,8 +94,7 @@ def resolve(options: ExportOptions) -> list[tuple[Target, str]]:
             )
         if not is_installed(target):
             raise BackendError(
-                f"target {target.name}: {target.runtime.module} is not installed; "
-                f"run: {target.runtime.install}"
+                f"target {target.name}: {target.runtime.module} is not installed; {_advice(target)}"
             )
         gpu_archs(target, options)
     _check_heeded([target for target, _ in pairs], options)
@@ -127,6 +126,15 @@ def _check_heeded(targets: Sequence[Target], options: ExportOptions) -> None:
             raise ConfigError(f"{option} is for {kind} engines, and the targets are: {names}")
 
 
+def _advice(target: Target) -> str:
+    """Return what to do about a target that is not installed."""
+    if (install := target.runtime.install) is not None:
+        return f"run: {install}"
+    return (
+        f"{target.name} engines run on an NVIDIA GPU, which is not here: export on such a machine"
+    )
+
+
 def _named(name: str) -> Target:
     if name not in TARGETS:
         raise ConfigError(f"unknown target {name!r}; known: {AUTO}, {', '.join(TARGETS)}")
@@ -149,7 +157,7 @@ def _automatic(options: ExportOptions) -> list[tuple[Target, str]]:
             logger.info("target auto: no %s, because it is not installed", target.name)
     if missing := set(options.precisions) - {precision for _, precision in pairs}:
         raise ConfigError(
-            f"no installed target has {min(missing)}; run: pip install 'nsp[tensorrt-rtx]', "
+            f"no installed target has {min(missing)}; {_advice(TARGETS['tensorrt-rtx'])}, "
             "or export with --fp32 or --fp16"
         )
     return pairs

@@ -20,8 +20,8 @@ from nsp.config import Config
 from nsp.errors import CheckpointError, EngineError, NspError, ParityError
 from nsp.runtime.engine_choice import choose_backend, choose_variants
 from nsp.runtime.engine_dir import Engines, open_engine_dir
-from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, read_manifest
-from nsp.runtime.repair import checkpoint_folder
+from nsp.runtime.manifest import PRECISION_DTYPES, Manifest
+from nsp.runtime.repair import find_source
 from nsp.runtime.sampling import SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -77,17 +77,34 @@ def verify(
     precision: str | None = None,
     checkpoint: Path | None = None,
     recorded: bool = False,
+    verify_digests: bool = True,
+    num_threads: int | None = None,
 ) -> Verification:
     """Return what every stage's check showed; stages that fail are in it, not raised.
 
-    `recorded`: hold them to the recorded outputs even where PyTorch could be asked. Raises
+    `recorded`: hold them to the recorded outputs even where PyTorch could be asked.
+    `verify_digests=False` takes engines and a checkpoint that differ from their digests.
+    `num_threads` as for `open_engine_dir`. Raises
     EngineError for a folder that is damaged, of another machine, or has nothing to be held to,
     BackendError for a backend that does not work, CheckpointError for a `checkpoint` that does not
     fit.
     """
-    manifest = read_manifest(engine_dir)
-    engines = open_engine_dir(engine_dir, backend, precision=precision)
-    truth = _truth(engine_dir, manifest, checkpoint, recorded=recorded, limit=engines.max_batch)
+    engines = open_engine_dir(
+        engine_dir,
+        backend,
+        precision=precision,
+        num_threads=num_threads,
+        verify=verify_digests,
+    )
+    manifest = engines.manifest
+    truth = _truth(
+        engine_dir,
+        manifest,
+        checkpoint,
+        recorded=recorded,
+        limit=engines.max_batch,
+        verify_digests=verify_digests,
+    )
     used = engines.backend.kv_dtype()
     width = next(name for name, dtype in PRECISION_DTYPES.items() if dtype == used)
     checks = []
@@ -110,13 +127,13 @@ def _truth(
     *,
     recorded: bool,
     limit: int | None,
+    verify_digests: bool,
 ) -> _Truth:
     """Return what to hold the stages to: PyTorch where it can be asked."""
     if not recorded and importlib.util.find_spec("torch") is not None:
         try:
-            record = _matching_checkpoint(
-                checkpoint or checkpoint_folder(folder, manifest), manifest
-            )
+            source = checkpoint or find_source(folder, manifest)
+            record = _matching_checkpoint(source, manifest, verify=verify_digests)
         except CheckpointError as error:
             if checkpoint is not None:
                 raise
@@ -126,7 +143,7 @@ def _truth(
     elif checkpoint is not None:
         raise CheckpointError(f"{checkpoint} cannot be run: torch is not installed or not wanted")
     try:
-        recordings = read_recorded(folder, model_hash=manifest.model_hash)
+        recordings = read_recorded(folder, manifest)
     except EngineError as error:
         raise EngineError(
             f"{error}, and PyTorch cannot be asked; give --checkpoint where torch is installed, or "
@@ -135,10 +152,10 @@ def _truth(
     return _Truth("outputs recorded at export", recordings)
 
 
-def _matching_checkpoint(folder: Path, manifest: Manifest) -> CheckpointRecord:
+def _matching_checkpoint(folder: Path, manifest: Manifest, *, verify: bool) -> CheckpointRecord:
     if not is_checkpoint(folder):
         raise CheckpointError(f"no checkpoint at {folder}; give it with --checkpoint")
-    record = read_checkpoint(folder)
+    record = read_checkpoint(folder, verify=verify)
     if record.weights_hash() != manifest.model_hash:
         raise CheckpointError(f"{folder} holds another model than the engines were made from")
     return record
@@ -230,11 +247,9 @@ def _locate(
     if engines.backend.name != "onnxruntime":
         return None
     record = engines.family
-    config = record.get("config").from_dict(manifest.config)
     chosen, device = choose_backend(folder, manifest, engines.backend.name, None)
-    variant = choose_variants(
-        folder, manifest, chosen, family=record, config=config, device=device, precision=precision
-    ).stages[stage]
+    found_variants = choose_variants(folder, manifest, chosen, device=device, precision=precision)
+    variant = found_variants.stages[stage]
     graph = folder / next(iter(variant.files))
     try:
         found = first_wrong_tensor(

@@ -4,11 +4,9 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from export.dtypes import matches
-from nsp.errors import CheckpointError
 from nsp.families.precision import StageWeights
+from nsp.weight_files import read_shapes
 
 _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # int8: of what is not quantized
 
@@ -37,12 +35,5 @@ def stage_bytes(
 def _parameters(checkpoint: Path) -> Iterator[tuple[str, int]]:
     """Yield (name in the family's system, number of elements); a part's folder leads the name."""
     for path in sorted(checkpoint.glob("*/*.safetensors")):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118
-                    shape = file.get_slice(name).get_shape()
-                    yield f"{path.parent.name}.{name}", math.prod(shape)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}); copy the checkpoint again"
-            ) from error
+        for name, shape in read_shapes(path).items():
+            yield f"{path.parent.name}.{name}", math.prod(shape)

@@ -6,6 +6,18 @@ Engines in, pictures out:
     images = pipe.generate(prompts=["red apple"], seed=0).images
 """
 
-from nsp.runtime.pipeline import Pipeline, load_pipeline
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsp.runtime.pipeline import Pipeline, load_pipeline
 
 __all__ = ["Pipeline", "load_pipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    """Return what is used, imported then: the command line says what does not load here."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nsp.runtime import pipeline
+
+    return getattr(pipeline, name)

@@ -1,22 +1,25 @@
 """How every nsp command behaves: exit codes, errors in one line, logs on stderr, shared options.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An expected error (NspError, a file
-that cannot be read or written) is one line; a bug keeps its traceback.
+that cannot be read or written, no more memory) is one line; a bug keeps its traceback.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from nsp import files
-from nsp.errors import ConfigError, MissingExtraError, NspError, one_line
+from nsp import files, values
+from nsp.errors import ConfigError, MissingExtraError, NspError, lacks_memory, one_line
+from nsp.runtime.cores import MAX_THREADS
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -64,20 +67,39 @@ class Program(click.Group):
         """Run one command line and exit."""
         settings = _Settings()
         try:
+            open_standard_streams()
             code = super().main(*args, **{**extra, "standalone_mode": False, "obj": settings})
         except click.Abort:
             click.echo("interrupted: files already written are complete", err=True)
             code = INTERRUPTED
-        except (click.ClickException, NspError, OSError, ModuleNotFoundError) as error:
+        except Exception as error:
+            message, code = explain(error)
             if settings.verbose:
                 traceback.print_exc()
-            message, code = explain(error)
             click.echo("error: " + one_line(" ".join(message.split())), err=True)
         sys.exit(code or DONE)
 
 
+def open_standard_streams() -> None:
+    """Raise OSError when the process was started without a standard output.
+
+    Its other streams are opened on nothing where they are closed: a picture or an engine would
+    else get the number of stderr, and what a library prints would be written into it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is None:
+        raise OSError("standard output is closed; give it a file, or /dev/null")
+
+
 def explain(error: Exception) -> tuple[str, int]:
     """Return what a user reads about an expected error, and the exit code; raise another again."""
+    if not isinstance(error, NspError | click.ClickException) and lacks_memory(error):
+        said = next(iter(str(error).strip().splitlines()[-1:]), "") or type(error).__name__
+        return f"not enough memory ({said}); free some, or raise the limit of this process", FAILED
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
@@ -89,18 +111,32 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, click.ClickException):
         return error.format_message(), FAILED
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         advice = "; free some space and run it again" if error.errno == errno.ENOSPC else ""
         return f"{where}{error.strerror or error}{advice}", FAILED
-    return str(error), WRONG_USAGE if isinstance(error, ConfigError) else FAILED
+    if isinstance(error, NspError):
+        return str(error), WRONG_USAGE if isinstance(error, ConfigError) else FAILED
+    raise error
 
 
 def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
     context.obj.verbose |= value
 
 
-FOLDER = click.Path(path_type=Path)
-FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+class _Path(click.Path):
+    """A path that this system's files can have; click itself looks it up first and fails."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the path; a wrong usage names its option."""
+        try:
+            values.path("the path", value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = _Path(path_type=Path)
+FILE = _Path(path_type=Path, exists=True, dir_okay=False)
 COUNT = click.IntRange(min=1)
 SEED = click.IntRange(0, 2**63 - 1)
 
@@ -111,11 +147,33 @@ verbose_option = click.option(
     callback=_be_verbose,
     help="Log details, and show the traceback of an error.",
 )
+
+
+def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from nsp.distribution import version
+
+        click.echo(" ".join(filter(None, (context.info_name, version()))))
+        context.exit()
+
+
+version_option = click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 engine_dir_option = click.option(
     "--engine-dir", type=FOLDER, help="Folder of exported engines.  [default: engines]"
 )
-
+no_verify_option = click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Take files that differ from their recorded SHA-256, such as ones edited by hand.",
+)
 
 backend_option = click.option(
     "--backend",
@@ -123,6 +181,30 @@ backend_option = click.option(
     show_default=True,
     help="auto (the fastest that works here), torch, onnxruntime, tensorrt or tensorrt-rtx.",
 )
+
+
+def threads_option(help_text: str) -> Callable[[_F], _F]:
+    """Return the option --threads; `nsp.runtime.cores` decides where it is not given."""
+    default = "[default: OMP_NUM_THREADS, else every core this process may use]"
+    return click.option(
+        "--threads", type=click.IntRange(1, MAX_THREADS), help=f"{help_text}  {default}"
+    )
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Let PyTorch compute with so many threads until the block ends; None is as it would."""
+    if threads is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seed_option(help_text: str) -> Callable[[_F], _F]:

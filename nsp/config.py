@@ -10,8 +10,9 @@ from typing import Any, Self
 import numpy as np
 
 from nsp.errors import ConfigError
+from nsp.values import shown
 
-_MAX_SHOWN = 100  # characters of a wrong value in an error
+_MOST = 2**64  # of an integer: seeds have as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Config:
         Raises ConfigError naming a key that is unknown, missing or mistyped.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{cls.__name__}: expected a JSON object, got {values!r}")
+            raise ConfigError(f"{cls.__name__}: expected a JSON object, got {shown(values)}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := [key for key in values if key not in fields]:
             raise ConfigError(
@@ -84,15 +85,12 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         accepted = isinstance(value, int | float) and not isinstance(value, bool)
     else:
         accepted = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if accepted and isinstance(value, int) and not -_MOST < value < _MOST:
+        raise ConfigError(f"{where}: an integer of {value.bit_length()} bits is too large")
     if not accepted:
-        shown = repr(value) if len(repr(value)) <= _MAX_SHOWN else f"{repr(value)[:_MAX_SHOWN]}…"
-        raise ConfigError(f"{where}: {shown} is not allowed; expected {_in_words(hint)}")
-    try:
-        return float(value) if hint is float else value
-    except OverflowError as error:
-        raise ConfigError(
-            f"{where}: an integer of {value.bit_length()} bits is too large"
-        ) from error
+        said = f"{shown(value)} is not allowed; expected {_in_words(hint)}"
+        raise ConfigError(f"{where}: {said}")
+    return float(value) if hint is float else value
 
 
 def _parse_item(hint: Any, value: Any, where: str) -> Any:

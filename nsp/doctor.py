@@ -1,6 +1,5 @@
 """What this machine offers: software, hardware, runtime backends, and what could be installed."""
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -9,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nsp.distribution import checkout, extras, installed_version, pip_install, version
 from nsp.runtime.backends.registry import BACKENDS, availability
 from nsp.runtime.nvidia import find_gpu
 
@@ -17,20 +17,23 @@ if TYPE_CHECKING:
 
 # Made of other extras; replaces onnxruntime, about which that backend's own line speaks.
 _NOT_LISTED = ("all", "gpu")
+_FOR_A_GPU = ("tensorrt", "tensorrt-rtx")
 
 
 def examine() -> dict[str, Any]:
     """Return what this machine has and lacks, JSON-ready; no engine is loaded."""
+    gpu = find_gpu()
     return {
-        "nsp": _version("nsp"),
+        "nsp": version(),
+        "checkout": None if (folder := checkout()) is None else str(folder),
         "python": platform.python_version(),
         "os": _os_name(),
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "ram_gib": round(_ram_bytes() / 2**30, 1),
-        "gpu": None if (gpu := find_gpu()) is None else asdict(gpu),
+        "gpu": None if gpu is None else asdict(gpu),
         "backends": [{"name": name, **asdict(availability(name))} for name in BACKENDS],
-        "extras": _extras(),
+        "extras": _extras(has_gpu=gpu is not None),
     }
 
 
@@ -45,7 +48,7 @@ def render_findings(found: Mapping[str, Any]) -> list["RenderableType"]:
             **found["gpu"]
         )
     rows = {
-        "nsp": found["nsp"] or "not installed (run from a checkout)",
+        "nsp": found["nsp"] if found["checkout"] is None else _of_checkout(found),
         "Python": found["python"],
         "OS": found["os"],
         "CPU": f"{found['cpu']}, {found['cpu_cores']} cores",
@@ -60,19 +63,17 @@ def render_findings(found: Mapping[str, Any]) -> list["RenderableType"]:
     for backend in found["backends"]:
         works = "yes" if backend["works"] else "no"
         backends.add_row(backend["name"], works, backend["reason"], backend["install"] or "")
-    extras = Table(box=None, pad_edge=False)
+    wanted = Table(box=None, pad_edge=False)
     for heading in ("\nextra", "\nmissing", "\ninstall"):
-        extras.add_column(heading, overflow="fold")
+        wanted.add_column(heading, overflow="fold")
     for extra in found["extras"]:
-        extras.add_row(extra["name"], ", ".join(extra["missing"]) or "-", extra["install"] or "")
-    return [machine, backends, extras]
+        advice = extra["install"] or ("needs an NVIDIA GPU" if extra["missing"] else "")
+        wanted.add_row(extra["name"], ", ".join(extra["missing"]) or "-", advice)
+    return [machine, backends, wanted]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _of_checkout(found: Mapping[str, Any]) -> str:
+    return f"{found['nsp']}, run from the checkout {found['checkout']}"
 
 
 def _os_name() -> str:
@@ -104,30 +105,23 @@ def _ram_bytes() -> int:
     return min(total, limit)
 
 
-def _extras() -> list[dict[str, Any]]:
-    """Return every extra of this package with the requirements that are not installed.
+def _extras(*, has_gpu: bool) -> list[dict[str, Any]]:
+    """Return every extra of this project with the requirements that are not installed.
 
-    Presence is all that is checked: pip knows about versions.
+    Presence is all that is checked: pip knows about versions. What only an NVIDIA GPU runs is not
+    to be installed without one.
     """
-    try:
-        wanted = importlib.metadata.requires("nsp") or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    missing: dict[str, list[str]] = {}
-    for line in wanted:
-        requirement, _, marker = line.partition(";")
-        extra = re.search(r"""extra == ['"](.+?)['"]""", marker)
-        name = re.match(r"[\w.-]+", requirement)
-        if extra is None or name is None or extra[1] in _NOT_LISTED:
+    found = []
+    for extra, requirements in extras().items():
+        if extra in _NOT_LISTED:
             continue
-        absent = missing.setdefault(extra[1], [])
-        if _version(name[0]) is None:
-            absent.append(requirement.strip())
-    return [
-        {
-            "name": extra,
-            "missing": absent,
-            "install": f"pip install 'nsp[{extra}]'" if absent else None,
-        }
-        for extra, absent in missing.items()
-    ]
+        missing = [line.partition(";")[0].strip() for line in requirements if _is_missing(line)]
+        of_use = has_gpu or extra not in _FOR_A_GPU
+        install = pip_install(extra) if missing and of_use else None
+        found.append({"name": extra, "missing": missing, "install": install})
+    return found
+
+
+def _is_missing(requirement: str) -> bool:
+    name = re.match(r"[\w.-]+", requirement)
+    return name is not None and installed_version(name[0]) is None

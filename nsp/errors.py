@@ -23,6 +23,8 @@ quotation from breaking the line, the terminal or the encoder, whatever it holds
 
 import re
 
+from nsp.distribution import pip_install
+
 _MAX_WORD = 300  # characters of one word: longer than any path that a file system takes in one part
 _MAX_LINE = 3000
 # Controls, separators that terminals or editors break lines at, marks that reorder text, and half
@@ -50,6 +52,28 @@ def _escape(found: re.Match[str]) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte that was not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+# What libraries say, each in its own kind of error, when the process gets no more memory: the
+# loader, C++, PyTorch, Python's threads, ONNX Runtime and the operating system.
+_MEMORY_HINTS = re.compile(
+    "failed to map segment|bad_alloc|bad allocation|not enough memory|can't allocate memory|"
+    "cannot allocate memory|failed to allocate memory|out of memory|can't start new thread|"
+    "error return without exception set",
+    re.IGNORECASE,
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error, or one it came from, says that memory is exhausted."""
+    cause: BaseException | None = error
+    for _ in range(20):  # chains may be circles
+        if cause is None:
+            return False
+        if isinstance(cause, MemoryError) or _MEMORY_HINTS.search(str(cause)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 class NspError(Exception):
@@ -108,4 +132,4 @@ class MissingExtraError(NspError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed; run: pip install 'nsp[{extra}]'")
+        super().__init__(f"{package} is not installed; run: {pip_install(extra)}")

@@ -1,10 +1,16 @@
-"""How files are read and written: JSON with its damage named; results whole, or not at all."""
+"""How files are read and written: JSON with its damage named; results whole, or not at all.
+
+Folders made by somebody else are hostile: `inside` and `locked_file` never lead out of them.
+"""
 
 import errno
+import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +58,47 @@ def _children(value: Any) -> list[Any]:
     return [child for child in inside if isinstance(child, dict | list)]
 
 
+def inside(folder: Path, name: str) -> Path:
+    """Return folder / name, where `name` (posix, relative) leads to a place in that folder.
+
+    Raises ValueError with the reason for an absolute name, one with parts such as `..`, and one of
+    which a part that exists is a symbolic link: what is read, written, moved or removed there might
+    be a file of somebody else. The folder itself may be reached by links.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise ValueError("leads outside the folder")
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise ValueError("is a symbolic link, or lies behind one; copy the files themselves")
+    return path
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[bool]:
+    """Yield whether this process holds the lock of `path` until the block ends.
+
+    The file is made when it is missing; what it holds is left alone. Raises OSError when it cannot
+    be opened, also when it is a link or no regular file: a lock in a folder of somebody else must
+    not touch other files.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(path, flags, 0o644)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file, so it cannot be a lock", str(path))
+        held = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        yield held
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `folder` when the block ends without an error.
@@ -94,13 +141,25 @@ def write_file(path: Path) -> Iterator[Path]:
     After an error nothing is left of it. Raises OSError naming `path` when it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Of a name that nobody can have laid a link under.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with name_failed_write(path, partial):
+            mode = _create(partial)
             yield partial
+            partial.chmod(mode)  # safetensors makes its files anew, readable for the owner alone
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> int:
+    """Make an empty file that was not there, and return its mode: what the umask leaves."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """What an engine folder or a checkpoint folder says about itself."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsp.checkpoint import CONFIG_NAME, is_checkpoint, read_checkpoint
-from nsp.errors import EngineError
-from nsp.runtime.manifest import MANIFEST_NAME, read_manifest
+from nsp.checkpoint import is_checkpoint, read_checkpoint
+from nsp.errors import CheckpointError, EngineError
+from nsp.paths import describe, wrong_path
+from nsp.runtime.manifest import read_manifest
+from nsp.walk import files_below
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,32 +26,40 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """
     if is_checkpoint(folder):
         return _describe_checkpoint(folder)
-    if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
-        raise EngineError(
-            f"{folder} is neither an engine folder ({MANIFEST_NAME}) "
-            f"nor a checkpoint folder ({CONFIG_NAME})"
-        )
+    if (found := describe(folder)).kind not in ("engines", "unfinished export"):
+        raise EngineError(wrong_path(folder, "model", found))
     manifest = read_manifest(folder)
     stages = manifest.stages.values()
-    names = [*manifest.files, *(f for variants in stages for v in variants for f in v.files)]
+    shared = [*manifest.files, *manifest.recorded]
+    names = [*shared, *(f for variants in stages for v in variants for f in v.files)]
     sizes = {name: _size(folder / name) for name in names}
     return {"kind": "engines", "folder": str(folder), **manifest.to_dict(), "sizes": sizes}
 
 
 def _describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the record of a checkpoint folder with its files."""
-    record = read_checkpoint(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    record = read_checkpoint(folder, verify=False)
+    files = list(files_below(folder))
     return {
         "kind": "checkpoint",
         "folder": str(folder),
         "family": record.family.name,
         "config": dict(record.config),
         "model_hash": record.weights_hash(),
+        "digests": _digests_in_words(folder),
         "sampling": dict(record.sampling),
         "notes": dict(record.notes),
         "sizes": {str(path.relative_to(folder)): _size(path) for path in files},
     }
+
+
+def _digests_in_words(folder: Path) -> str:
+    """Return whether the files are those that were written."""
+    try:
+        record = read_checkpoint(folder)
+        return "match" if record.files and record.digests else "none: written before there were any"
+    except CheckpointError as error:
+        return str(error)
 
 
 def _size(path: Path) -> int | None:
@@ -62,6 +72,8 @@ def render_folder(found: Mapping[str, Any]) -> list["RenderableType"]:
     head.add_row(found["kind"], found["folder"])
     head.add_row("family", found["family"])
     head.add_row("model", found["model_hash"])
+    if digests := found.get("digests"):
+        head.add_row("digests", digests)
     if source := found.get("source"):
         head.add_row("source", source)
     for key, text in [*_lines("config", found["config"]), *_lines("sampling", found["sampling"])]:
@@ -71,8 +83,8 @@ def render_folder(found: Mapping[str, Any]) -> list["RenderableType"]:
     if found["kind"] == "checkpoint":
         return [head, _files_table(found["sizes"], found["sizes"])]
     tables: list[RenderableType] = [head]
-    if found["files"]:
-        tables.append(_files_table(found["files"], found["sizes"]))
+    if shared := [*found["files"], *found["recorded"]]:
+        tables.append(_files_table(shared, found["sizes"]))
     tables.append(_overview(found))
     for stage, variants in found["stages"].items():
         tables.append(f"\n{stage}")
@@ -134,7 +146,7 @@ def _plain_table() -> "Table":
     return table
 
 
-def _files_table(names: Mapping[str, Any], sizes: Mapping[str, int | None]) -> "Table":
+def _files_table(names: Iterable[str], sizes: Mapping[str, int | None]) -> "Table":
     table = _plain_table()
     for name in names:
         table.add_row(name, _readable(sizes[name]))

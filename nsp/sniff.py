@@ -95,6 +95,7 @@ class Sniffed:
     size: int = 0  # bytes there are
     whole_size: int | None = None  # bytes there should be, or that a pointer stands for
     is_cut: bool = False  # its end is missing
+    is_at_least: bool = False  # `whole_size` is a lower bound: the header is cut too
     detail: str = ""  # the reason it cannot be read, or the first line of a text
 
     @property
@@ -109,7 +110,8 @@ class Sniffed:
         if self.kind == "lfs pointer" and self.whole_size is not None:
             return f"{words} that stands for a file of {self.whole_size:,} bytes"
         if self.is_cut:
-            of = "" if self.whole_size is None else f" of {self.whole_size:,}"
+            least = "at least " if self.is_at_least else ""
+            of = "" if self.whole_size is None else f" of {least}{self.whole_size:,}"
             return f"{words} cut short: it has {self.size:,} bytes{of}, and its end is missing"
         return f"{words} ({self.detail})" if self.detail else words
 
@@ -184,9 +186,13 @@ def _safetensors(file: BinaryIO, size: int, length: int) -> Sniffed:
     header = file.read(length)
     ends = (int(match[1]) for match in _OFFSETS.finditer(header))
     whole = 8 + length + max(ends, default=0)
-    if len(header) < length:  # so much at least
-        return Sniffed(kind="safetensors", size=size, is_cut=True)
-    return Sniffed(kind="safetensors", size=size, whole_size=whole, is_cut=size < whole)
+    return Sniffed(
+        kind="safetensors",
+        size=size,
+        whole_size=whole,
+        is_cut=size < whole,
+        is_at_least=len(header) < length,
+    )
 
 
 def _zip(file: BinaryIO, size: int, head: bytes) -> Sniffed:

@@ -77,7 +77,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
     Nothing is drawn between its calls: what is measured there is not disturbed.
     """
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield _ActivityLines()
         return
     from rich.console import Console

@@ -1,17 +1,25 @@
-"""Weights as safetensors folders, and the checks made when they are read."""
+"""Weights of modules: checked against what a module has, then loaded; written as safetensors."""
 
-from collections.abc import Mapping
+import logging
+import math
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from nsp.errors import CheckpointError
-from nsp.files import name_failed_write
+from nsp.errors import CheckpointError, NspError
+from nsp.state_names import kind_of
+from nsp.weight_files import read_safetensors, read_shapes, write_safetensors
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
+_BUILD_ERRORS = (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError, LookupError)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_weights(module: nn.Module, folder: Path) -> None:
@@ -20,9 +28,7 @@ def save_weights(module: nn.Module, folder: Path) -> None:
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
     }
-    path = folder / WEIGHTS_NAME
-    with name_failed_write(path):
-        save_file(state, path)
+    write_safetensors(state, folder / WEIGHTS_NAME)
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
@@ -30,43 +36,166 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     load_state(module, read_safetensors(folder / WEIGHTS_NAME), str(folder))
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file.
+@contextmanager
+def bounded_by_files(
+    folder: Path, parts: Sequence[str], listed: Collection[str] | None = None
+) -> Iterator[None]:
+    """Build modules no larger than the weight files of a checkpoint's parts, see `bounded`.
 
-    Raises CheckpointError when it is missing or damaged.
+    Only the files' headers are read. With `listed` each file must be among those names.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, write it again")
+    shapes: list[tuple[int, ...]] = []
+    for part in parts:
+        path = folder / part / WEIGHTS_NAME
+        if listed is not None and f"{part}/{WEIGHTS_NAME}" not in listed:
+            raise CheckpointError(
+                f"{path} is not listed in config.json; the checkpoint is incomplete, write it again"
+            )
+        shapes += read_shapes(path).values()
+    with bounded(shapes, str(folder)):
+        yield
+
+
+@contextmanager
+def bounded(shapes: Iterable[Sequence[int]], source: str) -> Iterator[None]:
+    """Build modules that cannot be much larger than the tensors they are to hold.
+
+    A configuration with absurd numbers ends in CheckpointError: parameters are counted as they are
+    registered, before they are filled, which is when memory is really taken. What torch says of
+    sizes beyond its numbers becomes one line. Modules of other threads are not counted.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    # Room for a model that does not fit by a few layers: those are named when it is loaded.
+    most, largest = 4 * len(sizes) + 64, 4 * sum(sizes) + 2**16
+    thread, count, total = threading.get_ident(), 0, 0
+
+    def note(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count, total
+        if threading.get_ident() != thread or parameter is None:
+            return
+        count, total = count + 1, total + parameter.numel()
+        if count > most or total > largest:
+            raise CheckpointError(
+                f"{source}: the configuration describes a model of more than {count} tensors and "
+                f"{total:,} numbers, the file has {len(sizes)} and {sum(sizes):,}; they do not "
+                "belong together, copy them again"
+            )
+
+    handle = register_module_parameter_registration_hook(note)
     try:
-        state: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); write the checkpoint again") from error
-    return state
+        yield
+    except NspError:
+        raise
+    except _BUILD_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{source}: the configuration describes a model that cannot be built ({reason})"
+        ) from error
+    finally:
+        handle.remove()
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` into `module`, every name and shape matching.
+def compare_shapes(
+    own: Mapping[str, Tensor],
+    found: Mapping[str, tuple[int, ...]],
+    source: str,
+    *,
+    optional: Collection[str] = (),
+) -> None:
+    """Raise CheckpointError naming the first missing, extra or misshapen tensor, and their number.
 
-    Raises CheckpointError naming the first missing, extra, misshapen or non-finite tensor and how
-    many there are.
+    Names in `optional` may be missing, and may be there though `own` has no such name.
     """
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    missing = sorted(own.keys() - found.keys() - set(optional))
+    extra = sorted(found.keys() - own.keys() - set(optional))
     misshapen = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
+        f"{name} {tuple(found[name])} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & found.keys()
+        if tuple(own[name].shape) != tuple(found[name])
     ]
     problems = {"missing": missing, "extra": extra, "misshapen": sorted(misshapen)}
     for problem, names in problems.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{source}: {problem} tensor {names[0]}{more}")
+            kind, wanted = kind_of(found), kind_of(own)
+            holds = f"; it holds {kind}" if kind is not None and kind != wanted else ""
+            raise CheckpointError(f"{source}: {problem} tensor {names[0]}{more}{holds}")
+
+
+def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of `module` that follow from its configuration.
+
+    A module names those that do not, because they were measured, in `MEASURED_BUFFERS`.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in getattr(part, "MEASURED_BUFFERS", ())
+    }
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `module`, every name, shape and type matching.
+
+    Buffers that follow from the configuration may be missing; those that are there must hold what
+    the module computes (or are replaced by it and that is said, where the module names them in
+    `RECOMPUTED_BUFFERS`). Raises CheckpointError naming the first missing, extra, misshapen,
+    mistyped or non-finite tensor and how many there are.
+    """
+    own, computed = module.state_dict(), computed_buffers(module)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    compare_shapes(own, shapes, source, optional=computed)
+    check_types(own, state, source)
+    if eight := rounded_to_eight_bits(state):
+        log.warning("%s: 8-bit weights: %s were rounded before they came here", source, eight)
+    # -inf is legitimate in a mask buffer, which is no parameter.
+    check_finite(dict(module.named_parameters()), state, source)
+    odd = [name for name in computed.keys() & state.keys() if not _is_computed(name, module, state)]
+    for name in sorted(odd):
+        where = f"{source}: tensor {name} differs from what the configuration gives"
+        part, _, last = name.rpartition(".")
+        if last not in getattr(module.get_submodule(part), "RECOMPUTED_BUFFERS", ()):
+            raise CheckpointError(f"{where}; it is of another model, or damaged")
+        log.warning("%s, which is taken", where)
+    state = {name: tensor for name, tensor in state.items() if name not in odd}
+    cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
+    module.load_state_dict({**own, **cast})
+
+
+def check_finite(names: Collection[str], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError naming the first of `names` whose tensor holds NaN or infinity."""
     for name, tensor in state.items():
-        # -inf is legitimate in a mask buffer, which is no parameter.
-        if name in dict(module.named_parameters()) and not bool(
-            torch.isfinite(tensor.float()).all()
-        ):
+        if name in names and not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(f"{source}: tensor {name} holds NaN or infinity")
-    cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
-    module.load_state_dict(cast)
+
+
+def check_types(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError for integers where the model has floating-point numbers."""
+    wanted = {n: t for n, t in state.items() if n in own and own[n].is_floating_point()}
+    wrong = [n for n, t in wanted.items() if t.dtype not in _FLOATS and not _is_eight_bits(t.dtype)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        dtype = str(state[wrong[0]].dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{source}: tensor {wrong[0]}{more} holds {dtype}, the model has floating-point "
+            "weights; these are quantized without their scales, give the weights they were made of"
+        )
+
+
+def _is_eight_bits(dtype: torch.dtype) -> bool:
+    return "float8_e4m3" in str(dtype) or "float8_e5m2" in str(dtype)
+
+
+def rounded_to_eight_bits(state: Mapping[str, Tensor]) -> str | None:
+    """Return how many tensors of which 8-bit types there are, in words; None without any."""
+    found = [str(t.dtype).removeprefix("torch.") for t in state.values() if _is_eight_bits(t.dtype)]
+    if not found:
+        return None
+    return f"{len(found)} of {len(state)} tensors ({', '.join(sorted(set(found)))})"
+
+
+def _is_computed(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Return whether a buffer holds in `state` what `module` computes, as its type can hold it."""
+    computed, given = module.get_buffer(name), state[name]
+    return computed.shape == given.shape and torch.equal(computed.to(given.dtype), given)

@@ -174,10 +174,11 @@ def test_export_without_a_checkpoint_names_both_places_it_looked(tmp_path, monke
     assert "--checkpoint" in line
 
 
-def test_fidelity_is_measured_on_seen_and_held_out_captions(engines, tmp_path):
+def test_fidelity_is_measured_on_seen_and_held_out_captions(engines, tiny_checkpoint, tmp_path):
     data, out = write_captioned(tmp_path / "pictures"), tmp_path / "out"
     words = ("--fidelity", "--engine-dir", engines, "--output-dir", out, "--num-captions", 2)
-    result = nsp("bench", *words, "--data", data, "--guidance-until", 1)
+    words += ("--data", data, "--checkpoint", tiny_checkpoint)
+    result = nsp("bench", *words, "--guidance-until", 1)
     assert result.exit_code == 0, result.stderr
     assert "held out: recall@1" in result.stdout
     assert "tokenizer: recall@1" in result.stdout

@@ -1,6 +1,8 @@
 """Bad input gets one clear line and exit code 1 or 2, and leaves nothing half-written."""
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
+from nsp.checkpoint import write_digests
+from nsp.distribution import pip_install
 from nsp.runtime.manifest import read_manifest
 from tests.disk import largest_file
-from tests.runtime.engine_folders import change_manifest, write_engines
+from tests.runtime.engine_folders import change_manifest, engine_file, write_engines
 
 ROOT = Path(__file__).parent.parent
 PROMPT = ("--prompt", "red apple")
@@ -149,6 +153,7 @@ def test_an_unknown_family_is_named(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, folder)
     record = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**record, "family": "frob"}))
+    write_digests(folder)
     assert_one_line(nsp("inspect", folder), 2, "'frob'", "var")
     weights = folder / "vae/model.safetensors"
     options = ("--tokenizer", weights, "--predictor", weights, "--output-dir", tmp_path / "out")
@@ -183,7 +188,7 @@ def assert_refused(engines: Path, code: int, *words: str, options: tuple[object,
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
 def test_a_damaged_engine_is_named_with_the_command_that_repairs_it(engines, damage):
-    path = engines / "step/onnxruntime-fp32/model.onnx"
+    path = engine_file(engines, "step")
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -268,7 +273,8 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tiny_checkpoint
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     *_, line = done.stderr.splitlines()
-    assert line.startswith(f"error: {package} is not installed; run: pip install 'nsp[")
+    advised = [pip_install(extra) for extra in ("export", "train")]
+    assert line in [f"error: {package} is not installed; run: {advice}" for advice in advised]
     assert "Traceback" not in done.stderr
 
 
@@ -302,3 +308,78 @@ def test_the_time_a_build_may_take_is_an_option(tiny_checkpoint, tmp_path, monke
         assert result.exit_code == 0, result.output
     assert seen == [3600.0, 7200.0]
     assert CliRunner().invoke(main, [*arguments, "--build-timeout", "0"]).exit_code == 2
+
+
+def in_a_shell(command: str) -> tuple[int, str, str]:
+    """Run one line of a shell in which `nsp` is this program; a process of its own, as in life."""
+    nsp = f"{shlex.quote(sys.executable)} -c 'import cli; cli.main()'"
+    script = f'set -o pipefail; nsp() {{ {nsp} "$@"; }}; {command}'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("nsp inspect ENGINES >&-", "standard output is closed"),
+        ("nsp --help >&-", "standard output is closed"),
+        ("nsp inspect ENGINES >/dev/full", "No space left on device"),
+        ("(ulimit -v 51200; nsp generate --engine-dir ENGINES --class-id 1)", "not enough memory"),
+    ],
+)
+def test_a_process_that_cannot_write_or_has_no_memory_ends_with_one_line(engines, command, words):
+    code, _, errors = in_a_shell(command.replace("ENGINES", str(engines)))
+    assert code == 1, errors
+    assert errors.startswith("error: "), errors
+    assert errors.count("\n") == 1
+    assert words in errors
+
+
+@pytest.mark.parametrize("command", ["inspect ENGINES", "inspect ENGINES --json"])
+def test_a_reader_that_leaves_early_gets_no_complaint_and_no_success(engines, command):
+    code, _, errors = in_a_shell(f"nsp {command.replace('ENGINES', str(engines))} | true")
+    assert (code, errors) == (1, "")
+
+
+def test_a_closed_stderr_does_not_lend_its_number_to_a_file(engines, tmp_path):
+    code, out, _ = in_a_shell(f"nsp inspect {tmp_path}/none 2>&-; nsp inspect {engines} 2>&- <&-")
+    assert code == 0
+    assert out.startswith("engines ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ImportError("libfoo.so.5: failed to map segment from shared object"),
+        RuntimeError("can't start new thread"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_every_way_in_which_memory_ends_is_one_line(monkeypatch, tmp_path, error):
+    def fail(folder):
+        raise error
+
+    monkeypatch.setattr("nsp.inspection.describe_folder", fail)
+    assert_one_line(nsp("inspect", tmp_path), 1, "not enough memory")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    def fail(folder):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("nsp.inspection.describe_folder", fail)
+    assert isinstance(nsp("inspect", tmp_path).exception, RuntimeError)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "two", "10000"])
+@pytest.mark.parametrize("verb", [("generate", *PROMPT), ("verify", "x"), ("bench",), ("export",)])
+def test_a_number_of_threads_that_cannot_be_is_a_wrong_usage(verb, number):
+    assert_one_line(nsp(*verb, "--threads", number), 2, "--threads")

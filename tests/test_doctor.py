@@ -4,7 +4,10 @@ import sys
 from click.testing import CliRunner
 
 from cli import main
+from nsp.distribution import pip_install
+from nsp.runtime.backends import registry
 from nsp.runtime.backends.registry import BACKENDS
+from nsp.runtime.nvidia import Gpu
 
 
 def test_doctor_names_every_backend_and_succeeds():
@@ -28,8 +31,25 @@ def test_doctor_says_why_a_backend_does_not_work_and_what_to_install(monkeypatch
 def test_doctor_gives_the_command_for_every_extra_with_missing_packages(monkeypatch):
     import nsp.doctor
 
-    monkeypatch.setattr(nsp.doctor, "_version", lambda package: None)
+    monkeypatch.setattr(nsp.doctor, "installed_version", lambda package: None)
     extras = {each["name"]: each for each in nsp.doctor.examine()["extras"]}
     assert {"export", "train", "tensorrt-rtx"} <= set(extras)
-    assert extras["export"]["install"] == "pip install 'nsp[export]'"
+    assert extras["export"]["install"] == pip_install("export")
     assert any(line.startswith("torch") for line in extras["export"]["missing"])
+
+
+def test_only_a_machine_with_an_nvidia_gpu_is_told_to_install_tensorrt(monkeypatch):
+    import nsp.doctor
+
+    monkeypatch.setattr(nsp.doctor, "installed_version", lambda package: None)
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    gpu = Gpu(name="NVIDIA L4", compute_capability="8.9", driver_cuda="13.0")
+    for found in (None, gpu):
+        for module in (nsp.doctor, registry):
+            monkeypatch.setattr(module, "find_gpu", lambda found=found: found)
+        findings = nsp.doctor.examine()
+        rows = [*findings["extras"], *findings["backends"]]
+        advised = {row["name"] for row in rows if "tensorrt" in (row["install"] or "")}
+        both = {"tensorrt", "tensorrt-rtx", "tensorrt_rtx"}
+        assert advised == (both if found else set())

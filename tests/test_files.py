@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nsp.files import name_failed_write, read_json, write_file, write_folder
+from nsp.files import (
+    inside,
+    locked_file,
+    name_failed_write,
+    read_json,
+    write_file,
+    write_folder,
+)
 from tests.disk import largest_file
 
 
@@ -81,3 +88,51 @@ def test_an_error_about_another_file_keeps_its_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, write_folder(tmp_path / "out"):
         (tmp_path / "source").read_bytes()
     assert caught.value.filename == os.fspath(tmp_path / "source")
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "..", "a/../b", "a//b", "a/./b", "", "a\0b", "//a"]
+)
+def test_a_name_that_leads_out_of_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="leads outside the folder"):
+        inside(tmp_path, name)
+
+
+def test_a_name_behind_a_link_is_refused_and_a_linked_folder_is_not(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/link").symlink_to(tmp_path / "mine")
+    (tmp_path / "theirs/broken").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "link/file", "broken"):
+        with pytest.raises(ValueError, match="symbolic link"):
+            inside(tmp_path / "theirs", name)
+    (tmp_path / "short").symlink_to(tmp_path / "mine")
+    assert inside(tmp_path / "short", "a/file") == tmp_path / "short/a/file"
+
+
+def test_a_lock_is_held_once_and_keeps_what_its_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("kept")
+    with locked_file(path) as first, locked_file(path) as second:
+        assert (first, second) == (True, False)
+    with locked_file(path) as again:
+        assert again
+    assert path.read_text() == "kept"
+
+
+def test_a_lock_never_touches_a_file_behind_a_link_nor_waits_for_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(OSError), locked_file(tmp_path / name):  # noqa: PT011
+            pass
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_file_written_by_safetensors_has_the_mode_of_all_others(tmp_path: Path) -> None:
+    with write_file(tmp_path / "a.safetensors") as partial:
+        save_file({"a": np.zeros(3)}, partial)
+    (tmp_path / "plain").write_text("")
+    modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "plain")]
+    assert modes[0] == modes[1]

@@ -10,13 +10,15 @@ from nsp.families.var.config import SIZES
 from nsp.families.var.io import stages_io
 from nsp.runtime.manifest import SCHEMA, Manifest, Variant, write_manifest
 
+NAME = "decoder/onnxruntime-fp16-0123456789abcdef/model.onnx"
+
 
 @pytest.fixture
 def engines(tmp_path: Path) -> Path:
     """An engine folder of one stage whose file is no engine: `inspect` reads the manifest only."""
     config = SIZES["tiny"]
     content = b"decoder"
-    name = "decoder/onnxruntime-fp16/model.onnx"
+    name = NAME
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_bytes(content)
     variant = Variant(
@@ -72,13 +74,12 @@ def test_json_is_the_manifest_with_sizes(engines):
     found = json.loads(inspect(engines, "--json"))
     assert found.pop("kind") == "engines"
     assert found.pop("folder") == str(engines)
-    assert found.pop("sizes") == {"decoder/onnxruntime-fp16/model.onnx": 7}
-    assert found == json.loads((engines / "manifest.json").read_text())
+    assert found.pop("sizes") == {NAME: 7}
+    manifest = json.loads((engines / "manifest.json").read_text())
+    assert {**found, "digest": manifest["digest"]} == manifest
 
 
 def test_a_missing_file_is_called_missing(engines):
-    (engines / "decoder/onnxruntime-fp16/model.onnx").unlink()
+    (engines / NAME).unlink()
     assert "missing" in inspect(engines)
-    assert json.loads(inspect(engines, "--json"))["sizes"] == {
-        "decoder/onnxruntime-fp16/model.onnx": None
-    }
+    assert json.loads(inspect(engines, "--json"))["sizes"] == {NAME: None}

@@ -74,8 +74,8 @@ def test_outside_commands_are_targets_and_extras_that_exist() -> None:
         if command.startswith("make "):
             assert f"\n{command.split()[1]}:" in makefile
     project = (ROOT / "pyproject.toml").read_text()
-    for extra in re.findall(r'"(?:\.|nsp)\[([a-z-]+)\]"', README):
-        assert f"\n{extra} = [" in project
+    for extras in re.findall(r'"\.\[([a-z,-]+)\]"', README):
+        assert all(f"\n{extra} = [" in project for extra in extras.split(","))
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)#]+)\)", README))

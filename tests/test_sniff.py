@@ -141,7 +141,9 @@ def test_a_file_that_may_not_be_read_says_so(
 def test_a_hostile_header_costs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(struct.pack("<Q", 99_000_000) + b"{" * 9000)
-    assert sniff(path) == Sniffed(kind="safetensors", size=9008, is_cut=True)
+    assert sniff(path) == Sniffed(
+        kind="safetensors", size=9008, whole_size=99_000_008, is_cut=True, is_at_least=True
+    )
     path.write_bytes(struct.pack("<Q", 2**63) + b"{" * 9000)
     assert sniff(path).kind == "other"
     header = json.dumps({"a": {"data_offsets": [0, int("9" * 4000)]}}).encode()

@@ -17,7 +17,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(folder)]
     subprocess.run(build, check=True, cwd=folder)
-    (wheel,) = folder.glob("nsp-*.whl")
+    (wheel,) = folder.glob("nsp_engines-*.whl")
     target = folder / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
     return target
@@ -53,3 +53,18 @@ def test_everything_a_run_needs_is_in_the_wheel(site: Path) -> None:
     result = run(site, "import sys\n" + code, str(site))
     assert result.returncode == 0, result.stderr
     assert (site / "nsp" / "py.typed").is_file()
+
+
+def test_an_installed_package_names_the_distribution_it_came_in(site: Path) -> None:
+    code = (
+        "from nsp.distribution import version\n"
+        "from nsp.doctor import examine\n"
+        "from nsp.errors import MissingExtraError\n"
+        "print(MissingExtraError('torch', 'export'), version(), 'cli')\n"
+        "print({extra['name'] for extra in examine()['extras']} >= {'export', 'train', 'dev'})"
+    )
+    result = run(site, code)
+    assert result.stdout.splitlines() == [
+        "torch is not installed; run: pip install 'nsp-engines[export]' 0.1.0 cli",
+        "True",
+    ], result.stderr

@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from nsp import values
 from nsp.errors import ConfigError
 from nsp.runtime.pipeline import Pipeline, StreamStep
-from nsp.runtime.requests import checked_count, class_numbers, prompt_texts
-from nsp.runtime.sampling import checked_seed
+from nsp.runtime.requests import class_numbers, prompt_texts
 
 DEFAULT_BATCH_SIZE = 8
+MAX_IMAGES = 1_000_000  # of one run: its list is held in memory, 250 MB then
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedImage:
     """One image of a run. Its condition and seed alone decide what it shows."""
 
@@ -63,14 +64,19 @@ def plan_images(
         raise ConfigError("prompts and class ids are both given; a model takes one kind: choose")
     if not texts and not ids:
         raise ConfigError("nothing to generate: give at least one prompt or class id")
-    seed, num_images = checked_seed(seed), checked_count("num_images", num_images)
+    seed, num_images = values.seed(seed), values.count("num_images", num_images)
+    if (total := num_images * max(len(texts), len(ids))) > MAX_IMAGES:
+        raise ConfigError(
+            f"{total} images are planned; one run makes at most {MAX_IMAGES}: make several, each "
+            "with another seed"
+        )
     made: Counter[tuple[str | None, int | None]] = Counter()
     planned: list[PlannedImage] = []
     for condition in [*((_text(p), None) for p in texts), *((None, c) for c in ids)]:
         for _ in range(num_images):
             planned.append(PlannedImage(len(planned), seed + made[condition], *condition))
             made[condition] += 1
-    checked_seed(seed + max(made.values()) - 1)
+    values.seed(seed + max(made.values()) - 1)
     return planned
 
 
@@ -113,7 +119,7 @@ def choose_batch_size(pipeline: Pipeline, requested: int | None) -> int:
     limit = pipeline.max_batch
     if requested is None:
         return DEFAULT_BATCH_SIZE if limit is None else min(DEFAULT_BATCH_SIZE, limit)
-    requested = checked_count("batch_size", requested)
+    requested = values.count("batch_size", requested)
     if limit is not None and requested > limit:
         raise ConfigError(
             f"batch size {requested} is outside the engine's 1..{limit}; "
@@ -133,7 +139,7 @@ def check_images(pipeline: Pipeline, planned: Sequence[PlannedImage]) -> None:
 
 def cut_batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[PlannedImage]]:
     """Return the images in order, `batch_size` at a time; ConfigError for less than one."""
-    starts = range(0, len(planned), checked_count("batch_size", batch_size))
+    starts = range(0, len(planned), values.count("batch_size", batch_size))
     return (list(planned[start : start + batch_size]) for start in starts)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nsp.errors import BackendError, ConfigError, EngineError
-from nsp.families.registry import Family
 from nsp.runtime.backends.registry import (
     BACKENDS,
     BackendRecord,
@@ -144,8 +143,6 @@ def choose_variants(
     manifest: Manifest,
     record: BackendRecord,
     *,
-    family: Family,
-    config: object,
     device: Device,
     precision: str | None,
 ) -> VariantSet:
@@ -168,7 +165,8 @@ def choose_variants(
         if each not in {variant.precision for variant in held}:
             continue
         for layout in layouts:
-            declared = family.get("stages_io")(config, layout, PRECISION_DTYPES[each])
+            stages_io = manifest.family_record.get("stages_io")
+            declared = stages_io(manifest.model_config, layout, PRECISION_DTYPES[each])
             found = _fitting(folder, manifest, record, declared, each)
             odd = [stage for stage in declared if stage not in found]
             if not odd:

@@ -13,13 +13,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nsp.distribution import version
 from nsp.runtime.batches import PlannedImage, check_images, cut_batches, stream_batch
 from nsp.runtime.images import slug, write_image, write_png
 from nsp.runtime.pipeline import Pipeline, StreamStep, to_uint8
@@ -172,14 +172,10 @@ def _condition(image: PlannedImage) -> dict[str, str | int | None]:
 
 def _shared_metadata(pipeline: Pipeline, settings: SamplingConfig) -> dict[str, str]:
     """Return the metadata that all images of a run have."""
-    try:
-        software = f"nsp {version('nsp')}"
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        software = "nsp"
     return {
         "sampling": json.dumps(settings.to_dict()),
         "family": pipeline.family.name,
         "model": pipeline.model_hash,
         "backend": pipeline.backend.name,
-        "Software": software,
+        "Software": " ".join(filter(None, ("nsp", version()))),
     }

@@ -1,7 +1,8 @@
 """The pipeline: prompts or class ids in, images out, from engines or from a checkpoint."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.checkpoint import is_checkpoint, read_checkpoint
-from nsp.errors import ConfigError
+from nsp import values
+from nsp.checkpoint import read_checkpoint
+from nsp.errors import CheckpointError, ConfigError, EngineError
 from nsp.families.registry import Family
+from nsp.paths import NOTHING, describe, wrong_path
 from nsp.runtime.backends.base import Backend
+from nsp.runtime.cores import num_threads
 from nsp.runtime.engine_dir import open_engine_dir
 from nsp.runtime.kv_arena import Array
 from nsp.runtime.requests import class_numbers, prompt_texts
-from nsp.runtime.sampling import SamplingConfig, checked_seed
+from nsp.runtime.sampling import SamplingConfig
 from nsp.text.tokenizer import PromptTokenizer
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,15 @@ logger = logging.getLogger(__name__)
 # Fields of a family's request that are not given by the caller as arrays.
 _NO_ARRAYS = ("sampling", "class_ids", "token_ids", "null_token_ids")
 _ENGINE_OPTIONS = ("precision", "device", "num_threads", "verify")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What `load_pipeline` was given: enough to load the same model again in another process."""
+
+    path: Path
+    backend: str
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,20 +85,42 @@ class StreamStep:
     @property
     def latent(self) -> NDArray[np.float32]:
         """The latent so far, (B, C, h, w)."""
-        return self._pipeline.backend.download(self._step.latent)
+        return self._pipeline.download(self._step.latent)
 
     @property
     def logits(self) -> NDArray[np.float32]:
         """Guided logits (B, L_s, V)."""
-        return self._pipeline.backend.download(self._step.guided)
+        return self._pipeline.download(self._step.guided)
 
     def decode(self) -> NDArray[np.float32]:
         """Return the picture of the latent so far, (B, 3, H, W) in [0, 1]."""
         return self._pipeline.decode(self._step.latent)
 
 
+class _Steps(Iterator[StreamStep]):
+    """The scale steps of one request, each made when it is asked for, one at a time."""
+
+    def __init__(self, pipeline: "Pipeline", request: Any) -> None:
+        self._pipeline, self._made = pipeline, pipeline.play_scales(request)
+
+    def __next__(self) -> StreamStep:
+        """Return the next scale step."""
+        with self._pipeline.turn:
+            return next(self._made)
+
+    def close(self) -> None:
+        """Make no further step; what the backend lent goes back."""
+        with self._pipeline.turn:
+            self._made.close()
+
+
 class Pipeline:
-    """A loaded model. Not safe for use from several threads at once; load one each."""
+    """A loaded model.
+
+    Threads may share one: they take turns, a picture or a scale step at a time, and what each makes
+    is what it would make alone. Pickled (sent to another process, copied) it is the path it was
+    loaded from with its options, and loads again on the other side.
+    """
 
     def __init__(
         self,
@@ -103,10 +138,28 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()
         self.model_hash, self.max_batch, self.precision = model_hash, max_batch, precision
+        self.turn = threading.RLock()  # held by the thread whose step the backend computes
+        self.origin: Origin | None = None
         self._loop, self._inputs = family.get("loop"), family.get("loop_inputs")
         self._request = family.get("request")
         names = [each.name for each in fields(self._request)]
         self._array_names = [name for name in names if name not in _NO_ARRAYS]
+
+    def __copy__(self) -> "Pipeline":
+        """Return another pipeline of the same backend, which both use in turns."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to load this pipeline again; ConfigError when it was made in memory."""
+        if self.origin is None:
+            raise ConfigError(
+                "this pipeline was made from modules in memory and cannot be sent to another "
+                "process or copied; save a checkpoint and load a pipeline in each process with "
+                "nsp.load_pipeline(path)"
+            )
+        return _load_again, (self.origin, self.model_hash), {"sampling": self.sampling}
 
     def generate(
         self,
@@ -127,6 +180,7 @@ class Pipeline:
         """
         prompts = list(prompts) if isinstance(prompts, Iterator) else prompts  # read twice
         class_ids = list(class_ids) if isinstance(class_ids, Iterator) else class_ids
+        trace = values.flag("trace", trace)
         request = self._checked_request(
             prompts=prompts,
             class_ids=class_ids,
@@ -137,7 +191,7 @@ class Pipeline:
         image = self._picture(request) if traced is None else traced.image
         return GenerateResult(
             images=to_uint8(image),
-            seed=checked_seed(seed),
+            seed=values.seed(seed),
             prompts=() if prompts is None else self._texts(prompts),
             class_ids=tuple(int(c) for c in (() if class_ids is None else class_ids)),
             trace=traced,
@@ -156,7 +210,7 @@ class Pipeline:
         Arguments are those of `generate`, checked before the first step.
         """
         request = self._checked_request(prompts=prompts, class_ids=class_ids, seed=seed, **options)
-        return self._steps(request)
+        return _Steps(self, request)
 
     def _checked_request(
         self,
@@ -168,7 +222,8 @@ class Pipeline:
     ) -> Any:
         """Return the family's Request; raise ConfigError for what this model does not take."""
         given = {name: options.pop(name) for name in self._array_names if name in options}
-        settings, seed = self.sampling.changed(options), checked_seed(seed)
+        values.seed(seed)
+        settings, seed = self.sampling.changed(options), values.seed(seed)
         conditions = self._conditions(prompts, class_ids)
         batch = len(next(iter(conditions.values())))
         if self.max_batch is not None and batch > self.max_batch:
@@ -194,19 +249,21 @@ class Pipeline:
     def _texts(self, prompts: Iterable[str]) -> tuple[str, ...]:
         return prompt_texts(prompts, allow_empty=self.family.takes_no_prompt)
 
-    def _steps(self, request: Any) -> Iterator[StreamStep]:
+    def play_scales(self, request: Any) -> Generator[StreamStep]:
+        """Yield the scale steps of a checked request; whoever asks for one holds `turn`."""
         for step in self.backend.play("scales", self._host(request), self._scales):
             tokens = None if step.tokens is None else self.backend.download(step.tokens)
             yield StreamStep(step.scale, step.num_scales, tokens, self, step)
 
     def _picture(self, request: Any) -> NDArray[np.float32]:
         """Return the picture alone: from condition to decoder in one piece, nothing in between."""
-        (image,) = self.backend.play("picture", self._host(request), self._scales_and_decoder)
-        return self.backend.download(image)
+        with self.turn:
+            (image,) = self.backend.play("picture", self._host(request), self._scales_and_decoder)
+            return self.backend.download(image)
 
     def _trace(self, request: Any) -> Trace:
         tokens, logits, latents, last = [], [], [], None
-        for last in self._steps(request):
+        for last in _Steps(self, request):
             latents.append(last.latent)
             if last.has_tokens:
                 tokens.append(last.tokens)
@@ -238,7 +295,8 @@ class Pipeline:
             texts = () if prompts is None else self._texts(prompts)
             if class_ids is not None or not texts:
                 raise ConfigError("this model is text-conditional: give one or more prompts")
-            return {"token_ids": self.tokenizer.encode(texts)}
+            with self.turn:
+                return {"token_ids": self.tokenizer.encode(texts)}
         ids = class_numbers(() if class_ids is None else class_ids)
         if prompts is not None or not len(ids):
             raise ConfigError("this model is class-conditional: give one or more class ids")
@@ -250,12 +308,21 @@ class Pipeline:
         return {"class_ids": ids}
 
     def _null_prompt(self) -> NDArray[np.int64] | None:
-        return None if self.tokenizer is None else self.tokenizer.encode([""])
+        if self.tokenizer is None:
+            return None
+        with self.turn:
+            return self.tokenizer.encode([""])
 
     def decode(self, latent: Any) -> NDArray[np.float32]:
         """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
-        image = self.backend.run("decoder", {"latent": latent})["image"]
-        return self.backend.download(image)
+        with self.turn:
+            image = self.backend.run("decoder", {"latent": latent})["image"]
+            return self.backend.download(image)
+
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return a NumPy copy of an array of the backend."""
+        with self.turn:
+            return self.backend.download(array)
 
 
 def to_uint8(image_B3HW: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -270,17 +337,55 @@ def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pi
     `backend` is "auto" (the fastest that works here; logged with the reason) or a name from
     `nsp.runtime.backends.registry`. `options` of engines are `precision`, `device`, `num_threads`
     and `verify`, as for `open_engine_dir`; a checkpoint has `device` ("cpu", "cuda", "cuda:1";
-    None is the GPU where there is one). Raises ConfigError for another one, and EngineError,
+    None is the GPU where there is one) and `verify` (False takes files that differ from their
+    digests). Raises ConfigError for another one, and EngineError,
     CheckpointError or BackendError with what to do.
     """
-    folder = Path(path)
-    checkpoint = is_checkpoint(folder)
-    kind, known = ("a checkpoint", ("device",)) if checkpoint else ("engines", _ENGINE_OPTIONS)
+    folder, backend = values.path("path", path), values.choice("backend", backend)
+    pipeline = _load(folder, backend, options)
+    pipeline.origin = Origin(folder.absolute(), backend, dict(options))
+    return pipeline
+
+
+def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with Python's own values; ConfigError for one of a wrong kind."""
+    checked = dict(options)
+    for name in ("precision", "num_threads"):
+        if checked.get(name) is None:
+            checked.pop(name, None)
+    if "precision" in checked:
+        checked["precision"] = values.choice("precision", checked["precision"])
+    if "num_threads" in checked:
+        checked["num_threads"] = num_threads(checked["num_threads"])
+    if "verify" in checked:
+        checked["verify"] = values.flag("verify", checked["verify"])
+    return checked
+
+
+def _load_again(origin: Origin, model_hash: str) -> Pipeline:
+    """Return a pipeline that was pickled; CheckpointError when another model lies there now."""
+    pipeline = load_pipeline(origin.path, origin.backend, **origin.options)
+    if pipeline.model_hash != model_hash:
+        raise CheckpointError(
+            f"{origin.path} holds another model than the pipeline that was sent here was loaded "
+            "from; load it again with nsp.load_pipeline(path)"
+        )
+    return pipeline
+
+
+def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
+    """Return the model in `folder`."""
+    found = describe(folder)
+    checkpoint = found.kind in ("checkpoint", "hub model")
+    kind, known = (
+        ("a checkpoint", ("device", "verify")) if checkpoint else ("engines", _ENGINE_OPTIONS)
+    )
     if unknown := [name for name in options if name not in known]:
         raise ConfigError(
             f"{folder} is loaded as {kind}, which has no option {unknown[0]!r}; "
             f"it has {', '.join(known)}"
         )
+    options = _checked_options(options)
     if checkpoint:
         if backend not in ("auto", "torch"):
             raise ConfigError(
@@ -288,6 +393,10 @@ def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pi
                 f"run: nsp export --checkpoint {folder}"
             )
         return _load_checkpoint(folder, **options)
+    if found.kind not in (*NOTHING, "engines"):
+        raise EngineError(wrong_path(folder, "model", found))
+    if options.get("device") is not None:
+        values.choice("device", options["device"])
     engines = open_engine_dir(folder, backend, **options)
     manifest = engines.manifest
     record = engines.family
@@ -303,9 +412,9 @@ def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pi
     )
 
 
-def _load_checkpoint(folder: Path, *, device: str | None = None) -> Pipeline:
+def _load_checkpoint(folder: Path, *, device: str | None = None, verify: bool = True) -> Pipeline:
     """Return the PyTorch pipeline of a checkpoint folder."""
-    record = read_checkpoint(folder)
+    record = read_checkpoint(folder, verify=verify)
     logger.info("%s: backend torch, because it is a checkpoint", folder)
     pipeline = torch_pipeline(record.family, record.load(), device=device, sampling=record.sampling)
     pipeline.model_hash = record.weights_hash()

@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.errors import ConfigError
-
-_MAX_SHOWN = 80  # characters of a wrong value in an error
+from nsp.values import shown
 
 
 def prompt_texts(prompts: Any, *, allow_empty: bool = False) -> tuple[str, ...]:
@@ -17,17 +16,17 @@ def prompt_texts(prompts: Any, *, allow_empty: bool = False) -> tuple[str, ...]:
     Raises ConfigError naming the first that is no text or empty, which `allow_empty` lets pass.
     """
     if isinstance(prompts, str | bytes):
-        raise ConfigError(f"prompts is a list of texts: prompts=[{_shown(prompts)}]")
+        raise ConfigError(f"prompts is a list of texts: prompts=[{shown(prompts)}]")
     ordered = not isinstance(prompts, Mapping | Set)
     try:
         texts = list(prompts) if ordered else None
     except TypeError:
         texts = None
     if texts is None:
-        raise ConfigError(f"prompts is a list of texts, not {_shown(prompts)}")
+        raise ConfigError(f"prompts is a list of texts, not {shown(prompts)}")
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            raise ConfigError(f"prompt {number} is {_shown(text)}, not a text")
+            raise ConfigError(f"prompt {number} is {shown(text)}, not a text")
         if not text.strip() and not allow_empty:
             raise ConfigError(f"prompt {number} is empty; write what the image should show")
     return tuple(str(text) for text in texts)
@@ -40,7 +39,7 @@ def class_numbers(class_ids: Any) -> NDArray[np.int64]:
     except (TypeError, ValueError):  # rows of different lengths
         ids = np.array(None)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ConfigError(f"class_ids is a list of integers, not {_shown(class_ids)}")
+        raise ConfigError(f"class_ids is a list of integers, not {shown(class_ids)}")
     return ids.astype(np.int64)
 
 
@@ -67,22 +66,9 @@ def check_gumbel(noise: Any, shape: tuple[int, ...], *, more_smooth: bool) -> No
         raise ConfigError("gumbel must be finite: it holds NaN or infinity")
 
 
-def checked_count(name: str, value: Any) -> int:
-    """Return a number of things as a Python integer; raise ConfigError unless it is 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ConfigError(f"{name} is an integer of at least 1, not {_shown(value)}")
-    return int(value)
-
-
 def _check_array(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> None:
     expected = f"expected a NumPy array, {np.dtype(dtype)} {shape}"
     if not isinstance(array, np.ndarray):
         raise ConfigError(f"{name} is a {type(array).__name__}; {expected}")
     if array.shape != shape or array.dtype != dtype:
         raise ConfigError(f"{name} is {array.dtype} {array.shape}; {expected}")
-
-
-def _shown(value: Any) -> str:
-    """Return `value` as one short line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from nsp import values
 from nsp.config import Config
 from nsp.errors import ConfigError
 
@@ -69,11 +70,11 @@ class SamplingConfig(Config):
 
         An interval of these settings goes with their schedule, when another one is chosen.
         """
-        values = {**self.to_dict(), **settings}
+        changed = {**self.to_dict(), **settings}
         schedule = settings.get("guidance_schedule")
         if isinstance(schedule, str) and schedule != "interval":
-            values["guidance_interval"] = settings.get("guidance_interval", (0.0, 1.0))
-        return self.from_dict(values)
+            changed["guidance_interval"] = settings.get("guidance_interval", (0.0, 1.0))
+        return self.from_dict(changed)
 
     def guidance_per_scale(self, num_scales: int) -> list[float]:
         """Return the guidance of every scale.
@@ -93,6 +94,7 @@ class SamplingConfig(Config):
         else:
             values = [self.guidance_scale if low <= ratio <= high else 1.0 for ratio in ratios]
         until = num_scales if self.guidance_until is None else self.guidance_until
+        until = min(until, num_scales)
         return [*values[:until], *[1.0] * (num_scales - until)]
 
     def num_ranks(self, vocab_size: int) -> int:
@@ -130,15 +132,8 @@ def draw_gumbel(seed: int, batch: int, num_tokens: int, vocab_size: int) -> NDAr
     return noise
 
 
-def checked_seed(seed: Any) -> int:
-    """Return a seed as a Python integer; raise ConfigError for what is none."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-        raise ConfigError(f"seed={seed!r} must be an integer between 0 and 2**64 - 1")
-    return int(seed)
-
-
 def stream(seed: int, image: int, purpose: int = 0) -> np.random.Generator:
     """Return the generator of one image's random numbers, and of one kind of them."""
-    key = np.array([checked_seed(seed), image], np.uint64)
+    key = np.array([values.seed(seed), image], np.uint64)
     counter = np.array([0, 0, 0, purpose], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -8,7 +8,8 @@ This file runs in the deployment image: tokenizers, no torch.
 """
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import RobertaProcessing
 
 from nsp.errors import CheckpointError
-from nsp.files import read_json
+from nsp.sniff import explain, sniff
+from nsp.weight_files import read_settings
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,15 @@ BOS_TOKEN = "<|startoftext|>"
 EOS_TOKEN = "<|endoftext|>"
 WORD_END = "</w>"
 CLIP_MAX_TOKENS = 77
+_NOT_STATED = 1e9  # a length of this size or more
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 # https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py, `self.pat`
 CLIP_WORDS = (
@@ -45,19 +56,22 @@ class TokenizerFolder:
     pad_token: str
 
 
-def read_tokenizer_folder(root: Path) -> TokenizerFolder:
+def read_tokenizer_folder(root: Path, listed: Collection[str] | None = None) -> TokenizerFolder:
     """Return the CLIP tokenizer in `root` with its special tokens and prompt length.
 
-    Raises CheckpointError when a file is missing, corrupt or not a CLIP tokenizer's.
+    With `listed` only files of those names are read: another one beside them, that nobody
+    verified, changes nothing. Raises CheckpointError when a file is missing, corrupt or not a CLIP
+    tokenizer's.
     """
-    settings = _read_settings(root)
+    there = {n for n in TOKENIZER_FILES if (listed is None or n in listed) and (root / n).is_file()}
+    settings = _read_settings(root, there)
     bos = _added_token(settings.get("bos_token"), BOS_TOKEN)
     eos = _added_token(settings.get("eos_token"), EOS_TOKEN)
     pad = _added_token(settings.get("pad_token"), EOS_TOKEN)
-    if (root / "tokenizer.json").is_file():
+    if "tokenizer.json" in there:
         tokenizer = _read_tokenizer_json(root / "tokenizer.json")
-    elif (root / "vocab.json").is_file() and (root / "merges.txt").is_file():
-        tokenizer = _read_vocab_and_merges(root, settings)
+    elif {"vocab.json", "merges.txt"} <= there:
+        tokenizer = _read_vocab_and_merges(root, settings, there)
     else:
         raise CheckpointError(_missing_files(root))
     vocabulary = tokenizer.get_vocab()
@@ -110,7 +124,7 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for I/O, JSON and content alike
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise _unreadable(error, path) from error
     if not isinstance(tokenizer.model, BPE) or tokenizer.model.end_of_word_suffix != WORD_END:
         raise CheckpointError(
             f"{path} holds a {type(tokenizer.model).__name__} tokenizer without {WORD_END!r} word "
@@ -119,7 +133,9 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_vocab_and_merges(root: Path, settings: Mapping[str, Any]) -> Tokenizer:
+def _read_vocab_and_merges(
+    root: Path, settings: Mapping[str, Any], there: Collection[str]
+) -> Tokenizer:
     """Return the tokenizer of an older folder, with the tokens added to it since."""
     try:
         model = BPE.from_file(
@@ -130,11 +146,9 @@ def _read_vocab_and_merges(root: Path, settings: Mapping[str, Any]) -> Tokenizer
             end_of_word_suffix=WORD_END,
         )
     except Exception as error:  # as above
-        raise CheckpointError(
-            f"{root}: vocab.json and merges.txt cannot be read: {_first_line(error)}"
-        ) from error
+        raise _unreadable(error, root / "vocab.json", root / "merges.txt") from error
     tokenizer = clip_tokenizer(model)
-    for index, entry in sorted(_added_entries(root, settings).items()):
+    for index, entry in sorted(_added_entries(root, settings, there).items()):
         token = _added_token(entry, EOS_TOKEN)
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != index:
@@ -145,7 +159,9 @@ def _read_vocab_and_merges(root: Path, settings: Mapping[str, Any]) -> Tokenizer
     return tokenizer
 
 
-def _added_entries(root: Path, settings: Mapping[str, Any]) -> dict[int, Any]:
+def _added_entries(
+    root: Path, settings: Mapping[str, Any], there: Collection[str]
+) -> dict[int, Any]:
     """Return added tokens by id, from `tokenizer_config.json` or the older `added_tokens.json`."""
     try:
         if "added_tokens_decoder" in settings:
@@ -154,31 +170,26 @@ def _added_entries(root: Path, settings: Mapping[str, Any]) -> dict[int, Any]:
         special = {_added_token(settings.get(name), EOS_TOKEN).content for name in named}
         return {
             int(key): {"content": token, "special": token in special}
-            for token, key in _read_json(root / "added_tokens.json").items()
+            for token, key in _read_json(root, "added_tokens.json", there).items()
         }
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{root}: the added tokens cannot be read: {error}") from error
 
 
-def _read_settings(root: Path) -> dict[str, Any]:
+def _read_settings(root: Path, there: Collection[str]) -> dict[str, Any]:
     """Return `tokenizer_config.json`; an older folder's `special_tokens_map.json` overrules it.
 
     Source: transformers 5.23, `PreTrainedTokenizerBase._from_pretrained`.
     """
-    settings = _read_json(root / "tokenizer_config.json")
+    settings = _read_json(root, "tokenizer_config.json", there)
     if "added_tokens_decoder" not in settings:
-        settings |= _read_json(root / "special_tokens_map.json")
+        settings |= _read_json(root, "special_tokens_map.json", there)
     return settings
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(root: Path, name: str, there: Collection[str]) -> dict[str, Any]:
     """Return the object in a JSON file, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+    return read_settings(root / name) if name in there else {}
 
 
 def _added_token(entry: object, default: str) -> AddedToken:
@@ -191,11 +202,22 @@ def _added_token(entry: object, default: str) -> AddedToken:
 
 
 def _max_tokens(settings: Mapping[str, Any], tokenizer: Tokenizer, root: Path) -> int:
-    """Return the prompt length; transformers writes 1e30 for "not stated"."""
+    """Return the prompt length; transformers writes 1e30 for "not stated".
+
+    Raises CheckpointError for one that is no whole number, which JSON's NaN and infinities are not.
+    """
     truncation = tokenizer.truncation or {}
     for given in (settings.get("model_max_length"), truncation.get("max_length")):
-        if isinstance(given, int | float) and given < 1e9:
-            return int(given)
+        if given is None:
+            continue
+        is_number = isinstance(given, int | float) and not isinstance(given, bool)
+        if is_number and _NOT_STATED <= given < math.inf:
+            continue
+        if not is_number or (isinstance(given, float) and not given.is_integer()):
+            raise CheckpointError(
+                f"{root}: model_max_length is {given!r}; a whole number of tokens is needed"
+            )
+        return int(given)
     log.info("%s states no model_max_length; using CLIP's %d", root, CLIP_MAX_TOKENS)
     return CLIP_MAX_TOKENS
 
@@ -213,5 +235,12 @@ def _missing_files(root: Path) -> str:
     return f"{root} holds neither tokenizer.json nor vocab.json with merges.txt; {hint}"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _unreadable(error: Exception, *paths: Path) -> CheckpointError:
+    """Return the error for files that the library refuses: what one of them is, or its reason."""
+    for path in paths:
+        found = sniff(path)
+        if found.is_spoilt:
+            return CheckpointError(explain(path, expected="a CLIP tokenizer's file", found=found))
+    names = " and ".join(path.name for path in paths)
+    reason = str(error).partition("\n")[0]
+    return CheckpointError(f"{paths[0].parent}: {names} cannot be read: {reason}")

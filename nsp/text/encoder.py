@@ -6,23 +6,28 @@ transformer over the padded prompt; the state at the end token stands for the wh
 Shapes: B batch, T prompt tokens, D width.
 """
 
+import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nsp.errors import CheckpointError, ConfigError, MissingExtraError
-from nsp.files import read_json
+from nsp.state_names import plain_names, what_it_is
 from nsp.text.tokenizer import PromptTokenizer
+from nsp.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
+from nsp.weights import bounded, check_finite, check_types, rounded_to_eight_bits
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+log = logging.getLogger(__name__)
 
 # Early CLIP configs state this id, which no CLIP tokenizer uses for its end token; transformers
 # then takes the largest id in the prompt (huggingface/transformers pull request 24773).
@@ -118,45 +123,84 @@ def build_text_encoder(
     return model
 
 
-def load_text_encoder(folder: str | Path, *, subfolder: str | None = None) -> "CLIPTextModel":
+def load_text_encoder(
+    folder: str | Path, *, subfolder: str | None = None, listed: Collection[str] | None = None
+) -> "CLIPTextModel":
     """Return the pretrained text encoder in a Hugging Face folder, float32, in eval mode.
 
     Reads `config.json` and safetensors weights: of a text encoder, of a whole CLIP, or of the
-    pipeline part that `subfolder` names ("text_encoder"). Nothing is downloaded or unpickled.
-    Raises CheckpointError when a file or a weight is missing, corrupt or does not fit.
+    pipeline part that `subfolder` names ("text_encoder"). With `listed` only files of those names
+    are read. Nothing is downloaded or unpickled. Raises CheckpointError when a file or a weight is
+    missing, corrupt or does not fit.
     """
     root = Path(folder) / subfolder if subfolder else Path(folder)
-    variant = _check_folder(root)
+    config = _read_config(root)
+    state: dict[str, Tensor] = {}
+    for path in find_weights(root, ("model",), what="encoder", listed=listed):
+        state |= read_safetensors(path)
+    state = plain_names(state, root)
+    _check_weights(_without_prefix(state), config, root)
+    if eight := rounded_to_eight_bits(state):
+        log.warning("text encoder %s: 8-bit weights: %s were rounded", root, eight)
     transformers = _import_transformers()
     try:
         with _quiet(transformers):
-            model, report = transformers.CLIPTextModel.from_pretrained(
-                root,
-                variant=variant,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # so that the report names what does not fit
-                output_loading_info=True,
+            model = transformers.CLIPTextModel.from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.float32
             )
-    except Exception as error:  # config, file and header errors have no common base
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"text encoder {root} cannot be loaded: {reason}") from error
-    # transformers fills both kinds with random numbers and goes on.
-    for problem, keys in (
-        ("lacks", sorted(report["missing_keys"])),
-        ("has the wrong shape for", sorted(key for key, *_ in report["mismatched_keys"])),
-    ):
-        if keys:
-            raise CheckpointError(
-                f"text encoder {root} {problem} {len(keys)} weights, first {keys[0]}; "
-                "config.json and weights do not belong together, copy the folder again"
-            )
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise CheckpointError(f"text encoder {root}: tensor {name} holds NaN or infinity")
+    except Exception as error:  # the library's errors have no common base
+        raise _cannot_load(root, error) from error
     encoder: CLIPTextModel = model.eval()
     return encoder
+
+
+def _read_config(root: Path) -> "CLIPTextConfig":
+    """Return the configuration of the text encoder, or of the text half of a whole CLIP."""
+    values = _check_folder(root)
+    if values["model_type"] == "clip":
+        values = values.get("text_config", {})
+    transformers = _import_transformers()
+    try:
+        with _quiet(transformers):
+            config: CLIPTextConfig = transformers.CLIPTextConfig.from_dict(values)
+    except Exception as error:  # validation errors have no common base
+        raise _cannot_load(root, error) from error
+    return config
+
+
+def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: Path) -> None:
+    """Raise CheckpointError for a weight that a model of `config` lacks, or that does not fit it.
+
+    transformers fills those with random numbers and goes on. Others are of the rest of a CLIP.
+    """
+    shapes = [tensor.shape for tensor in state.values()]
+    with bounded(shapes, f"text encoder {root} cannot be loaded"), torch.device("meta"):
+        own: Mapping[str, Tensor] = _import_transformers().CLIPTextModel(config).state_dict()
+    for problem, names in (
+        ("lacks", sorted(own.keys() - state.keys())),
+        (
+            "has the wrong shape for",
+            [n for n in own if n in state and own[n].shape != state[n].shape],
+        ),
+    ):
+        if names:
+            held = "" if own.keys() & state.keys() else f"; it {what_it_is(root, state)}"
+            raise CheckpointError(
+                f"text encoder {root} {problem} {len(names)} weights, first {names[0]}; "
+                f"config.json and weights do not belong together, copy the folder again{held}"
+            )
+    check_types(own, state, f"text encoder {root}")
+    check_finite(own, state, f"text encoder {root}")
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the names of transformers 5, which has no `text_model.` before them."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+
+
+def _cannot_load(root: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:300]
+    return CheckpointError(f"text encoder {root} cannot be loaded: {reason}")
 
 
 def save_text_encoder(model: "CLIPTextModel", folder: str | Path) -> None:
@@ -169,10 +213,11 @@ def save_text_encoder(model: "CLIPTextModel", folder: str | Path) -> None:
         # The config goes last: a folder that has one is whole.
         for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, root / path.name)
+            give_usual_mode(root / path.name)
 
 
-def _check_folder(root: Path) -> str | None:
-    """Return which weight files `root` has ("fp16", None for plain), or raise CheckpointError."""
+def _check_folder(root: Path) -> dict[str, Any]:
+    """Return what `config.json` says, or raise CheckpointError for another kind of folder."""
     if not root.is_dir():
         raise CheckpointError(f"text encoder folder {root} does not exist; give a CLIP folder")
     if not (root / "config.json").is_file():
@@ -180,24 +225,15 @@ def _check_folder(root: Path) -> str | None:
         hint = f"pass subfolder={nested[0]!r}" if nested else "give a CLIP text encoder folder"
         raise CheckpointError(f"{root} holds no config.json; {hint}")
     try:
-        model_type = read_json(root / "config.json")["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        values = read_settings(root / "config.json")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; it is not a transformers config") from error
+    if values.get("model_type") not in TEXT_MODEL_TYPES:
         raise CheckpointError(
-            f"{root / 'config.json'} is not a transformers config ({error!r}); copy it again"
-        ) from error
-    if model_type not in TEXT_MODEL_TYPES:
-        raise CheckpointError(
-            f"{root} holds a model of type {model_type!r}; one of "
+            f"{root} holds a model of type {values.get('model_type')!r}; one of "
             f"{', '.join(TEXT_MODEL_TYPES)} is needed"
         )
-    for variant, stem in ((None, "model"), ("fp16", "model.fp16")):
-        for name in (f"{stem}.safetensors", f"model.safetensors.index{stem[5:]}.json"):
-            if (root / name).is_file():
-                return variant
-    raise CheckpointError(
-        f"{root} holds no model.safetensors; pickled weights are not read: save the encoder again "
-        "with safe_serialization=True"
-    )
+    return values
 
 
 @contextmanager

@@ -11,7 +11,7 @@ This file runs in the deployment image: numpy and tokenizers, no torch.
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,16 +96,22 @@ class PromptTokenizer:
         return self._pad_id
 
     @classmethod
-    def load(cls, folder: str | Path, *, subfolder: str | None = None) -> "PromptTokenizer":
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        subfolder: str | None = None,
+        listed: Collection[str] | None = None,
+    ) -> "PromptTokenizer":
         """Return the tokenizer in a Hugging Face CLIP tokenizer folder; nothing is downloaded.
 
         Reads `tokenizer.json`, else `vocab.json` and `merges.txt`; special tokens and length come
         from `tokenizer_config.json` and `special_tokens_map.json`. `subfolder` names the tokenizer
-        in a pipeline folder ("tokenizer_2"). Raises CheckpointError when a file is missing, corrupt
-        or not a CLIP tokenizer's.
+        in a pipeline folder ("tokenizer_2"). With `listed` only files of those names are read.
+        Raises CheckpointError when a file is missing, corrupt or not a CLIP tokenizer's.
         """
         root = Path(folder) / subfolder if subfolder else Path(folder)
-        found = read_tokenizer_folder(root)
+        found = read_tokenizer_folder(root, listed)
         if found.max_tokens < MIN_TOKENS:
             raise CheckpointError(
                 f"{root}: model_max_length is {found.max_tokens}; at least {MIN_TOKENS} is needed"

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nsp.data.dataset import ImageDataset
-from nsp.errors import ConfigError, DataError
+from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.files import write_file
+from nsp.sniff import sniff
 from nsp.training.objective import TokenCache
+from nsp.weight_files import read_metadata, read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def cached(
         return make()
     exists = cache.file.exists()
     if exists and _key_of(cache.file) == key():
-        kept: dict[str, Tensor] = load_file(cache.file)
-        return kept
+        return read_safetensors(cache.file)
     if cache.is_given:
         problem = f"is of another {maker} or other pictures" if exists else "does not exist"
         raise ConfigError(
@@ -58,7 +57,7 @@ def write_cache(
     started = time.monotonic()
     tensors = make()
     with write_file(file) as partial:
-        save_file(dict(tensors), partial, metadata={"key": key})
+        write_safetensors(tensors, partial, metadata={"key": key})
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     logger.info("%s: %s, %.0f s", file, shapes, time.monotonic() - started)
     return tensors
@@ -67,10 +66,10 @@ def write_cache(
 def _key_of(file: Path) -> str | None:
     """Return the key a cache was made with; DataError when it is damaged."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            return (opened.metadata() or {}).get("key")
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file} is damaged ({error}); delete it to make it again") from error
+        return read_metadata(file).get("key")
+    except CheckpointError as error:
+        words = sniff(file).words
+        raise DataError(f"{file} {words} and is damaged; delete it to make it again") from error
 
 
 def digest_of(

@@ -21,9 +21,10 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
 from nsp.data.sources import ImageSource
-from nsp.errors import ConfigError
+from nsp.errors import CheckpointError, ConfigError
 from nsp.families.registry import family
 from nsp.files import write_file
+from nsp.paths import wrong_path
 from nsp.training.config import PhaseConfig, RunConfig
 from nsp.training.folder import (
     CHECKPOINT_NAME,
@@ -93,6 +94,9 @@ def train(
     names = [phase.name for phase in config.phases]
     if last_phase is not None and last_phase not in names:
         raise ConfigError(f"unknown phase {last_phase!r} of this run; known: {', '.join(names)}")
+    start = Path(config.start_from) if config.start_from is not None and not resume else None
+    if start is not None and not is_checkpoint(start):
+        raise CheckpointError(wrong_path(start, "--start-from"))
     # Asked for, because processes without a GPU would otherwise not find one another.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(

@@ -17,6 +17,7 @@ from benchmarks.report import markdown, write_report
 from benchmarks.results import BenchResult
 from benchmarks.subject import Subject
 from benchmarks.tables import sections
+from nsp.distribution import pip_install
 from nsp.errors import ConfigError
 from tests.benchmarks.conftest import SMALL
 
@@ -214,7 +215,7 @@ def test_without_the_packages_that_draw_it_the_page_is_left_out_with_a_warning(
     report = write_report(result, tmp_path)
     assert report.page_path is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
-    assert "nsp[bench]" in caplog.text
+    assert pip_install("bench") in caplog.text
 
 
 def test_results_tell_no_folder_of_the_machine(result: BenchResult) -> None:

@@ -21,7 +21,7 @@ def embedded() -> ImageSource:
 
 @pytest.fixture
 def font_path() -> Path:
-    pytest.importorskip("emoji", reason="needs the extra nsp[emoji]")
+    pytest.importorskip("emoji", reason="needs the extra [emoji]")
     if not FONT.is_file():
         pytest.skip("needs the Debian package fonts-noto-color-emoji")
     if not features.check("raqm"):

@@ -10,7 +10,7 @@ from nsp.data.sources import open_source
 from nsp.errors import DataError
 from tests.data.picture_files import encoded, write_files
 
-datasets = pytest.importorskip("datasets", reason="needs the extra nsp[datasets]")
+datasets = pytest.importorskip("datasets", reason="needs the extra [datasets]")
 PNG = encoded(".png")
 
 

@@ -15,7 +15,7 @@ import export.build
 from export.onnx_export import MODEL_NAME, export_stage
 from export.options import ExportOptions
 from export.run import export as run_export
-from nsp.checkpoint import read_checkpoint
+from nsp.checkpoint import read_checkpoint, write_digests
 from nsp.files import write_folder
 from nsp.runtime.manifest import Manifest
 from tests.export.small import new_small_checkpoint
@@ -36,6 +36,7 @@ def other_checkpoint(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     tensors = load_file(path)
     tensors["decoder.conv_out.bias"] += 0.125
     save_file(tensors, path)
+    write_digests(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from export.engine import TIMING_CACHE
+from export.store import TIMING_CACHE
 from export.tensorrt import compile_engine
 from nsp.errors import ExportError
 from tests.export.small import compile_for_rtx, rtx, write_model

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,19 +14,23 @@ from onnx import TensorProto, helper
 import export.built_for
 import export.engine
 import export.targets
-from export.engine import TIMING_CACHE, build_engine
+import nsp.runtime.backends.registry
+from export.engine import build_engine
 from export.lint import check_graph
 from export.onnx_export import export_stage
 from export.options import ExportOptions
 from export.precision import at_precision
 from export.run import export as run_export
 from export.run import plan
+from export.store import TIMING_CACHE
 from export.tensorrt import compile_engine
+from nsp.distribution import pip_install
 from nsp.errors import BackendError, ConfigError, ExportError
 from nsp.families.registry import family
 from nsp.families.var.config import ClassCondition, with_condition
+from nsp.runtime.engine_files import check_files
 from nsp.runtime.io import Axes, StageIO
-from nsp.runtime.manifest import PRECISION_DTYPES, check_files
+from nsp.runtime.manifest import PRECISION_DTYPES
 from nsp.runtime.nvidia import Gpu
 from tests.export.small import compile_for_rtx, rtx, small_config, write_model
 from tests.export.test_lint import planned
@@ -261,7 +266,11 @@ def test_a_target_that_is_not_installed_names_its_extra(small_checkpoint, tmp_pa
     options = ExportOptions(
         checkpoint=str(small_checkpoint), engine_dir=str(tmp_path / "e"), targets=("tensorrt",)
     )
-    with pytest.raises(BackendError, match=r"pip install 'nsp\[tensorrt\]'"):
+    with pytest.raises(BackendError, match="run on an NVIDIA GPU, which is not here"):
+        plan(options)
+    gpu = Gpu("NVIDIA L4", "8.9", "13.0")
+    monkeypatch.setattr(nsp.runtime.backends.registry, "find_gpu", lambda: gpu)
+    with pytest.raises(BackendError, match=re.escape(pip_install("tensorrt"))):
         plan(options)
 
 

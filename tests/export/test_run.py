@@ -17,11 +17,14 @@ import export.build
 from export.options import ExportEvent, ExportOptions
 from export.run import export as run_export
 from export.run import find_checkpoint, plan
+from nsp.checkpoint import write_digests
 from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
+from nsp.runtime.engine_files import check_files
 from nsp.runtime.kv_arena import PresentArena
-from nsp.runtime.manifest import check_files, read_manifest
+from nsp.runtime.manifest import read_manifest
 from nsp.runtime.pipeline import load_pipeline
-from nsp.runtime.repair import checkpoint_folder, repair
+from nsp.runtime.repair import find_source, repair
+from tests.runtime.engine_folders import change_manifest, engine_file
 
 STAGES = ("text_encoder", "condition", "step", "select", "select_smooth", "accumulate", "decoder")
 
@@ -70,12 +73,13 @@ def test_an_export_is_a_folder_that_loads_and_explains_itself(half_engines, smal
             assert variant.tools["torch"].startswith("2.13")
             assert variant.tools["onnxruntime"]
             assert variant.parity["images"] == 9
-    tokenizer = {n for n in files_below(small_checkpoint) if n.startswith("tokenizer/")}
-    assert set(manifest.files) == tokenizer
-    check_files(folder, manifest.files)
+    tokenizer = {path.name for path in (small_checkpoint / "tokenizer").iterdir()}
+    assert {name.split("/")[2] for name in manifest.files} == tokenizer
+    check_files(folder, {**manifest.files, **manifest.recorded})
     listed = {n for vs in manifest.stages.values() for v in vs for n in v.files}
-    recorded = {"reference/calls.safetensors"}
-    assert files_below(folder) == listed | tokenizer | recorded | {"manifest.json"}
+    listed |= {*manifest.files, *manifest.recorded}
+    assert files_below(folder) == listed | {"manifest.json"}
+    assert manifest.source == small_checkpoint.parent.name
 
 
 def test_stages_without_narrow_weights_share_one_file(half_engines):
@@ -92,9 +96,14 @@ def test_a_second_export_reuses_everything_without_the_model(engines, options, m
     builds = plan(options)
     assert {b.action for b in builds} == {"reuse"}
     assert all("unchanged" in b.reason for b in builds)
-    before = (engines / "step/onnxruntime-fp32/model.onnx").stat().st_mtime_ns
+
+    def marks() -> dict[str, tuple[int, int]]:
+        stats = {name: (engines / name).stat() for name in files_below(engines)}
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+    before = marks()
     run_export(options)
-    assert (engines / "step/onnxruntime-fp32/model.onnx").stat().st_mtime_ns == before
+    assert marks() == before
     load_pipeline(engines)
 
 
@@ -105,7 +114,7 @@ def test_exporting_one_precision_keeps_the_other(engines, options):
 
 
 def test_a_tampered_file_is_rebuilt_and_nothing_else(engines, options):
-    path = engines / "decoder/onnxruntime-fp32/model.onnx"
+    path = engine_file(engines, "decoder")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"x")
     builds = {b.stage: b for b in plan(options)}
@@ -127,7 +136,7 @@ def test_another_model_replaces_what_was_there(engines, options, other_checkpoin
     manifest = run_export(options)
     assert manifest.model_hash != before
     assert {v.precision for vs in manifest.stages.values() for v in vs} == {"fp32"}
-    assert not list(engines.glob("*/*-fp16"))
+    assert list(engines.glob("*/*-fp16-*")), "who reads the engines of before still can"
     assert load_pipeline(engines).model_hash == manifest.model_hash
 
 
@@ -167,16 +176,30 @@ def test_an_export_interrupted_after_its_last_stage_still_tries_whole_images(opt
 def test_the_repair_command_names_the_model_wherever_it_lies(engines, options, monkeypatch):
     manifest = run_export(options)
     monkeypatch.chdir(engines)
-    assert checkpoint_folder(engines, manifest) == Path(options.checkpoint).resolve()
-    assert f"--checkpoint {Path(options.checkpoint).resolve()}" in repair(engines, manifest)
-    monkeypatch.chdir(Path(options.checkpoint).resolve().parent)
-    assert f"--checkpoint {Path(options.checkpoint).name} --fp16" in repair(engines, manifest)
+    checkpoint = Path(options.checkpoint).resolve()
+    with pytest.raises(CheckpointError, match=r"is not in runs/.*give it with --checkpoint"):
+        find_source(engines, manifest)
+    assert f"--checkpoint {manifest.source} --fp16" in repair(engines, manifest)
+    monkeypatch.chdir(checkpoint.parent.parent)
+    assert find_source(engines, manifest) == checkpoint
+    assert f"--checkpoint {manifest.source}/checkpoint --fp16" in repair(engines, manifest)
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_the_source(
+    engines, options, other_checkpoint, tmp_path, monkeypatch
+):
+    manifest = run_export(options)
+    shutil.copytree(other_checkpoint, tmp_path / "runs" / manifest.source / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="holds another model"):
+        find_source(engines, manifest)
 
 
 def test_replacing_the_engines_of_another_model_is_said(options, other_checkpoint, caplog):
     run_export(replace(options, checkpoint=str(other_checkpoint)))
     run_export(options)
-    assert f"{other_checkpoint} are replaced by those of {options.checkpoint}" in caplog.text
+    names = [Path(path).parent.name for path in (other_checkpoint, options.checkpoint)]
+    assert "engines of {} are replaced by those of {}".format(*names) in caplog.text
 
 
 @pytest.mark.parametrize("place", ["tokenizer/vocab.json", "step/1.txt", "manifest.json"])
@@ -291,6 +314,7 @@ def test_non_finite_weights_are_refused_before_anything_is_kept(
     tensors = load_file(path)
     tensors["head.bias"][3] = float("nan")
     save_file(tensors, path)
+    write_digests(broken)
     with pytest.raises(CheckpointError, match=r"head\.bias"):
         run_export(replace(options, checkpoint=str(broken)))
     assert not Path(options.engine_dir).exists()
@@ -298,8 +322,7 @@ def test_non_finite_weights_are_refused_before_anything_is_kept(
 
 def test_progress_never_goes_back_and_ends_at_one(engines, options):
     events: list[ExportEvent] = []
-    path = engines / "accumulate/onnxruntime-fp32/model.onnx"
-    path.unlink()
+    engine_file(engines, "accumulate").unlink()
     run_export(options, on_event=events.append)
     fractions = [event.fraction for event in events]
     assert fractions == sorted(fractions)
@@ -352,12 +375,12 @@ def test_the_newest_run_is_exported_by_default(small_checkpoint, tmp_path):
 
 
 def test_the_reason_for_a_build_names_the_tool_that_changed(engines, options):
-    path = engines / "manifest.json"
-    values = json.loads(path.read_text())
-    for variant in values["stages"]["step"]:
-        variant["tools"]["onnxruntime"] = "1.0"
-        variant["fingerprint"] = "0"
-    path.write_text(json.dumps(values))
+    manifest = read_manifest(engines)
+    older = (
+        replace(v, tools={**v.tools, "onnxruntime": "1.0"}, fingerprint="0")
+        for v in manifest.stages["step"]
+    )
+    change_manifest(engines, stages={**manifest.stages, "step": tuple(older)})
     reasons = {b.stage: b.reason for b in plan(options)}
     assert reasons["step"].startswith("onnxruntime was 1.0, is 1.")
 
@@ -382,6 +405,7 @@ def test_a_model_whose_guidance_ends_early_is_exported_and_checked(
     config = json.loads((folder / "config.json").read_text())
     config["sampling"] = {"guidance_scale": 3.0, "guidance_until": 2}
     (folder / "config.json").write_text(json.dumps(config))
+    write_digests(folder)
     kept, keep_rows = [], PresentArena.keep_rows
 
     def noting(arena, rows):

@@ -19,13 +19,15 @@ from export.recorded import read_recorded
 from export.verify import verify
 from nsp.errors import CheckpointError, EngineError
 from nsp.runtime.manifest import file_sha256, read_manifest, write_manifest
+from tests.runtime.engine_folders import change_manifest, engine_file
 
 STAGES = ["text_encoder", "condition", "step", "select", "select_smooth", "accumulate", "decoder"]
 
 
 @pytest.fixture
-def engines(half_engines, tmp_path) -> Path:
-    """A copy of finished engines, to be changed; its checkpoint is where its manifest says."""
+def engines(half_engines, small_checkpoint, tmp_path, monkeypatch) -> Path:
+    """A copy of finished engines, to be changed, where their checkpoint is found by its name."""
+    monkeypatch.chdir(small_checkpoint.parents[1])
     folder = tmp_path / "engines"
     shutil.copytree(half_engines[0], folder)
     return folder
@@ -108,11 +110,12 @@ def test_recorded_outputs_catch_a_wrong_weight_too(engines):
 
 def test_recorded_calls_are_those_of_one_image(half_engines):
     folder, manifest = half_engines
-    recordings = read_recorded(folder, model_hash=manifest.model_hash)
+    recordings = read_recorded(folder, manifest)
     assert {call.stage for each in recordings for call in each.calls} == set(STAGES)
     (image,) = (c.outputs["image"] for c in recordings[0].calls if c.stage == "decoder")
     assert image.shape[0] == 1
-    assert (folder / "reference/calls.safetensors").stat().st_size < 2**20
+    (recorded,) = manifest.recorded
+    assert (folder / recorded).stat().st_size < 2**20
 
 
 def test_what_cannot_be_verified_is_one_line(engines, tmp_path, small_checkpoint, other_checkpoint):
@@ -124,19 +127,28 @@ def test_what_cannot_be_verified_is_one_line(engines, tmp_path, small_checkpoint
         assert "nsp export" in result.stderr
     with pytest.raises(CheckpointError, match="another model"):
         verify(engines, checkpoint=other_checkpoint)
-    path = engines / "reference/calls.safetensors"
+    manifest = read_manifest(engines)
+    (name,) = manifest.recorded
+    path = engines / name
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     save_file(load_file(path), path, metadata={**metadata, "model_hash": "0"})
+    with pytest.raises(EngineError, match="differs from what was exported"):
+        verify(engines, recorded=True)
+    change_manifest(engines, recorded={name: file_sha256(path)})
     with pytest.raises(EngineError, match="another model"):
         verify(engines, recorded=True)
     path.write_bytes(path.read_bytes()[:100])
+    change_manifest(engines, recorded={name: file_sha256(path)})
     with pytest.raises(EngineError, match="damaged"):
         verify(engines, recorded=True)
     path.unlink()
+    with pytest.raises(EngineError, match="is missing"):
+        verify(engines, recorded=True)
+    change_manifest(engines, recorded={})
     with pytest.raises(EngineError, match="no recorded outputs"):
         verify(engines, recorded=True)
-    graph = next((engines / "decoder").rglob("model.onnx"))
+    graph = engine_file(engines, "decoder")
     graph.write_bytes(graph.read_bytes() + b"\0")
     with pytest.raises(EngineError, match="nsp export"):
         verify(engines, checkpoint=small_checkpoint)

@@ -1,6 +1,7 @@
 """Writes engine folders whose models load and compute nothing, for tests of opening them."""
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nsp.runtime.manifest import (
     Manifest,
     Precision,
     Variant,
+    content_name,
     file_sha256,
     write_manifest,
 )
@@ -46,11 +48,8 @@ def write_engines(
     files = {}
     if config.text is not None:
         tokenizer = train_tokenizer(CAPTIONS, vocab_size=560, max_tokens=config.text.max_tokens)
-        tokenizer.save(folder / TOKENIZER_DIR)
-        files = {
-            str(path.relative_to(folder)): file_sha256(path)
-            for path in sorted((folder / TOKENIZER_DIR).iterdir())
-        }
+        tokenizer.save(folder / "made")
+        files = named_by_content(folder, "made", f"{TOKENIZER_DIR}/")
     manifest = Manifest(
         schema=SCHEMA,
         family="var",
@@ -72,17 +71,35 @@ def _write_variant(
     precision: Precision,
     kv_layout: KVLayout,
 ) -> Variant:
-    name = f"{stage}/{backend}-{precision}/model.onnx"
-    path = write_hollow_model(folder / name, io)
+    write_hollow_model(folder / "made/model.onnx", io)
+    files = named_by_content(folder, "made", f"{stage}/{backend}-{precision}-")
     return Variant(
         backend=backend,
         precision=precision,
         kv_layout=kv_layout,
         opset=18,
         io=io.to_dict(),
-        files={name: file_sha256(path)},
+        files=files,
         fingerprint="0" * 64,
     )
+
+
+def named_by_content(folder: Path, made: str, prefix: str) -> dict[str, str]:
+    """Give the folder `made` its name as an export does; return {path: SHA-256} of its files."""
+    digests = {path.name: file_sha256(path) for path in sorted((folder / made).iterdir())}
+    name = prefix + content_name(digests)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / made).rename(folder / name)
+    return {f"{name}/{file}": digest for file, digest in digests.items()}
+
+
+def engine_file(
+    folder: Path, stage: str, variant: str = "onnxruntime-fp32", *, name: str = "model.onnx"
+) -> Path:
+    """Return the file of a stage that lies in `folder` under the name of its content."""
+    (path,) = folder.glob(f"{stage}/{variant}-*/{name}")
+    return path
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from nsp.errors import BackendError, ConfigError, EngineError, NspError
-from nsp.families.registry import family
 from nsp.families.var.io import stages_io
 from nsp.runtime import engine_choice
 from nsp.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -18,7 +17,13 @@ from nsp.runtime.engine_dir import open_engine_dir
 from nsp.runtime.manifest import MANIFEST_NAME, TOKENIZER_DIR, Variant, read_manifest
 from nsp.runtime.nvidia import Gpu
 from nsp.runtime.pipeline import load_pipeline
-from tests.runtime.engine_folders import CLASSES, TEXT, change_manifest, write_engines
+from tests.runtime.engine_folders import (
+    CLASSES,
+    TEXT,
+    change_manifest,
+    engine_file,
+    write_engines,
+)
 
 
 @pytest.fixture
@@ -62,8 +67,6 @@ def test_a_gpu_gets_fp16(engines: Path) -> None:
             engines,
             manifest,
             BACKENDS["onnxruntime"],
-            family=family("var"),
-            config=CLASSES,
             device=device,  # type: ignore[arg-type]
             precision=None,
         )
@@ -104,7 +107,7 @@ def test_a_precision_that_is_not_there_is_named_with_those_that_are(tmp_path: Pa
     write_engines(tmp_path)
     message = refusal(tmp_path, precision="fp16")
     assert message.startswith(f"{tmp_path} has no fp16 engines for onnxruntime (it has fp32)")
-    assert message.endswith("/tests --target onnxruntime --fp16 --fp32")
+    assert message.endswith("--checkpoint tests --target onnxruntime --fp16 --fp32")
     assert "precision 'fp8' is unknown" in refusal(tmp_path, ConfigError, precision="fp8")
     message = refusal(tmp_path, ConfigError, precision="bf16")
     assert message.startswith("onnxruntime runs fp")
@@ -117,7 +120,7 @@ def test_a_folder_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     assert f"nsp export --engine-dir {tmp_path / 'nowhere'}" in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 1}', "\x00", "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 2}', "\x00", "null"])
 def test_a_damaged_manifest_is_refused(engines: Path, text: str) -> None:
     (engines / MANIFEST_NAME).write_text(text)
     message = refusal(engines)
@@ -134,7 +137,7 @@ def test_a_manifest_cut_off_anywhere_is_refused(engines: Path) -> None:
 
 def test_a_manifest_of_another_schema_is_refused(engines: Path) -> None:
     change_manifest(engines, schema=99)
-    assert "has schema 99, this nsp reads 1" in refusal(engines)
+    assert "has schema 99, this nsp reads 2" in refusal(engines)
 
 
 def test_a_family_from_the_future_is_refused(engines: Path) -> None:
@@ -156,14 +159,15 @@ def test_engines_for_another_configuration_are_refused(engines: Path) -> None:
 
 
 def step_file(folder: Path) -> Path:
-    return folder / "step/onnxruntime-fp32/model.onnx"
+    return engine_file(folder, "step")
 
 
 def test_a_missing_file_is_named(engines: Path) -> None:
-    step_file(engines).unlink()
+    path = step_file(engines)
+    path.unlink()
     message = refusal(engines)
-    assert f"{step_file(engines)} is missing though the manifest lists it" in message
-    again = f"run: nsp export --engine-dir {engines} --checkpoint {engines / 'tests'}"
+    assert f"{path} is missing though the manifest lists it" in message
+    again = f"run: nsp export --engine-dir {engines} --checkpoint tests"
     assert again in message
 
 
@@ -180,7 +184,7 @@ def test_a_file_with_one_other_bit_is_named(engines: Path) -> None:
 
 
 def test_files_of_variants_that_are_not_used_are_not_read(engines: Path) -> None:
-    (engines / "step/onnxruntime-fp16/model.onnx").unlink()
+    engine_file(engines, "step", "onnxruntime-fp16").unlink()
     open_engine_dir(engines, precision="fp32")
 
 
@@ -201,7 +205,7 @@ def test_a_manifest_that_points_outside_its_folder_is_refused(engines: Path, nam
         for stage, variants in manifest.stages.items()
     }
     change_manifest(engines, stages=stages)
-    assert f"the manifest lists {name}, outside it" in refusal(engines, verify=False)
+    assert f"the manifest lists {name}, which no export writes" in refusal(engines, verify=False)
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones(engines: Path) -> None:
@@ -216,7 +220,7 @@ def test_torch_does_not_run_engines(engines: Path) -> None:
 def test_a_backend_without_engines_here_says_how_to_build_them(engines: Path) -> None:
     message = refusal(engines, backend="tensorrt-rtx")
     assert "has no engines for tensorrt_rtx (it has: onnxruntime)" in message
-    assert message.endswith(f"--checkpoint {engines / 'tests'} --target tensorrt-rtx")
+    assert message.endswith("--checkpoint tests --target tensorrt-rtx")
 
 
 def test_a_stage_without_an_engine_is_an_incomplete_export(engines: Path) -> None:
@@ -273,7 +277,7 @@ def test_an_engine_for_another_machine_says_what_differs(
     write_rtx(tmp_path, monkeypatch, **changes)
     message = refusal(tmp_path, backend="tensorrt-rtx")
     assert f"the tensorrt_rtx engine of stage condition is for {difference}" in message
-    again = f"nsp export --engine-dir {tmp_path} --checkpoint {tmp_path / 'tests'}"
+    again = f"nsp export --engine-dir {tmp_path} --checkpoint tests"
     assert message.endswith(f"run: {again} --target tensorrt-rtx --fp32")
 
 
@@ -309,14 +313,29 @@ def test_a_text_model_brings_its_tokenizer(tmp_path: Path) -> None:
     assert opened.tokenizer.encode(["red apple"]).shape == (1, TEXT.text.max_tokens)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "vocab.json"])
+def test_a_file_beside_the_tokenizer_that_is_not_listed_changes_nothing(
+    tmp_path: Path, name: str
+) -> None:
+    write_engines(tmp_path, TEXT)
+    opened = open_engine_dir(tmp_path)
+    assert opened.tokenizer is not None
+    before = opened.tokenizer.encode(["red apple", ""])
+    (folder,) = tmp_path.glob(f"{TOKENIZER_DIR}/*")
+    (folder / name).write_text('{"pad_token": "!", "eos_token": "!", "!": 3}')
+    opened = open_engine_dir(tmp_path)
+    assert opened.tokenizer is not None
+    assert (opened.tokenizer.encode(["red apple", ""]) == before).all()
+
+
 def test_a_tokenizer_that_is_missing_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     write_engines(tmp_path, TEXT)
-    config = tmp_path / TOKENIZER_DIR / "tokenizer_config.json"
+    (config,) = tmp_path.glob(f"{TOKENIZER_DIR}/*/tokenizer_config.json")
     config.write_text(config.read_text().replace('"model_max_length": 8', '"model_max_length": 9'))
     assert "differs from what was exported" in refusal(tmp_path)
     message = refusal(tmp_path, verify=False)
     assert "makes prompts of 9 tokens, the text encoder takes 8" in message
-    for path in (tmp_path / TOKENIZER_DIR).iterdir():
+    for path in config.parent.iterdir():
         path.unlink()
     assert "is missing though the manifest lists it" in refusal(tmp_path)
     change_manifest(tmp_path, files={})

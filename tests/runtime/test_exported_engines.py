@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,18 @@ def test_generating_from_engines_needs_no_torch_and_starts_within_a_second(
     # Processor time of all threads since the process began: on two free cores the clock shows
     # less, on busy ones it shows the neighbours. Measured: 0.5 s.
     assert min(seconds) <= 1
+
+
+def test_threads_share_engines_without_mixing_their_pictures(engines: Pipeline) -> None:
+    def picture(number: int) -> Any:
+        return engines.generate(class_ids=[number % 5], seed=number).images
+
+    alone = [picture(number) for number in range(8)]
+    halfway = engines.stream(class_ids=[1])
+    next(halfway)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(picture, range(8)))
+    np.testing.assert_array_equal(np.stack(together), np.stack(alone))
+    np.testing.assert_array_equal(
+        list(halfway)[-1].latent, traced(engines, class_ids=[1]).latents[-1]
+    )

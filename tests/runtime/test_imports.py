@@ -19,9 +19,11 @@ def imported(code: str, *arguments: str) -> set[str]:
 
 
 def test_importing_nsp_imports_no_framework_and_no_engine_runtime() -> None:
-    found = imported("import nsp")
+    found = imported("import nsp; nsp.load_pipeline")
     assert found.isdisjoint((*FORBIDDEN, "onnxruntime", "tensorrt", "tensorrt_rtx"))
     assert "numpy" in found
+    # What cannot be loaded here is said by the command line, which must be there for it.
+    assert "numpy" not in imported("import nsp, nsp.command_line")
 
 
 def test_loading_engines_imports_numpy_tokenizers_and_one_runtime(tmp_path: Path) -> None:

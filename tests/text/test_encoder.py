@@ -20,6 +20,7 @@ from nsp.text.encoder import (
     save_text_encoder,
 )
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
+from tests.weight_states import POINTER
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -241,7 +242,7 @@ def truncate_weights(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
          "no model.safetensors"),
         (drop_a_weight, "lacks 1 weights, first final_layer_norm.weight"),
-        (truncate_weights, "cannot be loaded"),
+        (truncate_weights, "cut short: it has 174,116 bytes of 174,216"),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_refused_in_one_line(
@@ -251,6 +252,80 @@ def test_a_damaged_folder_is_refused_in_one_line(
     with pytest.raises(CheckpointError, match=message) as refusal:
         load_text_encoder(folder)
     assert "\n" not in str(refusal.value)
+
+
+def shard(folder: Path) -> None:
+    """Cut the weights into two files with an index, as the hub has large ones."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in
+                  enumerate(sorted(tensors))}  # fmt: skip
+    for file in sorted(set(weight_map.values())):
+        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_and_prefixed_names_load(model: "CLIPTextModel", folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    named = {f"module.text_model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "model.safetensors")
+    shard(folder)
+    assert_same_weights(load_text_encoder(folder), model)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is missing"):
+        load_text_encoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\x00" * 5000, "is of no known kind; a JSON object is needed here"),
+        (POINTER.encode(), "is a Git LFS pointer"),
+        (b"<!doctype html>", "is a web page"),
+        (b"", "is empty: 0 bytes"),
+        (b'{"model_type": "clip_text_model", "hidden_size": 1e99}', "cannot be loaded"),
+    ],
+)
+def test_a_config_that_is_none_is_told_not_quoted(folder: Path, content: bytes, said: str) -> None:
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError) as refusal:
+        load_text_encoder(folder)
+    assert said in str(refusal.value)
+    assert len(str(refusal.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 2**40},
+        {"num_hidden_layers": 10**6},
+        {"vocab_size": 2**62},
+        {"max_position_embeddings": 2**31},
+        {"num_attention_heads": 0},
+        {"hidden_act": "frob"},
+        {"intermediate_size": -3},
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_end_before_memory_is_taken(
+    folder: Path, change: dict[str, object]
+) -> None:
+    edit_config(folder, **change)
+    with pytest.raises(CheckpointError, match="text_encoder"):
+        load_text_encoder(folder)
+
+
+def test_integers_in_place_of_weights_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["final_layer_norm.weight"] = tensors["final_layer_norm.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"final_layer_norm\.weight holds int8"):
+        load_text_encoder(folder)
+
+
+def test_saved_weights_are_as_readable_as_their_config(folder: Path) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 1
 
 
 def test_a_wrong_folder_says_where_to_look(folder: Path) -> None:

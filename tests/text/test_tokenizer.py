@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.text.parts import without_tokens
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
+from tests.weight_states import POINTER
 
 CAPTIONS = [
     "red apple",
@@ -162,6 +163,46 @@ def test_a_pipelines_tokenizer_is_found_by_subfolder(
     assert loaded.vocab_size == tokenizer.vocab_size
     with pytest.raises(CheckpointError, match="pass subfolder='tokenizer'"):
         PromptTokenizer.load(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("length", "stated"),
+    [("1e30", 77), ("1000000000000000019884624838656", 77), ("null", 77), ("12.0", 12)],
+)
+def test_what_is_written_for_an_unstated_length_is_known(
+    folder: Path, length: str, stated: int
+) -> None:
+    (folder / "tokenizer_config.json").write_text(f'{{"model_max_length": {length}}}')
+    assert PromptTokenizer.load(folder).max_tokens == stated
+
+
+@pytest.mark.parametrize(
+    "length",
+    ["-Infinity", "Infinity", "NaN", '"77"', "true", "7.5", "[]", "-1" + "0" * 400, "-1e30", "0"],
+)
+def test_a_length_that_is_no_number_of_tokens_is_one_line(folder: Path, length: str) -> None:
+    (folder / "tokenizer_config.json").write_text(f'{{"model_max_length": {length}}}')
+    with pytest.raises(CheckpointError, match="model_max_length is"):
+        PromptTokenizer.load(folder)
+
+
+def test_with_a_list_of_names_other_files_change_nothing(folder: Path) -> None:
+    ids = PromptTokenizer.load(folder).encode(["a"]).tolist()
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "!"}')
+    listed = {"tokenizer.json", "tokenizer_config.json"}
+    assert PromptTokenizer.load(folder).encode(["a"]).tolist() != ids
+    assert PromptTokenizer.load(folder, listed=listed).encode(["a"]).tolist() == ids
+    with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor"):
+        PromptTokenizer.load(folder, listed={"tokenizer_config.json"})
+
+
+@pytest.mark.parametrize(("name", "old"), [("tokenizer.json", False), ("merges.txt", True)])
+def test_a_pointer_in_place_of_a_file_is_told(folder: Path, name: str, old: bool) -> None:
+    if old:
+        as_old_folder(folder)
+    (folder / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer"):
+        PromptTokenizer.load(folder)
 
 
 def drop(name: str) -> Callable[[Path], None]:

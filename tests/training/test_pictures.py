@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nsp.checkpoint import read_checkpoint
+from nsp.checkpoint import read_checkpoint, write_digests
 from nsp.data.dataset import ImageDataset
 from nsp.data.pack import pack
 from nsp.data.sources import open_source, survey
@@ -65,6 +65,7 @@ def _forget(folder: Path, phase: str, step: int) -> None:
     record = json.loads(config.read_text())
     record["notes"]["steps"][phase] = step - 1
     config.write_text(json.dumps(record))
+    write_digests(folder / "checkpoint")
 
 
 def test_a_stream_needs_a_prompt_tokenizer_from_elsewhere(
@@ -102,7 +103,7 @@ def test_cached_tokens_are_those_of_the_tokenizer_and_follow_its_weights(
     assert not torch.equal(cached_tokens(vae, data, own), expected)
     assert "is of another tokenizer or other pictures; made again" in caplog.text
     cache.write_bytes(b"x")
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match=r"is text .* and is damaged; delete it"):
         cached_tokens(vae, data, own)
     with pytest.raises(ConfigError, match="does not exist; make it with nsp data cache"):
         cached_tokens(vae, data, TokenCache(tmp_path / "typo", is_given=True))

@@ -7,16 +7,20 @@ text_encoder/    a CLIPTextModel folder
 tokenizer/       its prompt tokenizer
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from nsp.checkpoint import ConfigFile, write_checkpoint
+from nsp.errors import CheckpointError
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.weights import load_weights, save_weights
+from nsp.weight_files import listed_in
+from nsp.weights import bounded_by_files, load_weights, save_weights
+
+_MAX_LATENT_SIDE = 2**9  # tables of positions have its square; 4,096 px with 8 px per cell
 
 
 def save_checkpoint(
@@ -44,16 +48,24 @@ def save_checkpoint(
         system.prompt_tokenizer.save(partial / "tokenizer")
 
 
-def load_checkpoint(folder: Path, config: Mapping[str, Any]) -> NextScaleSystem:
+def load_checkpoint(
+    folder: Path, config: Mapping[str, Any], listed: Collection[str] | None = None
+) -> NextScaleSystem:
     """Return the model in `folder`, in float32 and eval mode; `config` is config.json's "config".
 
-    Raises CheckpointError naming a missing, extra, misshapen or non-finite tensor.
+    With `listed` only files of those names are read. Raises CheckpointError naming a missing,
+    extra, misshapen or non-finite tensor.
     """
-    system = NextScaleSystem(
-        NextScaleConfig.from_dict(config),
-        text_encoder=load_text_encoder(folder / "text_encoder"),
-        prompt_tokenizer=PromptTokenizer.load(folder / "tokenizer"),
-    )
+    model = NextScaleConfig.from_dict(config)
+    if model.latent_side > _MAX_LATENT_SIDE:
+        raise CheckpointError(
+            f"{folder}: target_size={model.target_size} makes latents of {model.latent_side} cells "
+            f"a side; at most {_MAX_LATENT_SIDE} are loaded"
+        )
+    encoder = load_text_encoder(folder / "text_encoder", listed=listed_in(listed, "text_encoder"))
+    tokenizer = PromptTokenizer.load(folder / "tokenizer", listed=listed_in(listed, "tokenizer"))
+    with bounded_by_files(folder, ("generator", "vae"), listed):
+        system = NextScaleSystem(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
     load_weights(system.generator, folder / "generator")
     load_weights(system.vae, folder / "vae")
     return system.eval()

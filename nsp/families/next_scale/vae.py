@@ -10,7 +10,6 @@ Axes: B images, C latent channels, h w latent grid, H W pixels.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +20,15 @@ from torch import Tensor, nn
 
 from nsp.errors import CheckpointError
 from nsp.families.next_scale.config import VaeConfig
-from nsp.files import read_json
-from nsp.weights import load_state, read_safetensors
+from nsp.state_names import plain_names
+from nsp.weight_files import find_weights, read_safetensors, read_settings
+from nsp.weights import bounded, load_state
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 _LARGEST = 65504 / 8  # of float16, with room for pictures beyond those measured
-_WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-)
+_STEMS = ("diffusion_pytorch_model", "model")
 _READ = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 # Values that AutoencoderKL's own code would heed and this one's decoder does not.
 _FIXED = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
@@ -47,6 +43,8 @@ _OLD_NAMES = {
 
 class Vae(nn.Module):
     """Autoencoder and the factor by which its latents have unit variance."""
+
+    MEASURED_BUFFERS = ("scaling_factor",)  # in training; the configuration has the first one
 
     scaling_factor: Tensor
 
@@ -194,10 +192,13 @@ def load_vae(folder: Path, pictures_B3HW: Tensor | None = None) -> tuple[Vae, Va
     """
     root = _root(folder)
     config = read_vae_config(folder)
-    path = next((root / name for name in _WEIGHTS if (root / name).is_file()), root / _WEIGHTS[0])
-    vae = Vae(config).eval()
-    state = {_new_name(name): tensor for name, tensor in read_safetensors(path).items()}
-    load_state(vae.autoencoder, state, str(path))
+    state: dict[str, Tensor] = {}
+    for path in find_weights(root, _STEMS, what="autoencoder"):
+        state |= read_safetensors(path)
+    state = {_new_name(name): tensor for name, tensor in plain_names(state, root).items()}
+    with bounded((tensor.shape for tensor in state.values()), str(root)):
+        vae = Vae(config).eval()
+    load_state(vae.autoencoder, state, str(root))
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(2, config.latent_channels, 16, 16, generator=generator)]
     if pictures_B3HW is not None:
@@ -227,10 +228,7 @@ def read_vae_config(folder: Path) -> VaeConfig:
     path = root / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{root} holds no config.json; give an AutoencoderKL folder")
-    try:
-        values = read_json(path)
-    except (ValueError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy the folder again") from error
+    values = read_settings(path)
     if values.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(
             f"{root} holds a {values.get('_class_name')}; an AutoencoderKL is needed"

@@ -7,7 +7,7 @@ text_encoder/    a CLIPTextModel folder       (text-conditional models)
 tokenizer/       its prompt tokenizer
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from nsp.families.var.config import VarConfig
 from nsp.families.var.system import VarSystem
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.weights import load_weights, save_weights
+from nsp.weight_files import listed_in
+from nsp.weights import bounded_by_files, load_weights, save_weights
 
 
 def save_checkpoint(
@@ -45,17 +46,25 @@ def save_checkpoint(
             system.prompt_tokenizer.save(partial / "tokenizer")
 
 
-def load_checkpoint(folder: Path, config: Mapping[str, Any]) -> VarSystem:
+def load_checkpoint(
+    folder: Path, config: Mapping[str, Any], listed: Collection[str] | None = None
+) -> VarSystem:
     """Return the model in `folder`, in float32 and eval mode; `config` is config.json's "config".
 
-    Raises CheckpointError naming a missing, extra, misshapen or non-finite tensor.
+    With `listed` only files of those names are read. Raises CheckpointError naming a missing,
+    extra, misshapen or non-finite tensor.
     """
     var_config = VarConfig.from_dict(config)
     encoder, tokenizer = None, None
     if var_config.text is not None:
-        tokenizer = PromptTokenizer.load(folder / "tokenizer")
-        encoder = load_text_encoder(folder / "text_encoder")
-    system = VarSystem(var_config, text_encoder=encoder, prompt_tokenizer=tokenizer)
+        tokenizer = PromptTokenizer.load(
+            folder / "tokenizer", listed=listed_in(listed, "tokenizer")
+        )
+        encoder = load_text_encoder(
+            folder / "text_encoder", listed=listed_in(listed, "text_encoder")
+        )
+    with bounded_by_files(folder, ("predictor", "vae"), listed):
+        system = VarSystem(var_config, text_encoder=encoder, prompt_tokenizer=tokenizer)
     load_weights(system.predictor, folder / "predictor")
     load_weights(system.vae, folder / "vae")
     return system.eval()

@@ -21,6 +21,8 @@ SCHEDULES: dict[int, tuple[int, ...]] = {
 
 _MAX_COUNT = 2**20  # far beyond any model; torch fails in its own words on what no memory holds
 
+_MAX_TOKENS = 2**15  # the mask has their square; the published schedule of 1024 px has 9,451
+
 
 def _check_counts(where: str, record: Config, *names: str, least: int = 1) -> None:
     """Raise ConfigError naming a field below `least` or beyond any model."""
@@ -190,6 +192,11 @@ class VarConfig(Config):
         if not self.patch_nums or self.patch_nums[0] < 1 or not grows:
             raise ConfigError(
                 f"patch_nums={list(self.patch_nums)} must be positive and strictly increasing"
+            )
+        if self.num_tokens > _MAX_TOKENS:
+            raise ConfigError(
+                f"patch_nums={list(self.patch_nums)[:20]} are {self.num_tokens} tokens; at most "
+                f"{_MAX_TOKENS} are possible"
             )
         if self.image_size_px > _MAX_COUNT:
             raise ConfigError(

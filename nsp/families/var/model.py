@@ -220,6 +220,9 @@ class NextScaleTransformer(nn.Module):
     training.
     """
 
+    # Only training sees the mask; people hand around files in which it is zeros.
+    RECOMPUTED_BUFFERS = ("attn_bias_for_masking",)
+
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 

@@ -5,9 +5,11 @@ where they are given. Source of names: github.com/FoundationVision/VAR, models/v
 models/vqvae.py, models/quant.py.
 """
 
+import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from torch import Tensor
 from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.checkpoint import save_checkpoint
-from nsp.families.var.config import ClassCondition, VarConfig
+from nsp.families.var.config import SCHEDULES, ClassCondition, VarConfig
 from nsp.families.var.system import VarSystem
-from nsp.weights import load_state, read_safetensors
+from nsp.state_names import VAR_PREDICTOR, VAR_TOKENIZER, find_state, kind_of, what_it_is
+from nsp.weight_files import read_tensor_file
+from nsp.weights import bounded, load_state, rounded_to_eight_bits
 
 # Constructor argument of the public code -> our field; None: has no effect on inference.
 _VAE_ARGUMENTS = {
@@ -56,6 +60,8 @@ _VAR_ARGUMENTS = {
 }
 # Fields that tensors tell up to rounding (a width) or by another name (0: as many as scales).
 _ROUGHLY_TOLD = ("mlp_ratio", "default_qresi_counts")
+_MAX_DIGITS = 6  # of a number in a tensor's name
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -64,8 +70,8 @@ def convert(
     """Write the checkpoint folder `output_dir` from published weights; return its configuration.
 
     `config` may hold constructor arguments under "vae" and "var". Raises CheckpointError naming a
-    missing, extra, misshapen or non-finite tensor, ConfigError for an argument that is unknown,
-    out of range or contradicted by the tensors.
+    file that holds something else, or a missing, extra, misshapen, mistyped or non-finite tensor;
+    ConfigError for an argument that is unknown, out of range or contradicted by the tensors.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"{output_dir} is a file; choose another --output-dir")
@@ -73,54 +79,53 @@ def convert(
         raise ConfigError(
             f"{output_dir} is not empty and no checkpoint; choose another --output-dir"
         )
-    given = {"vae": {}, "var": {}, **(config or {})}
-    for part, arguments in given.items():
-        if part not in ("vae", "var"):
-            raise ConfigError(f"--config: unknown key {part!r}; known: vae, var")
-        if not isinstance(arguments, Mapping):
-            raise ConfigError(f"--config: {part} must hold constructor arguments as an object")
+    given = _arguments(config or {})
     vae_state = read_state(tokenizer, part="vae_local")
     var_state = read_state(predictor, part="var_wo_ddp")
-    var_config = infer_config(vae_state, var_state, vae=given["vae"], var=given["var"])
-    system = VarSystem(var_config)
-    usage = system.vae.quantize.ema_vocab_hit_SV
-    if vae_state.get("quantize.ema_vocab_hit_SV", usage).shape != usage.shape:
-        # A usage statistic of another schedule: one tokenizer serves several.
-        vae_state["quantize.ema_vocab_hit_SV"] = torch.zeros_like(usage)
+    var_config = infer_config(
+        vae_state, var_state, **given, tokenizer=str(tokenizer), predictor=str(predictor)
+    )
+    usage = (len(var_config.patch_nums), var_config.vae.vocab_size)
+    if vae_state.get("quantize.ema_vocab_hit_SV", torch.empty(0)).shape != usage:
+        # A usage statistic of another schedule, or none: one tokenizer serves several.
+        vae_state["quantize.ema_vocab_hit_SV"] = torch.zeros(usage)
+    shapes = [tensor.shape for state in (vae_state, var_state) for tensor in state.values()]
+    with bounded(shapes, f"{tokenizer.name} and {predictor.name}"):
+        system = VarSystem(var_config)
     load_state(system.vae, vae_state, str(tokenizer))
     load_state(system.predictor, var_state, str(predictor))
-    notes = {"converted_from": {"tokenizer": tokenizer.name, "predictor": predictor.name}}
+    notes: dict[str, Any] = {
+        "converted_from": {"tokenizer": tokenizer.name, "predictor": predictor.name}
+    }
+    for name, state in (("tokenizer", vae_state), ("predictor", var_state)):
+        if eight := rounded_to_eight_bits(state):
+            notes.setdefault("rounded_to_8_bits", {})[name] = eight
     save_checkpoint(output_dir, system, notes=notes)
     return var_config
 
 
-def read_state(path: Path, *, part: str) -> dict[str, Tensor]:
-    """Return the float32 state dict in `path` (.safetensors, else a torch file).
+def _arguments(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the constructor arguments under "vae" and "var"; what else there is is named once."""
+    known = ("vae", "var")
+    others = [key for key in config if key not in known]
+    if others and not any(part in config for part in known):
+        raise ConfigError(f"--config: unknown key {others[0]!r}; known: {', '.join(known)}")
+    if others:
+        logger.warning("--config: vae and var are read; not used: %s", ", ".join(others))
+    given = {part: config.get(part, {}) for part in known}
+    for part, arguments in given.items():
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(f"--config: {part} must hold constructor arguments as an object")
+    return given
 
-    The public trainer nests it as ['trainer'][part]; both forms are taken.
+
+def read_state(path: Path, *, part: str) -> dict[str, Tensor]:
+    """Return the state dict in `path`, by the names that the model gives them.
+
+    The file is read by its content, wrappers and prefixes are seen through (`nsp.state_names`); the
+    public trainer nests the state dict as ['trainer'][part].
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; give the file of a published state dict")
-    if path.suffix == ".safetensors":
-        state: Any = read_safetensors(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes make an unpickler fail in any way there is
-            # torch's own text advises to load it all the same, running what code is in it.
-            raise CheckpointError(
-                f"{path} cannot be read as weights only: it is damaged, or holds other things than "
-                "tensors; save its state dict alone, best as .safetensors"
-            ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("trainer"), Mapping):
-        state = state["trainer"].get(part)
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise CheckpointError(
-            f"{path} holds no state dict (names to tensors), nor one under trainer/{part}"
-        )
-    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    return find_state(read_tensor_file(path), path, part=part)
 
 
 def infer_config(
@@ -129,14 +134,20 @@ def infer_config(
     *,
     vae: Mapping[str, Any],
     var: Mapping[str, Any],
+    tokenizer: str = "tokenizer",
+    predictor: str = "predictor",
 ) -> VarConfig:
     """Return the configuration from shapes, with what these do not tell from the arguments given.
 
-    Raises ConfigError for an argument that is unknown or contradicts the tensors.
+    `tokenizer` and `predictor` are the files, for errors. Raises CheckpointError for tensors of
+    something else, ConfigError for an argument that is unknown or contradicts the tensors.
     """
-    vae_fields, var_fields = _vae_fields(vae_state), _predictor_fields(var_state)
-    patch_nums = _schedule(var_state)
-    num_classes = _shape(var_state, "class_emb.weight", 2)[0] - 1
+    with _naming(tokenizer, vae_state, VAR_TOKENIZER):
+        vae_fields = _vae_fields(vae_state)
+    with _naming(predictor, var_state, VAR_PREDICTOR):
+        var_fields = _predictor_fields(var_state)
+        patch_nums = _schedule(var_state, var.get("patch_nums") or vae.get("v_patch_nums"))
+        num_classes = _shape(var_state, "class_emb.weight", 2)[0] - 1
     told = {"patch_nums": patch_nums, "num_classes": num_classes, "v_patch_nums": patch_nums}
     vae_fields |= _renamed(vae, _VAE_ARGUMENTS, "vae", {**told, **vae_fields})
     var_fields |= _renamed(var, _VAR_ARGUMENTS, "var", {**told, **var_fields})
@@ -157,6 +168,22 @@ def infer_config(
             "condition": ClassCondition(num_classes=num_classes).to_dict(),
         }
     )
+
+
+@contextmanager
+def _naming(path: str, state: Mapping[str, Tensor], wanted: str) -> Iterator[None]:
+    """Say in an error which file it is about and, where that is not what is `wanted`, what it is.
+
+    A ConfigError, which is about the arguments, stays as it is.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if kind_of(state) == wanted:
+            said = f"{path}: {error}; part of {wanted} is missing, or it is of another variant"
+        else:
+            said = f"{path} {what_it_is(Path(path), state)}; give {wanted} ({error})"
+        raise CheckpointError(said) from error
 
 
 def _vae_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -203,8 +230,13 @@ def _predictor_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return fields
 
 
-def _schedule(state: Mapping[str, Tensor]) -> list[int]:
-    """Return patch_nums from the level of every token."""
+def _schedule(state: Mapping[str, Tensor], given: Any) -> list[int]:
+    """Return patch_nums from the level of every token, which a file may leave out.
+
+    Without levels they are those `given`, or the one published schedule of as many tokens.
+    """
+    if "lvl_1L" not in state:
+        return _schedule_without_levels(state, given)
     _shape(state, "lvl_1L", 2)
     _, counts = np.unique(state["lvl_1L"].numpy(), return_counts=True)
     sides = [math.isqrt(int(count)) for count in counts]
@@ -214,6 +246,26 @@ def _schedule(state: Mapping[str, Tensor]) -> list[int]:
             "growing squares"
         )
     return sides
+
+
+def _schedule_without_levels(state: Mapping[str, Tensor], given: Any) -> list[int]:
+    num_tokens = _shape(state, "pos_1LC", 3)[1]
+    num_scales = _shape(state, "lvl_embed.weight", 2)[0]
+    if given is None:
+        for sides in SCHEDULES.values():
+            if (sum(side**2 for side in sides), len(sides)) == (num_tokens, num_scales):
+                logger.info("the weights leave out lvl_1L; their schedule is %s", list(sides))
+                return list(sides)
+    elif (
+        isinstance(given, list)
+        and all(type(side) is int and side > 0 for side in given)
+        and (sum(side**2 for side in given), len(given)) == (num_tokens, num_scales)
+    ):
+        return given
+    raise ConfigError(
+        f"the weights leave out lvl_1L, and their {num_tokens} tokens in {num_scales} scales do "
+        'not tell the schedule; give the right {"var": {"patch_nums": [1, 2, ...]}} with --config'
+    )
 
 
 def _renamed(
@@ -238,16 +290,17 @@ def _renamed(
 def _shape(state: Mapping[str, Tensor], name: str, num_axes: int) -> torch.Size:
     """Return the shape of a tensor every such model has, with that many axes and not empty."""
     if name not in state:
-        raise CheckpointError(f"missing tensor {name}: these are no weights of this kind of model")
+        raise CheckpointError(f"missing tensor {name}")
     shape = state[name].shape
     if len(shape) != num_axes or 0 in shape:
-        raise CheckpointError(
-            f"misshapen tensor {name} {tuple(shape)}: these are no weights of this kind of model"
-        )
+        raise CheckpointError(f"misshapen tensor {name} {tuple(shape)}")
     return shape
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """Return one more than the largest index `pattern` captures; 0 without a match."""
-    found = (re.match(pattern, name) for name in state)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    found = {match[1] for name in state if (match := re.match(pattern, name))}
+    if any(len(number) > _MAX_DIGITS for number in found):
+        longest = max(found, key=len)
+        raise CheckpointError(f"a name counts to {longest}, which no model does")
+    return max((int(number) + 1 for number in found), default=0)

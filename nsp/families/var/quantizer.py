@@ -71,6 +71,8 @@ class QuantizerOutput:
 class MultiScaleQuantizer(nn.Module):
     """Codebook and phi convolutions; turns a latent into token maps and back."""
 
+    MEASURED_BUFFERS = ("ema_vocab_hit_SV",)  # counted in training, not computed
+
     ema_vocab_hit_SV: Tensor
 
     def __init__(self, config: VaeConfig, patch_nums: Sequence[int]) -> None:

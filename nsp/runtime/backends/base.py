@@ -38,6 +38,10 @@ class Backend(ABC):
         Raises FeedError for wrong feeds and BackendError when the stage fails.
         """
 
+    def when_loaded(self, call: Callable[[], None]) -> None:
+        """Call `call` once no file of a stage is needed any more: now, or when all are loaded."""
+        call()
+
     @abstractmethod
     def upload(self, array: NDArray[Any]) -> Array:
         """Return `array` on the device of this backend."""

@@ -12,24 +12,24 @@ only if all of it runs on the GPU; another one runs without, which is logged.
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from nsp.errors import BackendError, EngineError, FeedError
+from nsp.errors import BackendError, EngineError, FeedError, lacks_memory
+from nsp.runtime import cores
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.backends.ort_arrays import DeviceMemory, HostMemory, Memory
 from nsp.runtime.backends.ort_cuda import CPU, CUDA, CudaGraphs, with_options
 from nsp.runtime.backends.ort_session import session_options
-from nsp.runtime.cores import usable_cores
 from nsp.runtime.io import Shape, StageIO
 from nsp.runtime.kv_arena import KVArena, KVShape
 from nsp.runtime.nvidia import find_gpu
-from nsp.runtime.requests import checked_count
 
 __all__ = [
     "CPU",
@@ -80,8 +80,8 @@ class OnnxRuntimeBackend(Backend):
         """Start loading `stage_files`, one ONNX model per stage.
 
         `providers`: ONNX Runtime's names, best first; None is CUDA where it starts, else the CPU.
-        `num_threads`: None is every physical core this process may use. `cuda_graphs` heeds the
-        CUDA provider alone. Raises BackendError without onnxruntime or a wanted provider,
+        `num_threads`: None is as `cores.num_threads` says. `cuda_graphs` heeds the CUDA
+        provider alone. Raises BackendError without onnxruntime or a wanted provider,
         EngineError for a tensor type it cannot hold and ConfigError for a number of threads below
         1; a model that does not load is reported by `wait` or `run`.
         """
@@ -89,9 +89,7 @@ class OnnxRuntimeBackend(Backend):
         ort = import_onnxruntime()
         self._ort, self.kv_layout = ort, kv_layout
         self.providers = choose_providers(ort, providers)
-        self.num_threads = (
-            usable_cores() if num_threads is None else checked_count("num_threads", num_threads)
-        )
+        self.num_threads = cores.num_threads(num_threads)
         self._errors = _error_types(ort)
         on_gpu = self.providers[0] == CUDA
         self.memory: Memory = DeviceMemory(ort, "cuda", self._errors) if on_gpu else HostMemory(ort)
@@ -105,6 +103,20 @@ class OnnxRuntimeBackend(Backend):
             stage: loader.submit(self._load, stage, path) for stage, path in stage_files.items()
         }
         loader.shutdown(wait=False)
+
+    def when_loaded(self, call: Callable[[], None]) -> None:
+        """Call `call` when every session is loaded or has failed, from the thread that is last."""
+        waiting, lock = set(self._sessions), threading.Lock()
+
+        def end(stage: str, _: Future[Any]) -> None:
+            with lock:
+                waiting.discard(stage)
+                is_last = not waiting
+            if is_last:
+                call()
+
+        for stage, session in self._sessions.items():
+            session.add_done_callback(partial(end, stage))
 
     def wait(self) -> None:
         """Return when every session is loaded; raise EngineError or BackendError if one is not."""
@@ -192,6 +204,11 @@ class OnnxRuntimeBackend(Backend):
         try:
             session = self._new_session(stage, path, options)
         except self._errors as error:
+            if lacks_memory(error):
+                raise BackendError(
+                    f"onnxruntime: not enough memory to load {path} ({_first_line(error)}); free "
+                    "some, or raise the limit of this process"
+                ) from error
             raise EngineError(
                 f"{path} cannot be loaded by onnxruntime {ort.__version__} ({_first_line(error)}); "
                 "export its folder again (nsp inspect tells from which checkpoint)"
@@ -261,6 +278,10 @@ def import_onnxruntime() -> Any:
         import onnxruntime
         from onnxruntime import InferenceSession  # noqa: F401  # else a folder left by pip
     except ImportError as error:
+        if lacks_memory(error):
+            raise BackendError(
+                f"there is not enough memory to load onnxruntime ({_first_line(error)})"
+            ) from error
         raise BackendError(
             f"onnxruntime does not load ({_first_line(error)}); "
             "run: pip install onnxruntime (for an NVIDIA GPU onnxruntime-gpu; never both)"
@@ -323,7 +344,6 @@ def _first_line(error: Exception) -> str:
 
 def _failure(stage: str, error: Exception) -> str:
     """Return one line about a failed run."""
-    text = str(error)
-    if any(hint in text for hint in ("allocate memory", "bad allocation", "bad_alloc")):
+    if lacks_memory(error):
         return f"out of memory in stage {stage}; use a smaller --batch-size"
     return f"stage {stage} failed: {_first_line(error)}"

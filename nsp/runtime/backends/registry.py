@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from nsp.errors import ConfigError
+from nsp.distribution import installed_version, pip_install
+from nsp.errors import ConfigError, lacks_memory
 from nsp.runtime.nvidia import find_gpu
 
 Device: TypeAlias = Literal["cpu", "cuda"]
@@ -31,8 +32,8 @@ class BackendRecord:
     runs: Literal["checkpoints", "engines"]
     module: str  # the optional package it needs
     distributions: tuple[str, ...]  # names under which pip knows that package
-    install: str  # the command that installs it
-    repair: str = ""  # the command that mends a damaged installation, where it is another one
+    extra: str | None = None  # the extra of this project that brings it; None: always required
+    needs_gpu: bool = False  # of no use on a machine without an NVIDIA GPU
     needs: str  # in words
     probe: Callable[["BackendRecord"], Availability]
     # "module:name" of (stage files, stages' I/O, kv_layout, device, num_threads) -> Backend;
@@ -44,6 +45,18 @@ class BackendRecord:
     )
     portable: bool = True  # False: engines fit one GPU architecture, library version and OS
     build_needs_gpu: bool = False
+
+    @property
+    def install(self) -> str | None:
+        """The command that installs the package; None where it would be of no use."""
+        if self.needs_gpu and find_gpu() is None:
+            return None
+        return f"pip install {self.module}" if self.extra is None else pip_install(self.extra)
+
+    @property
+    def repair(self) -> str | None:
+        """The command that mends a damaged installation; None where it would be of no use."""
+        return _reinstall_onnxruntime() if self.name == "onnxruntime" else self.install
 
     def load(self) -> Any:
         """Return the function that loads engines, importing its module now."""
@@ -60,7 +73,9 @@ class BackendRecord:
 
     def recorded_version(self) -> str | None:
         """Return the version pip has on record, whether or not the module is there."""
-        return next((found for name in self.distributions if (found := _version(name))), None)
+        return next(
+            (found for name in self.distributions if (found := installed_version(name))), None
+        )
 
 
 def backend_record(name: str) -> BackendRecord:
@@ -88,17 +103,11 @@ def availability(name: str) -> Availability:
             return Availability(False, needs, record.install)
         reason = f"{record.module} is installed in part: pip lists it, its files are gone"
     except Exception as error:  # whatever a broken installation raises while it is imported
+        if lacks_memory(error):
+            reason = f"there is not enough memory to load {record.module} ({error})"
+            return Availability(False, " ".join(reason.split()))
         reason = f"{record.module} is installed but does not load: {type(error).__name__}: {error}"
-    return Availability(False, " ".join(reason.split()), record.repair or record.install)
-
-
-def _version(distribution: str) -> str | None:
-    from importlib import metadata  # 15 ms that generating an image need not spend
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+    return Availability(False, " ".join(reason.split()), record.repair)
 
 
 def _probe_torch(record: BackendRecord) -> Availability:
@@ -128,23 +137,34 @@ def _probe_onnxruntime(record: BackendRecord) -> Availability:
     device: Device = "cuda" if cuda else "cpu"
     reason = f"runs engines on the GPU {gpu.name}" if cuda and gpu else "runs engines on the CPU"
     install = None
-    if all(_version(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+    if all(installed_version(name) for name in ("onnxruntime", "onnxruntime-gpu")):
         # Both own the folder onnxruntime/: the one installed last wins, and removing either breaks
         # the other.
         reason += "; onnxruntime and onnxruntime-gpu are both installed and overwrite each other"
-        install = _only_one("onnxruntime-gpu" if gpu else "onnxruntime")
+        if gpu:
+            install = _reinstall_onnxruntime()
+        else:
+            reason += ", which does no harm here until one of them is removed"
     elif gpu and not cuda:
         if built_for_cuda:
             reason += f"; its CUDA provider does not start on {gpu.name} (CUDA or cuDNN missing?)"
             install = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         else:
             reason += f"; {gpu.name} is here, but onnxruntime without -gpu does not use it"
-            install = _only_one("onnxruntime-gpu")
+            install = _reinstall_onnxruntime()
     return Availability(True, reason, install, device, detail)
 
 
-def _only_one(package: str) -> str:
-    return f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install {package}"
+def _reinstall_onnxruntime() -> str:
+    """Return the command that leaves this machine with the one ONNX Runtime that suits it.
+
+    The two packages have their files in one folder, so on a machine with a GPU both go before the
+    GPU's comes. Elsewhere either will do, and pip fetches it before anything is removed: without
+    a network what works goes on working.
+    """
+    if find_gpu() is None:
+        return "pip install --force-reinstall --no-deps onnxruntime"
+    return "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 
 
 def _probe_tensorrt(record: BackendRecord) -> Availability:
@@ -182,7 +202,7 @@ def _probe_tensorrt(record: BackendRecord) -> Availability:
 
 def _cuda_needed(record: BackendRecord) -> int:
     """Return the major version of CUDA an installed package is built for."""
-    name = next((name for name in record.distributions if _version(name)), "")
+    name = next((name for name in record.distributions if installed_version(name)), "")
     return 12 if name.endswith("cu12") else 13
 
 
@@ -202,7 +222,8 @@ BACKENDS: Mapping[str, BackendRecord] = {
             runs="engines",
             module="tensorrt",
             distributions=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
-            install="pip install 'nsp[tensorrt]'",
+            extra="tensorrt",
+            needs_gpu=True,
             needs="it needs an NVIDIA GPU to build and to run engines",
             probe=_probe_tensorrt,
             loader="nsp.runtime.backends.tensorrt:load_tensorrt",
@@ -214,7 +235,8 @@ BACKENDS: Mapping[str, BackendRecord] = {
             runs="engines",
             module="tensorrt_rtx",
             distributions=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
-            install="pip install 'nsp[tensorrt-rtx]'",
+            extra="tensorrt-rtx",
+            needs_gpu=True,
             needs="it builds engines on any machine and needs an NVIDIA RTX GPU to run them",
             probe=_probe_tensorrt,
             loader="nsp.runtime.backends.tensorrt:load_tensorrt_rtx",
@@ -225,8 +247,6 @@ BACKENDS: Mapping[str, BackendRecord] = {
             runs="engines",
             module="onnxruntime",
             distributions=("onnxruntime-gpu", "onnxruntime"),
-            install="pip install onnxruntime",
-            repair=_only_one("onnxruntime"),
             needs="it runs on any CPU, and on NVIDIA GPUs as onnxruntime-gpu",
             probe=_probe_onnxruntime,
             loader="nsp.runtime.backends.onnxruntime:load_engines",
@@ -237,7 +257,7 @@ BACKENDS: Mapping[str, BackendRecord] = {
             runs="checkpoints",
             module="torch",
             distributions=("torch",),
-            install="pip install 'nsp[export]'",
+            extra="export",
             needs="it runs checkpoints, on a CPU or a GPU",
             probe=_probe_torch,
             loader=None,

@@ -6,7 +6,10 @@ block: a stream runs them in turn. Keys and values land in the arena where the n
 The whole loop becomes one CUDA graph (replay.py). Nothing here imports torch.
 """
 
+import hashlib
+import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any, ClassVar, TypeAlias
 from numpy.typing import NDArray
 
 from nsp.errors import BackendError, FeedError
+from nsp.runtime import cores
 from nsp.runtime.backends.base import Loop, T
 from nsp.runtime.backends.cuda import (
     ALIGNMENT,
@@ -32,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 Allocate: TypeAlias = Callable[[Shape, str], DeviceArray]
 
-CACHE_NAME = "tensorrt_rtx.cache"  # in the engine folder
+_CACHE_FOLDER = "nsp/tensorrt_rtx"  # in the cache folder of the user
 
 
 class StageRunner(Runner):
@@ -228,10 +232,25 @@ def load_engines(
     """Return the backend of an engine folder's stages."""
     assert device == "cuda", device
     if num_threads is not None:
-        logger.warning("num_threads=%d has no effect on a GPU", num_threads)
-    # .../stage/variant/engine.plan
-    folder = next(iter(stage_files.values())).parents[2]
-    return backend(stage_files, stages_io, kv_layout=kv_layout, cache_file=folder / CACHE_NAME)
+        logger.warning("num_threads=%d has no effect on a GPU", cores.num_threads(num_threads))
+    kernels = kernel_cache(stage_files)
+    return backend(stage_files, stages_io, kv_layout=kv_layout, cache_file=kernels)
+
+
+def kernel_cache(stage_files: Mapping[str, Path]) -> Path | None:
+    """Return where kernels compiled for these engines are kept: in the cache folder of the user.
+
+    Compiled code is never read from an engine folder, which somebody else may have made. Folders of
+    engines are named by their content, so these names tell whose kernels they are. None where the
+    user has no home.
+    """
+    names = json.dumps(sorted((stage, path.parent.name) for stage, path in stage_files.items()))
+    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return root / _CACHE_FOLDER / f"{digest}.cache"
 
 
 load_tensorrt = partial(load_engines, TensorRTBackend)

@@ -16,6 +16,7 @@ from typing import Any
 from nsp.errors import BackendError, EngineError, ProfileError
 from nsp.files import write_file
 from nsp.runtime.backends.cuda import Memory, Stream
+from nsp.runtime.backends.registry import BACKENDS
 from nsp.runtime.io import Shape, StageIO
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ _DTYPES = {
 }
 # What TensorRT says when the GPU's memory is exhausted; "memory" alone is in other errors, too.
 _MEMORY_HINTS = ("out of memory", "outofmemory", "memory allocation", "insufficient memory")
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
 def import_tensorrt(module: str) -> Any:
@@ -37,9 +37,10 @@ def import_tensorrt(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
+        install = BACKENDS[module].install
+        advice = f"run: {install}" if install else "it runs on an NVIDIA GPU, which is not here"
         raise BackendError(
-            f"{module} does not load ({' '.join(str(error).split())}); "
-            f"run: pip install 'nsp[{EXTRAS[module]}]'"
+            f"{module} does not load ({' '.join(str(error).split())}); {advice}"
         ) from error
 
 
@@ -137,7 +138,7 @@ class Runtime:
             )
 
     def save_cache(self) -> None:
-        """Write what new contexts compiled, if anything, when the folder allows it."""
+        """Write what new contexts compiled, if anything, where that may be kept."""
         if not self._has_new_contexts or self._cache_file is None:
             return
         self._has_new_contexts = False
@@ -156,6 +157,7 @@ class Runtime:
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file that several processes read and replace."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("a")
     except OSError:  # a folder that only the export may write to: nobody replaces the file
         yield

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nsp.errors import BackendError, ConfigError
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.io import Shape, StageIO
+from nsp.values import shown
 
 
 class TorchBackend(Backend):
@@ -74,8 +75,8 @@ def _usable_device(device: Any) -> torch.device:
     """Return the device; raise ConfigError for an unknown one, BackendError without it here."""
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device {device!r} is unknown; give cpu, cuda or cuda:1") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"device {shown(device)} is unknown; give cpu, cuda or cuda:1") from error
     try:
         torch.empty(1, device=found).cpu()
     except (RuntimeError, AssertionError) as error:  # no GPU, no driver, or a build without either

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nsp.errors import CheckpointError
+from nsp.errors import CheckpointError, NspError
 from nsp.families.next_scale.config import SDXL_VAE, SIZES
 from nsp.families.next_scale.precision import stage_weights
 from nsp.families.next_scale.vae import (
@@ -105,6 +105,49 @@ def test_folders_with_the_old_names_of_attention_are_read(tmp_path: Path) -> Non
     with torch.no_grad():
         found = vae.decode(LATENTS)
         torch.testing.assert_close(found, model.decode(LATENTS).sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"max_shard_size": "20KB"}, {"variant": "non_ema"}, {"variant": "fp16"},
+     {"variant": "fp16", "max_shard_size": "20KB"}],
+)  # fmt: skip
+def test_folders_as_the_hub_has_them_are_read(tmp_path: Path, how: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    model = new_autoencoder(CONFIG)
+    model.save_pretrained(tmp_path, **how)
+    with torch.no_grad():
+        found = load_vae(tmp_path)[0].decode(LATENTS)
+        torch.testing.assert_close(found, model.decode(LATENTS).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_that_is_pickled_or_lacks_a_shard_says_so(tmp_path: Path) -> None:
+    new_autoencoder(CONFIG).save_pretrained(tmp_path / "a", safe_serialization=False)
+    with pytest.raises(CheckpointError, match=r"pickled weights \(diffusion_pytorch_model\.bin\)"):
+        load_vae(tmp_path / "a")
+    new_autoencoder(CONFIG).save_pretrained(tmp_path / "b", max_shard_size="20KB")
+    shard = sorted((tmp_path / "b").glob("*-00002-of-*"))[0]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name} is missing, one of"):
+        load_vae(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_out_channels": [32, 32 * 200]}, "do not belong together"),
+        ({"layers_per_block": 2**20}, "do not belong together"),
+        ({"norm_num_groups": 2**30}, "norm_num_groups"),
+    ],
+)
+def test_absurd_sizes_end_before_memory_is_taken(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    new_autoencoder(CONFIG).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(NspError, match=message):
+        load_vae(tmp_path)
 
 
 @pytest.mark.parametrize(

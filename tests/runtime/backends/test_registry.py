@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nsp.distribution import pip_install
 from nsp.errors import BackendError, ConfigError
 from nsp.runtime.backends import onnxruntime, registry, tensorrt
 from nsp.runtime.backends.registry import BACKENDS, availability, backend_record
@@ -14,7 +15,8 @@ from nsp.runtime.nvidia import Gpu
 
 H200 = Gpu(name="NVIDIA H200", compute_capability="9.0", driver_cuda="13.0")
 
-ONLY_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"
+ANEW = "pip install --force-reinstall --no-deps onnxruntime"
+ANEW_FOR_THE_GPU = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 
 
 class Machine:
@@ -23,7 +25,7 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
         self.installed: dict[str, str] = {}
-        monkeypatch.setattr(registry, "_version", self.installed.get)
+        monkeypatch.setattr(registry, "installed_version", self.installed.get)
         self.set_gpu(None)
 
     def set_gpu(self, gpu: Gpu | None) -> None:
@@ -81,6 +83,7 @@ def test_an_absent_package_comes_with_the_command_that_installs_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, BACKENDS[name].module, None)
+    monkeypatch.setattr(registry, "find_gpu", lambda: H200)
     found = availability(name)
     assert not found.works
     assert "is not installed" in found.reason
@@ -102,7 +105,7 @@ def test_a_broken_package_is_a_reason_not_an_error(
     found = availability("onnxruntime")
     assert not found.works
     assert "does not load" in found.reason
-    assert found.install == ONLY_ONNXRUNTIME
+    assert found.install == ANEW
 
 
 def test_what_pip_leaves_behind_is_not_an_installation(
@@ -118,7 +121,7 @@ def test_what_pip_leaves_behind_is_not_an_installation(
     machine.installed["onnxruntime-gpu"] = "1.31.1"
     found = availability("onnxruntime")
     assert found.reason.startswith("onnxruntime is installed in part")
-    assert found.install == ONLY_ONNXRUNTIME
+    assert found.install == ANEW
     with pytest.raises(BackendError, match="onnxruntime does not load"):
         onnxruntime.import_onnxruntime()
 
@@ -158,7 +161,7 @@ def test_tensorrt_without_the_cuda_bindings_names_the_extra_that_has_them(
     monkeypatch.setattr(registry, "_has_cuda_bindings", lambda: False)
     found = availability("tensorrt-rtx")
     assert "cuda-bindings" in found.reason
-    assert found.install == "pip install 'nsp[tensorrt-rtx]'"
+    assert found.install == pip_install("tensorrt-rtx")
 
 
 def test_a_driver_too_old_for_the_package_is_named(machine: Machine) -> None:
@@ -180,9 +183,9 @@ def test_onnxruntime_beside_onnxruntime_gpu_is_reported_with_the_fix(machine: Ma
     found = availability("onnxruntime")
     assert found.works
     assert "both installed" in found.reason
-    assert found.install == ONLY_ONNXRUNTIME
+    assert found.install is None  # it works, and uninstalling either would end that
     machine.set_gpu(H200)
-    assert availability("onnxruntime").install == f"{ONLY_ONNXRUNTIME}-gpu"
+    assert availability("onnxruntime").install == ANEW_FOR_THE_GPU
 
 
 def test_onnxruntime_for_the_cpu_on_a_machine_with_a_gpu_says_how_to_use_it(

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from nsp.checkpoint import read_checkpoint
+from nsp.distribution import pip_install
 from nsp.errors import BackendError, EngineError, FeedError, ProfileError
 from nsp.families.registry import family
 from nsp.families.var.profiles import stage_profiles
 from nsp.runtime.backends import cuda as cuda_module
+from nsp.runtime.backends import registry, tensorrt_engine
 from nsp.runtime.backends import tensorrt as backend_module
-from nsp.runtime.backends import tensorrt_engine
 from nsp.runtime.backends.cuda import DeviceArray, Stream
 from nsp.runtime.backends.tensorrt import load_tensorrt, load_tensorrt_rtx
 from nsp.runtime.kv_arena import KVShape
+from nsp.runtime.nvidia import Gpu
 from nsp.runtime.pipeline import Pipeline, Trace, torch_pipeline
 from nsp.runtime.sampling import SamplingConfig
 from tests.runtime.backends.nvidia import CudaStandIn, TensorRTStandIn, cudaError_t, write_plan
@@ -30,7 +32,9 @@ class Machine:
     """A machine with the stand-ins, and plans of one model's stages."""
 
     def __init__(self, system: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.family, self.folder, self.system = family("var"), folder, system
+        self.family, self.folder, self.system = family("var"), folder / "engines", system
+        self.user_cache = folder / "cache"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(self.user_cache))
         self.config = self.system.config
         self.stages_io = self.family.get("stages_io")(self.config, "delta", "float32")
         self.modules = self.family.get("stages")(self.system, "delta")
@@ -317,12 +321,14 @@ def test_a_capture_that_fails_is_said_once_and_the_picture_is_made(
     assert caplog.text.count("cudaErrorStreamCaptureUnsupported") == 1
 
 
-def test_kernels_compiled_here_are_kept_beside_the_engines(
+def test_kernels_compiled_here_are_kept_for_the_user_and_not_in_the_engine_folder(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
+    before = sorted(machine.folder.rglob("*"))
     machine.load("tensorrt_rtx").generate(**CLASSES)
-    cache = machine.folder / "tensorrt_rtx.cache"
+    assert sorted(machine.folder.rglob("*")) == before
+    (cache,) = machine.user_cache.glob("nsp/tensorrt_rtx/*.cache")
     assert cache.read_bytes() == b"kernels"
     machine.load("tensorrt_rtx").generate(**CLASSES)
     assert f"compiled kernels from {cache}" in caplog.text
@@ -335,11 +341,11 @@ def test_kernels_compiled_here_are_kept_beside_the_engines(
 def test_a_kernel_cache_that_cannot_be_read_is_said_and_left(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (machine.folder / "tensorrt_rtx.cache").write_bytes(b"kernels")
+    machine.load("tensorrt_rtx").generate(**CLASSES)
     real = Path.read_bytes
 
     def denied(path: Path) -> bytes:
-        if path.name == "tensorrt_rtx.cache":
+        if path.is_relative_to(machine.user_cache):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
@@ -488,7 +494,11 @@ def no_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_bindings")
-def test_absent_packages_name_their_installation() -> None:
+def test_absent_packages_name_their_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_gpu", lambda: Gpu("NVIDIA L4", "8.9", "13.0"))
     assert "pip install 'cuda-bindings" in refusal(BackendError, cuda_module.import_cuda)
     message = refusal(BackendError, lambda: tensorrt_engine.import_tensorrt("tensorrt_rtx"))
-    assert message.endswith("pip install 'nsp[tensorrt-rtx]'")
+    assert message.endswith(pip_install("tensorrt-rtx"))
+    monkeypatch.setattr(registry, "find_gpu", lambda: None)
+    message = refusal(BackendError, lambda: tensorrt_engine.import_tensorrt("tensorrt_rtx"))
+    assert message.endswith("it runs on an NVIDIA GPU, which is not here")

@@ -91,7 +91,7 @@ def test_an_rtx_engine_for_sm80_runs_here_or_is_refused_in_one_line(
     folder = export_for(tiny_class_checkpoint, tmp_path / "engines", "tensorrt_rtx", "80")
     expected = load_pipeline(folder, "onnxruntime", device="cpu")
     version = backend_record("tensorrt_rtx").version()
-    files = {path.parts[-3]: path for path in folder.glob("*/tensorrt_rtx-fp32/engine.plan")}
+    files = {path.parts[-3]: path for path in folder.glob("*/tensorrt_rtx-fp32-*/engine.plan")}
     stages_io = expected.family.get("stages_io")(expected.config, "delta", "float32")
     plans, refusal = {stage: files[stage] for stage in stages_io}, ""
     try:  # the manifest would refuse it on another architecture: not what is asked here

@@ -1,0 +1,172 @@
+"""The files of an engine folder, checked, and held from the reading of its manifest to their use.
+
+An export removes folders that no manifest has named since the export before the last. A reader
+locks the folders it will load from (shared; an export skips those), so that what it has verified is
+what it loads, however long that takes. Where the file system has no locks, a folder can vanish
+under a reader; the caller then reads the manifest again.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from nsp.errors import EngineError
+from nsp.files import inside
+from nsp.runtime.cores import usable_cores
+from nsp.sniff import sniff
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+class MissingFileError(EngineError):
+    """A listed file is not there: lost, or replaced since the manifest was read."""
+
+
+class HeldFiles:
+    """Listed files of an engine folder; none of them is removed by an export until `release`."""
+
+    def __init__(self, folder: Path, digests: Mapping[str, str]) -> None:
+        """Lock the folders of `digests` ({name: SHA-256}).
+
+        Raises MissingFileError for one that is gone, EngineError for one that is linked or may not
+        be read.
+        """
+        self.folder, self.digests = folder, digests
+        self._handles: list[int] = []
+        self._lock = threading.Lock()
+        try:
+            for name in dict.fromkeys(name.rpartition("/")[0] for name in digests):
+                self._handles.append(_hold(folder, name))
+        except BaseException:
+            self.release()
+            raise
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the folders go."""
+        self.release()
+
+    def __del__(self) -> None:
+        """Let the folders go."""
+        self.release()
+
+    def release(self) -> None:
+        """Let the folders go; for a second time without effect."""
+        with self._lock:
+            handles, self._handles = self._handles, []
+        for handle in handles:
+            os.close(handle)
+
+    def verify(self) -> None:
+        """Raise EngineError naming the first file that is missing or not of its recorded SHA-256.
+
+        Every byte is read: 40 MB take 30 ms, and about 1 s per 1.5 GB and core.
+        """
+        start = time.perf_counter()
+        with ThreadPoolExecutor(usable_cores()) as pool:  # hashing releases the interpreter lock
+            for _ in pool.map(lambda item: check_file(self.folder, *item), self.digests.items()):
+                pass
+        seconds = time.perf_counter() - start
+        logger.info("%s: %d files verified in %.2f s", self.folder, len(self.digests), seconds)
+
+
+def check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raise EngineError naming the first file that is missing or not of its recorded SHA-256."""
+    for name, digest in digests.items():
+        check_file(folder, name, digest)
+
+
+def check_file(folder: Path, name: str, digest: str) -> None:
+    """Raise EngineError when a file is missing, linked, unreadable, or not of its SHA-256."""
+    with _opened(folder, name) as handle, os.fdopen(handle, "rb", closefd=False) as file:
+        try:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise EngineError(f"{folder / name} cannot be read ({error.strerror})") from error
+    if found != digest:
+        what = sniff(folder / name)
+        why = f": it {what.words}; {what.remedy}" if what.is_spoilt else " (SHA-256)"
+        raise EngineError(f"{folder / name} differs from what was exported{why}")
+
+
+@contextmanager
+def _opened(folder: Path, name: str) -> Iterator[int]:
+    """Yield a descriptor of a regular file that no link leads to."""
+    handle = _open(folder, name, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise EngineError(f"{folder / name} is no regular file")
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _open(folder: Path, name: str, flags: int) -> int:
+    try:
+        return os.open(inside(folder, name), flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFileError(f"{folder / name} is missing though the manifest lists it") from None
+    except ValueError as error:
+        raise EngineError(f"{folder / name} {error}") from None
+    except PermissionError:
+        raise EngineError(f"{folder / name} may not be read: there is no permission") from None
+    except OSError as error:
+        raise EngineError(f"{folder / name} cannot be read ({error.strerror})") from error
+
+
+def _hold(folder: Path, name: str) -> int:
+    """Return a descriptor of a folder of files, with a shared lock on it."""
+    handle = _open(folder, name, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not _lock(handle, fcntl.LOCK_SH) or _is_gone(handle, folder / name):
+            raise MissingFileError(f"{folder / name} is missing though the manifest lists it")
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _lock(handle: int, kind: int) -> bool:
+    """Return whether a lock was had; True also where the file system has none."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _is_gone(handle: int, path: Path) -> bool:
+    """Return whether the folder was removed between its opening and its locking."""
+    try:
+        here, held = path.stat(), os.fstat(handle)
+    except FileNotFoundError:
+        return True
+    return (here.st_dev, here.st_ino) != (held.st_dev, held.st_ino)
+
+
+@contextmanager
+def unused(path: Path) -> Iterator[bool]:
+    """Yield whether nobody is loading from a folder of files; nobody begins to in the block."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield _lock(handle, fcntl.LOCK_EX)
+    finally:
+        os.close(handle)

@@ -1,0 +1,207 @@
+"""State dicts as people have them: found in wrappers, freed of prefixes, known by their names."""
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nsp.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+# Under which training scripts keep the weights among other things.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "params", "weights")
+_TRAINER = "trainer"  # of the public VAR code: {"trainer": {"var_wo_ddp": ..., "vae_local": ...}}
+# What DistributedDataParallel, torch.compile and training classes put before every name ...
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+# ... and what wrappers of parts of a model put inside names, where no layer is called so.
+_INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_AVERAGED = "n_averaged"  # counter of torch.optim.swa_utils.AveragedModel beside its module.*
+_MAX_DEPTH = 8
+_NUM_SHOWN = 5
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
+
+VAR_TOKENIZER = "the image tokenizer of VAR"
+VAR_PREDICTOR = "the transformer of VAR (the predictor)"
+# Names that tell what a state dict is of; every pattern of a row must be found.
+_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "an adapter (LoRA or PEFT): a change of a model, and none itself; merge it into its model "
+        "and save that",
+        (r"(^|\.)(lora_(A|B|up|down|embedding_[AB])|lora|hada_w\d_[ab]|ia3_l)(\.|_|$)",),
+    ),
+    (VAR_TOKENIZER, (r"^quantize\.embedding\.weight$", r"^(en|de)coder\.")),
+    (VAR_PREDICTOR, (r"^word_embed\.|^lvl_embed\.|^head_nm\.",)),
+    ("an AutoencoderKL of diffusers", (r"^decoder\.up_blocks\.",)),
+    ("a diffusion U-Net", (r"^(down_blocks|up_blocks|mid_block)\.",)),
+    ("a whole Stable Diffusion model", (r"^model\.diffusion_model\.|^first_stage_model\.",)),
+    ("a CLIP text encoder", (r"^(text_model\.)?embeddings\.token_embedding\.",)),
+    ("an optimizer", (r"^(param_groups|state)(\.|$)",)),
+)
+
+
+@dataclass(frozen=True)
+class FoundState:
+    """A state dict and where in its file it lay."""
+
+    state: dict[str, Tensor]
+    where: str  # keys that lead to it, "" for the file itself
+
+
+def find_state(content: Any, path: Path, *, part: str = "") -> dict[str, Tensor]:
+    """Return the state dict in what a file holds, by plain names.
+
+    Looked for in the wrappers above and, as the public trainer has it, under ['trainer'][part]. Of
+    the weights and a moving average beside them the weights are taken, which the log says. Prefixes
+    that all names share are taken off. Raises CheckpointError naming the keys there are.
+    """
+    found, averages = _descend(content, part, "", _MAX_DEPTH)
+    if len(found) > 1 or (not found and len(averages) > 1):
+        held = " and ".join(each.where for each in (found or averages))
+        raise CheckpointError(f"{path} holds weights under {held}; save the one you want alone")
+    if not found and not averages:
+        raise CheckpointError(f"{path} {_no_state(content, part)}")
+    (chosen,) = found or averages
+    if chosen.where and found and averages:
+        beside = ", ".join(each.where for each in averages)
+        log.warning(
+            "%s: the weights under %s are taken; their moving average lies under %s: save that "
+            "alone to take it",
+            path,
+            chosen.where,
+            beside,
+        )
+    elif not found:
+        log.warning("%s holds a moving average only: %s is taken", path, chosen.where)
+    elif chosen.where:
+        log.info("%s: the weights under %s are taken", path, chosen.where)
+    return plain_names(chosen.state, path)
+
+
+def _is_average(key: str) -> bool:
+    return bool(re.search(r"(^|_)(ema|swa|averaged?|shadow)(_|$)", key))
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items())
+    )
+
+
+def _descend(
+    value: Any, part: str, where: str, depth: int
+) -> tuple[list[FoundState], list[FoundState]]:
+    """Return the state dicts inside, those of the model and those of its moving averages."""
+    if _is_state(value):
+        return [FoundState(dict(value), where)], []
+    if not isinstance(value, Mapping) or not depth:
+        return [], []
+    if part and part in value:
+        keys = [part]
+    elif isinstance(value.get(_TRAINER), Mapping):
+        keys = [_TRAINER]
+    else:
+        keys = [key for key in value if key in WRAPPERS]
+    found: list[FoundState] = []
+    averages: list[FoundState] = []
+    for key in keys:
+        inside, averaged = _descend(value[key], part, _joined(where, key), depth - 1)
+        found += inside
+        averages += averaged
+    for key in (key for key in value if isinstance(key, str) and _is_average(key)):
+        inside, averaged = _descend(value[key], part, _joined(where, key), depth - 1)
+        inside = inside or _shadow(value[key], _joined(where, key))
+        averages += inside + averaged
+    return found, averages
+
+
+def _shadow(value: Any, where: str) -> list[FoundState]:
+    """Return the weights that a class of averages keeps beside its own numbers."""
+    if isinstance(value, Mapping):
+        for key in ("shadow", "shadow_params", "ema"):
+            if _is_state(value.get(key)):
+                return [FoundState(dict(value[key]), _joined(where, key))]
+    return []
+
+
+def _joined(where: str, key: str) -> str:
+    return f"{where}/{key}" if where else key
+
+
+def _no_state(content: Any, part: str) -> str:
+    """Return, to follow the file's name, what it holds in place of a state dict."""
+    nested = f", nor one under {', '.join(WRAPPERS)} or trainer/{part}" if part else ""
+    said = f"holds no state dict (names to tensors){nested}"
+    if not isinstance(content, Mapping):
+        return f"{said}; it holds a {type(content).__name__}"
+    if not content:
+        return f"{said}; it is empty"
+    inner = [str(key) for key, value in content.items() if _is_state(value)]
+    if inner:
+        return f"{said}; state dicts lie under {_some(inner)}: save the one you want alone"
+    odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if odd and len(odd) < len(content):
+        return f"{said}; no tensors are: {_some(odd)}"
+    return f"{said}; its keys are {_some(map(str, content))}"
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first names of many in words."""
+    listed = list(names)
+    more = f" and {len(listed) - _NUM_SHOWN} more" if len(listed) > _NUM_SHOWN else ""
+    return ", ".join(listed[:_NUM_SHOWN]) + more
+
+
+def plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return tensors under the names the model itself gives them.
+
+    Prefixes are taken off while all names share one; what torch.compile and FSDP put inside names
+    is removed. Raises CheckpointError where two names become one.
+    """
+    named = dict(state)
+    others = [name for name in named if name != _AVERAGED]
+    if len(others) < len(named) and others and all(n.startswith("module.") for n in others):
+        log.warning("%s holds a moving average of weights (swa_utils), which is taken", path)
+        del named[_AVERAGED]
+    plain = {_INSIDE.sub("", name): tensor for name, tensor in named.items()}
+    if len(plain) != len(named):
+        raise CheckpointError(f"{path} holds tensors of compiled and of plain names; keep one kind")
+    while prefix := _shared_prefix(plain):
+        plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+    return plain
+
+
+def _shared_prefix(names: Collection[str]) -> str:
+    """Return the prefix that all names begin with and have something after; "" for none."""
+    for prefix in _PREFIXES:
+        if names and all(n.startswith(prefix) and n != prefix for n in names):
+            return prefix
+    return ""
+
+
+def kind_of(names: Collection[str]) -> str | None:
+    """Return what state dicts with such names are of, in words; None for an unknown kind."""
+    for words, patterns in _KINDS:
+        if all(any(re.search(pattern, name) for name in names) for pattern in patterns):
+            return words
+    return None
+
+
+def what_it_is(path: Path, names: Collection[str]) -> str:
+    """Return what a file of tensors with `names` is, to follow its name in an error."""
+    if shard := _SHARD.search(path.name):
+        return (
+            f"is part {int(shard[1])} of {int(shard[2])} of a model; give its index "
+            "(*.safetensors.index.json), or save the model in one file"
+        )
+    if (kind := kind_of(names)) is not None:
+        return f"holds {kind}"
+    if not names:
+        return "holds no tensors"
+    return f"holds {len(names)} tensors of another kind of model: {_some(sorted(names))}"

@@ -1,0 +1,102 @@
+"""What a number, a flag, a text or a path is, wherever it was given.
+
+The command line, Python and JSON files hand over anything: a NumPy scalar is the number it holds, a
+truth value is no number, and what no computer can hold is refused here, before it is used. Each
+function returns Python's own value or raises ConfigError with what was given and what is allowed.
+"""
+
+import math
+import numbers
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nsp.errors import ConfigError
+
+MOST = 2**31 - 1  # of things to count: more than any machine holds
+_MAX_SHOWN = 80  # characters of a wrong value in an error
+
+
+def shown(value: Any) -> str:
+    """Return `value` as one short line, for an error."""
+    if is_integer(value) and abs(int(value)) >= 10**_MAX_SHOWN:  # Python refuses to write long ones
+        return f"an integer of {int(value).bit_length()} bits"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as error:  # whatever an object of somebody else raises
+        return f"a {type(value).__name__} ({type(error).__name__})"
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether this is an integer of Python or NumPy, and no truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def integer(name: str, value: Any, *, least: int, most: int = MOST) -> int:
+    """Return an integer from `least` to `most`."""
+    if not is_integer(value) or int(value) < least:
+        raise ConfigError(f"{name} is an integer of at least {least}, not {shown(value)}")
+    if int(value) > most:
+        raise ConfigError(f"{name} is at most {most}, not {shown(value)}")
+    return int(value)
+
+
+def count(name: str, value: Any, *, most: int = MOST) -> int:
+    """Return a number of things: an integer from 1 to `most`."""
+    return integer(name, value, least=1, most=most)
+
+
+def seed(value: Any) -> int:
+    """Return a seed: what NumPy's Philox generators take."""
+    if not is_integer(value) or not 0 <= int(value) < 2**64:
+        raise ConfigError(f"seed={shown(value)} must be an integer between 0 and 2**64 - 1")
+    return int(value)
+
+
+def real(name: str, value: Any, *, least: float, most: float) -> float:
+    """Return a finite number from `least` to `most`."""
+    expected = f"{name} is a number from {least:g} to {most:g}"
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ConfigError(f"{expected}, not {shown(value)}")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not least <= found <= most:  # false for NaN, too
+        raise ConfigError(f"{expected}, not {shown(value)}")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a truth value: True or False, of Python or NumPy, or the integers 1 and 0."""
+    scalar = type(value).__name__ in ("bool", "bool_") or is_integer(value)
+    if not scalar or value not in (0, 1):
+        raise ConfigError(f"{name} is True or False, not {shown(value)}")
+    return bool(value)
+
+
+def choice(name: str, value: Any, known: Iterable[str] = ()) -> str:
+    """Return a name, one of `known` where any are given."""
+    options = tuple(known)
+    if not isinstance(value, str):
+        expected = f"one of {', '.join(options)}" if options else "a text"
+        raise ConfigError(f"{name} is {expected}, not {shown(value)}")
+    if options and value not in options:
+        raise ConfigError(f"{name} {value!r} is unknown; known: {', '.join(options)}")
+    return str(value)
+
+
+def path(name: str, value: Any) -> Path:
+    """Return a path that this system's files can have."""
+    if not isinstance(value, str | os.PathLike) or isinstance(value, bytes):
+        raise ConfigError(f"{name} is a path, not {shown(value)}")
+    try:
+        found = Path(value)
+        encoded = os.fsencode(found)
+    except (TypeError, ValueError) as error:  # half of a character, or a path of bytes
+        raise ConfigError(f"{name} {shown(value)} is no path: it holds what no name can") from error
+    if b"\0" in encoded:
+        raise ConfigError(f"{name} {shown(value)} is no path: it holds what no name can")
+    return found

@@ -1,0 +1,323 @@
+"""Files of tensors: found, read by what they are and not by their name, and written.
+
+The only room, with saved training steps (nsp/training/checkpoints.py), in which `torch.load`,
+`safe_open` and `load_file` occur. Torch is imported where its tensors are asked for; the rest needs
+NumPy and safetensors only.
+"""
+
+import logging
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from nsp.errors import CheckpointError
+from nsp.files import name_failed_write, read_json
+from nsp.sniff import explain, sniff
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Arrays = dict[str, NDArray[np.generic]]
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "a safetensors file, or a torch file of tensors,"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TORCH_KINDS = ("torch", "legacy torch", "pickle")
+_FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed global|got <class '([^']+)'>")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
+_NUM_SHOWN = 4  # files or names of a list that are named
+
+
+def require_file(path: Path, *, expected: str = WEIGHTS) -> None:
+    """Raise CheckpointError when `path` is nothing anybody can mean: what it is, and what to do."""
+    found = sniff(path)
+    if found.kind == "missing":
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, write it again")
+    if found.is_spoilt:
+        raise CheckpointError(explain(path, expected=expected, found=found))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model; CheckpointError says what else the file is."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        found = sniff(path)
+        if found.is_spoilt or found.kind not in ("json", "text"):
+            said = explain(path, expected="a JSON object", found=found)
+            raise CheckpointError(said) from error
+        raise CheckpointError(f"{path} is damaged ({error}); copy the folder again") from error
+
+
+def listed_in(listed: Collection[str] | None, part: str) -> frozenset[str] | None:
+    """Return the listed names that lie in the folder `part`, relative to it; None for any name."""
+    if listed is None:
+        return None
+    return frozenset(n.removeprefix(f"{part}/") for n in listed if n.startswith(f"{part}/"))
+
+
+def find_weights(
+    folder: Path, stems: Sequence[str], *, what: str, listed: Collection[str] | None = None
+) -> tuple[Path, ...]:
+    """Return the safetensors files that hold the weights of a Hugging Face folder.
+
+    `stems` are the names to look for ("model", "diffusion_pytorch_model"), `what` is the model in
+    words. One file, or the shards of an index; else the variant `fp16`, else the only other variant
+    there is (`non_ema`), which is said. With `listed` only those names are looked at. Raises
+    CheckpointError naming what there is instead, or a shard that is missing.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    if listed is not None:
+        names = [name for name in names if name in listed]
+    for stem in stems:
+        variants = _variants(stem, names)
+        for variant in ("", "fp16"):
+            if variant in variants:
+                return _files_of(folder, variants[variant], names)
+        if len(variants) == 1:
+            ((variant, name),) = variants.items()
+            log.warning("%s holds the variant %s only: %s is taken", folder, variant, name)
+            return _files_of(folder, name, names)
+        if variants:
+            found = ", ".join(sorted(variants.values())[:_NUM_SHOWN])
+            raise CheckpointError(
+                f"{folder} holds several variants ({found}); rename the one you want to "
+                f"{stem}.safetensors"
+            )
+    raise CheckpointError(_no_weights(folder, stems, names, what))
+
+
+def _variants(stem: str, names: Sequence[str]) -> dict[str, str]:
+    """Return {variant: file, or index of shards}; the plain one is ""."""
+    single = re.compile(rf"{re.escape(stem)}(?:\.([\w-]+))?\.safetensors")
+    index = re.compile(rf"{re.escape(stem)}\.safetensors\.index(?:\.([\w-]+))?\.json")
+    found: dict[str, str] = {}
+    for pattern in (index, single):  # a single file beside an index goes first
+        for name in names:
+            if (match := pattern.fullmatch(name)) and not _SHARD.search(name):
+                found[match[1] or ""] = name
+    return found
+
+
+def _files_of(folder: Path, name: str, names: Sequence[str]) -> tuple[Path, ...]:
+    return shards_of(folder / name, names) if name.endswith(".json") else (folder / name,)
+
+
+def shards_of(index: Path, names: Collection[str] | None = None) -> tuple[Path, ...]:
+    """Return the files that an index (`*.safetensors.index.json`) names, each in its folder.
+
+    Raises CheckpointError for a name that leads elsewhere and for a shard that is missing.
+    """
+    weight_map = read_settings(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} holds no weight_map of names to files; copy it again")
+    shards = sorted({str(name) for name in weight_map.values()})
+    for name in shards:
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+            raise CheckpointError(f"{index} names {name!r}, which is not a file of its own folder")
+        if not (index.parent / name).is_file() or (names is not None and name not in names):
+            raise CheckpointError(
+                f"{index.parent / name} is missing, one of {len(shards)} files of these weights; "
+                "download it again"
+            )
+    return tuple(index.parent / name for name in shards)
+
+
+def _no_weights(folder: Path, stems: Sequence[str], names: Sequence[str], what: str) -> str:
+    """Return the line for a folder without weights that can be read."""
+    missing = f"{folder} holds no {stems[0]}.safetensors"
+    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+        return (
+            f"{missing}; pickled weights ({pickles[0]}) are not read: save the {what} again with "
+            "safe_serialization=True"
+        )
+    if shards := [name for name in names if _SHARD.search(name)]:
+        return f"{missing}.index.json, which says what is in {shards[0]}; download it too"
+    more = f", and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    held = f"it holds {', '.join(names[:_NUM_SHOWN])}{more}" if names else "it is empty"
+    return f"{missing}; {held}; download or copy it again"
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a safetensors file's tensors from its header.
+
+    Raises CheckpointError when it is missing, damaged or something else.
+    """
+    require_file(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the words a safetensors file carries; CheckpointError as of `read_shapes`."""
+    require_file(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_arrays(path: Path) -> "Arrays":
+    """Return the tensors of a safetensors file in NumPy; CheckpointError as of `read_shapes`."""
+    from safetensors.numpy import load_file
+
+    require_file(path)
+    try:
+        arrays: Arrays = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return arrays
+
+
+def read_safetensors(path: Path) -> "dict[str, Tensor]":
+    """Return all tensors of a safetensors file; CheckpointError when it is missing or damaged."""
+    from safetensors.torch import load_file
+
+    require_file(path)
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    return state
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    """Return the error for a file that is there, and whole, and yet cannot be read."""
+    found = sniff(path)
+    if found.kind == "safetensors":
+        return CheckpointError(f"{path} is damaged ({error}); download or copy it again")
+    return CheckpointError(explain(path, expected="a safetensors file", found=found))
+
+
+def read_tensor_file(path: Path) -> Any:
+    """Return what a file of weights holds: tensors by name, or nested objects around them.
+
+    The bytes tell how to read it. An index (`*.safetensors.index.json`) stands for its shards.
+    Pickles are read as weights only. Raises CheckpointError saying what is there instead.
+    """
+    found = sniff(path)
+    if found.kind == "missing":
+        raise CheckpointError(f"{path} does not exist; give the file of a published state dict")
+    if found.is_spoilt:
+        raise CheckpointError(explain(path, expected=WEIGHTS, found=found))
+    if found.kind == "safetensors":
+        return read_safetensors(path)
+    if found.kind == "json" and path.name.endswith(".json") and ".index" in path.name:
+        return {n: t for shard in shards_of(path) for n, t in read_safetensors(shard).items()}
+    if found.kind not in _TORCH_KINDS:
+        raise CheckpointError(explain(path, expected=WEIGHTS, found=found))
+    return _read_torch(path)
+
+
+def _read_torch(path: Path) -> Any:
+    """Return the content of a file that torch.save wrote, with nothing run that is in it."""
+    import torch
+
+    _refuse_compressed(path)
+    try:
+        # torch judges a path by its suffix, and warns of what damage makes of a pickle.
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make an unpickler fail in any way there is
+        # torch's own text advises to load it all the same, running what code is in it.
+        raise CheckpointError(f"{path} cannot be read as weights only: {_why(error)}") from error
+    size = path.stat().st_size
+    for name, tensor in _tensors(content):
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = "no numbers" if tensor.device.type == "meta" else f"a {tensor.layout} tensor"
+            raise CheckpointError(
+                f"{path}: tensor {name} holds {kind}; save the model's plain weights"
+            )
+        if tensor.numel() * tensor.element_size() > size:
+            raise CheckpointError(
+                f"{path}: tensor {name} {tuple(tensor.shape)} is larger than the whole file; save "
+                "it with .contiguous()"
+            )
+    return content
+
+
+def _why(error: Exception) -> str:
+    """Return why torch refused a file, and what to do."""
+    if found := _FORBIDDEN.search(str(error)):
+        return (
+            f"it holds an object of {found[1] or found[2]} beside its tensors, and to unpickle a "
+            "class may run code; save its state dict alone, best as .safetensors"
+        )
+    if "TorchScript" in str(error):
+        return "it is a TorchScript program; save the state dict of the model in it"
+    return (
+        "it is damaged, or holds other things than tensors; save its state dict alone, best as "
+        ".safetensors"
+    )
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise CheckpointError for an archive that unpacks to more than it is: torch packs nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            odd = any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # torch will say so
+    if odd:
+        raise CheckpointError(
+            f"{path} was compressed after torch wrote it; unpack and save it again"
+        )
+
+
+def _tensors(value: Any, name: str = "", depth: int = 8) -> "list[tuple[str, Tensor]]":
+    """Return the tensors in nested objects with their names."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [(name, value)]
+    if not isinstance(value, Mapping) or not depth:
+        return []
+    return [
+        pair
+        for key, child in value.items()
+        for pair in _tensors(child, f"{name}.{key}" if name else str(key), depth - 1)
+    ]
+
+
+def write_safetensors(
+    tensors: Mapping[str, Any], path: Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write arrays of NumPy or torch; OSError naming `path` when that fails."""
+    with name_failed_write(path):
+        if any(type(tensor).__module__.startswith("torch") for tensor in tensors.values()):
+            from safetensors.torch import save_file as save_torch
+
+            save_torch(dict(tensors), path, metadata=metadata)
+        else:
+            from safetensors.numpy import save_file as save_numpy
+
+            save_numpy(dict(tensors), path, metadata=metadata)
+        give_usual_mode(path)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Let a file be read by whom the user's umask lets read.
+
+    safetensors writes to a file that only its owner may read, and renames that.
+    """
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    try:
+        probe.touch()  # os.umask tells only by changing it, for all threads
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink(missing_ok=True)
