@@ -271,6 +271,9 @@ def test_a_tar_may_hold_its_captions_in_json_and_several_of_them(tmp_path: Path)
     files |= {"c.png": PNG, "c.txt": "z", "c.json": "[" * 5000, "all.json": "{}"}
     found = {"a": ("a cat",), "b": ("x", "y"), "c": ("z",)}
     assert _captions(write_tar(tmp_path / "0.tar", files)) == found
+    long: Files = {"a.png": PNG, "a.txt": "x", "a.json": json.dumps({"exif": "x" * 1_200_000})}
+    assert _captions(write_tar(tmp_path / "2.tar", long)) == {"a": ("x",)}
+    assert _captions(write_files(tmp_path / "long", long)) == {"a.png": ("x",)}
     bare: Files = {"a.png": PNG, "b.png": PNG, "b.json": '{"width": 8}'}
     assert set(_captions(write_tar(tmp_path / "1.tar", bare)).values()) == {()}
 
@@ -297,6 +300,7 @@ def test_links_to_the_folder_itself_count_nothing_twice(tmp_path: Path) -> None:
         ('{"file_name": "\\udce9.png", "text": "x"}', "but not in the folder"),
         ('{"file_name": "a.png", "text": 7}', "its text is neither a text nor a list of texts"),
         ('{"file_name": "a.png", "label": 7}', "the row has file_name, label; captions are read"),
+        ('{"file_name": "a.png", "caption": null}', "its caption is empty"),
         ("7", "the row has no file_name"),
         ("a.png,x", "not JSON"),
     ],
