@@ -276,8 +276,10 @@ def _parquet(path: Path, table: Table) -> Table | None:
     num_bytes = number = 0
     try:
         file = parquet.ParquetFile(path)
-        lower = {name.lower(): name for name in file.schema_arrow.names}
-        files = [lower[key] for key in FILE_KEYS if key in lower]
+        lower = {field.name.lower(): field.name for field in file.schema_arrow}
+        # A picture itself may be called `image`, too: then the file is a data set of `datasets`.
+        pictures = {f.name for f in file.schema_arrow if pyarrow.types.is_nested(f.type)}
+        files = [lower[k] for k in FILE_KEYS if k in lower and lower[k] not in pictures]
         captions = [lower[key] for key in CAPTION_KEYS if key in lower]
         if not files or not captions:
             return None

@@ -127,6 +127,17 @@ def test_captions_are_read_as_people_have_them(
     assert not survey(tmp_path).class_names
 
 
+def test_pictures_inside_parquet_are_a_data_set_of_datasets(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": b"a picture", "path": None}] * 2
+    (tmp_path / "data").mkdir()
+    table = pyarrow.table({"image": images, "text": ["a", "b"]})
+    parquet.write_table(table, tmp_path / "data/train-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=rf"give hf:{tmp_path}"):
+        survey(tmp_path)
+
+
 def test_parquet_beside_pictures_is_read(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra nsp[datasets]")
     parquet = pytest.importorskip("pyarrow.parquet")
