@@ -21,6 +21,7 @@ from export.recorded import write_recorded
 from export.store import EngineStore, with_variant
 from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError, ExportError
+from nsp.files import name_problem
 from nsp.runtime.manifest import RECORDED_DIR, SCHEMA, TOKENIZER_DIR, Manifest, Variant
 from nsp.runtime.repair import source_name
 from nsp.text.clip_bpe import TOKENIZER_FILES
@@ -49,6 +50,8 @@ def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manife
     in the folder before stay usable in every case.
     """
     store = EngineStore(Path(options.engine_dir))
+    if problem := name_problem(store.folder):
+        raise ConfigError(f"{store.folder} {problem}")
     if is_checkpoint(store.folder):
         raise ConfigError(f"{store.folder} is a checkpoint; choose another --engine-dir")
     todo = make_plan(options, store)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -138,7 +139,8 @@ class CheckpointRecord:
         else:
             self.digests  # noqa: B018 - raises
         listed = frozenset(self.files) if self.files else None
-        system = self.family.get("load_checkpoint")(self.folder, self.config, listed)
+        with _permitted(self.folder):
+            system = self.family.get("load_checkpoint")(self.folder, self.config, listed)
         if self.files and _read_config(self.folder / CONFIG_NAME).digest != self.digest:
             raise CheckpointError(f"{self.folder} was replaced while it was read; run it again")
         return system
@@ -149,7 +151,8 @@ class CheckpointRecord:
 
         Raises CheckpointError for the first that differs from the listed one.
         """
-        found = _hash_files(self.folder, list(self.files) or _files_of(self.folder))
+        with _permitted(self.folder):
+            found = _hash_files(self.folder, list(self.files) or _files_of(self.folder))
         for name, digest in self.files.items():
             if self.verify and found[name] != digest:
                 raise CheckpointError(_why_different(self.folder / name))
@@ -164,6 +167,17 @@ class CheckpointRecord:
         for name in sorted(self.digests, key=PurePosixPath):
             digest.update(name.encode() + self.digests[name].encode())
         return digest.hexdigest()
+
+
+@contextmanager
+def _permitted(folder: Path) -> Iterator[None]:
+    """Make a file or folder that may not be read a CheckpointError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{error.filename or folder} cannot be read ({error.strerror}); allow it with chmod"
+        ) from error
 
 
 def _why_different(path: Path) -> str:
@@ -231,7 +245,7 @@ def _check_names(folder: Path, names: Mapping[str, str]) -> None:
         if not inside or path.as_posix() != name or name in (".", CONFIG_NAME):
             raise CheckpointError(f"{folder / CONFIG_NAME} lists {name!r}, which is not inside it")
         for each in (path, *path.parents[:-1]):
-            if (folder / each).is_symlink():
+            if os.path.islink(folder / each):  # False where it may not be looked at
                 raise CheckpointError(
                     f"{folder / each} is a link, and the files of a checkpoint must lie in its "
                     "folder; copy it with its files (cp -rL) and use the copy"

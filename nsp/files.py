@@ -63,6 +63,22 @@ def _children(value: Any) -> list[Any]:
     return [child for child in inside if isinstance(child, dict | list)]
 
 
+def name_problem(path: Path) -> str | None:
+    """Return why other programs cannot open a path, None for one that they can.
+
+    ONNX Runtime and safetensors take paths as UTF-8; names in Latin-1 are common in old folders and
+    on network drives.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return (
+            "has a name that is not UTF-8, which ONNX Runtime and safetensors cannot open; "
+            "rename the folder"
+        )
+    return None
+
+
 def inside(folder: Path, name: str) -> Path:
     """Return folder / name, where `name` (posix, relative) leads to a place in that folder.
 

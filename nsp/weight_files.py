@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from nsp.errors import CheckpointError
-from nsp.files import name_failed_write, read_json
+from nsp.files import name_failed_write, name_problem, read_json
 from nsp.sniff import explain, sniff
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ _NUM_SHOWN = 4  # files or names of a list that are named
 
 def require_file(path: Path, *, expected: str = WEIGHTS) -> None:
     """Raise CheckpointError when `path` is nothing anybody can mean: what it is, and what to do."""
+    if problem := name_problem(path):
+        raise CheckpointError(f"{path} {problem}")
     found = sniff(path)
     if found.kind == "missing":
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, write it again")
@@ -78,21 +80,20 @@ def find_weights(
     names = sorted(path.name for path in folder.iterdir())
     if listed is not None:
         names = [name for name in names if name in listed]
-    for stem in stems:
-        variants = _variants(stem, names)
-        for variant in ("", "fp16"):
-            if variant in variants:
-                return _files_of(folder, variants[variant], names)
-        if len(variants) == 1:
-            ((variant, name),) = variants.items()
-            log.warning("%s holds the variant %s only: %s is taken", folder, variant, name)
-            return _files_of(folder, name, names)
-        if variants:
-            found = ", ".join(sorted(variants.values())[:_NUM_SHOWN])
-            raise CheckpointError(
-                f"{folder} holds several variants ({found}); rename the one you want to "
-                f"{stem}.safetensors"
-            )
+    found = {stem: _variants(stem, names) for stem in stems}
+    for variant in ("", "fp16"):
+        for stem in stems:
+            if variant in found[stem]:
+                return _files_of(folder, found[stem][variant], names)
+    others = [name for stem in stems for name in found[stem].values()]
+    if len(others) == 1:
+        log.warning("%s holds a variant only: %s is taken", folder, others[0])
+        return _files_of(folder, others[0], names)
+    if others:
+        raise CheckpointError(
+            f"{folder} holds several variants ({', '.join(sorted(others)[:_NUM_SHOWN])}); rename "
+            f"the one you want to {stems[0]}.safetensors"
+        )
     raise CheckpointError(_no_weights(folder, stems, names, what))
 
 

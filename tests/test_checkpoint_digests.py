@@ -175,6 +175,24 @@ def test_no_permission_is_one_line(copy: Path, monkeypatch: pytest.MonkeyPatch) 
             load(copy)
 
 
+@pytest.mark.parametrize("digests", [True, False])
+def test_a_part_that_may_not_be_entered_is_one_line(
+    digests: bool, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not digests:
+        edit(copy / "config.json", lambda v: (v.pop("files"), v.pop("digest")))
+    real = os.stat
+
+    def refuse(path: Any, *rest: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(str(copy / "tokenizer/")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(CheckpointError, match=r"tokenizer.*cannot be read \(Permission denied"):
+        load(copy)
+
+
 def test_a_folder_replaced_while_it_is_read_is_refused(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,3 +87,17 @@ def test_a_door_is_found_however_it_is_spelled(source: str, door: str) -> None:
 
 def test_other_functions_of_these_names_are_none() -> None:
     assert not set(doors_of("import json\njson.load(file)\nPath('x').open()\nopen('x')"))
+
+
+def test_the_documented_places_are_there() -> None:
+    rows = re.findall(r"^\| [^|]+ \| (.+) \|$", (ROOT / "docs/inputs.md").read_text(), re.MULTILINE)
+    places = [part for row in rows for part in row.split("; ")]
+    named = 0
+    for place in places:
+        for file in re.findall(r"`([^`]+\.py)`", place):
+            source = (ROOT / file).read_text()
+            for name in re.findall(r"`([A-Za-z_][\w.]*)`", place.partition(":")[2]):
+                named += 1
+                last = name.rpartition(".")[2]
+                assert re.search(rf"(def|class) {last}\b|^{last} =|\b{last}:", source, re.M), name
+    assert named > 20

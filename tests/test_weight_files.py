@@ -39,6 +39,7 @@ def found(folder: Path) -> list[str]:
     [
         ([PLAIN, "model.safetensors", "diffusion_pytorch_model.fp16.safetensors"], PLAIN),
         (["model.safetensors", "model.fp16.safetensors", "model.bin"], "model.safetensors"),
+        (["model.safetensors", "diffusion_pytorch_model.fp16.safetensors"], "model.safetensors"),
         (["model.fp16.safetensors", "model.non_ema.safetensors"], "model.fp16.safetensors"),
         (["model.non_ema.safetensors"], "model.non_ema.safetensors"),
         (["model.bf16.safetensors", "flax_model.msgpack"], "model.bf16.safetensors"),

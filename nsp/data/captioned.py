@@ -5,6 +5,7 @@ import posixpath
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nsp.data.bounds import MAX_CAPTION_BYTES, read_regular
@@ -60,18 +61,15 @@ class Beside:
         """Return what is beside a picture, and whether it is a `.txt`; DataError when it is bad."""
         if not self.has_files(name):
             return (), False
-        contents = {}
-        for suffix, file in self._of[name].items():
-            try:
-                contents[suffix] = read_regular(self._root / file, most_bytes=MAX_CAPTION_BYTES)
-            except OSError as error:
-                raise DataError(f"its {suffix} cannot be read: {error.strerror}") from error
-            except DataError as error:
-                raise DataError(f"its {suffix}: {error}") from error
-        captions, differs = captions_beside(contents)
+        files = self._of[name]
+        readers = {
+            suffix: partial(read_regular, self._root / file, most_bytes=MAX_CAPTION_BYTES)
+            for suffix, file in files.items()
+        }
+        captions, differs = captions_beside(readers)
         if differs:
             self.differing.append(name)
-        return captions, CAPTION_SUFFIX in contents
+        return captions, CAPTION_SUFFIX in files
 
     def has_files(self, name: str) -> bool:
         """Return whether anything lies beside a picture."""

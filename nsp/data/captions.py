@@ -16,7 +16,7 @@ first is also the `.txt`, so that readers that know only `.txt` see one caption 
 import csv
 import io
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ MAX_LINES_BYTES = 2 << 30  # of a table that is read line by line
 MAX_TABLE_BYTES = 512 << 20
 MAX_JSON_BYTES = 128 << 20  # of one value, which takes up to 20 times that; COCO's captions: 92 MB
 _MAX_LINE_BYTES = 4 << 20
+_HEADER_BYTES = 4096
 _MAX_BAD_ROWS = 100_000
 _SHOWN_KEYS = 8
 
@@ -88,8 +89,10 @@ def captions_of(values: Mapping[str, Any]) -> tuple[str, ...]:
             return (found,)
         if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
             return tuple(found)
-        if found is not None:
+        if found is not None and found != []:
             raise DataError(f"its {key} is neither a text nor a list of texts")
+    if lower.keys() & set(CAPTION_KEYS):
+        raise DataError("its caption is empty")
     raise DataError(f"the row has {_keys(values)}; captions are read from {_or(CAPTION_KEYS)}")
 
 
@@ -117,12 +120,24 @@ def read_table(root: Path, name: str) -> Table | None:
     return found
 
 
-def captions_beside(found: Mapping[str, bytes]) -> tuple[Sequence[bytes | str], bool]:
-    """Return the captions in the files beside a picture, by suffix; and whether these differ.
+def captions_beside(
+    readers: Mapping[str, Callable[[], bytes]],
+) -> tuple[Sequence[bytes | str], bool]:
+    """Return the captions in the files beside a picture, and whether these differ.
 
-    Where they do, `.txt` is taken, else `.caption`. No captions: the files hold none. Raises
-    DataError with the bare reason when the only one is a damaged `.json`.
+    `readers` read the files, by suffix. Where they differ `.txt` is taken, else `.caption`. No
+    captions: the files hold none. Raises DataError with the bare reason when the file that is taken
+    cannot be read; what the others say of it is not needed then.
     """
+    found: dict[str, bytes] = {}
+    for suffix in (CAPTION_SUFFIX, CAPTIONS_SUFFIX, JSON_SUFFIX):
+        if suffix in readers:
+            try:
+                found[suffix] = readers[suffix]()
+            except (OSError, DataError) as error:
+                if not found:
+                    reason = error.strerror if isinstance(error, OSError) else error
+                    raise DataError(f"its {suffix} cannot be read: {reason}") from error
     texts = [found[each] for each in (CAPTION_SUFFIX, CAPTIONS_SUFFIX) if each in found]
     listed: tuple[str, ...] = ()
     if JSON_SUFFIX in found:
@@ -146,16 +161,18 @@ def captions_beside(found: Mapping[str, bytes]) -> tuple[Sequence[bytes | str], 
 
 def _jsonl(path: Path, table: Table) -> Table | None:
     """Read an object a line, or what is JSON as a whole."""
+    base = posixpath.basename(table.name)
+    head = read_regular(path, most_bytes=_MAX_LINE_BYTES, num_bytes=_MAX_LINE_BYTES)
+    is_named = base.lower() == "metadata.jsonl" or "caption" in base.lower()
+    if not is_named and _first_line(head)[:1] != b"[" and not _is_row(_first_line(head)):
+        return None  # a long log, perhaps: not to be read as a whole
     content = read_regular(path, most_bytes=MAX_LINES_BYTES)
     _check_encoding(content)
     if b"\n" not in content:
         content = content.replace(b"\r", b"\n")
-    base = posixpath.basename(table.name)
     first = _first_line(content)
     if first[:1] == b"[" or first == b"{":  # an array, or an object over several lines
         return _whole(content, table)
-    if base.lower() != "metadata.jsonl" and "caption" not in base.lower() and not _is_row(first):
-        return None
     if first == content.strip() and _is_mapping(first):
         return _whole(content, table)
     table.is_sure = True
@@ -223,15 +240,15 @@ def _coco(images: list[Any], annotations: list[Any], table: Table) -> Table | No
 
 
 def _csv(path: Path, table: Table) -> Table | None:
-    content = read_regular(path, most_bytes=MAX_TABLE_BYTES)
-    _check_encoding(content)
-    end = content.find(b"\n")
-    header = content[: end if end >= 0 else len(content)][:4096].decode("utf-8-sig", "replace")
+    head = read_regular(path, most_bytes=_HEADER_BYTES, num_bytes=_HEADER_BYTES)
+    _check_encoding(head)
+    header = head.splitlines()[0].decode("utf-8-sig", "replace") if head else ""
     separator = max(",;\t|", key=header.count)
     columns = [column.strip().strip('"').lower() for column in header.split(separator)]
     if not set(columns) & set(FILE_KEYS) or not set(columns) & set(CAPTION_KEYS):
         return None
     table.is_sure = True
+    content = read_regular(path, most_bytes=MAX_TABLE_BYTES)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -259,8 +276,10 @@ def _parquet(path: Path, table: Table) -> Table | None:
     num_bytes = number = 0
     try:
         file = parquet.ParquetFile(path)
-        lower = {name.lower(): name for name in file.schema_arrow.names}
-        files = [lower[key] for key in FILE_KEYS if key in lower]
+        lower = {field.name.lower(): field.name for field in file.schema_arrow}
+        # A picture itself may be called `image`, too: then the file is a data set of `datasets`.
+        pictures = {f.name for f in file.schema_arrow if pyarrow.types.is_nested(f.type)}
+        files = [lower[k] for k in FILE_KEYS if k in lower and lower[k] not in pictures]
         captions = [lower[key] for key in CAPTION_KEYS if key in lower]
         if not files or not captions:
             return None

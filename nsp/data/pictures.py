@@ -111,6 +111,8 @@ def _opened(content: bytes) -> ImageFile.ImageFile:
         picture = Image.open(io.BytesIO(content))
     except UnidentifiedImageError as error:
         raise DataError(_not_a_picture(content)) from error
+    if picture.format == "EPS":  # a program, which Pillow has Ghostscript run
+        raise DataError("a PostScript file; convert it to PNG")
     _check_pixels(picture.width * picture.height)
     return picture
 

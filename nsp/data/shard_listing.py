@@ -7,6 +7,7 @@ It is uncompressed, as webdataset has it, and may hold the number of a class in 
 import posixpath
 import tarfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from nsp.data.bounds import MAX_CAPTION_BYTES
@@ -73,7 +74,7 @@ def _add(listing: Listing, key: str, by_suffix: Mapping[str, FileSlice]) -> None
     try:
         picture = by_suffix[picture_suffix(by_suffix)]
         captions, _ = captions_beside(
-            {suffix: by_suffix[suffix].read(MAX_CAPTION_BYTES) for suffix in texts}
+            {suffix: partial(by_suffix[suffix].read, MAX_CAPTION_BYTES) for suffix in texts}
         )
         class_id = None
         if CLASS_SUFFIX in by_suffix:

@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -215,7 +216,7 @@ class ShardReader:
         """Return the captions of a sample; DataError for one without, in a set that has them."""
         texts = by_suffix.keys() & BESIDE_SUFFIXES
         found, _ = captions_beside(
-            {each: by_suffix[each].read(MAX_CAPTION_BYTES) for each in texts}
+            {each: partial(by_suffix[each].read, MAX_CAPTION_BYTES) for each in texts}
         )
         captions = tuple(dict.fromkeys(parse_caption(caption) for caption in found))
         if not captions and self._known.has_captions:
@@ -310,7 +311,7 @@ def _head(url: str) -> tuple[list[tuple[str, str]], bool]:
 
 def _is_caption(archive: tarfile.TarFile, info: tarfile.TarInfo, suffix: str) -> bool:
     try:
-        found, _ = captions_beside({suffix: extract(archive, info, MAX_CAPTION_BYTES)})
+        found, _ = captions_beside({suffix: partial(extract, archive, info, MAX_CAPTION_BYTES)})
     except DataError:  # told when the sample is read
         return suffix != JSON_SUFFIX
     return bool(found)

@@ -63,7 +63,8 @@ class ImageSource:
 
     def identity(self) -> Identity:
         """Return what tells these samples from others, wherever they lie (see identity.py)."""
-        return identity_of(self.samples, self.digests)
+        digests = self.digests or [digest_of(file.read()) for file in self.files]
+        return identity_of(self.samples, digests)
 
     def load(self, index: int) -> Image.Image:
         """Return picture `index` as RGB at its own size; DataError when it was damaged since."""

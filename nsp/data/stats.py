@@ -29,6 +29,7 @@ MOST_NAMED = 20  # sizes, words, classes and duplicates that are listed
 SHEET_PICTURES = 48
 SHEET_SIDE_PX = 128
 _ROWS_AT_ONCE = 32
+_TITLE_LETTERS = 500  # more than a sheet has room for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,7 @@ def sample_sheet(found: Survey, *, count: int = SHEET_PICTURES, seed: int = 0) -
     chosen = [found.entries[index] for index in sorted(picks.tolist())]
     side = min(SHEET_SIDE_PX, max(_longer_side(entry) for entry in chosen))
     padded = [_padded(entry, side) for entry in chosen]
-    return contact_sheet(padded, [entry.sample.caption for entry in chosen])
+    return contact_sheet(padded, [entry.sample.caption[:_TITLE_LETTERS] for entry in chosen])
 
 
 def write_stats(stats: Stats, found: Survey, output_dir: Path, *, seed: int = 0) -> Path:

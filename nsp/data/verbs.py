@@ -189,7 +189,7 @@ def _rows(stats: "Stats", bad: str) -> Iterator[tuple[str, str]]:
     if held.same_picture:
         yield "held-out pictures", f"{_names(held.same_picture)}: in training too"
     if stats.problems:
-        yield "cannot be used", f"{bad}; all {len(stats.problems)} are in stats.json"
+        yield "cannot be used", f"{bad}; stats.json lists each"
     if stats.unused:
         yield "not used", _names(stats.unused)
 

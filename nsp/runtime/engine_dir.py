@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nsp.errors import CheckpointError, EngineError
 from nsp.families.registry import Family
+from nsp.files import name_problem
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.backends.registry import Device
 from nsp.runtime.engine_choice import choose_backend, choose_variants
@@ -56,6 +57,8 @@ def open_engine_dir(
     Raises EngineError for a folder that is missing, damaged, incomplete or for another machine,
     BackendError for a backend that does not work here, ConfigError for an unknown one.
     """
+    if problem := name_problem(folder):
+        raise EngineError(f"{folder} {problem}")
     manifest = read_manifest(folder, verify=verify)
     for reads in range(1, _MAX_READS + 1):
         try:

@@ -122,7 +122,7 @@ def frame_prompts(tokenizer: Tokenizer, *, bos_token: str, eos_token: str) -> No
 def _read_tokenizer_json(path: Path) -> Tokenizer:
     """Return the tokenizer in a `tokenizer.json`, refused when it is not CLIP's kind of BPE."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())  # any path, UTF-8 or not
     except Exception as error:  # the library raises bare Exception for I/O, JSON and content alike
         raise _unreadable(error, path) from error
     if not isinstance(tokenizer.model, BPE) or tokenizer.model.end_of_word_suffix != WORD_END:

@@ -127,6 +127,17 @@ def test_captions_are_read_as_people_have_them(
     assert not survey(tmp_path).class_names
 
 
+def test_pictures_inside_parquet_are_a_data_set_of_datasets(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": b"a picture", "path": None}] * 2
+    (tmp_path / "data").mkdir()
+    table = pyarrow.table({"image": images, "text": ["a", "b"]})
+    parquet.write_table(table, tmp_path / "data/train-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=rf"give hf:{tmp_path}"):
+        survey(tmp_path)
+
+
 def test_parquet_beside_pictures_is_read(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra nsp[datasets]")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -271,6 +282,9 @@ def test_a_tar_may_hold_its_captions_in_json_and_several_of_them(tmp_path: Path)
     files |= {"c.png": PNG, "c.txt": "z", "c.json": "[" * 5000, "all.json": "{}"}
     found = {"a": ("a cat",), "b": ("x", "y"), "c": ("z",)}
     assert _captions(write_tar(tmp_path / "0.tar", files)) == found
+    long: Files = {"a.png": PNG, "a.txt": "x", "a.json": json.dumps({"exif": "x" * 1_200_000})}
+    assert _captions(write_tar(tmp_path / "2.tar", long)) == {"a": ("x",)}
+    assert _captions(write_files(tmp_path / "long", long)) == {"a.png": ("x",)}
     bare: Files = {"a.png": PNG, "b.png": PNG, "b.json": '{"width": 8}'}
     assert set(_captions(write_tar(tmp_path / "1.tar", bare)).values()) == {()}
 
@@ -297,6 +311,7 @@ def test_links_to_the_folder_itself_count_nothing_twice(tmp_path: Path) -> None:
         ('{"file_name": "\\udce9.png", "text": "x"}', "but not in the folder"),
         ('{"file_name": "a.png", "text": 7}', "its text is neither a text nor a list of texts"),
         ('{"file_name": "a.png", "label": 7}', "the row has file_name, label; captions are read"),
+        ('{"file_name": "a.png", "caption": null}', "its caption is empty"),
         ("7", "the row has no file_name"),
         ("a.png,x", "not JSON"),
     ],

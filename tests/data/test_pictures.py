@@ -117,6 +117,7 @@ def test_a_lower_limit_of_the_process_is_told_in_our_words(monkeypatch: pytest.M
         ),
         (b"<!DOCTYPE html><html>not found</html>", "web page"),
         (b"words", "not a picture Pillow can read"),
+        (_bytes(Image.new("RGB", (4, 4)), "EPS"), "a PostScript file; convert it to PNG"),
         (encoded(".jpg", size=(64, 64))[:700], "cut short: its end is missing"),
         (encoded(".png")[:60], "cut short: its end is missing"),
         (encoded(".png")[:60] + bytes(60) + encoded(".png")[120:], "damaged: it cannot be decoded"),

@@ -176,6 +176,14 @@ def test_a_truncated_file_is_named(engines: Path) -> None:
     assert f"{step_file(engines)} differs from what was exported" in refusal(engines)
 
 
+def test_a_folder_whose_name_is_not_utf8_is_one_line_that_says_so(engines: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(engines) + b"\xe9"))
+    engines.rename(odd)
+    message = refusal(odd)
+    assert "engines\\xe9 has a name that is not UTF-8, which ONNX Runtime" in message
+    assert message.endswith("cannot open; rename the folder")
+
+
 def test_a_file_with_one_other_bit_is_named(engines: Path) -> None:
     content = bytearray(step_file(engines).read_bytes())
     content[len(content) // 2] ^= 1
