@@ -38,7 +38,8 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.timing import StageCall, TimedBackend, with_backend
     from nsp.errors import ConfigError
     from nsp.runtime.backends.registry import backend_record
-    from nsp.runtime.pipeline import load_pipeline, to_uint8
+    from nsp.runtime.pipeline import load_pipeline
+    from nsp.runtime.results import to_uint8
 
     # Loading would import it a moment later: so its code is no part of what the model takes.
     with contextlib.suppress(ImportError, ConfigError):  # `load_pipeline` says what is wrong

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from nsp.config import Config
 from nsp.errors import ParityError
-from nsp.runtime.pipeline import Pipeline, Trace
+from nsp.runtime.pipeline import Pipeline
+from nsp.runtime.results import Trace
 from nsp.runtime.sampling import SamplingConfig, draw_uniforms
 
 Floats = NDArray[np.float32]

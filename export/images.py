@@ -12,7 +12,8 @@ from export.reference import Generated, Reference, psnr_db
 from nsp.errors import ParityError
 from nsp.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
 from nsp.runtime.io import StageIO
-from nsp.runtime.pipeline import GenerateResult, Pipeline, Trace
+from nsp.runtime.pipeline import Pipeline
+from nsp.runtime.results import GenerateResult, Trace
 
 
 def check_images(

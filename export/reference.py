@@ -17,7 +17,8 @@ from export.plan import ExportPlan
 from export.recorded import Call, Recording
 from nsp.runtime.backends.torch import TorchBackend
 from nsp.runtime.kv_arena import KVArena, KVShape
-from nsp.runtime.pipeline import GenerateResult, Pipeline, torch_pipeline
+from nsp.runtime.pipeline import Pipeline, torch_pipeline
+from nsp.runtime.results import GenerateResult
 
 _CACHE_PREFIX = "past_"
 

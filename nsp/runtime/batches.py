@@ -17,8 +17,9 @@ import numpy as np
 
 from nsp import values
 from nsp.errors import ConfigError
-from nsp.runtime.pipeline import Pipeline, StreamStep
+from nsp.runtime.pipeline import Pipeline
 from nsp.runtime.requests import class_numbers, prompt_texts
+from nsp.runtime.results import StreamStep
 
 DEFAULT_BATCH_SIZE = 8
 MAX_IMAGES = 1_000_000  # of one run: its list is held in memory, 250 MB then

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from nsp.distribution import version
 from nsp.runtime.batches import PlannedImage, check_images, cut_batches, stream_batch
 from nsp.runtime.images import slug, write_image, write_png
-from nsp.runtime.pipeline import Pipeline, StreamStep, to_uint8
+from nsp.runtime.pipeline import Pipeline
+from nsp.runtime.results import StreamStep, to_uint8
 from nsp.runtime.sampling import SamplingConfig
 from nsp.sheet import contact_sheet
 

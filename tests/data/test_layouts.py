@@ -139,7 +139,7 @@ def test_pictures_inside_parquet_are_a_data_set_of_datasets(tmp_path: Path) -> N
 
 
 def test_parquet_beside_pictures_is_read(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra nsp[datasets]")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [datasets]")
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"file_name": ["a.png", "b.png"], "text": [["x", "y"], ["z"]]})
     parquet.write_table(table, write_files(tmp_path, HERE) / "metadata.parquet")

@@ -12,7 +12,8 @@ import pytest
 
 from nsp.runtime.backends.onnxruntime import OnnxRuntimeBackend, cuda_starts
 from nsp.runtime.backends.ort_arrays import DeviceMemory
-from nsp.runtime.pipeline import Pipeline, Trace, load_pipeline
+from nsp.runtime.pipeline import Pipeline, load_pipeline
+from nsp.runtime.results import Trace
 from tests.goldens.var_tiny.fixtures import tensors
 
 SETTINGS: dict[str, dict[str, Any]] = {

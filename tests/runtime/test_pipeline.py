@@ -10,7 +10,8 @@ import pytest
 
 from nsp.errors import BackendError, CheckpointError, ConfigError, EngineError
 from nsp.families.registry import family
-from nsp.runtime.pipeline import Pipeline, load_pipeline, to_uint8, torch_pipeline
+from nsp.runtime.pipeline import Pipeline, load_pipeline, torch_pipeline
+from nsp.runtime.results import to_uint8
 
 PROMPTS = ["red apple", "green apple", "smiling cat"]
 

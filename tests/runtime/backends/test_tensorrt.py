@@ -21,7 +21,8 @@ from nsp.runtime.backends.cuda import DeviceArray, Stream
 from nsp.runtime.backends.tensorrt import load_tensorrt, load_tensorrt_rtx
 from nsp.runtime.kv_arena import KVShape
 from nsp.runtime.nvidia import Gpu
-from nsp.runtime.pipeline import Pipeline, Trace, torch_pipeline
+from nsp.runtime.pipeline import Pipeline, torch_pipeline
+from nsp.runtime.results import Trace
 from nsp.runtime.sampling import SamplingConfig
 from tests.runtime.backends.nvidia import CudaStandIn, TensorRTStandIn, cudaError_t, write_plan
 

@@ -14,7 +14,8 @@ from nsp.errors import NspError
 from nsp.runtime.backends.registry import availability, backend_record
 from nsp.runtime.backends.tensorrt import load_tensorrt_rtx
 from nsp.runtime.nvidia import find_gpu
-from nsp.runtime.pipeline import Pipeline, Trace, load_pipeline
+from nsp.runtime.pipeline import Pipeline, load_pipeline
+from nsp.runtime.results import Trace
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.gpu
