@@ -143,13 +143,14 @@ def readable(found: Survey, *, skip_bad_files: bool) -> Survey:
 
 def survey(spec: str | Path) -> Survey:
     """Return what lies at `spec`, each picture decoded once; DataError when that is no source."""
-    place, listing = _list(str(spec))
+    where, listing = _list(str(spec))
+    place = shown(where)  # a log file or a test's report takes no half characters
     listing.settle()
     if listing.unused:
         logger.warning("%s: not used: %s", place, first(listing.unused))
     usable, undecodable = _decode_all(place, listing.entries)
     return Survey(
-        place=shown(place),
+        place=place,
         entries=usable,
         problems=listing.problems + undecodable,
         unused=listing.unused,
