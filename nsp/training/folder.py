@@ -44,7 +44,9 @@ def newest_model(folder: Path) -> CheckpointRecord:
     checkpoint = folder / CHECKPOINT_NAME
     if is_checkpoint(checkpoint):
         try:
-            return read_checkpoint(checkpoint)
+            record = read_checkpoint(checkpoint)
+            _ = record.digests  # of all its files, also of those that are read later
+            return record
         except CheckpointError as error:
             logger.warning("%s; it is made again from the saved steps", error)
     return read_checkpoint(folder / START_NAME)

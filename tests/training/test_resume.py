@@ -152,10 +152,13 @@ def test_a_damaged_checkpoint_folder_is_made_again_from_the_saved_steps(
 ) -> None:
     train(config, tmp_path / "run")
     weights = (tmp_path / "run/checkpoint/vae/model.safetensors").read_bytes()
-    (tmp_path / "run/checkpoint/config.json").write_text("junk")
-    assert train(config, tmp_path / "run", resume=True).finished
-    assert "it is made again from the saved steps" in caplog.text
-    assert (tmp_path / "run/checkpoint/vae/model.safetensors").read_bytes() == weights
+    for spoilt in ("config.json", "vae/model.safetensors"):
+        caplog.clear()
+        path = tmp_path / "run/checkpoint" / spoilt
+        path.write_bytes(path.read_bytes()[:-9] + b"?" * 9)
+        assert train(config, tmp_path / "run", resume=True).finished
+        assert "it is made again from the saved steps" in caplog.text
+        assert (tmp_path / "run/checkpoint/vae/model.safetensors").read_bytes() == weights
 
 
 def test_two_runs_in_one_folder_are_refused(config: RunConfig, tmp_path: Path) -> None:
