@@ -7,6 +7,7 @@ that cannot be read or written, no more memory) is one line; a bug keeps its tra
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -93,6 +94,8 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     if sys.stdout is None:
         raise OSError("standard output is closed; give it a file, or /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths that are not UTF-8 are printed as they are
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -383,3 +383,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
 @pytest.mark.parametrize("verb", [("generate", *PROMPT), ("verify", "x"), ("bench",), ("export",)])
 def test_a_number_of_threads_that_cannot_be_is_a_wrong_usage(verb, number):
     assert_one_line(nsp(*verb, "--threads", number), 2, "--threads")
+
+
+def test_an_output_folder_of_another_encoding_is_printed_as_it_is(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "caf\udce9"
+    result = nsp("generate", "--checkpoint", tiny_checkpoint, "--output-dir", folder, *PROMPT)
+    assert result.exit_code == 0, result.output
+    assert b"/caf\xe9/contact_sheet.png" in result.stdout_bytes
