@@ -160,17 +160,17 @@ def test_a_link_in_the_folder_is_refused(linked: str, copy: Path, tmp_path: Path
 
 
 def test_no_permission_is_one_line(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.open
+    def denied(real: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(path: Any, *rest: Any, **options: Any) -> Any:
+            if str(path) == str(copy / locked):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *rest, **options)
 
-    def refuse(path: Any, *rest: Any, **options: Any) -> int:
-        if str(path) == str(copy / locked):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *rest, **options)
+        return refuse
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "open", denied(os.open))
+    monkeypatch.setattr(Path, "read_text", denied(Path.read_text))
     for locked in (WEIGHTS, "config.json"):
-        if locked == "config.json":
-            monkeypatch.setattr(Path, "read_text", lambda path, **_: refuse(path))
         with pytest.raises(CheckpointError, match=rf"{locked} cannot be read \(Permission denied"):
             load(copy)
 

@@ -165,7 +165,6 @@ class Pipeline:
     ) -> Any:
         """Return the family's Request; raise ConfigError for what this model does not take."""
         given = {name: options.pop(name) for name in self._array_names if name in options}
-        values.seed(seed)
         settings, seed = self.sampling.changed(options), values.seed(seed)
         conditions = self._conditions(prompts, class_ids)
         batch = len(next(iter(conditions.values())))

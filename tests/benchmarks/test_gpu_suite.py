@@ -134,7 +134,7 @@ def test_a_contestant_that_fails_late_does_not_end_the_others(
         def stream(request: object) -> object:
             raise KeyError("not finite")
 
-        monkeypatch.setattr(pipeline, "_steps", stream)
+        monkeypatch.setattr(pipeline, "play_scales", stream)
         return pipeline
 
     entries = {**ENTRIES, "late": Entry(name="late", load=diverges)}
