@@ -5,6 +5,7 @@ Folders made by somebody else are hostile: `inside` and `locked_file` never lead
 
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+NOT_REGULAR = "not a regular file"
 _MAX_JSON_DEPTH = 64  # ours have about ten levels; Python functions give up at a thousand
 _MAX_JSON = 256 << 20  # bytes; a manifest has 100 KB
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -28,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises ValueError with the reason in one line for anything else, also for an object nested
     deeper than a program can walk; the caller adds which file it is and what to do.
     """
-    with path.open("rb") as file:  # of a device without end, too
+    with open_regular(path) as file:
         content = file.read(_MAX_JSON + 1)
     if len(content) > _MAX_JSON:
         raise ValueError(f"larger than {_MAX_JSON >> 20} MiB")
@@ -37,6 +39,24 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"a JSON {type(values).__name__} instead of an object")
     json.dumps(values, ensure_ascii=False).encode()  # half characters could not be shown
     return values
+
+
+@contextmanager
+def open_regular(path: Path, *, follow_link: bool = True) -> Iterator[io.BufferedReader]:
+    """Yield a regular file, open for reading.
+
+    Raises OSError, also for what is no regular file: a pipe would wait, a device has no end.
+    """
+    # Not blocking: what was a file when it was looked at may be a pipe by now.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_link else os.O_NOFOLLOW)
+    handle = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
+        with open(handle, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(handle)
 
 
 def parse_json(text: bytes | str) -> Any:

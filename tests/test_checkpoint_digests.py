@@ -169,7 +169,6 @@ def test_no_permission_is_one_line(copy: Path, monkeypatch: pytest.MonkeyPatch) 
         return refuse
 
     monkeypatch.setattr(os, "open", denied(os.open))
-    monkeypatch.setattr(Path, "read_text", denied(Path.read_text))
     for locked in (WEIGHTS, "config.json"):
         with pytest.raises(CheckpointError, match=rf"{locked} cannot be read \(Permission denied"):
             load(copy)

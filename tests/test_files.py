@@ -110,6 +110,14 @@ def test_a_name_behind_a_link_is_refused_and_a_linked_folder_is_not(tmp_path: Pa
     assert inside(tmp_path / "short", "a/file") == tmp_path / "short/a/file"
 
 
+def test_json_is_read_from_regular_files_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless"):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_json(tmp_path / name)
+
+
 def test_a_lock_is_held_once_and_keeps_what_its_file_holds(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.write_text("kept")

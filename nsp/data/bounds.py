@@ -1,13 +1,13 @@
 """How much of somebody's files is read, and how much memory their pictures take at once."""
 
 import os
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nsp.errors import DataError
+from nsp.files import NOT_REGULAR, open_regular
 
 MAX_PICTURE_BYTES = 1 << 30  # of a file: 179 million pixels, uncompressed, in 6 bytes each
 MAX_CAPTION_BYTES = 1_000_000
@@ -17,18 +17,20 @@ MEMORY_BYTES = 2 << 30  # of pictures being decoded, all threads of a process to
 def read_regular(path: Path, *, most_bytes: int, offset: int = 0, num_bytes: int = -1) -> bytes:
     """Return the bytes of a file, or `num_bytes` of them from `offset` on.
 
-    Raises OSError, and DataError with the bare reason (no file name) for what is no regular file (a
-    pipe would wait, a device has no end) or longer than `most_bytes`.
+    Raises OSError, and DataError with the bare reason (no file name) for what is no regular file or
+    longer than `most_bytes`.
     """
-    # Not blocking: what was a file when it was listed may be a pipe by now.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError("not a regular file")
-        size = found.st_size if num_bytes < 0 else num_bytes
-        check_size(size, most_bytes)
-        file.seek(offset)
-        return file.read(min(size, max(0, found.st_size - offset)))
+    try:
+        with open_regular(path) as file:
+            whole = os.fstat(file.fileno()).st_size
+            size = whole if num_bytes < 0 else num_bytes
+            check_size(size, most_bytes)
+            file.seek(offset)
+            return file.read(min(size, max(0, whole - offset)))
+    except OSError as error:
+        if error.strerror == NOT_REGULAR:
+            raise DataError(NOT_REGULAR) from None
+        raise
 
 
 def check_size(num_bytes: int, most_bytes: int) -> None:

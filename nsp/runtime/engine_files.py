@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from nsp.errors import EngineError
-from nsp.files import inside
+from nsp.files import inside, open_regular
 from nsp.runtime.cores import usable_cores
 from nsp.sniff import sniff
 
@@ -93,11 +92,8 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
 
 def check_file(folder: Path, name: str, digest: str) -> None:
     """Raise EngineError when a file is missing, linked, unreadable, or not of its SHA-256."""
-    with _opened(folder, name) as handle, os.fdopen(handle, "rb", closefd=False) as file:
-        try:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise EngineError(f"{folder / name} cannot be read ({error.strerror})") from error
+    with _readable(folder, name) as path, open_regular(path, follow_link=False) as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != digest:
         what = sniff(folder / name)
         why = f": it {what.words}; {what.remedy}" if what.is_spoilt else " (SHA-256)"
@@ -105,20 +101,10 @@ def check_file(folder: Path, name: str, digest: str) -> None:
 
 
 @contextmanager
-def _opened(folder: Path, name: str) -> Iterator[int]:
-    """Yield a descriptor of a regular file that no link leads to."""
-    handle = _open(folder, name, os.O_RDONLY | os.O_NONBLOCK)
+def _readable(folder: Path, name: str) -> Iterator[Path]:
+    """Yield where a listed file or folder lies; EngineError where the block cannot read it."""
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise EngineError(f"{folder / name} is no regular file")
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _open(folder: Path, name: str, flags: int) -> int:
-    try:
-        return os.open(inside(folder, name), flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+        yield inside(folder, name)
     except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(f"{folder / name} is missing though the manifest lists it") from None
     except ValueError as error:
@@ -131,7 +117,8 @@ def _open(folder: Path, name: str, flags: int) -> int:
 
 def _hold(folder: Path, name: str) -> int:
     """Return a descriptor of a folder of files, with a shared lock on it."""
-    handle = _open(folder, name, os.O_RDONLY | os.O_DIRECTORY)
+    with _readable(folder, name) as path:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not _lock(handle, fcntl.LOCK_SH) or _is_gone(handle, folder / name):
             raise MissingFileError(f"{folder / name} is missing though the manifest lists it")

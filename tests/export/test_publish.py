@@ -367,7 +367,7 @@ def test_a_listed_file_of_another_kind_is_one_line(
 
         monkeypatch.setattr(os, "open", refuse)
     words = {"link": "symbolic link", "unreadable": "no permission"}
-    with pytest.raises(EngineError, match=words.get(kind, "is no regular file")):
+    with pytest.raises(EngineError, match=words.get(kind, "not a regular file")):
         open_engine_dir(engines)
 
 
