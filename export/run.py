@@ -22,6 +22,7 @@ from export.store import EngineStore, with_variant
 from nsp.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError, ExportError
 from nsp.files import name_problem
+from nsp.paths import check_output
 from nsp.runtime.manifest import RECORDED_DIR, SCHEMA, TOKENIZER_DIR, Manifest, Variant
 from nsp.runtime.repair import source_name
 from nsp.text.clip_bpe import TOKENIZER_FILES
@@ -38,7 +39,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def plan(options: ExportOptions) -> list[PlannedBuild]:
     """Return what `export` would do, stage by stage, without writing anything."""
-    return list(make_plan(options, EngineStore(Path(options.engine_dir))).builds)
+    return list(_prepare(options)[1].builds)
 
 
 def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manifest:
@@ -49,13 +50,7 @@ def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manife
     ParityError when a stage misses its gate, ExportError when a step fails; the engines that were
     in the folder before stay usable in every case.
     """
-    store = EngineStore(Path(options.engine_dir))
-    if problem := name_problem(store.folder):
-        raise ConfigError(f"{store.folder} {problem}")
-    if is_checkpoint(store.folder):
-        raise ConfigError(f"{store.folder} is a checkpoint; choose another --engine-dir")
-    todo = make_plan(options, store)
-    store.check_is_ours({build.stage for build in todo.builds})
+    store, todo = _prepare(options)
     if store.previous is not None and store.previous.model_hash != todo.model_hash:
         old, new = store.previous.source, source_name(Path(options.checkpoint))
         logger.warning("%s: engines of %s are replaced by those of %s", store.folder, old, new)
@@ -65,6 +60,20 @@ def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manife
             return _run(todo, store, on_event or (lambda event: None))
         finally:
             store.abandon()
+
+
+def _prepare(options: ExportOptions) -> tuple[EngineStore, ExportPlan]:
+    """Return the engine folder and the plan; raise as `export` does before anything is written."""
+    folder = Path(options.engine_dir)
+    if problem := name_problem(folder):
+        raise ConfigError(f"{folder} {problem}")
+    if is_checkpoint(folder):
+        raise ConfigError(f"{folder} is a checkpoint; choose another --engine-dir")
+    check_output(folder, "--engine-dir")
+    store = EngineStore(folder)
+    todo = make_plan(options, store)
+    store.check_is_ours({build.stage for build in todo.builds})
+    return store, todo
 
 
 def find_checkpoint(root: Path | None = None) -> Path:

@@ -63,12 +63,7 @@ class EngineStore:
 
     def _check_links(self, *names: str) -> None:
         for name in names:
-            try:
-                inside(self.folder, name)
-            except ValueError as error:
-                raise ConfigError(
-                    f"{self.folder / name} {error}, or choose another --engine-dir"
-                ) from None
+            _inside(self.folder, name)
 
     def check_is_ours(self, stages: Set[str]) -> None:
         """Raise ConfigError for a folder of something else, of which an export would replace parts.
@@ -147,7 +142,7 @@ class EngineStore:
         paths = sorted(folder.iterdir(), key=lambda path: (path.name not in first, path.name))
         digests = {path.name: file_sha256(path) for path in paths}
         name = prefix + content_name(digests)
-        place = inside(self.staging, name)
+        place = _inside(self.staging, name)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(place, ignore_errors=True)  # perhaps damaged since it was finished
         folder.chmod(0o755)
@@ -183,7 +178,7 @@ class EngineStore:
 
     def _place(self, name: str, digests: Mapping[str, str]) -> None:
         """Move a finished folder to its place, unless it is there, whole."""
-        source, place = self.staging / name, inside(self.folder, name)
+        source, place = self.staging / name, _inside(self.folder, name)
         if not source.is_dir():
             return
         if not place.is_dir():
@@ -234,6 +229,14 @@ class EngineStore:
             stage: tuple(v for v in variants if (v.backend, v.precision) not in new)
             for stage, variants in old.stages.items()
         }
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return folder / name; ConfigError where a link there leads elsewhere."""
+    try:
+        return inside(folder, name)
+    except ValueError as error:
+        raise ConfigError(f"{folder / name} {error}, or choose another --engine-dir") from None
 
 
 def with_variant(manifest: Manifest, stage: str, variant: Variant) -> Manifest:

@@ -116,7 +116,10 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         advice = "; free some space and run it again" if error.errno == errno.ENOSPC else ""
-        return f"{where}{error.strerror or error}{advice}", FAILED
+        problem = str(error.strerror or error)
+        if problem.startswith(("is ", "lies ")):  # our own words go on the sentence
+            where = where.replace(": ", " ")
+        return f"{where}{problem}{advice}", FAILED
     if isinstance(error, NspError):
         return str(error), WRONG_USAGE if isinstance(error, ConfigError) else FAILED
     raise error

@@ -94,7 +94,7 @@ def wrong_path(path: Path, wanted: Wanted, found: Found | None = None) -> str:
 NOTHING = ("missing", "empty", "folder", "onnx", "unfinished export")
 
 
-def check_output(folder: Path) -> None:
+def check_output(folder: Path, option: str = "--output-dir") -> None:
     """Raise OSError when results cannot go into `folder`, because a file is in the way."""
     for each in (folder, *folder.parents):
         if each.is_dir():
@@ -102,7 +102,7 @@ def check_output(folder: Path) -> None:
         if os.path.lexists(each):
             words = "is a file" if each.is_file() else describe(each).words
             where = "" if each == folder else f"lies in {each}, which "
-            problem = f"{where}{words}; choose another --output-dir"
+            problem = f"{where}{words}; choose another {option}"
             raise NotADirectoryError(errno.ENOTDIR, problem, str(folder))
 
 

@@ -12,7 +12,7 @@ from nsp.files import name_problem
 from nsp.runtime.backends.base import Backend
 from nsp.runtime.backends.registry import Device
 from nsp.runtime.engine_choice import choose_backend, choose_variants
-from nsp.runtime.engine_files import HeldFiles, MissingFileError
+from nsp.runtime.engine_files import HeldFiles, MissingFileError, SpoiltFileError
 from nsp.runtime.io import StageIO
 from nsp.runtime.manifest import TOKENIZER_DIR, Manifest, read_manifest
 from nsp.runtime.memory_plan import plan_memory
@@ -114,6 +114,8 @@ def _open(
             num_threads=num_threads,
         )
         loaded.when_loaded(held.release)
+    except SpoiltFileError:
+        raise
     except EngineError as error:
         raise type(error)(f"{error}; {repair(folder, manifest)}") from error
     batches = [v.max_batch for v in variants.stages.values() if v.max_batch is not None]

@@ -174,15 +174,18 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     """
     try:
         path = inside(folder, MANIFEST_NAME)
+    except ValueError as error:
+        raise EngineError(f"{folder / MANIFEST_NAME} {error}") from None
+    try:
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise EngineError(_why_missing(folder)) from None
     except OSError as error:
         raise EngineError(f"{folder / MANIFEST_NAME} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        what = sniff(folder / MANIFEST_NAME)
+        what = sniff(path)
         why = f": it {what.words}; {what.remedy}, or" if what.is_spoilt else f" ({error});"
-        raise EngineError(f"{folder / MANIFEST_NAME} is damaged{why} {repair(folder)}") from error
+        raise EngineError(f"{path} is damaged{why} {repair(folder)}") from error
     schema = values.get("schema", SCHEMA)
     if type(schema) is int and schema != SCHEMA:
         raise EngineError(

@@ -11,6 +11,7 @@ of a text file is told about.
 import codecs
 import csv
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ _COLUMNS = {
     "seed": "seed",
 }
 _KNOWN = "prompt (or text, caption), class (or class_id) and seed"
-_DELIMITERS = (",", ";", "\t")  # as spreadsheets write them, by country
+_DELIMITERS = (",", ";", "\t", "|")  # as spreadsheets write them, by country
 _MAX_SEED = 2**63 - 1  # as of --seed
 
 
@@ -91,7 +92,9 @@ def _delimiter(header: bytes) -> str | None:
     text = header.decode("utf-8", "replace")
     for each in _DELIMITERS:
         names = [name.strip(" \r\"'").lower() for name in text.split(each)]
-        if len(names) > 1 and set(names) <= _COLUMNS.keys():
+        words = all(re.fullmatch(r"\w+", name) for name in names)
+        known = sum(name in _COLUMNS for name in names)
+        if len(names) > 1 and words and (names[0] in _COLUMNS or known > 1):
             return each
     return None
 

@@ -212,6 +212,16 @@ def test_a_folder_of_something_else_is_left_alone(options, place):
     assert path.read_text() == '{"name": "a web application"}'
 
 
+@pytest.mark.parametrize("kind", ["file", "checkpoint", "below a file"])
+def test_a_plan_refuses_what_an_export_refuses(kind, options, small_checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    places = {"file": "file", "below a file": "file/engines", "checkpoint": small_checkpoint}
+    options = replace(options, engine_dir=str(tmp_path / places[kind]))
+    for verb in (plan, run_export):
+        with pytest.raises((ConfigError, OSError), match="choose another --engine-dir"):
+            verb(options)
+
+
 def test_a_lost_manifest_is_no_obstacle(engines, options):
     (engines / "manifest.json").unlink()
     run_export(options)

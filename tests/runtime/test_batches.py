@@ -197,6 +197,8 @@ def test_a_list_is_read_as_what_it_is(tmp_path, name, content, rows):
         ("a.json", '[\n{"prompt": "cat"}]\n', "line 1: this is JSON"),
         ("a.txt", "prompt,seed\ncat,1\n", "line 1: this is the header of a table"),
         ("a", "seed\tcaption\n1\tcat\n", "line 1: this is the header of a table"),
+        ("a.txt", "prompt,seed,cfg\ncat,1,2\n", "line 1: this is the header of a table"),
+        ("a.txt", "prompt|seed\ncat|1\n", "line 1: this is the header of a table"),
     ],
 )
 def test_what_cannot_be_drawn_of_a_list_is_named_with_its_line(tmp_path, name, content, words):
