@@ -1,8 +1,8 @@
 """What a benchmark runs on: an engine folder and, beside it, the PyTorch model it was made from."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.flops import TextEncoderSize
 from benchmarks.memory import Source
 from benchmarks.results import Model
+from nsp import command_line
 from nsp.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import BackendError, CheckpointError
 from nsp.runtime.backends.registry import availability
@@ -140,20 +141,9 @@ def load_subject(
     )
 
 
-@contextmanager
-def torch_threads(subject: Subject, threads: int) -> Iterator[None]:
+def torch_threads(subject: Subject, threads: int) -> AbstractContextManager[None]:
     """Give PyTorch as many threads as the engines have, for as long as the block lasts."""
-    if subject.baseline is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return command_line.torch_threads(None if subject.baseline is None else threads)
 
 
 def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:
