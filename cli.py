@@ -1,5 +1,6 @@
 """`nsp …`: every verb is a thin function: parse, configuration, library call, report."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -154,7 +155,7 @@ def export_engines(
         return
     condition = '--prompt "…"' if "text_encoder" in manifest.stages else "--class-id 0"
     click.echo(f"engines: {folder} ({', '.join(manifest.backends())})")
-    click.echo(f"next: nsp generate --engine-dir {folder} {condition}")
+    click.echo(f"next: nsp generate --engine-dir {shlex.quote(str(folder))} {condition}")
 
 
 def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: bool) -> None:
@@ -402,7 +403,7 @@ def convert(
         tokenizer=tokenizer, predictor=predictor, config=values, output_dir=output_dir
     )
     click.echo(f"checkpoint: {output_dir}")
-    click.echo(f"next: nsp export --checkpoint {output_dir}")
+    click.echo(f"next: nsp export --checkpoint {shlex.quote(str(output_dir))}")
 
 
 @main.command("verify")

@@ -192,6 +192,8 @@ def _stopped(folder: Path, phase: str | None, skip_bad_files: bool) -> str:
 
 def run_of(path: Path, output_dir: Path | None) -> Path:
     """Return the run folder that `path` is or lies in; raise ConfigError when there is none."""
+    if not path.exists():
+        raise ConfigError(f"--resume-from {path}: there is no such folder")
     found = next((each for each in (path, *path.parents) if (each / "run.json").is_file()), None)
     found = found or output_dir  # saved steps that lie elsewhere
     if found is None or (output_dir is not None and found.resolve() != output_dir.resolve()):

@@ -7,23 +7,31 @@
 
 import errno
 import logging
+import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.options import ExportEvent, ExportOptions, OnEvent
 from export.plan import ExportPlan, PlannedBuild, make_plan
 from export.recorded import write_recorded
 from export.store import EngineStore, with_variant
 from nsp.checkpoint import is_checkpoint
-from nsp.errors import CheckpointError, ConfigError, ExportError
+from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
 from nsp.files import name_problem
-from nsp.paths import check_output
-from nsp.runtime.manifest import RECORDED_DIR, SCHEMA, TOKENIZER_DIR, Manifest, Variant
+from nsp.paths import check_output, describe
+from nsp.runtime.manifest import (
+    RECORDED_DIR,
+    SCHEMA,
+    TOKENIZER_DIR,
+    Manifest,
+    Variant,
+    read_manifest,
+)
 from nsp.runtime.repair import source_name
 from nsp.text.clip_bpe import TOKENIZER_FILES
 
@@ -70,10 +78,37 @@ def _prepare(options: ExportOptions) -> tuple[EngineStore, ExportPlan]:
     if is_checkpoint(folder):
         raise ConfigError(f"{folder} is a checkpoint; choose another --engine-dir")
     check_output(folder, "--engine-dir")
+    _check_source(Path(options.checkpoint))
     store = EngineStore(folder)
     todo = make_plan(options, store)
     store.check_is_ours({build.stage for build in todo.builds})
+    if untrained := _untrained(todo.record.notes):
+        logger.warning("%s: never trained: %s", options.checkpoint, ", ".join(untrained))
     return store, todo
+
+
+def _check_source(checkpoint: Path) -> None:
+    """Raise ConfigError for engines in place of a checkpoint: an export makes those, of one."""
+    if describe(checkpoint).kind != "engines":
+        return
+    try:
+        source = f": --checkpoint {shlex.quote(read_manifest(checkpoint).source)}"
+    except EngineError:  # not what is asked here
+        source = ""
+    raise ConfigError(
+        f"{checkpoint} holds engines, which an export makes; give the checkpoint that these were "
+        f"made from{source}"
+    )
+
+
+def _untrained(notes: Mapping[str, Any]) -> list[str]:
+    """Return the phases of the run a checkpoint comes from of which no step was made."""
+    run, steps = notes.get("run"), notes.get("steps")
+    phases = run.get("phases") if isinstance(run, Mapping) else None
+    if not isinstance(phases, list) or not isinstance(steps, Mapping):
+        return []
+    names = [phase.get("name") for phase in phases if isinstance(phase, Mapping)]
+    return [name for name in names if isinstance(name, str) and not steps.get(name)]
 
 
 def find_checkpoint(root: Path | None = None) -> Path:

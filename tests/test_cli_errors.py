@@ -110,7 +110,8 @@ def test_folders_of_the_wrong_kind_are_told_apart(tiny_checkpoint, tmp_path):
     absent = tmp_path / "absent"
     for folder in (empty, absent):
         result = nsp("generate", "--engine-dir", folder, *PROMPT)
-        assert_one_line(result, 1, str(folder), "manifest.json", "nsp export --engine-dir")
+        why = "manifest.json" if folder == empty else "does not exist"
+        assert_one_line(result, 1, str(folder), why, "nsp export --engine-dir")
         result = nsp("generate", "--checkpoint", folder, *PROMPT)
         assert_one_line(result, 1, str(folder), "config.json")
         assert_one_line(nsp("inspect", folder), 1, str(folder), "manifest.json")

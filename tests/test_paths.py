@@ -126,7 +126,7 @@ COMMANDS = {
 }
 SAID = [
     ("generate --checkpoint", "engines", "is an engine folder; use: --engine-dir 'PLACE/engines'"),
-    ("export", "engines", "is an engine folder; use: --engine-dir 'PLACE/engines'"),
+    ("export", "engines", "holds engines, which an export makes; give the checkpoint"),
     ("generate --checkpoint", "runs/mine", "training run; use: 'PLACE/runs/mine/checkpoint'"),
     ("generate --checkpoint", "runs/new", "that has no checkpoint yet; continue it with: python"),
     (

@@ -213,6 +213,8 @@ def _why_missing(folder: Path) -> str:
     found = describe(folder)
     if found.kind not in NOTHING:
         return wrong_path(folder, "engines", found)
+    if not folder.exists():
+        return f"{folder} does not exist; {repair(folder)}"
     return f"{folder} is no engine folder: {MANIFEST_NAME} is missing; {repair(folder)}"
 
 

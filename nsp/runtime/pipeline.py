@@ -235,12 +235,16 @@ class Pipeline:
         """
         if self.tokenizer is not None:
             texts = () if prompts is None else self._texts(prompts)
-            if class_ids is not None or not texts:
+            if class_ids is not None:
+                raise ConfigError("this model is text-conditional: it takes prompts, no class ids")
+            if not texts:
                 raise ConfigError("this model is text-conditional: give one or more prompts")
             with self.turn:
                 return {"token_ids": self.tokenizer.encode(texts)}
         ids = class_numbers(() if class_ids is None else class_ids)
-        if prompts is not None or not len(ids):
+        if prompts is not None:
+            raise ConfigError("this model is class-conditional: it takes class ids, no prompts")
+        if not len(ids):
             raise ConfigError("this model is class-conditional: give one or more class ids")
         count = self.config.num_classes
         if bad := [int(i) for i in ids if not 0 <= i <= count]:

@@ -21,13 +21,15 @@ def repair(
 ) -> str:
     """Return the end of an error line: how to export `folder` again, from the same model.
 
-    With the manifest at hand the command names the checkpoint and the precisions it tells of, those
-    of `backend` only where one is given, and `precision` beside them. Without it the user is
-    reminded to give the checkpoint: the default might be another model.
+    With the manifest at hand the command names the checkpoint, the precisions it tells of and its
+    backend, where that is one; those of `backend` only where one is given, and `precision` beside
+    them. Without it the user is reminded to give the checkpoint: the default might be another.
     """
     if manifest is None:
         return _unknown(folder)
     variants = [v for vs in manifest.stages.values() for v in vs]
+    if backend is None and len(held := {v.backend for v in variants}) == 1:
+        backend = held.pop()
     wanted: set[str] = {v.precision for v in variants if backend in (None, v.backend)}
     if precision is not None:
         wanted |= {precision}

@@ -134,7 +134,9 @@ def _check_order(folder: Path, config: RunConfig) -> None:
             raise ConfigError(
                 f"{folder}: {later.name} was trained on {phase.name} as it is after "
                 f"{made[phase.name]} steps, and {phase.steps} are asked for; delete "
-                f"{folder / later.name} to train it again afterwards"
+                f"{folder / later.name} to train it again afterwards, or train it further in a run "
+                f"of its own: --start-from {folder / CHECKPOINT_NAME} --from-phase {later.name} "
+                "--output-dir FOLDER"
             )
 
 

@@ -115,6 +115,7 @@ def train(
     check_folder(folder, config, resume=resume)
     refuse_links(folder, config)
     set_seed(config.seed)
+    _check_place(folder, config, resume=resume)
     data = open_pictures(config.data, skip_bad_files=skip_bad_files)
     record = DataRecord(folder, data, resume=resume)
     record.check(accept_changed_data=accept_changed_data)
@@ -174,7 +175,7 @@ def _run_phase(
     system = record.load()
 
     objective = _objective(config, run, folder, accelerator, data, system)
-    _check_captions(config, objective, data)
+    _check_captions(run, config, objective, data)
     phase = Phase(config, objective, accelerator, folder / config.name, run, tracker)
     finished = phase.run(stop)
     steps[config.name] = phase.step
@@ -245,7 +246,7 @@ def _prepare_folder(
         for phase in config.phases:  # a later one's mistakes must not wait for its turn
             objective = _objective(phase, config, folder, accelerator, data, system)
             if phase in phases:
-                _check_captions(phase, objective, data)
+                _check_captions(config, phase, objective, data)
             if phase.lora is not None:
                 check_targets(objective.trained, phase.lora)
         _save(start, system, config, {})
@@ -309,12 +310,34 @@ def _save(
     )
 
 
-def _check_captions(phase: PhaseConfig, objective: Objective, data: Pictures) -> None:
+def _check_place(folder: Path, config: RunConfig, *, resume: bool) -> None:
+    """Raise ConfigError for data that is not there, or into which the run would write itself."""
+    source = config.data.source
+    if config.data.stream or source == "emoji" or source.startswith("hf:"):
+        return
+    if resume and not Path(source).exists():
+        raise ConfigError(
+            f"{folder}: its data {source} is not there (as seen from {Path.cwd()}); if it moved, "
+            "give its new place with --data"
+        )
+    if folder.resolve().is_relative_to(Path(source).resolve()):
+        raise ConfigError(
+            f"{folder} lies in the data {source}, and what a run writes would be taken for "
+            "pictures; choose another --output-dir"
+        )
+
+
+def _check_captions(
+    config: RunConfig, phase: PhaseConfig, objective: Objective, data: Pictures
+) -> None:
     """Raise ConfigError when a phase learns from captions that are not there."""
     if objective.needs_captions and data.without_captions is not None:
+        names = [each.name for each in config.phases]
+        before = names[: names.index(phase.name)]
+        stop = f", or end the run before it with --phase {before[-1]}" if before else ""
         raise ConfigError(
             f"phase {phase.name} learns from captions, and {data.without_captions} none; add them "
-            "(a .txt of its name beside each picture), or stop before that phase with --phase"
+            f"(a .txt of its name beside each picture){stop}"
         )
 
 

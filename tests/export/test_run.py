@@ -179,10 +179,11 @@ def test_the_repair_command_names_the_model_wherever_it_lies(engines, options, m
     checkpoint = Path(options.checkpoint).resolve()
     with pytest.raises(CheckpointError, match=r"is not in runs/.*give it with --checkpoint"):
         find_source(engines, manifest)
-    assert f"--checkpoint {manifest.source} --fp16" in repair(engines, manifest)
+    command = repair(engines, manifest)
+    assert command.endswith(f"--checkpoint {manifest.source} --target onnxruntime --fp16 --fp32")
     monkeypatch.chdir(checkpoint.parent.parent)
     assert find_source(engines, manifest) == checkpoint
-    assert f"--checkpoint {manifest.source}/checkpoint --fp16" in repair(engines, manifest)
+    assert f"--checkpoint {manifest.source}/checkpoint --target" in repair(engines, manifest)
 
 
 def test_another_model_of_the_same_name_is_not_taken_for_the_source(
@@ -220,6 +221,20 @@ def test_a_plan_refuses_what_an_export_refuses(kind, options, small_checkpoint, 
     for verb in (plan, run_export):
         with pytest.raises((ConfigError, OSError), match="choose another --engine-dir"):
             verb(options)
+
+
+def test_a_model_of_which_a_phase_was_never_trained_is_exported_with_a_warning(
+    small_checkpoint, options, tmp_path, caplog
+):
+    folder = tmp_path / "half"
+    shutil.copytree(small_checkpoint, folder)
+    values = json.loads((folder / "config.json").read_text())
+    phases = [{"name": "tokenizer"}, {"name": "predictor"}]
+    values["notes"] = {"run": {"phases": phases}, "steps": {"tokenizer": 4}}
+    (folder / "config.json").write_text(json.dumps(values))
+    write_digests(folder)
+    plan(replace(options, checkpoint=str(folder)))
+    assert "half: never trained: predictor" in caplog.text
 
 
 def test_a_lost_manifest_is_no_obstacle(engines, options):

@@ -116,7 +116,7 @@ def test_a_precision_that_is_not_there_is_named_with_those_that_are(tmp_path: Pa
 
 def test_a_folder_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     message = refusal(tmp_path / "nowhere")
-    assert "nowhere is no engine folder" in message
+    assert "nowhere does not exist" in message
     assert f"nsp export --engine-dir {tmp_path / 'nowhere'}" in message
 
 

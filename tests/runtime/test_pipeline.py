@@ -29,8 +29,8 @@ def class_pipe(tiny_class_checkpoint: Path) -> Pipeline:
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({}, "text-conditional: give one or more prompts"),
     ({"prompts": []}, "give one or more prompts"),
-    ({"class_ids": [1]}, "give one or more prompts"),
-    ({"prompts": ["cat"], "class_ids": [1]}, "give one or more prompts"),
+    ({"class_ids": [1]}, "takes prompts, no class ids"),
+    ({"prompts": ["cat"], "class_ids": [1]}, "takes prompts, no class ids"),
     ({"prompts": ["cat", " \t"]}, "prompt 2 is empty"),
     ({"prompts": "red apple"}, r"prompts=\['red apple'\]"),
     ({"prompts": b"cat"}, r"prompts=\[b'cat'\]"),
@@ -82,7 +82,7 @@ def test_a_bad_request_is_refused_before_the_first_step(
     ("request_", "message"),
     [
         ({}, "class-conditional: give one or more class ids"),
-        ({"prompts": ["cat"]}, "give one or more class ids"),
+        ({"prompts": ["cat"]}, "takes class ids, no prompts"),
         ({"class_ids": []}, "give one or more class ids"),
         ({"class_ids": [0, 11]}, r"class id 11 is outside 0\.\.9 \(10 is the null class\)"),
         ({"class_ids": [-1]}, "class id -1"),

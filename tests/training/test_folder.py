@@ -259,3 +259,17 @@ def test_a_checkpoint_names_its_data_without_where_they_lay(stopped: Path) -> No
     places = {"a": ["hf:/home/me/set:train", "hf:me/set"], "b": "/mnt/x/", "c": "https://x/y"}
     named = {"a": ["hf:set:train", "hf:me/set"], "b": "x", "c": "https://x/y"}
     assert without_places(places) == named
+
+
+def test_a_run_does_not_write_into_its_own_data(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "data")
+    run = configure("smoke", None, data=str(data), steps=1)
+    with pytest.raises(ConfigError, match=r"lies in the data .*choose another --output-dir"):
+        train(run, data / "run")
+    assert not (data / "run").exists()
+
+
+def test_data_that_is_not_where_it_was_is_asked_for(place: Path, tmp_path: Path) -> None:
+    run = configure(None, place / "run", data=str(tmp_path / "moved"))
+    with pytest.raises(ConfigError, match=r"is not there .*; if it moved, give .* with --data"):
+        train(run, place / "run", resume=True)
