@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nsp.data.bounds import MAX_CAPTION_BYTES
 from nsp.data.captions import captions_beside
-from nsp.data.heldout import HELDOUT_MEMBER, MAX_HELDOUT_BYTES, parse_heldout
+from nsp.data.heldout import HELDOUT_MEMBER, MAX_HELDOUT_BYTES, is_heldout, parse_heldout
 from nsp.data.index import read_index
 from nsp.data.listing import FileSlice, Listing
 from nsp.data.samples import (
@@ -48,9 +48,11 @@ def list_tar(path: Path) -> Listing:
     index = read_index(path.parent)
     if index is not None and path.name in {shard.file for shard in index.shards}:
         listing.class_names = index.class_names
-    if HELDOUT_MEMBER in files:
-        content = files.pop(HELDOUT_MEMBER).read(MAX_HELDOUT_BYTES)
-        listing.heldout = parse_heldout(content, where=f"{path}: {HELDOUT_MEMBER}")
+    for member in members:  # there may be several lists, as of tars that were joined
+        if is_heldout(member.name):
+            content = FileSlice(path, member.offset_data, member.size).read(MAX_HELDOUT_BYTES)
+            listing.heldout += parse_heldout(content, where=f"{path}: {HELDOUT_MEMBER}")
+    files.pop(HELDOUT_MEMBER, None)
     samples: dict[str, dict[str, FileSlice]] = {}
     for name in sorted(files):
         if is_hidden(name):

@@ -15,6 +15,7 @@ from nsp.data.heldout import (
     HELDOUT_MEMBER,
     MAX_HELDOUT_BYTES,
     Heldout,
+    is_heldout,
     parse_heldout,
     read_heldout,
 )
@@ -165,7 +166,7 @@ class ShardReader:
         can_rewind = local_path(url) is not None
         for info in walk(archive):
             key, suffix = tar_key(info.name)
-            if info.name == HELDOUT_MEMBER:
+            if is_heldout(info.name):
                 self._check_list(url, extract(archive, info, MAX_HELDOUT_BYTES))
             elif is_hidden(info.name):
                 continue
@@ -280,7 +281,7 @@ def _list_inside(url: str) -> list[tuple[str, str]]:
     rows = []
     with opened(url) as archive:
         for info in walk(archive):
-            if info.name == HELDOUT_MEMBER:
+            if is_heldout(info.name):
                 content = extract(archive, info, MAX_HELDOUT_BYTES)
                 rows += parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
     return rows
@@ -296,7 +297,7 @@ def _head(url: str) -> tuple[list[tuple[str, str]], bool]:
     with opened(url) as archive:
         for number, info in enumerate(walk(archive)):
             suffix = tar_key(info.name)[1]
-            if info.name == HELDOUT_MEMBER and number == 0:
+            if is_heldout(info.name) and number == 0:
                 content = extract(archive, info, MAX_HELDOUT_BYTES)
                 rows = parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
             elif is_hidden(info.name):

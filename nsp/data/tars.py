@@ -5,10 +5,14 @@ end is a block of zeros.
 """
 
 import io
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Literal, Self
+
+from nsp.data.heldout import is_heldout
+from nsp.errors import DataError
 
 
 class _CheckedTarInfo(tarfile.TarInfo):
@@ -37,12 +41,21 @@ def open_tar(stream: IO[bytes], *, seekable: bool) -> tarfile.TarFile:
 
 
 def walk(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files; raises tarfile.TarError or OSError where the tar is not whole."""
+    """Yield the regular files; raises tarfile.TarError or OSError where the tar is not whole.
+
+    Raises DataError for a held-out list that is a link or a folder, and so holds out nothing.
+    """
     while (member := archive.next()) is not None:
         # A shard's members would pile up in this list, which typeshed does not know.
         archive.members.clear()  # type: ignore[attr-defined]
         if member.isreg():
             yield member
+        elif is_heldout(member.name):
+            where = os.fsdecode(archive.name or "the tar")
+            raise DataError(
+                f"{member.name} in {where} is no regular file, so that what it "
+                "holds out is not known; pack the tar again with the file itself"
+            )
 
 
 def write_members(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
