@@ -13,7 +13,6 @@ img2dataset writes it). `nsp data pack` writes several captions as `captions` in
 first is also the `.txt`, so that readers that know only `.txt` see one caption of each picture.
 """
 
-import csv
 import io
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nsp.csv_rows import csv_rows
 from nsp.data.bounds import check_size, read_regular
 from nsp.data.samples import CAPTION_SUFFIX, CAPTIONS_SUFFIX, JSON_SUFFIX, parse_caption, shown
 from nsp.errors import DataError, MissingExtraError
@@ -106,7 +106,7 @@ def read_table(root: Path, name: str) -> Table | None:
     is_named = base.startswith("metadata.") or "caption" in base
     try:
         found = _READERS[suffix](root / name, table)
-    except (OSError, ValueError, csv.Error, DataError) as error:
+    except (OSError, ValueError, DataError) as error:
         if not is_named and not table.is_sure:
             return None
         reason = error.strerror if isinstance(error, OSError) else _reason(error)
@@ -253,15 +253,15 @@ def _csv(path: Path, table: Table) -> Table | None:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restkey="")
-    reader.fieldnames = [str(name).strip() for name in reader.fieldnames or ()]
-    for row in reader:
-        name = _first_text(row, FILE_KEYS)
-        if row.get(""):
+    rows = csv_rows(io.StringIO(text, newline=""), separator)
+    names = [name.strip() for name in next(rows)[1]]
+    for number, cells in rows:
+        row = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
+        if len(cells) > len(names):
             reason = f"more fields than the header of {shown(table.name)}; quote the caption"
-            table.refuse(name or f"line {reader.line_num}", reason)
+            table.refuse(_first_text(row, FILE_KEYS) or f"line {number}", reason)
         else:
-            table.take({k: v.strip() for k, v in row.items() if v is not None}, reader.line_num)
+            table.take(row, number)
     return table
 
 
