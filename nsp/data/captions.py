@@ -262,21 +262,30 @@ def _csv(path: Path, table: Table) -> Table | None:
     if not set(columns) & set(FILE_KEYS) or not set(columns) & set(CAPTION_KEYS):
         return None
     table.is_sure = True
-    content = read_regular(path, most_bytes=MAX_TABLE_BYTES)
+    with open_regular(path) as file:
+        check_size(os.fstat(file.fileno()).st_size, MAX_TABLE_BYTES)
+        rows = csv_rows(_text_lines(file), separator)
+        names = [name.strip() for name in next(rows)[1]]
+        for number, cells in rows:
+            row = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
+            if len(cells) > len(names):
+                reason = f"more fields than the header of {shown(table.name)}; quote the caption"
+                table.refuse(_first_text(row, FILE_KEYS) or f"line {number}", reason)
+            else:
+                table.take(row, number)
+    return table
+
+
+def _text_lines(file: IO[bytes]) -> Iterator[str]:
+    """Yield the lines of a text with their ends; raises ValueError for what is none."""
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     try:
-        text = content.decode("utf-8-sig")
+        while line := text.readline(_MAX_LINE_BYTES):
+            if len(line) == _MAX_LINE_BYTES:
+                raise ValueError(f"it has a line of more than {_MAX_LINE_BYTES:,} characters")
+            yield line
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
-    rows = csv_rows(io.StringIO(text, newline=""), separator)
-    names = [name.strip() for name in next(rows)[1]]
-    for number, cells in rows:
-        row = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
-        if len(cells) > len(names):
-            reason = f"more fields than the header of {shown(table.name)}; quote the caption"
-            table.refuse(_first_text(row, FILE_KEYS) or f"line {number}", reason)
-        else:
-            table.take(row, number)
-    return table
 
 
 def _parquet(path: Path, table: Table) -> Table | None:

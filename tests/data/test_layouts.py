@@ -373,6 +373,17 @@ def test_a_long_table_takes_the_memory_of_its_rows(tmp_path: Path, end: bytes) -
     assert most < 60 << 20
 
 
+def test_a_long_line_of_a_csv_is_refused_before_it_is_in_memory(tmp_path: Path) -> None:
+    write_files(tmp_path, {"metadata.csv": "file_name,text\na.png,"})
+    os.truncate(tmp_path / "metadata.csv", 100 << 20)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="it has a line of more than 4,194,304 characters"):
+        read_table(tmp_path, "metadata.csv")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 60 << 20
+
+
 def test_a_table_has_a_bounded_length(tmp_path: Path) -> None:
     for name in ("metadata.jsonl", "captions.csv"):
         write_files(tmp_path, {name: "file_name,text\n"})
