@@ -28,7 +28,9 @@ from nsp.data.samples import (
     JSON_SUFFIX,
     TAR_SUFFIXES,
     Problem,
+    check_key,
     is_hidden,
+    leads_out,
     parse_caption,
     parse_class,
     picture_suffix,
@@ -168,7 +170,7 @@ class ShardReader:
             key, suffix = tar_key(info.name)
             if is_heldout(info.name):
                 self._check_list(url, extract(archive, info, MAX_HELDOUT_BYTES))
-            elif is_hidden(info.name):
+            elif is_hidden(info.name) and not leads_out(key):
                 continue
             elif suffix in TAR_SUFFIXES:
                 content = None
@@ -196,6 +198,7 @@ class ShardReader:
             self._note(url, JSON_SUFFIX, members[0].info.name)
             return None
         try:
+            check_key(key)
             for member in members:
                 if member.suffix in by_suffix:
                     raise DataError(f"two members end in {member.suffix}")
