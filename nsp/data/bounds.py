@@ -11,7 +11,7 @@ from nsp.files import NOT_REGULAR, open_regular
 
 MAX_PICTURE_BYTES = 1 << 30  # of a file: 179 million pixels, uncompressed, in 6 bytes each
 MAX_CAPTION_BYTES = 1_000_000
-MEMORY_BYTES = 2 << 30  # of pictures being decoded, all threads of a process together
+MEMORY_BYTES = 2 << 30  # of pictures being decoded, by one thread or by all of a process
 
 
 def read_regular(path: Path, *, most_bytes: int, offset: int = 0, num_bytes: int = -1) -> bytes:

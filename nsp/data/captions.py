@@ -13,33 +13,34 @@ img2dataset writes it). `nsp data pack` writes several captions as `captions` in
 first is also the `.txt`, so that readers that know only `.txt` see one caption of each picture.
 """
 
-import csv
 import io
+import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from nsp.csv_rows import csv_rows
 from nsp.data.bounds import check_size, read_regular
 from nsp.data.samples import CAPTION_SUFFIX, CAPTIONS_SUFFIX, JSON_SUFFIX, parse_caption, shown
 from nsp.errors import DataError, MissingExtraError
-from nsp.files import parse_json
+from nsp.files import open_regular, parse_json
 
 FILE_KEYS = ("file_name", "filename", "file", "image", "path", "image_path", "image_name")
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-MAX_LINES_BYTES = 2 << 30  # of a table that is read line by line
 MAX_TABLE_BYTES = 512 << 20
 MAX_JSON_BYTES = 128 << 20  # of one value, which takes up to 20 times that; COCO's captions: 92 MB
 _MAX_LINE_BYTES = 4 << 20
+_HEAD_BYTES = 2 * _MAX_LINE_BYTES
 _HEADER_BYTES = 4096
 _MAX_BAD_ROWS = 100_000
 _SHOWN_KEYS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """What a table says of one picture."""
 
@@ -106,7 +107,7 @@ def read_table(root: Path, name: str) -> Table | None:
     is_named = base.startswith("metadata.") or "caption" in base
     try:
         found = _READERS[suffix](root / name, table)
-    except (OSError, ValueError, csv.Error, DataError) as error:
+    except (OSError, ValueError, DataError) as error:
         if not is_named and not table.is_sure:
             return None
         reason = error.strerror if isinstance(error, OSError) else _reason(error)
@@ -162,31 +163,44 @@ def captions_beside(
 def _jsonl(path: Path, table: Table) -> Table | None:
     """Read an object a line, or what is JSON as a whole."""
     base = posixpath.basename(table.name)
-    head = read_regular(path, most_bytes=_MAX_LINE_BYTES, num_bytes=_MAX_LINE_BYTES)
+    head = read_regular(path, most_bytes=_HEAD_BYTES, num_bytes=_HEAD_BYTES)
     is_named = base.lower() == "metadata.jsonl" or "caption" in base.lower()
-    if not is_named and _first_line(head)[:1] != b"[" and not _is_row(_first_line(head)):
+    _check_encoding(head)
+    end = "\r" if b"\r" in head and b"\n" not in head else "\n"
+    first = _first_line(head.replace(b"\r", b"\n") if end == "\r" else head)
+    if not is_named and first[:1] != b"[" and not _is_row(first):
         return None  # a long log, perhaps: not to be read as a whole
-    content = read_regular(path, most_bytes=MAX_LINES_BYTES)
-    _check_encoding(content)
-    if b"\n" not in content:
-        content = content.replace(b"\r", b"\n")
-    first = _first_line(content)
-    if first[:1] == b"[" or first == b"{":  # an array, or an object over several lines
-        return _whole(content, table)
-    if first == content.strip() and _is_mapping(first):
-        return _whole(content, table)
+    is_alone = len(head) < _HEAD_BYTES and first == head.strip()
+    # An array, an object over several lines, or a single one that is a mapping.
+    if first[:1] == b"[" or first == b"{" or (is_alone and _is_mapping(first)):
+        return _whole(read_regular(path, most_bytes=MAX_JSON_BYTES), table)
     table.is_sure = True
-    for number, line in enumerate(io.BytesIO(content), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = parse_json(line[:_MAX_LINE_BYTES])
-        except ValueError as error:
-            what = "longer than is read" if len(line) > _MAX_LINE_BYTES else _what(error)
-            table.refuse(f"{base}:{number}", f"not JSON: {what}")
-        else:
-            table.take(values, number)
+    with open_regular(path) as file:
+        check_size(os.fstat(file.fileno()).st_size, MAX_TABLE_BYTES)
+        for number, line in enumerate(_lines(file, end), start=1):
+            if not line.strip():
+                continue
+            try:
+                check_size(len(line), _MAX_LINE_BYTES)
+                values = parse_json(line)
+            except DataError:
+                table.refuse(f"{base}:{number}", "not JSON: longer than is read")
+            except ValueError as error:
+                table.refuse(f"{base}:{number}", f"not JSON: {_what(error)}")
+            else:
+                table.take(values, number)
     return table
+
+
+def _lines(file: IO[bytes], end: str) -> Iterator[bytes]:
+    """Yield the lines of a file, those that are too long cut behind _MAX_LINE_BYTES."""
+    # Bytes as letters, and back: only text may end its lines otherwise than in a line feed.
+    text = io.TextIOWrapper(file, "latin-1", newline=end)
+    while line := text.readline(_MAX_LINE_BYTES + 1):
+        rest = line
+        while rest and not rest.endswith(end):
+            rest = text.readline(_MAX_LINE_BYTES)
+        yield line.encode("latin-1")
 
 
 def _json(path: Path, table: Table) -> Table | None:
@@ -248,21 +262,30 @@ def _csv(path: Path, table: Table) -> Table | None:
     if not set(columns) & set(FILE_KEYS) or not set(columns) & set(CAPTION_KEYS):
         return None
     table.is_sure = True
-    content = read_regular(path, most_bytes=MAX_TABLE_BYTES)
+    with open_regular(path) as file:
+        check_size(os.fstat(file.fileno()).st_size, MAX_TABLE_BYTES)
+        rows = csv_rows(_text_lines(file), separator)
+        names = [name.strip() for name in next(rows)[1]]
+        for number, cells in rows:
+            row = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
+            if len(cells) > len(names):
+                reason = f"more fields than the header of {shown(table.name)}; quote the caption"
+                table.refuse(_first_text(row, FILE_KEYS) or f"line {number}", reason)
+            else:
+                table.take(row, number)
+    return table
+
+
+def _text_lines(file: IO[bytes]) -> Iterator[str]:
+    """Yield the lines of a text with their ends; raises ValueError for what is none."""
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     try:
-        text = content.decode("utf-8-sig")
+        while line := text.readline(_MAX_LINE_BYTES):
+            if len(line) == _MAX_LINE_BYTES:
+                raise ValueError(f"it has a line of more than {_MAX_LINE_BYTES:,} characters")
+            yield line
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restkey="")
-    reader.fieldnames = [str(name).strip() for name in reader.fieldnames or ()]
-    for row in reader:
-        name = _first_text(row, FILE_KEYS)
-        if row.get(""):
-            reason = f"more fields than the header of {shown(table.name)}; quote the caption"
-            table.refuse(name or f"line {reader.line_num}", reason)
-        else:
-            table.take({k: v.strip() for k, v in row.items() if v is not None}, reader.line_num)
-    return table
 
 
 def _parquet(path: Path, table: Table) -> Table | None:
@@ -306,7 +329,7 @@ _READERS = {
 
 def _first_line(content: bytes) -> bytes:
     """Return the first line that is not blank."""
-    start = content.removeprefix(b"\xef\xbb\xbf")[: 2 * _MAX_LINE_BYTES].lstrip()
+    start = content.removeprefix(b"\xef\xbb\xbf")[:_HEAD_BYTES].lstrip()
     return start.partition(b"\n")[0].strip()
 
 

@@ -4,6 +4,8 @@ A folder or tar carries it as `__heldout__` at its top: a header line, then one 
 a line. It holds out those samples, and all others with one of those captions.
 """
 
+import posixpath
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Self
 from nsp.data.bounds import read_regular
 from nsp.data.samples import shown
 from nsp.errors import DataError
+from nsp.paths import describe
 
 MAX_HELDOUT_BYTES = 512 << 20
 HELDOUT_MEMBER = "__heldout__"  # webdataset readers pass over names of this form
@@ -30,11 +33,26 @@ def parse_heldout(content: bytes | str, *, where: str) -> list[tuple[str, str]]:
     return [(row[0], row[1]) for row in rows]
 
 
+def is_heldout(name: str) -> bool:
+    """Return whether a member of a tar is its list, also as `tar` writes it for a folder: ./…."""
+    return posixpath.normpath(name) == HELDOUT_MEMBER
+
+
 def read_heldout(folder: Path) -> list[tuple[str, str]]:
     """Return the list that a folder carries, empty without one; raises DataError."""
     path = folder / HELDOUT_MEMBER
-    if not path.is_file():
+    # Whatever is called so is a list: passing over what is none would train on what it holds out.
+    try:
+        is_file = stat.S_ISREG(path.lstat().st_mode) or path.is_file()
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError:
+        is_file = True  # for all that is known; told when it is opened
+    if not is_file:
+        raise DataError(
+            f"{shown(str(path))} {shown(describe(path).words)}; a file that lists what is held out "
+            "is needed here: restore it, or give it another name"
+        )
     try:
         content = read_regular(path, most_bytes=MAX_HELDOUT_BYTES)
     except (OSError, DataError) as error:

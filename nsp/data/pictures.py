@@ -1,8 +1,8 @@
 """Decodes the bytes of any picture file into 8-bit RGB, or says why they cannot be used.
 
 The one place of nsp that opens pictures. Its limits are its own, the same under every setting of
-the library that decodes: at most MAX_PIXELS are read, and pictures whose headers claim much memory
-are decoded one after the other, not side by side (see bounds.py). What a decoder has to say about
+the library that decodes: at most MAX_PIXELS are read; decoding takes at most MEMORY_BYTES, of one
+picture and of all that are decoded side by side (see bounds.py). What a decoder has to say about
 damage stays in the log at debug level; users read our words.
 """
 
@@ -32,8 +32,15 @@ PICTURE_SUFFIXES = frozenset(
 MAX_PIXELS = 178_956_970  # where Pillow draws the line too, unless told otherwise
 _MEMORY = ByteBudget(MEMORY_BYTES)
 _SMALL_FILE = 16 << 20  # bytes that any number of threads may read at once
-# Bytes a pixel that a decoder itself takes beside the picture it makes.
-_DECODER_BYTES = {"AVIF": 12, "JPEG": 6, "JPEG2000": 16, "MPO": 6, "WEBP": 8}
+# Bytes a pixel that a decoder itself takes beside the picture it makes, and those it keeps after.
+_DECODER_BYTES = {
+    "AVIF": (10, 6),
+    "JPEG": (8, 0),  # progressive CMYK
+    "JPEG2000": (22, 18),
+    "MPO": (8, 0),
+    "WEBP": (12, 8),
+}
+_STRIP_PIXELS = 1 << 20  # of a transparent picture, laid on white at once
 _NARROW_MODES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 _WITH_ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
 
@@ -114,6 +121,12 @@ def _opened(content: bytes) -> ImageFile.ImageFile:
     if picture.format == "EPS":  # a program, which Pillow has Ghostscript run
         raise DataError("a PostScript file; convert it to PNG")
     _check_pixels(picture.width * picture.height)
+    if (needed := _memory_of(picture)) > MEMORY_BYTES:
+        raise DataError(
+            f"{picture.width} x {picture.height} pixels, which take {needed / 2**30:.1f} GiB of "
+            f"memory to decode from {picture.format}; at most {MEMORY_BYTES >> 30} GiB are taken: "
+            "make it smaller, or convert it to JPEG or PNG"
+        )
     return picture
 
 
@@ -136,12 +149,13 @@ def _not_a_picture(content: bytes) -> str:
 def _memory_of(picture: ImageFile.ImageFile) -> int:
     """Return the bytes that decoding takes at most, by what the header says."""
     stored = _NARROW_MODES.get(picture.mode, 4)
-    each = stored + 4 + _DECODER_BYTES.get(picture.format or "", 0)  # 4: turned upright
-    if picture.mode != "RGB":
-        each += 4
+    decoding, kept = _DECODER_BYTES.get(picture.format or "", (0, 0))
+    further = 8 if picture.mode.startswith("I") else 4  # turned upright, or made RGB
+    pixels = picture.width * picture.height
+    in_strips = 0
     if picture.mode in _WITH_ALPHA or "transparency" in picture.info:
-        each += 12
-    return picture.width * picture.height * each
+        in_strips = 20 * min(pixels, _STRIP_PIXELS + picture.width)
+    return pixels * (stored + max(decoding, kept + further)) + in_strips
 
 
 def _to_rgb(opened: ImageFile.ImageFile) -> Image.Image:
@@ -155,10 +169,19 @@ def _to_rgb(opened: ImageFile.ImageFile) -> Image.Image:
     elif image.mode in ("I", "F"):  # Pillow would clip these at 255 without a word
         raise DataError(f"pixel mode {image.mode} has no fixed white; convert it to 8 or 16 bit")
     if image.has_transparency_data:
-        pixels = image.convert("RGBA")
-        white = Image.new("RGBA", pixels.size, "white")
-        return Image.alpha_composite(white, pixels).convert("RGB")
+        return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return a transparent picture on white, by strips: whole, it would be there five times."""
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return rgb
 
 
 @contextmanager

@@ -80,6 +80,19 @@ def tar_key(name: str) -> tuple[str, str]:
     return posixpath.join(folder, stem), (dot + suffix).lower()
 
 
+def leads_out(key: str) -> bool:
+    """Return whether a key leads out of its tar, as /etc/a and ../a do."""
+    return key.startswith("/") or key.split("/")[0] == ".."
+
+
+def check_key(key: str) -> None:
+    """Raise DataError with the bare reason for a key under which no tar should be unpacked."""
+    if leads_out(key):
+        raise DataError("its name leads out of the tar; pack it again with relative names")
+    if "\0" in key:
+        raise DataError("its name holds a null character")
+
+
 def is_picture(name: str) -> bool:
     """Return whether a file is a picture by its suffix."""
     return posixpath.splitext(name)[1].lower() in PICTURE_SUFFIXES

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nsp.data.bounds import MAX_CAPTION_BYTES
 from nsp.data.captions import captions_beside
-from nsp.data.heldout import HELDOUT_MEMBER, MAX_HELDOUT_BYTES, parse_heldout
+from nsp.data.heldout import HELDOUT_MEMBER, MAX_HELDOUT_BYTES, is_heldout, parse_heldout
 from nsp.data.index import read_index
 from nsp.data.listing import FileSlice, Listing
 from nsp.data.samples import (
@@ -20,7 +20,9 @@ from nsp.data.samples import (
     CLASS_SUFFIX,
     JSON_SUFFIX,
     TAR_SUFFIXES,
+    check_key,
     is_hidden,
+    leads_out,
     parse_class,
     picture_suffix,
     tar_key,
@@ -40,29 +42,31 @@ def list_tar(path: Path) -> Listing:
         raise DataError(
             f"{path}: not a whole, uncompressed tar ({error}); unpack a compressed one first"
         ) from error
-    files = {
-        posixpath.normpath(member.name): FileSlice(path, member.offset_data, member.size)
-        for member in members
-    }
     listing = Listing(missing=None)
     index = read_index(path.parent)
     if index is not None and path.name in {shard.file for shard in index.shards}:
         listing.class_names = index.class_names
-    if HELDOUT_MEMBER in files:
-        content = files.pop(HELDOUT_MEMBER).read(MAX_HELDOUT_BYTES)
-        listing.heldout = parse_heldout(content, where=f"{path}: {HELDOUT_MEMBER}")
     samples: dict[str, dict[str, FileSlice]] = {}
-    for name in sorted(files):
-        if is_hidden(name):
+    repeated: dict[str, str] = {}
+    for member in sorted(members, key=lambda member: posixpath.normpath(member.name)):
+        held = FileSlice(path, member.offset_data, member.size)
+        key, suffix = tar_key(member.name)
+        if is_heldout(member.name):  # there may be several lists, as of tars that were joined
+            content = held.read(MAX_HELDOUT_BYTES)
+            listing.heldout += parse_heldout(content, where=f"{path}: {HELDOUT_MEMBER}")
+        elif is_hidden(member.name) and not leads_out(key):
             continue
-        key, suffix = tar_key(name)
-        if suffix in TAR_SUFFIXES:
-            samples.setdefault(key, {})[suffix] = files[name]
+        elif suffix not in TAR_SUFFIXES:
+            listing.leave([posixpath.normpath(member.name)])
+        elif suffix in samples.setdefault(key, {}):
+            repeated[key] = suffix
         else:
-            listing.leave([name])
+            samples[key][suffix] = held
     for key, by_suffix in samples.items():
         if by_suffix.keys() == {JSON_SUFFIX}:
             listing.leave([key + JSON_SUFFIX])
+        elif key in repeated:
+            listing.refuse(key, f"two members end in {repeated[key]}")
         else:
             _add(listing, key, by_suffix)
     return listing
@@ -72,6 +76,7 @@ def _add(listing: Listing, key: str, by_suffix: Mapping[str, FileSlice]) -> None
     """Add one sample, or the reason that it is none."""
     texts = by_suffix.keys() & BESIDE_SUFFIXES
     try:
+        check_key(key)
         picture = by_suffix[picture_suffix(by_suffix)]
         captions, _ = captions_beside(
             {suffix: partial(by_suffix[suffix].read, MAX_CAPTION_BYTES) for suffix in texts}

@@ -15,6 +15,7 @@ from nsp.data.heldout import (
     HELDOUT_MEMBER,
     MAX_HELDOUT_BYTES,
     Heldout,
+    is_heldout,
     parse_heldout,
     read_heldout,
 )
@@ -27,7 +28,9 @@ from nsp.data.samples import (
     JSON_SUFFIX,
     TAR_SUFFIXES,
     Problem,
+    check_key,
     is_hidden,
+    leads_out,
     parse_caption,
     parse_class,
     picture_suffix,
@@ -165,9 +168,9 @@ class ShardReader:
         can_rewind = local_path(url) is not None
         for info in walk(archive):
             key, suffix = tar_key(info.name)
-            if info.name == HELDOUT_MEMBER:
+            if is_heldout(info.name):
                 self._check_list(url, extract(archive, info, MAX_HELDOUT_BYTES))
-            elif is_hidden(info.name):
+            elif is_hidden(info.name) and not leads_out(key):
                 continue
             elif suffix in TAR_SUFFIXES:
                 content = None
@@ -195,6 +198,7 @@ class ShardReader:
             self._note(url, JSON_SUFFIX, members[0].info.name)
             return None
         try:
+            check_key(key)
             for member in members:
                 if member.suffix in by_suffix:
                     raise DataError(f"two members end in {member.suffix}")
@@ -280,7 +284,7 @@ def _list_inside(url: str) -> list[tuple[str, str]]:
     rows = []
     with opened(url) as archive:
         for info in walk(archive):
-            if info.name == HELDOUT_MEMBER:
+            if is_heldout(info.name):
                 content = extract(archive, info, MAX_HELDOUT_BYTES)
                 rows += parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
     return rows
@@ -296,7 +300,7 @@ def _head(url: str) -> tuple[list[tuple[str, str]], bool]:
     with opened(url) as archive:
         for number, info in enumerate(walk(archive)):
             suffix = tar_key(info.name)[1]
-            if info.name == HELDOUT_MEMBER and number == 0:
+            if is_heldout(info.name) and number == 0:
                 content = extract(archive, info, MAX_HELDOUT_BYTES)
                 rows = parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
             elif is_hidden(info.name):

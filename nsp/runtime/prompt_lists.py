@@ -9,7 +9,6 @@ of a text file is told about.
 """
 
 import codecs
-import csv
 import json
 import re
 import unicodedata
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nsp import values
+from nsp.csv_rows import CsvError, csv_rows
 from nsp.errors import ConfigError
 
 _MAX_BYTES = 64 << 20  # of a list: a million long prompts
@@ -116,29 +116,21 @@ def _csv_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
     texts = [_decoded(path, number, line) for number, line in enumerate(lines, 1)]
     header = next((line for line in lines if line.strip()), b"")
     delimiter = _delimiter(header) or ("\t" if path.suffix.lower() == ".tsv" else ",")
-    table = csv.reader((text + "\n" for text in texts), delimiter=delimiter, strict=True)
     names: list[str] | None = None
-    while True:
-        try:
-            cells = next(table, None)
-        except csv.Error as error:
-            raise ConfigError(
-                f"{path}, line {table.line_num}: no line of a CSV: {error}"
-            ) from error
-        if cells is None:
-            return
-        if not any(cell.strip() for cell in cells):
-            continue
-        if names is None:
-            names = _checked_columns(path, table.line_num, cells)
-            continue
-        if len(cells) != len(names):
-            raise ConfigError(
-                f"{path}, line {table.line_num}: {len(cells)} cells, the header has {len(names)}; "
-                'write "…" around a text with the separator in it'
-            )
-        row = dict(zip(names, (cell.strip() for cell in cells), strict=True))
-        yield _row(path, table.line_num, {n: _number(n, cell) for n, cell in row.items()})
+    try:
+        for number, cells in csv_rows((text + "\n" for text in texts), delimiter):
+            if names is None:
+                names = _checked_columns(path, number, cells)
+                continue
+            if len(cells) != len(names):
+                raise ConfigError(
+                    f"{path}, line {number}: {len(cells)} cells, the header has {len(names)}; "
+                    'write "…" around a text with the separator in it'
+                )
+            row = dict(zip(names, (cell.strip() for cell in cells), strict=True))
+            yield _row(path, number, {n: _number(n, cell) for n, cell in row.items()})
+    except CsvError as error:
+        raise ConfigError(f"{path}, {error}") from error
 
 
 def _number(name: str, cell: str) -> Any:

@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nsp.data.captions import read_table
 from nsp.data.sources import open_source, survey
 from nsp.errors import DataError
 from tests.data.picture_files import encoded, write_files, write_tar
@@ -347,3 +350,43 @@ def test_warnings_are_bounded_whatever_lies_in_the_folder(
     with caplog.at_level(logging.WARNING):
         assert len(open_source(tmp_path, skip_bad_files=True)) == 1
     assert sum(len(record.getMessage()) for record in caplog.records) < 12_000
+
+
+@pytest.mark.parametrize("end", [b"", b"\r", b"\n"])
+def test_a_long_table_takes_the_memory_of_its_rows(tmp_path: Path, end: bytes) -> None:
+    """Of a hundred megabytes without a line, and a row after them."""
+    path = write_files(tmp_path, HERE) / "metadata.jsonl"
+    row = _jsonl(ROWS[0]).strip().encode()
+    with path.open("wb") as file:
+        file.write(row + end if end else b"")
+        file.truncate(100 << 20)
+        file.seek(0, os.SEEK_END)
+        file.write(end + row if end else b"")
+    tracemalloc.start()
+    table = read_table(tmp_path, "metadata.jsonl")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table is not None
+    assert len(table.rows) == (2 if end else 0)
+    number = 2 if end else 1
+    assert table.bad == [(f"metadata.jsonl:{number}", "not JSON: longer than is read")]
+    assert most < 60 << 20
+
+
+def test_a_long_line_of_a_csv_is_refused_before_it_is_in_memory(tmp_path: Path) -> None:
+    write_files(tmp_path, {"metadata.csv": "file_name,text\na.png,"})
+    os.truncate(tmp_path / "metadata.csv", 100 << 20)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="it has a line of more than 4,194,304 characters"):
+        read_table(tmp_path, "metadata.csv")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 60 << 20
+
+
+def test_a_table_has_a_bounded_length(tmp_path: Path) -> None:
+    for name in ("metadata.jsonl", "captions.csv"):
+        write_files(tmp_path, {name: "file_name,text\n"})
+        os.truncate(tmp_path / name, 513 << 20)
+        with pytest.raises(DataError, match="537,919,488 bytes; at most 536,870,912 are read"):
+            read_table(tmp_path, name)

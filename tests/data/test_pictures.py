@@ -1,19 +1,24 @@
 import io
 import os
+import struct
 import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from nsp.data import pictures
-from nsp.data.bounds import ByteBudget, read_regular
-from nsp.data.pictures import MAX_PIXELS, decode_rgb
+from nsp.data.bounds import MEMORY_BYTES, ByteBudget, read_regular
+from nsp.data.pictures import MAX_PIXELS, decode_rgb, picture_in_memory
 from nsp.errors import DataError
 from tests.data.picture_files import encoded
 
@@ -139,29 +144,139 @@ def test_a_picture_that_memory_does_not_hold_is_one_line(monkeypatch: pytest.Mon
         decode_rgb(encoded(".png"))
 
 
+@dataclass(frozen=True)
+class _InMemory:
+    content: bytes
+    path = Path("a.png")
+
+    def size(self) -> int:
+        return len(self.content)
+
+    def read(self) -> bytes:
+        return self.content
+
+
+def _look(content: bytes) -> int:
+    with picture_in_memory(_InMemory(content)) as (_, picture):
+        return picture.width
+
+
+@pytest.mark.parametrize("look", [decode_rgb, _look])
+@pytest.mark.parametrize("small_file", [0, 1 << 20])
 def test_pictures_that_claim_much_are_decoded_one_after_the_other(
-    monkeypatch: pytest.MonkeyPatch,
+    look: Callable[[bytes], object], small_file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six threads, a budget for one: never two at once, and all of them come to an end."""
     inside: list[int] = []
     most: list[int] = []
     lock = threading.Lock()
+    decode = pictures._to_rgb
 
-    def slow(opened: Image.Image) -> Image.Image:
+    def counted(opened: ImageFile.ImageFile) -> Image.Image:
         with lock:
             inside.append(1)
             most.append(len(inside))
-        opened.load()
+        rgb = decode(opened)
         with lock:
             inside.pop()
-        return opened
+        return rgb
 
     monkeypatch.setattr(pictures, "_MEMORY", ByteBudget(1000))
-    monkeypatch.setattr(pictures, "_to_rgb", slow)
+    monkeypatch.setattr(pictures, "_SMALL_FILE", small_file)
+    monkeypatch.setattr(pictures, "_to_rgb", counted)
     content = encoded(".png", size=(400, 300))
     with ThreadPoolExecutor(6) as pool:
-        assert len(list(pool.map(decode_rgb, [content] * 24))) == 24
+        assert len(list(pool.map(look, [content] * 24))) == 24
     assert max(most) == 1
+
+
+@pytest.mark.parametrize("small_file", [0, 1 << 20])
+def test_the_memory_of_a_picture_is_counted_until_nobody_looks_at_it(
+    small_file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = ByteBudget(1 << 20)
+    monkeypatch.setattr(pictures, "_MEMORY", budget)
+    monkeypatch.setattr(pictures, "_SMALL_FILE", small_file)
+    with picture_in_memory(_InMemory(encoded(".png", size=(400, 300)))):
+        assert budget._left <= (1 << 20) - 400 * 300 * 3
+    assert budget._left == 1 << 20
+
+
+# Prints, for each picture, the bytes that decoding took at most and those that were foreseen.
+_MEASURE = """
+from PIL import Image
+from nsp.data import pictures
+from tests.data.test_pictures import transparent
+Image.init()
+status = lambda key: next(
+    1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)
+)
+for content in transparent((1800, 1800)):
+    foreseen = pictures._memory_of(pictures._opened(content))
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    pictures.decode_rgb(content)
+    print(status("VmHWM") - before, foreseen)
+"""
+
+
+def transparent(size: tuple[int, int]) -> list[bytes]:
+    """Return transparent pictures in the forms that Pillow knows."""
+    palette = Image.new("P", size, 1)
+    palette.putpalette([10, 20, 30, 0, 0, 0])
+    return [
+        _bytes(Image.new("RGBA", size, (1, 2, 3, 100))),
+        _bytes(Image.new("LA", size, (1, 100))),
+        _bytes(palette, bits=1, transparency=0),
+        _bytes(Image.new("RGB", size, (1, 2, 3)), transparency=(1, 2, 3)),
+        _bytes(Image.new("L", size, 9), transparency=9),
+        _bytes(palette, "GIF", transparency=0),
+        _bytes(Image.new("RGBA", size, (1, 2, 3, 100)), "WEBP", lossless=True, method=0),
+    ]
+
+
+def test_decoding_takes_no_more_memory_than_is_foreseen() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE], capture_output=True, text=True, check=True
+    )
+    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(rows) == 7
+    slack = 24 << 20  # what the allocators keep, and a strip
+    assert [row for row in rows if row[0] > row[1] + slack] == []
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_strips_of_a_transparent_picture_meet(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = transparent((37, 23))[number]
+    whole = decode_rgb(content)
+    monkeypatch.setattr(pictures, "_STRIP_PIXELS", 100)
+    assert decode_rgb(content).tobytes() == whole.tobytes()
+    with Image.open(io.BytesIO(content)) as opened:
+        pixels = opened.convert("RGBA")
+    white = Image.new("RGBA", pixels.size, "white")
+    assert whole.tobytes() == Image.alpha_composite(white, pixels).convert("RGB").tobytes()
+
+
+def test_no_picture_takes_more_than_the_budget() -> None:
+    """Every PNG and JPEG of the most pixels does with it; of other formats it is told."""
+    width, height = 13_400, MAX_PIXELS // 13_400
+    for mode, format_name, info in (
+        ("RGBA", "PNG", {}),
+        ("LA", "PNG", {}),
+        ("P", "PNG", {"transparency": 0}),
+        ("I;16", "PNG", {}),
+        ("RGB", "PNG", {"transparency": (0, 0, 0)}),
+        ("CMYK", "JPEG", {}),
+    ):
+        claims = SimpleNamespace(
+            mode=mode, format=format_name, info=info, width=width, height=height
+        )
+        assert pictures._memory_of(cast(ImageFile.ImageFile, claims)) <= MEMORY_BYTES
+    content = _bytes(Image.new("RGB", (8, 8)), "JPEG2000")
+    start = content.index(b"ihdr") + 4
+    claiming = content[:start] + struct.pack(">II", 9000, 11000) + content[start + 8 :]
+    with pytest.raises(DataError, match=r"^11000 x 9000 pixels, .* 2.4 GiB .* at most 2 GiB"):
+        decode_rgb(claiming)
 
 
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
+import io
 import logging
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from nsp.data.sources import EMOJI_TAR, open_source
+from nsp.data.pack import pack
+from nsp.data.samples import Problem
+from nsp.data.shards import RawSample, ShardReader, find_shards
+from nsp.data.sources import EMOJI_TAR, open_source, survey
 from nsp.errors import ConfigError, DataError
 from tests.data.picture_files import encoded, write_files, write_tar
 
@@ -133,6 +138,41 @@ def test_a_path_that_is_no_source_says_what_is(tmp_path: Path) -> None:
         open_source(tmp_path / "a.zip")
     with pytest.raises(DataError, match=r"cut.tar: not a whole, uncompressed tar"):
         open_source(tmp_path / "cut.tar")
+
+
+@pytest.mark.parametrize(
+    ("members", "problem"),
+    [
+        (["/etc/b.png", "/etc/b.txt"], "/etc/b (its name leads out of the tar; "),
+        (["../b.png", "../b.txt"], "../b (its name leads out of the tar; "),
+        (["c/../../b.png", "c/../../b.txt"], "../b (its name leads out of the tar; "),
+        (["b.png", "b.txt", "b.png"], "b (two members end in .png)"),
+        (["b.png", "b.txt", "./b.png"], "b (two members end in .png)"),
+        (["b.png", "b.PNG", "b.txt"], "b (two members end in .png)"),
+        (["b.png", "b.txt", "b.txt"], "b (two members end in .txt)"),
+        (["b\0c.png", "b\0c.txt"], "b\0c (its name holds a null character)"),
+    ],
+)
+def test_names_that_no_tar_should_have_are_told_and_not_packed(
+    members: list[str], problem: str, tmp_path: Path
+) -> None:
+    """Listed and streamed."""
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for number, name in enumerate(["a.png", "a.txt", *members]):
+            content = encoded(".png", number) if name.lower().endswith("g") else b"a caption"
+            info = tarfile.TarInfo("x" if "\0" in name else name)
+            info.pax_headers = {"path": name} if "\0" in name else {}
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    found = survey(tmp_path / "0.tar")
+    assert [entry.sample.name for entry in found.entries] == ["a"]
+    assert [str(each)[: len(problem)] for each in found.problems] == [problem]
+    pack(tmp_path / "0.tar", tmp_path / "packed", skip_bad_files=True)
+    with tarfile.open(tmp_path / "packed/train-000000.tar") as archive:
+        assert archive.getnames() == ["a.png", "a.txt"]
+    read = list(ShardReader(find_shards(tmp_path)).read(str(tmp_path / "0.tar")))
+    assert [each.key for each in read if isinstance(each, RawSample)] == ["a"]
+    assert [problem in str(each) for each in read if isinstance(each, Problem)] == [True]
 
 
 def test_a_tar_may_number_classes(tmp_path: Path) -> None:

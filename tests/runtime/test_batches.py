@@ -170,9 +170,9 @@ def test_a_list_is_read_as_what_it_is(tmp_path, name, content, rows):
         ("a.csv", "prompt,seed\ncat,-1\n", "line 2: seed is an integer of at least 0"),
         ("a.csv", f"prompt,seed\ncat,{2**63}\n", f"line 2: seed is at most {2**63 - 1}"),
         ("a.csv", "class\n1\ndog\n", "line 3: class is an integer of at least 0, not 'dog'"),
-        ("a.csv", 'prompt\n"cat\nand dog"\n', "line 3: control character U\\+000A"),
-        ("a.csv", 'prompt\n"cat" and dog\n', "line 2: no line of a CSV"),
-        ("a.csv", "prompt\n" + "a" * 200_000, "line 2: no line of a CSV"),
+        ("a.csv", 'prompt\n"cat\nand dog"\n', "line 2: control character U\\+000A"),
+        ("a.csv", 'prompt\n"cat" and dog\n', "line 2: a text follows a closing quote"),
+        ("a.csv", "prompt\n" + "a" * 200_000, "line 2: a text of more than 131,072"),
         ("a.csv", b"prompt\ncaf\xe9\n", "line 2: not UTF-8"),
         (
             "a.csv",
