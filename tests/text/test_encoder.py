@@ -16,6 +16,7 @@ from nsp.errors import CheckpointError, ConfigError
 from nsp.text.encoder import (
     TextEncoderStage,
     build_text_encoder,
+    check_text_parts,
     load_text_encoder,
     save_text_encoder,
 )
@@ -224,6 +225,12 @@ def drop_a_weight(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def add_a_weight(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def truncate_weights(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -239,6 +246,12 @@ def truncate_weights(folder: Path) -> None:
         (lambda folder: edit_config(folder, hidden_size="wide"), "cannot be loaded"),
         (lambda folder: edit_config(folder, max_position_embeddings=13), "wrong shape for 1"),
         (lambda folder: edit_config(folder, num_hidden_layers=3), "lacks 16 weights"),
+        (lambda folder: edit_config(folder, num_hidden_layers=1),
+         "has no place for 16 weights, first encoder.layers.1.layer_norm1.bias"),
+        (lambda folder: add_a_weight(folder, "encoder.layers.0.mlp.fc1.lora_A.weight"),
+         "has no place for 1 weights, first encoder.layers.0.mlp.fc1.lora_A"),
+        (lambda folder: add_a_weight(folder, "text_model.embeddings.segment.weight"),
+         "has no place for 1 weights, first embeddings.segment.weight"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
          "no model.safetensors"),
         (drop_a_weight, "lacks 1 weights, first final_layer_norm.weight"),
@@ -344,6 +357,26 @@ def test_sizes_that_make_no_network_are_refused(
     sizes = {"width": 32, "depth": 1, "num_heads": 4} | size
     with pytest.raises(ConfigError, match="multiple of num_heads"):
         build_text_encoder(tokenizer, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eos_token_id": 7}, "eos_token_id=7, and the end token of the prompt tokenizer is"),
+        ({"vocab_size": 300}, "vocab_size=300, and the prompt tokenizer has token ids up to 5"),
+        ({"max_position_embeddings": 11}, "=11, and the prompt tokenizer makes prompts of 12"),
+        ({"hidden_size": 16}, "width 16 with 12 tokens does not fit text_width=32"),
+    ],
+)
+def test_an_encoder_of_another_tokenizer_is_refused(
+    tokenizer: PromptTokenizer, model: "CLIPTextModel", change: dict[str, int], message: str
+) -> None:
+    check_text_parts(model, tokenizer, text_width=32, max_tokens=12)
+    check_text_parts(with_eos(model, 2), tokenizer, text_width=32, max_tokens=12)  # the largest id
+    for name, value in ({"eos_token_id": tokenizer.eos_id} | change).items():
+        setattr(model.config, name, value)
+    with pytest.raises(ConfigError, match=message):
+        check_text_parts(model, tokenizer, text_width=32, max_tokens=12)
 
 
 def test_several_end_tokens_are_refused(model: "CLIPTextModel") -> None:
