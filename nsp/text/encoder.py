@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nsp.errors import CheckpointError, ConfigError, MissingExtraError
 from nsp.state_names import plain_names, what_it_is
 from nsp.text.tokenizer import PromptTokenizer
+from nsp.values import count, integer, real, shown
 from nsp.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
 from nsp.weights import bounded, check_finite, check_types, rounded_to_eight_bits
 
@@ -35,6 +36,19 @@ LEGACY_EOS_ID = 2
 TEXT_MODEL_TYPES = ("clip_text_model", "clip")  # the text half alone; both halves of CLIP
 # What the names of a text encoder's own weights begin with: no other part of a CLIP has such.
 _OWN_NAMES = ("embeddings.", "encoder.", "final_layer_norm.")
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_REALS = {"layer_norm_eps": (1e-12, 0.1), "attention_dropout": (0.0, 0.99)}
+# All of a config.json that is read: the library would heed more (which attention, what to return).
+_READ = (*_COUNTS, *_REALS, "hidden_act", "projection_dim", *_IDS)
+_MOST = 2**22  # of such a count; the largest vocabularies have 2**18
 _POSITION_IDS = "embeddings.position_ids"  # 0, 1, 2, ...: a buffer of older versions
 
 
@@ -162,13 +176,35 @@ def _read_config(root: Path) -> "CLIPTextConfig":
     values = _check_folder(root)
     if values["model_type"] == "clip":
         values = values.get("text_config", {})
+    if not isinstance(values, Mapping):
+        raise _cannot_load(root, ConfigError(f"text_config is {shown(values)}"))
+    read = {name: values[name] for name in _READ if name in values}
+    _check_numbers(read, root)
     transformers = _import_transformers()
     try:
         with _quiet(transformers):
-            config: CLIPTextConfig = transformers.CLIPTextConfig.from_dict(values)
+            config: CLIPTextConfig = transformers.CLIPTextConfig(**read)
     except Exception as error:  # validation errors have no common base
         raise _cannot_load(root, error) from error
     return config
+
+
+def _check_numbers(values: Mapping[str, Any], root: Path) -> None:
+    """Raise CheckpointError for a number that no text encoder has.
+
+    transformers takes any; it would end the first prompt in a library's words, or change its states
+    without a word.
+    """
+    try:
+        for name, value in values.items():
+            if name in _COUNTS:
+                count(name, value, most=_MOST)
+            elif name in _REALS:
+                real(name, value, least=_REALS[name][0], most=_REALS[name][1])
+            elif name == "eos_token_id":
+                integer(name, value, least=0, most=_MOST)
+    except ConfigError as error:
+        raise _cannot_load(root, error) from error
 
 
 def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: Path) -> None:

@@ -328,6 +328,36 @@ def test_sizes_that_the_weights_do_not_have_end_before_memory_is_taken(
         load_text_encoder(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("layer_norm_eps", [None, 1e308, -1.0, 1e-300, float("nan")]),
+        ("num_attention_heads", [-1, 0, True]),
+        ("attention_dropout", [-1, 1.5, None]),
+        ("eos_token_id", [None, [1, 2], -1]),
+    ],
+)
+def test_a_number_that_no_encoder_has_is_named_before_the_first_prompt(
+    folder: Path, name: str, values: list[object]
+) -> None:
+    for value in values:
+        edit_config(folder, **{name: value})
+        with pytest.raises(CheckpointError, match=f"cannot be loaded: .*{name}") as refusal:
+            load_text_encoder(folder)
+        assert "\n" not in str(refusal.value)
+
+
+def test_what_is_not_of_the_network_is_not_read_from_its_configuration(
+    model: "CLIPTextModel", token_ids: torch.Tensor, folder: Path
+) -> None:
+    edit_config(folder, attn_implementation=3, output_hidden_states=1.5, quantization_config=[1])
+    loaded = load_text_encoder(folder)
+    assert_same_weights(loaded, model)
+    assert torch.equal(
+        TextEncoderStage(loaded)(token_ids)[1], TextEncoderStage(model)(token_ids)[1]
+    )
+
+
 def test_integers_in_place_of_weights_are_refused(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["final_layer_norm.weight"] = tensors["final_layer_norm.weight"].to(torch.int8)
