@@ -10,9 +10,12 @@ from typing import Any, Self
 import numpy as np
 
 from nsp.errors import ConfigError
-from nsp.values import shown
+from nsp.values import integer, real, shown
 
 _MOST = 2**64  # of an integer: seeds have as many
+# Far beyond any model: of what has more, torch and Python fail in their own words.
+_MOST_COUNTED = 2**20
+_MOST_ITEMS = 64  # of a list of sizes, such as the levels of an autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,34 @@ class Config:
             for name, value in values.items()
         }
         return cls(**parsed)
+
+    def check_counts(
+        self, where: str, *names: str, least: int = 1, most: int = _MOST_COUNTED
+    ) -> None:
+        """Raise ConfigError naming a field, or an item of a list, outside `least` to `most`."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                integer(f"{where}: {name}", value, least=least, most=most)
+                continue
+            if not 0 < len(value) <= _MOST_ITEMS:
+                raise ConfigError(
+                    f"{where}: {name} is a list of 1 to {_MOST_ITEMS} integers, not {shown(value)}"
+                )
+            for index, item in enumerate(value):
+                integer(f"{where}: {name}[{index}]", item, least=least, most=most)
+
+    def check_reals(self, where: str, *names: str, least: float, most: float) -> None:
+        """Raise ConfigError naming a field that is no finite number from `least` to `most`."""
+        for name in names:
+            real(f"{where}: {name}", getattr(self, name), least=least, most=most)
+
+    def check_fractions(self, where: str, *names: str) -> None:
+        """Raise ConfigError naming a rate that is no probability below 1."""
+        self.check_reals(where, *names, least=0, most=1)
+        for name in names:
+            if getattr(self, name) == 1:
+                raise ConfigError(f"{where}: {name} must be below 1: nothing would be left")
 
 
 def _plain(value: Any) -> Any:

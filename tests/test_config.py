@@ -1,5 +1,6 @@
 """Configuration records: what is wrong with a value is said in a user's words."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +9,10 @@ import pytest
 
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.families.next_scale import config as next_scale
+from nsp.families.registry import FAMILIES
+from nsp.families.var import config as var
+from nsp.runtime.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +77,84 @@ def test_numpy_numbers_become_pythons() -> None:
     assert [type(v) for v in (whole.ratio, whole.count, whole.flag)] == [float, int, bool]
     made = Whole(name="a", count=np.int64(3))  # as its constructor takes what it is given
     assert type(made.to_dict()["count"]) is int
+
+
+ODD: tuple[Any, ...] = (
+    -1, 0, 3, 1.5, -0.5, 1e-300, 1e308, -1e308, float("inf"), float("nan"), 2**20 + 1, 2**31, 2**63,
+    10**30, True, None, "x", {}, [], [10**9], [1] * 100_000,
+)  # fmt: skip
+
+
+def places_of(values: Any, where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return where numbers, and lists of them, lie in nested plain values."""
+    if isinstance(values, dict | list):
+        inside = values.items() if isinstance(values, dict) else enumerate(values)
+        found = [place for key, value in inside for place in places_of(value, (*where, key))]
+        return [where, *found] if isinstance(values, list) else found
+    is_number = isinstance(values, int | float) and not isinstance(values, bool)
+    return [where] if is_number else []
+
+
+def with_value(values: Any, where: tuple[Any, ...], value: Any) -> Any:
+    """Return a copy of nested plain values with another one in a place."""
+    changed = place = copy.deepcopy(values)
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    return changed
+
+
+def tiny(name: str) -> dict[str, Any]:
+    """Return the tiny configuration of a family, or settings of sampling, as a file has them."""
+    if name == "sampling":
+        return SamplingConfig(guidance_schedule="interval", guidance_until=2).to_dict()
+    sizes: Any = {"var": var.SIZES, "next_scale": next_scale.SIZES}[name]
+    values: dict[str, Any] = sizes["tiny"].to_dict()
+    return values
+
+
+def made(record: Any, values: dict[str, Any]) -> tuple[Any, str]:
+    """Return the record of plain values, or the line that refuses them."""
+    try:
+        return record.from_dict(values), ""
+    except ConfigError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "sampling"])
+def test_a_number_is_refused_in_one_line_or_leaves_a_model_that_can_be_described(name: str) -> None:
+    record = SamplingConfig if name == "sampling" else FAMILIES[name].get("config")
+    for place in places_of(tiny(name)):
+        for value in ODD:
+            config, said = made(record, with_value(tiny(name), place, value))
+            assert len(said) < 1000, (place, value)
+            if said:
+                continue
+            if name == "sampling":
+                assert len(config.guidance_per_scale(4)) == 4
+                assert config.num_ranks(50) <= 50
+            else:
+                assert FAMILIES[name].get("stages_io")(config, "delta", "float32")
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "name", "values"),
+    [
+        ("var", "predictor", "mlp_ratio", [1e308, 1e9, -1.0, 0.0]),
+        ("var", "predictor", "norm_eps", [1e-300, 0.5, 1e308]),
+        ("var", "vae", "commitment_weight", [1e308, 1e30]),
+        ("var", "vae", "channel_multipliers", [[1] * 100_000, [1, 2**63]]),
+        ("next_scale", "vae", "scaling_factor", [1e308, 1e-300, 1e30, 0]),
+        ("next_scale", "vae", "block_out_channels", [[8] * 100_000, [8, 2**63]]),
+        ("next_scale", "generator", "flow_steps", [2**20, 0]),
+    ],
+)
+def test_a_number_that_no_arithmetic_survives_is_named(
+    family: str, part: str, name: str, values: list[Any]
+) -> None:
+    record = FAMILIES[family].get("config")
+    record.from_dict(tiny(family))
+    for value in values:
+        with pytest.raises(ConfigError, match=name) as caught:
+            record.from_dict(with_value(tiny(family), (part, name), value))
+        assert len(str(caught.value)) < 300

@@ -51,7 +51,7 @@ class SamplingConfig(Config):
         low, high = self.guidance_interval if len(self.guidance_interval) == 2 else (1.0, 0.0)
         if not 0 <= low <= high <= 1:
             raise ConfigError(
-                f"guidance_interval={self.guidance_interval} must be two fractions, "
+                f"guidance_interval={values.shown(self.guidance_interval)} must be two fractions, "
                 "0 <= from <= to <= 1"
             )
         if self.guidance_until is not None and self.guidance_until < 0:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nsp.errors import CheckpointError, ConfigError, MissingExtraError
 from nsp.state_names import plain_names, what_it_is
 from nsp.text.tokenizer import PromptTokenizer
+from nsp.values import count, integer, real, shown
 from nsp.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
 from nsp.weights import bounded, check_finite, check_types, rounded_to_eight_bits
 
@@ -33,6 +34,22 @@ log = logging.getLogger(__name__)
 # then takes the largest id in the prompt (huggingface/transformers pull request 24773).
 LEGACY_EOS_ID = 2
 TEXT_MODEL_TYPES = ("clip_text_model", "clip")  # the text half alone; both halves of CLIP
+# What the names of a text encoder's own weights begin with: no other part of a CLIP has such.
+_OWN_NAMES = ("embeddings.", "encoder.", "final_layer_norm.")
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_REALS = {"layer_norm_eps": (1e-12, 0.1), "attention_dropout": (0.0, 0.99)}
+# All of a config.json that is read: the library would heed more (which attention, what to return).
+_READ = (*_COUNTS, *_REALS, "hidden_act", "projection_dim", *_IDS)
+_MOST = 2**22  # of such a count; the largest vocabularies have 2**18
+_POSITION_IDS = "embeddings.position_ids"  # 0, 1, 2, ...: a buffer of older versions
 
 
 class TextEncoderStage(nn.Module):
@@ -159,19 +176,42 @@ def _read_config(root: Path) -> "CLIPTextConfig":
     values = _check_folder(root)
     if values["model_type"] == "clip":
         values = values.get("text_config", {})
+    if not isinstance(values, Mapping):
+        raise _cannot_load(root, ConfigError(f"text_config is {shown(values)}"))
+    read = {name: values[name] for name in _READ if name in values}
+    _check_numbers(read, root)
     transformers = _import_transformers()
     try:
         with _quiet(transformers):
-            config: CLIPTextConfig = transformers.CLIPTextConfig.from_dict(values)
+            config: CLIPTextConfig = transformers.CLIPTextConfig(**read)
     except Exception as error:  # validation errors have no common base
         raise _cannot_load(root, error) from error
     return config
 
 
-def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: Path) -> None:
-    """Raise CheckpointError for a weight that a model of `config` lacks, or that does not fit it.
+def _check_numbers(values: Mapping[str, Any], root: Path) -> None:
+    """Raise CheckpointError for a number that no text encoder has.
 
-    transformers fills those with random numbers and goes on. Others are of the rest of a CLIP.
+    transformers takes any; it would end the first prompt in a library's words, or change its states
+    without a word.
+    """
+    try:
+        for name, value in values.items():
+            if name in _COUNTS:
+                count(name, value, most=_MOST)
+            elif name in _REALS:
+                real(name, value, least=_REALS[name][0], most=_REALS[name][1])
+            elif name == "eos_token_id":
+                integer(name, value, least=0, most=_MOST)
+    except ConfigError as error:
+        raise _cannot_load(root, error) from error
+
+
+def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: Path) -> None:
+    """Raise CheckpointError where the weights are not those that a model of `config` has.
+
+    transformers fills missing ones with random numbers, leaves out further ones (a layer that
+    `config` does not count) and goes on. Names of other kinds are of the rest of a CLIP.
     """
     shapes = [tensor.shape for tensor in state.values()]
     with bounded(shapes, f"text encoder {root} cannot be loaded"), torch.device("meta"):
@@ -182,6 +222,7 @@ def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: 
             "has the wrong shape for",
             [n for n in own if n in state and own[n].shape != state[n].shape],
         ),
+        ("has no place for", sorted(n for n in state.keys() - own.keys() if _is_own(n))),
     ):
         if names:
             held = "" if own.keys() & state.keys() else f"; it {what_it_is(root, state)}"
@@ -193,6 +234,11 @@ def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: 
     check_finite(own, state, f"text encoder {root}")
 
 
+def _is_own(name: str) -> bool:
+    """Return whether a weight of this name belongs to a text encoder and to nothing else."""
+    return name.startswith(_OWN_NAMES) and name != _POSITION_IDS
+
+
 def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors by the names of transformers 5, which has no `text_model.` before them."""
     return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
@@ -201,6 +247,38 @@ def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _cannot_load(root: Path, error: Exception) -> CheckpointError:
     reason = " ".join(str(error).split())[:300]
     return CheckpointError(f"text encoder {root} cannot be loaded: {reason}")
+
+
+def check_text_parts(
+    encoder: "CLIPTextModel", tokenizer: PromptTokenizer, *, text_width: int, max_tokens: int
+) -> None:
+    """Raise ConfigError where encoder, tokenizer and a model's text condition are of three models.
+
+    Each reads well alone; together they would look up tokens that are not there, or take the state
+    of another token for that of the whole prompt.
+    """
+    config = encoder.config
+    if (config.hidden_size, tokenizer.max_tokens) != (text_width, max_tokens):
+        raise ConfigError(
+            f"text encoder of width {config.hidden_size} with {tokenizer.max_tokens} tokens does "
+            f"not fit text_width={text_width}, max_tokens={max_tokens}"
+        )
+    for name, least, needs in (
+        ("vocab_size", tokenizer.vocab_size, "has token ids up to"),
+        ("max_position_embeddings", tokenizer.max_tokens, "makes prompts of"),
+    ):
+        if getattr(config, name) < least:
+            shown = least - (name == "vocab_size")
+            raise ConfigError(
+                f"the text encoder has {name}={getattr(config, name)}, and the prompt tokenizer "
+                f"{needs} {shown}; they are of two models, copy both from one"
+            )
+    eos_id = config.eos_token_id
+    if isinstance(eos_id, int) and eos_id not in (LEGACY_EOS_ID, tokenizer.eos_id):
+        raise ConfigError(
+            f"the text encoder has eos_token_id={eos_id}, and the end token of the prompt "
+            f"tokenizer is {tokenizer.eos_id}; they are of two models, copy both from one"
+        )
 
 
 def save_text_encoder(model: "CLIPTextModel", folder: str | Path) -> None:

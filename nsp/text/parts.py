@@ -28,6 +28,10 @@ class TextEncoderSettings(Config):
     depth: int = 2
     num_heads: int = 4
 
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        self.check_counts("text_encoder", "vocab_size", "depth", "num_heads")
+
 
 def text_parts(
     settings: TextEncoderSettings, width: int, max_tokens: int, source: ImageSource | None

@@ -16,6 +16,7 @@ from nsp.errors import CheckpointError, ConfigError
 from nsp.text.encoder import (
     TextEncoderStage,
     build_text_encoder,
+    check_text_parts,
     load_text_encoder,
     save_text_encoder,
 )
@@ -224,6 +225,12 @@ def drop_a_weight(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def add_a_weight(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def truncate_weights(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -239,6 +246,12 @@ def truncate_weights(folder: Path) -> None:
         (lambda folder: edit_config(folder, hidden_size="wide"), "cannot be loaded"),
         (lambda folder: edit_config(folder, max_position_embeddings=13), "wrong shape for 1"),
         (lambda folder: edit_config(folder, num_hidden_layers=3), "lacks 16 weights"),
+        (lambda folder: edit_config(folder, num_hidden_layers=1),
+         "has no place for 16 weights, first encoder.layers.1.layer_norm1.bias"),
+        (lambda folder: add_a_weight(folder, "encoder.layers.0.mlp.fc1.lora_A.weight"),
+         "has no place for 1 weights, first encoder.layers.0.mlp.fc1.lora_A"),
+        (lambda folder: add_a_weight(folder, "text_model.embeddings.segment.weight"),
+         "has no place for 1 weights, first embeddings.segment.weight"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
          "no model.safetensors"),
         (drop_a_weight, "lacks 1 weights, first final_layer_norm.weight"),
@@ -315,6 +328,36 @@ def test_sizes_that_the_weights_do_not_have_end_before_memory_is_taken(
         load_text_encoder(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("layer_norm_eps", [None, 1e308, -1.0, 1e-300, float("nan")]),
+        ("num_attention_heads", [-1, 0, True]),
+        ("attention_dropout", [-1, 1.5, None]),
+        ("eos_token_id", [None, [1, 2], -1]),
+    ],
+)
+def test_a_number_that_no_encoder_has_is_named_before_the_first_prompt(
+    folder: Path, name: str, values: list[object]
+) -> None:
+    for value in values:
+        edit_config(folder, **{name: value})
+        with pytest.raises(CheckpointError, match=f"cannot be loaded: .*{name}") as refusal:
+            load_text_encoder(folder)
+        assert "\n" not in str(refusal.value)
+
+
+def test_what_is_not_of_the_network_is_not_read_from_its_configuration(
+    model: "CLIPTextModel", token_ids: torch.Tensor, folder: Path
+) -> None:
+    edit_config(folder, attn_implementation=3, output_hidden_states=1.5, quantization_config=[1])
+    loaded = load_text_encoder(folder)
+    assert_same_weights(loaded, model)
+    assert torch.equal(
+        TextEncoderStage(loaded)(token_ids)[1], TextEncoderStage(model)(token_ids)[1]
+    )
+
+
 def test_integers_in_place_of_weights_are_refused(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["final_layer_norm.weight"] = tensors["final_layer_norm.weight"].to(torch.int8)
@@ -344,6 +387,26 @@ def test_sizes_that_make_no_network_are_refused(
     sizes = {"width": 32, "depth": 1, "num_heads": 4} | size
     with pytest.raises(ConfigError, match="multiple of num_heads"):
         build_text_encoder(tokenizer, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eos_token_id": 7}, "eos_token_id=7, and the end token of the prompt tokenizer is"),
+        ({"vocab_size": 300}, "vocab_size=300, and the prompt tokenizer has token ids up to 5"),
+        ({"max_position_embeddings": 11}, "=11, and the prompt tokenizer makes prompts of 12"),
+        ({"hidden_size": 16}, "width 16 with 12 tokens does not fit text_width=32"),
+    ],
+)
+def test_an_encoder_of_another_tokenizer_is_refused(
+    tokenizer: PromptTokenizer, model: "CLIPTextModel", change: dict[str, int], message: str
+) -> None:
+    check_text_parts(model, tokenizer, text_width=32, max_tokens=12)
+    check_text_parts(with_eos(model, 2), tokenizer, text_width=32, max_tokens=12)  # the largest id
+    for name, value in ({"eos_token_id": tokenizer.eos_id} | change).items():
+        setattr(model.config, name, value)
+    with pytest.raises(ConfigError, match=message):
+        check_text_parts(model, tokenizer, text_width=32, max_tokens=12)
 
 
 def test_several_end_tokens_are_refused(model: "CLIPTextModel") -> None:

@@ -11,17 +11,8 @@ from typing import Literal
 from nsp.config import Config
 from nsp.errors import ConfigError
 
-_MAX_COUNT = 2**20  # far beyond any model; torch fails in its own words on what no memory holds
-
-
-def _check_counts(where: str, record: Config, *names: str, least: int = 1) -> None:
-    """Raise ConfigError naming a field below `least` or beyond any model."""
-    for name in names:
-        value = getattr(record, name)
-        if not least <= value <= _MAX_COUNT:
-            raise ConfigError(
-                f"{where}: {name} must be at least {least} and at most {_MAX_COUNT}, got {value}"
-            )
+_MAX_FLOW_STEPS = 2**12  # a picture has 16
+_SCALING_FACTOR = {"least": 1e-6, "most": 1e6}  # beyond, float32 latents are zero or overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +30,16 @@ class VaeConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_counts("vae", self, "layers_per_block", "latent_channels", "norm_num_groups")
-        _check_counts("vae", self, "decoder_scale")
-        if not self.block_out_channels:
-            raise ConfigError("vae: block_out_channels must name at least one level")
+        self.check_counts("vae", "layers_per_block", "latent_channels", "norm_num_groups")
+        self.check_counts("vae", "decoder_scale")
+        self.check_counts("vae", "block_out_channels")
         for channels in self.block_out_channels:
-            if channels < 1 or channels % self.norm_num_groups:
+            if channels % self.norm_num_groups:
                 raise ConfigError(
                     f"vae: block_out_channels={list(self.block_out_channels)} must be multiples of "
                     f"norm_num_groups={self.norm_num_groups}"
                 )
-        if not 0 < self.scaling_factor < math.inf:
-            raise ConfigError(f"vae: scaling_factor must be above 0, got {self.scaling_factor}")
+        self.check_reals("vae", "scaling_factor", **_SCALING_FACTOR)
         if self.decoder_scale & (self.decoder_scale - 1):
             raise ConfigError(
                 f"vae: decoder_scale must be a power of two, got {self.decoder_scale}: only that "
@@ -72,7 +61,7 @@ class TextCondition(Config):
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        _check_counts("text", self, "text_width", "max_tokens")
+        self.check_counts("text", "text_width", "max_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +85,9 @@ class GeneratorConfig(Config):
     def __post_init__(self) -> None:
         """Check the values."""
         counts = ("width", "growth", "num_blocks", "num_heads", "num_kv_groups", "attn_max_size")
-        _check_counts("generator", self, *counts, "condition_width", "base_width", "flow_steps")
-        _check_counts("generator", self, "base_blocks", least=0)
+        self.check_counts("generator", *counts, "condition_width", "base_width")
+        self.check_counts("generator", "flow_steps", most=_MAX_FLOW_STEPS)
+        self.check_counts("generator", "base_blocks", least=0)
         for name in ("width", "base_width"):
             width = getattr(self, name)
             if width % self.num_heads or width % 4:
@@ -110,9 +100,7 @@ class GeneratorConfig(Config):
                 f"generator: num_heads={self.num_heads} must be a multiple of "
                 f"num_kv_groups={self.num_kv_groups}"
             )
-        for name in ("cond_drop_rate", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"generator: {name} must be in [0, 1), got {getattr(self, name)}")
+        self.check_fractions("generator", "cond_drop_rate", "dropout")
 
     @property
     def head_width(self) -> int:
@@ -135,8 +123,8 @@ class NextScaleConfig(Config):
 
     def __post_init__(self) -> None:
         """Check that the sides lead from the initial size to the target; says what would."""
-        _check_counts("next_scale", self, "initial_size", "target_size")
-        _check_counts("next_scale", self, "scale_factor", least=2)
+        self.check_counts("next_scale", "initial_size", "target_size")
+        self.check_counts("next_scale", "scale_factor", least=2)
         pixels = self.vae.downsampling
         latent, rest = divmod(self.target_size, pixels)
         if rest or latent not in self.sides[1:]:

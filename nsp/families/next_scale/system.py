@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nsp.errors import ConfigError
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.families.next_scale.model import NextScaleGenerator
 from nsp.families.next_scale.vae import Vae
-from nsp.text.encoder import TextEncoderStage
+from nsp.text.encoder import TextEncoderStage, check_text_parts
 from nsp.text.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -28,12 +27,12 @@ class NextScaleSystem(nn.Module):
         prompt_tokenizer: PromptTokenizer,
     ) -> None:
         super().__init__()
-        width = text_encoder.config.hidden_size
-        if (width, prompt_tokenizer.max_tokens) != (config.text.text_width, config.text.max_tokens):
-            raise ConfigError(
-                f"text encoder of width {width} with {prompt_tokenizer.max_tokens} tokens does not "
-                f"fit text_width={config.text.text_width}, max_tokens={config.text.max_tokens}"
-            )
+        check_text_parts(
+            text_encoder,
+            prompt_tokenizer,
+            text_width=config.text.text_width,
+            max_tokens=config.text.max_tokens,
+        )
         self.config = config
         self.vae = Vae(config.vae)
         self.generator = NextScaleGenerator(config)

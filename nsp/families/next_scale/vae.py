@@ -237,7 +237,9 @@ def read_vae_config(folder: Path) -> VaeConfig:
     odd += [n for n in ("use_quant_conv", "use_post_quant_conv") if values.get(n) is False]
     odd += [n for n, value in _FIXED.items() if values.get(n, value) != value]
     for name, kind in (("down_block_types", "DownEncoder"), ("up_block_types", "UpDecoder")):
-        odd += [name] if any(each != f"{kind}Block2D" for each in values.get(name, ())) else []
+        given = values.get(name, [])
+        usual = isinstance(given, list) and all(each == f"{kind}Block2D" for each in given)
+        odd += [] if usual else [name]
     if odd or values.get("mid_block_add_attention") is False:
         name = odd[0] if odd else "mid_block_add_attention"
         raise CheckpointError(

@@ -12,6 +12,7 @@ import numpy as np
 
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.values import shown
 
 SCHEDULES: dict[int, tuple[int, ...]] = {
     256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -19,26 +20,12 @@ SCHEDULES: dict[int, tuple[int, ...]] = {
     1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 }
 
-_MAX_COUNT = 2**20  # far beyond any model; torch fails in its own words on what no memory holds
-
 _MAX_TOKENS = 2**15  # the mask has their square; the published schedule of 1024 px has 9,451
-
-
-def _check_counts(where: str, record: Config, *names: str, least: int = 1) -> None:
-    """Raise ConfigError naming a field below `least` or beyond any model."""
-    for name in names:
-        value = getattr(record, name)
-        if value < least:
-            raise ConfigError(f"{where}: {name} must be at least {least}, got {value}")
-        if value > _MAX_COUNT:
-            raise ConfigError(f"{where}: {name} must be at most {_MAX_COUNT}, got {value}")
-
-
-def _check_fractions(where: str, record: Config, *names: str) -> None:
-    """Raise ConfigError naming a rate that is no probability below 1."""
-    for name in names:
-        if not 0 <= getattr(record, name) < 1:
-            raise ConfigError(f"{where}: {name} must be in [0, 1), got {getattr(record, name)}")
+# Bounds far from any use; float32 overflows, or divides by zero, well beyond them.
+_LARGE = 1e6
+_MAX_MLP_RATIO = 1e3
+_NORM_EPS = {"least": 1e-12, "most": 0.1}
+_MAX_SIZE_PX = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,24 +50,14 @@ class VaeConfig(Config):
     def __post_init__(self) -> None:
         """Check the values."""
         counts = ("vocab_size", "latent_channels", "base_channels", "num_res_blocks")
-        _check_counts("vae", self, *counts, "patch_size", "norm_groups")
-        _check_counts("vae", self, "share_quant_resi", "default_qresi_counts", least=0)
-        _check_fractions("vae", self, "dropout")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ConfigError(
-                f"vae: channel_multipliers={list(self.channel_multipliers)} must be one or more "
-                "integers of at least 1"
-            )
-        if self.quant_conv_kernel < 1 or self.quant_conv_kernel % 2 == 0:
-            raise ConfigError(
-                f"vae: quant_conv_kernel must be odd and positive, got {self.quant_conv_kernel}"
-            )
-        if not 0 <= self.commitment_weight < np.inf:
-            raise ConfigError(
-                f"vae: commitment_weight must be at least 0, got {self.commitment_weight}"
-            )
-        if not 0 <= self.quant_resi <= 1:
-            raise ConfigError(f"vae: quant_resi must be in [0, 1], got {self.quant_resi}")
+        self.check_counts("vae", *counts, "patch_size", "norm_groups", "channel_multipliers")
+        self.check_counts("vae", "share_quant_resi", "default_qresi_counts", least=0)
+        self.check_counts("vae", "quant_conv_kernel")
+        self.check_fractions("vae", "dropout")
+        self.check_reals("vae", "commitment_weight", least=0, most=_LARGE)
+        self.check_reals("vae", "quant_resi", least=0, most=1)
+        if self.quant_conv_kernel % 2 == 0:
+            raise ConfigError(f"vae: quant_conv_kernel must be odd, got {self.quant_conv_kernel}")
         if self.base_channels % self.norm_groups:
             raise ConfigError(
                 f"vae: base_channels={self.base_channels} must be a multiple of "
@@ -124,7 +101,7 @@ class ClassCondition(Config):
 
     def __post_init__(self) -> None:
         """Check the number."""
-        _check_counts("condition", self, "num_classes")
+        self.check_counts("condition", "num_classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +115,7 @@ class TextCondition(Config):
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        _check_counts("condition", self, "text_width", "max_tokens")
+        self.check_counts("condition", "text_width", "max_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,18 +135,18 @@ class PredictorConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_counts("predictor", self, "depth", "width", "num_heads")
-        _check_fractions("predictor", self, "cond_drop_rate", "drop_path_rate", "dropout")
+        self.check_counts("predictor", "depth", "width", "num_heads")
+        self.check_fractions("predictor", "cond_drop_rate", "drop_path_rate", "dropout")
         if self.width % self.num_heads:
             raise ConfigError(
                 f"predictor: width={self.width} must be a multiple of num_heads={self.num_heads}"
             )
-        if not 0 < self.mlp_ratio < np.inf or round(self.width * self.mlp_ratio) < 1:
+        self.check_reals("predictor", "mlp_ratio", least=0, most=_MAX_MLP_RATIO)
+        if round(self.width * self.mlp_ratio) < 1:
             raise ConfigError(
                 f"predictor: mlp_ratio={self.mlp_ratio} must leave the hidden layer a channel"
             )
-        if not 0 < self.norm_eps < 1:
-            raise ConfigError(f"predictor: norm_eps must be in (0, 1), got {self.norm_eps}")
+        self.check_reals("predictor", "norm_eps", **_NORM_EPS)
 
     @property
     def head_width(self) -> int:
@@ -190,18 +167,17 @@ class VarConfig(Config):
         """Check that the schedule grows strictly."""
         grows = all(a < b for a, b in zip(self.patch_nums, self.patch_nums[1:], strict=False))
         if not self.patch_nums or self.patch_nums[0] < 1 or not grows:
-            raise ConfigError(
-                f"patch_nums={list(self.patch_nums)} must be positive and strictly increasing"
-            )
+            given = shown(list(self.patch_nums))
+            raise ConfigError(f"patch_nums={given} must be positive and strictly increasing")
         if self.num_tokens > _MAX_TOKENS:
             raise ConfigError(
                 f"patch_nums={list(self.patch_nums)[:20]} are {self.num_tokens} tokens; at most "
                 f"{_MAX_TOKENS} are possible"
             )
-        if self.image_size_px > _MAX_COUNT:
+        if self.image_size_px > _MAX_SIZE_PX:
             raise ConfigError(
                 f"patch_nums={list(self.patch_nums)} times {self.vae.downsampling} px per cell is "
-                f"beyond {_MAX_COUNT} px"
+                f"beyond {_MAX_SIZE_PX} px"
             )
 
     @property

@@ -10,7 +10,7 @@ from nsp.errors import ConfigError
 from nsp.families.var.config import VarConfig
 from nsp.families.var.model import Conditioning, NextScaleTransformer
 from nsp.families.var.vqvae import VQVAE
-from nsp.text.encoder import TextEncoderStage
+from nsp.text.encoder import TextEncoderStage, check_text_parts
 from nsp.text.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -38,18 +38,12 @@ class VarSystem(nn.Module):
         self.predictor = NextScaleTransformer(config)
         self.text_encoder = text_encoder
         self.prompt_tokenizer = prompt_tokenizer
-        self._check_text()
-
-    def _check_text(self) -> None:
-        """Check that the text encoder fits the configuration."""
-        text, tokenizer = self.config.text, self.prompt_tokenizer
-        if text is None or tokenizer is None or self.text_encoder is None:
-            return
-        width = self.text_encoder.config.hidden_size
-        if (width, tokenizer.max_tokens) != (text.text_width, text.max_tokens):
-            raise ConfigError(
-                f"text encoder of width {width} with {tokenizer.max_tokens} tokens does not fit "
-                f"text_width={text.text_width}, max_tokens={text.max_tokens}"
+        if config.text is not None and text_encoder is not None and prompt_tokenizer is not None:
+            check_text_parts(
+                text_encoder,
+                prompt_tokenizer,
+                text_width=config.text.text_width,
+                max_tokens=config.text.max_tokens,
             )
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:

@@ -138,6 +138,7 @@ def test_a_folder_that_is_pickled_or_lacks_a_shard_says_so(tmp_path: Path) -> No
         ({"block_out_channels": [32, 32 * 200]}, "do not belong together"),
         ({"layers_per_block": 2**20}, "do not belong together"),
         ({"norm_num_groups": 2**30}, "norm_num_groups"),
+        ({"scaling_factor": 1e308}, "scaling_factor is a number from 1e-06 to 1e"),
     ],
 )
 def test_absurd_sizes_end_before_memory_is_taken(
@@ -156,6 +157,8 @@ def test_absurd_sizes_end_before_memory_is_taken(
         ({"_class_name": "AutoencoderTiny"}, "an AutoencoderKL is needed"),
         ({"shift_factor": 0.1}, "shift_factor=0.1 is not supported"),
         ({"act_fn": "relu"}, "act_fn=relu is not supported"),
+        ({"down_block_types": None}, "down_block_types=None is not supported"),
+        ({"up_block_types": 1e308}, r"up_block_types=1e\+308 is not supported"),
         ({"up_block_types": ["AttnUpDecoderBlock2D"] * 2}, "up_block_types=.* is not supported"),
     ],
 )
