@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,10 +34,6 @@ from nsp.weight_files import read_arrays, read_settings, write_safetensors
 log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
-_REPAIR = (
-    "copy the checkpoint again; if you changed it yourself, give --no-verify, or record the change "
-    "with nsp.checkpoint.write_digests"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +56,9 @@ def write_checkpoint(folder: Path, about: ConfigFile) -> Iterator[Path]:
         _write_config(partial, about)
 
 
-def write_digests(folder: Path) -> None:
+def write_digests(folder: str | Path) -> None:
     """Bring the digests in a checkpoint's config.json in line with its files as they are now."""
-    _write_config(folder, _read_config(folder / CONFIG_NAME))
+    _write_config(Path(folder), _read_config(Path(folder) / CONFIG_NAME))
 
 
 def _write_config(folder: Path, about: ConfigFile) -> None:
@@ -155,7 +152,7 @@ class CheckpointRecord:
             found = _hash_files(self.folder, list(self.files) or _files_of(self.folder))
         for name, digest in self.files.items():
             if self.verify and found[name] != digest:
-                raise CheckpointError(_why_different(self.folder / name))
+                raise CheckpointError(_why_different(self.folder, name))
         return found
 
     def weights_hash(self) -> str:
@@ -180,12 +177,22 @@ def _permitted(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _why_different(path: Path) -> str:
+def _why_different(folder: Path, name: str) -> str:
     """Return the line for a file whose SHA-256 is not the listed one."""
+    path = folder / name
     found = sniff(path)
     if found.is_spoilt or (path.suffix == ".safetensors" and found.kind != "safetensors"):
         return explain(path, expected="a file of weights", found=found)
-    return f"{path} differs from what was written (SHA-256); {_REPAIR}"
+    return f"{path} differs from what was written (SHA-256); {_repair(folder)}"
+
+
+def _repair(folder: Path) -> str:
+    """Return what to do about a checkpoint that was changed."""
+    code = f"from nsp.checkpoint import write_digests; write_digests({str(folder)!r})"
+    return (
+        "copy the checkpoint again; if you changed it yourself, give --no-verify, or record the "
+        f"change with: python -c {shlex.quote(code)}"
+    )
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -206,7 +213,9 @@ def read_checkpoint(folder: Path, *, verify: bool = True) -> CheckpointRecord:
     _check_names(folder, values.files)
     has_digests = values.files or values.digest  # one without the other was taken out
     if verify and has_digests and _own_digest(values.to_dict()) != values.digest:
-        raise CheckpointError(f"{path} was changed since it was written (digest); {_REPAIR}")
+        raise CheckpointError(
+            f"{path} was changed since it was written (digest); {_repair(folder)}"
+        )
     record = family(values.family)
     try:
         record.get("config").from_dict(values.config)

@@ -4,7 +4,10 @@ import json
 import logging
 import os
 import random
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,3 +276,14 @@ def test_mutated_folders_draw_the_same_picture_or_are_refused(copy: Path, tmp_pa
         shutil.rmtree(folder)
     assert len(said) > 30
     assert not any("\n" in line for line in said)
+
+
+def test_the_command_that_records_a_change_works_as_printed(copy: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "it's here"
+    copy.rename(odd)
+    edit(odd / "config.json", lambda values: values.update(notes={"mine": 1}))
+    with pytest.raises(CheckpointError, match="record the change with: python -c ") as caught:
+        read_checkpoint(odd)
+    words = shlex.split(str(caught.value).partition("change with: ")[2])
+    subprocess.run([sys.executable, *words[1:]], check=True)
+    assert read_checkpoint(odd).notes == {"mine": 1}

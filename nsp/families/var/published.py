@@ -238,7 +238,7 @@ def _schedule(state: Mapping[str, Tensor], given: Any) -> list[int]:
     if "lvl_1L" not in state:
         return _schedule_without_levels(state, given)
     _shape(state, "lvl_1L", 2)
-    _, counts = np.unique(state["lvl_1L"].numpy(), return_counts=True)
+    _, counts = np.unique(state["lvl_1L"].double().numpy(), return_counts=True)
     sides = [math.isqrt(int(count)) for count in counts]
     if [side**2 for side in sides] != counts.tolist() or sides != sorted(set(sides)):
         raise CheckpointError(

@@ -382,3 +382,11 @@ def test_arguments_that_no_memory_holds_are_refused_before_it_is_asked_for(tmp_p
     for value in (1e9, 1e308, float(2**63)):
         with pytest.raises(ConfigError, match="mlp_ratio is a number from 0 to 1000, not"):
             converted(VAR, tmp_path, config={"var": {"mlp_ratio": value}})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_cast_as_a_whole_are_read_levels_included(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in predictor_state().items()}
+    assert converted(saved(state, tmp_path / "a.pth"), tmp_path).patch_nums == (1, 2, 3, 4)
