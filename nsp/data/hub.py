@@ -9,7 +9,8 @@ whose names are the captions where no column holds text. A folder may carry a li
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nsp.errors import DataError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
+_LIBRARIES = ("datasets", "huggingface_hub", "httpx", "fsspec", "urllib3")
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt")
 
 
@@ -96,6 +98,26 @@ def _parted(spec: str) -> tuple[str, str | None]:
     return (name, split) if colon and not Path(spec).exists() else (spec, None)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep bars and retries of the libraries off the terminal: what fails is told in our words."""
+    import datasets
+
+    had_bars = not datasets.are_progress_bars_disabled()
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
 def _load(name: str) -> Any:
     """Return a Dataset or DatasetDict."""
     import datasets
@@ -103,7 +125,8 @@ def _load(name: str) -> Any:
     folder = Path(name)
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
-        return datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+        with _quiet():
+            return datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except ConnectionError as error:
         raise DataError(
             f"hf:{name}: not a folder here, not in the cache of `datasets`, and the hub cannot be "

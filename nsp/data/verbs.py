@@ -150,9 +150,11 @@ def cache(*, source: str, checkpoint: Path, output: Path, skip_bad_files: bool) 
     found = open_source(source, skip_bad_files=skip_bad_files)
     pictures = ImageDataset(found, system.config.image_size_px, train=True, crop=False)
     record.family.get("cache")(system, pictures, output)
-    click.echo(f"{output}: {len(pictures)} pictures")
+    click.echo(f"{output}: {len(pictures)} pictures, for runs with that model's preset or config")
     words = ["--start-from", str(checkpoint), "--from-phase", "predictor"]
-    click.echo(f"next: {shlex.join(['python', 'train.py', *words, '--token-cache', str(output)])}")
+    words += ["--data", source, "--token-cache", str(output)]
+    words = ["python", "train.py", *words]
+    click.echo(f"next: {shlex.join(words)}")
 
 
 def _rows(stats: "Stats", bad: str) -> Iterator[tuple[str, str]]:
