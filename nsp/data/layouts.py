@@ -42,6 +42,7 @@ from nsp.data.samples import (
 )
 from nsp.data.shard_listing import list_tar
 from nsp.errors import DataError
+from nsp.paths import describe, wrong_path
 from nsp.walk import Walk, walk_folder
 
 LAYOUTS = (
@@ -49,6 +50,8 @@ LAYOUTS = (
     ", pictures alone, or .tar shards"
 )
 _ARCHIVES = (".zip", ".rar", ".7z", ".tgz", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# Kinds of folders, as of nsp/paths.py, of which their pictures make no set.
+_OTHERS = ("run", "saved step", "unfinished export", "hub model", "weights folder", "onnx")
 _MOST_LOOKED_AT = 50  # .json files whose names do not say that they hold captions
 _TELLING = ("metadata", "caption", "annotation", "prompt")
 
@@ -147,9 +150,10 @@ def _list_uncaptioned(root: Path, pictures: list[str]) -> Listing:
     below = sorted({posixpath.dirname(posixpath.dirname(name)) for name in pictures})
     if not direct and "" not in below:
         given = " or ".join(str(root / folder) for folder in below[:3])
-        raise DataError(
-            f"{root}: no picture lies directly in a subfolder, where classes are, as "
-            f"{shown(pictures[0])} does not; give the folder that holds the class folders: {given}"
+        raise _no_set(
+            root,
+            "no picture lies directly in a subfolder, where classes are, as "
+            f"{shown(pictures[0])} does not; give the folder that holds the class folders: {given}",
         )
     names = sorted({name.split("/")[0] for name in pictures if "/" in name})
     listing = Listing(class_names=tuple(shown(name) for name in names))
@@ -178,10 +182,18 @@ def _list_shards(root: Path, names: list[str]) -> Listing:
             )
         if archives:
             raise DataError(f"{root}: no picture, but {shown(archives[0])}; unpack it")
-        raise DataError(f"{root}: no picture in this folder; accepted are {LAYOUTS}")
+        raise _no_set(root, f"no picture in this folder; accepted are {LAYOUTS}")
     listing = join(list_tar(root / name) for name in shards)
     listing.leave(name for name in names if name not in {*shards, INDEX_FILE})
     return listing
+
+
+def _no_set(root: Path, reason: str) -> DataError:
+    """Return the error about a folder that is no set: what else of ours it is, or the reason."""
+    found = describe(root)
+    if found.model is None and found.kind not in _OTHERS:
+        return DataError(f"{root}: {reason}")
+    return DataError(f"{wrong_path(root, 'data', found)}; accepted are {LAYOUTS}")
 
 
 def _shards(names: list[str]) -> list[str]:

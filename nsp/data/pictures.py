@@ -6,18 +6,19 @@ picture and of all that are decoded side by side (see bounds.py). What a decoder
 damage stays in the log at debug level; users read our words.
 """
 
+import ctypes
 import io
 import logging
 import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, _imaging
 
 from nsp.data.bounds import MAX_PICTURE_BYTES, MEMORY_BYTES, ByteBudget, check_size
 from nsp.errors import DataError
@@ -213,24 +214,25 @@ def _damage(error: Exception) -> str:
 
 
 class _Quiet:
-    """Blocks in which Pillow warns of nothing, under any filter, in any number of threads.
+    """Blocks in which Pillow and libtiff say nothing, in any number of threads.
 
-    The filters are the process's: the first thread to come changes them, the last one restores.
+    Warning filters and libtiff's handlers are the process's: the first thread to come changes them,
+    the last one restores.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_inside = 0
-        self._filters: AbstractContextManager[object] = nullcontext()
+        self._changed = ExitStack()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Silence the block."""
         with self._lock:
             if self._num_inside == 0:
-                self._filters = warnings.catch_warnings()
-                self._filters.__enter__()
+                self._changed.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+                self._changed.enter_context(_silent_libtiff())
             self._num_inside += 1
         try:
             yield
@@ -238,7 +240,27 @@ class _Quiet:
             with self._lock:
                 self._num_inside -= 1
                 if self._num_inside == 0:
-                    self._filters.__exit__(None, None, None)
+                    self._changed.close()
+
+
+@contextmanager
+def _silent_libtiff() -> Iterator[None]:
+    """Keep libtiff from writing to the terminal, which it does in C, past all of Python's streams.
+
+    Taking its handlers away is its own way, and leaves what other threads write to stderr alone.
+    """
+    setters = []
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        # Found through Pillow's module, which is linked to the libtiff that it uses, if to any.
+        setter = getattr(ctypes.CDLL(_imaging.__file__), name, None)
+        if setter is not None:
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            setters.append((setter, setter(None)))
+    try:
+        yield
+    finally:
+        for setter, before in setters:
+            setter(before)
 
 
 _quiet = _Quiet()

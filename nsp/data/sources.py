@@ -1,6 +1,7 @@
 """Opens captioned pictures, wherever they lie, as one ImageSource."""
 
 import logging
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from nsp.data.report import first, summary
 from nsp.data.samples import Problem, Sample, shown
 from nsp.data.shard_listing import list_tar
 from nsp.errors import ConfigError, DataError
+from nsp.paths import wrong_path
+from nsp.sniff import sniff
 
 logger = logging.getLogger(__name__)
 
@@ -172,12 +175,12 @@ def _list(spec: str) -> tuple[str, Listing]:
 
         return spec, list_rows(spec.removeprefix(HUB_PREFIX))
     path = EMOJI_TAR if spec == "emoji" else Path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):
         return str(path), list_folder(path)
-    if path.is_file() and path.suffix == ".tar":
+    if path.suffix == ".tar" and os.path.isfile(path) and not sniff(path).is_spoilt:
         return str(path), list_tar(path)
-    what = "neither a folder nor a .tar" if path.exists() else "not found"
-    raise DataError(f"{path}: {what}; give 'emoji', a .tar, hf:NAME, or a folder with {LAYOUTS}")
+    accepted = f"'emoji', a .tar, hf:NAME, or a folder with {LAYOUTS}"
+    raise DataError(f"{wrong_path(path, 'data')}; accepted are {accepted}")
 
 
 def _decode_all(place: str, entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,31 @@ def test_damage_is_told_in_our_words(content: bytes, reason: str) -> None:
         decode_rgb(content)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4"])
+def test_a_damaged_tiff_leaves_no_words_of_a_library(
+    compression: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Which libtiff writes past Python, from any thread; afterwards it may again."""
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).convert("1" if compression == "group4" else "RGB")
+    content = _bytes(picture, "TIFF", compression=compression)
+
+    def decode(seed: int) -> None:
+        damaged = bytearray(content)
+        for place in np.random.default_rng(seed).integers(8, len(content), size=6).tolist():
+            damaged[place] ^= 0xFF
+        with suppress(DataError):
+            decode_rgb(bytes(damaged))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(decode, range(20)))
+    assert capfd.readouterr().err == ""
+    if compression == "tiff_lzw":
+        with suppress(OSError):
+            Image.open(io.BytesIO(content[:300] + bytes(600) + content[900:])).load()
+        assert capfd.readouterr().err != ""
 
 
 def test_a_picture_that_memory_does_not_hold_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

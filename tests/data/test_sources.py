@@ -1,5 +1,7 @@
 import io
 import logging
+import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -131,13 +133,50 @@ def test_a_folder_without_a_layout_says_which_are_accepted(
 
 
 def test_a_path_that_is_no_source_says_what_is(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not found; give 'emoji'"):
-        open_source(tmp_path / "nowhere")
-    write_files(tmp_path, {"a.zip": "x", "cut.tar": EMOJI_TAR.read_bytes()[:5000]})
-    with pytest.raises(DataError, match="neither a folder nor a"):
-        open_source(tmp_path / "a.zip")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7000\n"
+    files = {"a.png": PNG, "a.csv": "file_name,text\n", "lfs.tar": pointer, "empty.tar": ""}
+    write_files(tmp_path, {**files, "cut.tar": EMOJI_TAR.read_bytes()[:5000]})
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "broken.tar").symlink_to("nowhere.tar")
+    os.mkfifo(tmp_path / "pipe.tar")
+    for name, words in {
+        "nowhere": "does not exist; a data set is needed here; accepted are 'emoji'",
+        "a.png": "is a picture; a data set is needed here",
+        "a.csv": 'is text ("file_name,text"); a data set is needed here',
+        "loop": "is a link that leads back to itself",
+        "broken.tar": "is a link to nowhere.tar, which does not exist",
+        "pipe.tar": "is no regular file but a pipe",
+        "lfs.tar": "is a Git LFS pointer",
+        "empty.tar": "is empty: 0 bytes; download or copy it again",
+    }.items():
+        with pytest.raises(DataError, match=re.escape(f"{name} {words}")):
+            open_source(tmp_path / name)
     with pytest.raises(DataError, match=r"cut.tar: not a whole, uncompressed tar"):
         open_source(tmp_path / "cut.tar")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"manifest.json": "{}", "decoder/x/model.onnx": "x"}, "is an engine folder"),
+        ({"config.json": "{}", "weights.safetensors": "x"}, "is a checkpoint folder"),
+        ({"run.json": "{}", "log.txt": ""}, "is the folder of a training run"),
+        ({"run.json": "{}", "tokenizer/samples/1.png": PNG}, "is the folder of a training run"),
+        ({"about.json": "{}", "state.pt": "x"}, "is a saved step of a training run"),
+        ({"a.safetensors": "x"}, "is a folder of weights files"),
+    ],
+)
+def test_a_folder_of_something_else_is_told(
+    files: dict[str, bytes | str], words: str, tmp_path: Path
+) -> None:
+    write_files(tmp_path / "given", files)
+    with pytest.raises(DataError, match=f"given {words}.*; accepted are metadata.jsonl"):
+        open_source(tmp_path / "given")
+
+
+def test_pictures_are_a_set_whatever_else_lies_beside_them(tmp_path: Path) -> None:
+    write_files(tmp_path, {"manifest.json": "{}", "config.json": "{}", "c/a.png": PNG})
+    assert _captions(tmp_path) == {"c/a.png": "c"}
 
 
 @pytest.mark.parametrize(
