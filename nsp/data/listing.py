@@ -56,13 +56,22 @@ class Listing:
         file: PictureFile,
         class_id: int | None = None,
     ) -> None:
-        """Append a sample, or a problem when one of its captions is empty or not UTF-8."""
-        try:
-            texts = tuple(dict.fromkeys(parse_caption(caption) for caption in captions))
-        except DataError as error:
-            self.refuse(name, str(error))
-        else:
-            self.entries.append(Entry(Sample(shown(name), texts, class_id), file))
+        """Append a sample, and a problem when captions of it are empty or not UTF-8.
+
+        One of which all captions are so is no sample.
+        """
+        texts: dict[str, None] = {}
+        reasons = []
+        for caption in captions:
+            try:
+                texts[parse_caption(caption)] = None
+            except DataError as error:
+                reasons.append(str(error))
+        if reasons:
+            of = f"{len(reasons)} of its {len(captions)} captions: " if len(captions) > 1 else ""
+            self.refuse(name, of + reasons[0])
+        if texts or not captions:
+            self.entries.append(Entry(Sample(shown(name), tuple(texts), class_id), file))
 
     def refuse(self, name: str, reason: str) -> None:
         """Append a problem."""

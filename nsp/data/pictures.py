@@ -3,7 +3,7 @@
 The one place of nsp that opens pictures. Its limits are its own, the same under every setting of
 the library that decodes: at most MAX_PIXELS are read; decoding takes at most MEMORY_BYTES, of one
 picture and of all that are decoded side by side (see bounds.py). What a decoder has to say about
-damage stays in the log at debug level; users read our words.
+damage stays in our log at debug level; users read our words.
 """
 
 import ctypes
@@ -216,8 +216,8 @@ def _damage(error: Exception) -> str:
 class _Quiet:
     """Blocks in which Pillow and libtiff say nothing, in any number of threads.
 
-    Warning filters and libtiff's handlers are the process's: the first thread to come changes them,
-    the last one restores.
+    Warning filters, the level of Pillow's log and libtiff's handlers are the process's: the first
+    thread to come changes them, the last one restores.
     """
 
     def __init__(self) -> None:
@@ -233,6 +233,9 @@ class _Quiet:
                 self._changed.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
                 self._changed.enter_context(_silent_libtiff())
+                log = logging.getLogger("PIL")
+                self._changed.callback(log.setLevel, log.level)
+                log.setLevel(logging.CRITICAL + 1)
             self._num_inside += 1
         try:
             yield

@@ -118,7 +118,7 @@ def picture_suffix(suffixes: Iterable[str]) -> str:
 
 
 def parse_caption(caption: bytes | str) -> str:
-    """Return the caption as text; DataError with the bare reason when empty or not UTF-8."""
+    """Return the caption as text; DataError with the bare reason when it is none."""
     try:
         text = caption.decode("utf-8-sig") if isinstance(caption, bytes) else caption
         text.encode()  # JSON can spell half a character
@@ -126,6 +126,8 @@ def parse_caption(caption: bytes | str) -> str:
         raise DataError("its caption is not UTF-8") from error
     if not text.strip():
         raise DataError("its caption is empty")
+    if "\0" in text:  # bytes of something else, such as UTF-16 without its mark
+        raise DataError("its caption holds a null character")
     return text.strip()
 
 

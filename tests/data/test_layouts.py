@@ -330,6 +330,29 @@ def test_a_hostile_row_is_one_line(tmp_path: Path, line: str, reason: str) -> No
     message.encode()
 
 
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("\ud800", "its caption is not UTF-8"),
+        ("\0", "its caption holds a null character"),
+        ("a\0 \0c\0a\0t\0", "its caption holds a null character"),
+        (" ", "its caption is empty"),
+    ],
+)
+def test_one_bad_caption_of_several_leaves_the_picture_the_others(
+    tmp_path: Path, bad: str, reason: str
+) -> None:
+    rows = [{"file_name": "a.png", "text": ["a cat", bad]}, {"file_name": "b.png", "text": bad}]
+    found = survey(write_files(tmp_path, {"metadata.jsonl": _jsonl(*rows), **HERE}))
+    assert [str(problem) for problem in found.problems] == [
+        f"a.png (1 of its 2 captions: {reason})",
+        f"b.png ({reason})",
+    ]
+    assert [entry.sample.captions for entry in found.entries] == [("a cat",)]
+    with pytest.raises(DataError, match="2 files cannot be used"):
+        open_source(tmp_path)
+
+
 def test_utf_16_is_named_and_a_mark_and_carriage_returns_are_taken(tmp_path: Path) -> None:
     write_files(tmp_path, {"metadata.jsonl": _jsonl(*ROWS).encode("utf-16"), **HERE})
     with pytest.raises(DataError, match=r"metadata.jsonl cannot be read: it is UTF-16; save it"):

@@ -1,4 +1,5 @@
 import io
+import logging
 import os
 import struct
 import subprocess
@@ -159,6 +160,19 @@ def test_a_damaged_tiff_leaves_no_words_of_a_library(
         with suppress(OSError):
             Image.open(io.BytesIO(content[:300] + bytes(600) + content[900:])).load()
         assert capfd.readouterr().err != ""
+
+
+def test_errors_in_the_log_of_pillow_are_told_in_our_words(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    content = _bytes(Image.new("RGB", (4, 4)), "TIFF")
+    samples = struct.pack("<HHI", 277, 3, 1)  # the tag, a short, one
+    assert content.count(samples) == 1
+    damaged = content.replace(samples + b"\3\0", samples + b"\3\x47")
+    with pytest.raises(DataError, match=r"not a picture|damaged"):
+        decode_rgb(damaged)
+    assert [record.getMessage() for record in caplog.records if record.name[:3] == "PIL"] == []
+    assert logging.getLogger("PIL").level == logging.NOTSET
 
 
 def test_a_picture_that_memory_does_not_hold_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
