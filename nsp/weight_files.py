@@ -34,6 +34,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TORCH_KINDS = ("torch", "legacy torch", "pickle")
 _FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed global|got <class '([^']+)'>")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
+_DOS_FOLDER = 0x10  # in the attributes of a part of an archive
+_CHUNK = 1 << 20  # bytes that are read at once
 _NUM_SHOWN = 4  # files or names of a list that are named
 
 
@@ -227,7 +229,7 @@ def _read_torch(path: Path) -> Any:
     """Return the content of a file that torch.save wrote, with nothing run that is in it."""
     import torch
 
-    _refuse_compressed(path)
+    _check_archive(path)
     try:
         # torch judges a path by its suffix, and warns of what damage makes of a pickle.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
@@ -265,19 +267,39 @@ def _why(error: Exception) -> str:
     )
 
 
-def _refuse_compressed(path: Path) -> None:
-    """Raise CheckpointError for an archive that unpacks to more than it is: torch packs nothing."""
-    if not zipfile.is_zipfile(path):
-        return
+def _check_archive(path: Path) -> None:
+    """Raise CheckpointError for an archive that is not, bit for bit, what torch wrote.
+
+    torch packs nothing, so that no archive unpacks to more than it is; and it writes the CRC-32 of
+    every part, which it does not look at when it reads.
+    """
+    name = "its list of parts"
     try:
+        if not zipfile.is_zipfile(path):
+            return  # of the format before, or without its end, which torch says
         with zipfile.ZipFile(path) as archive:
-            odd = any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # torch will say so
-    if odd:
+            parts = archive.infolist()
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise CheckpointError(
+                    f"{path} was compressed after torch wrote it; unpack and save it again"
+                )
+            if not any(part.CRC for part in parts):  # torch.serialization.set_crc32_options
+                log.warning("%s was saved without checksums: damage in it is not seen", path)
+                return
+            for part in parts:
+                name = part.filename
+                # What Python and torch's reader would take for two things: torch heeds the other
+                # size, and leaves the memory of what is marked as a folder as it was.
+                is_folder = bool(part.external_attr & _DOS_FOLDER) and part.file_size > 0
+                if part.file_size != part.compress_size or is_folder:
+                    raise zipfile.BadZipFile("two sizes of a part, or a folder with content")
+                with archive.open(part) as file:
+                    while file.read(_CHUNK):  # raises at its end where the CRC-32 is another one
+                        pass
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} was compressed after torch wrote it; unpack and save it again"
-        )
+            f"{path} is damaged: {name} is not what was written (CRC-32); download or copy it again"
+        ) from error
 
 
 def _tensors(value: Any, name: str = "", depth: int = 8) -> "list[tuple[str, Tensor]]":

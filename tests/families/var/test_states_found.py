@@ -1,8 +1,10 @@
 """Weights are found in wrappers, under prefixes and in any kind of file, or told what they are."""
 
 import argparse
+import contextlib
 import logging
 import os
+import random
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -157,6 +159,66 @@ def test_a_torch_file_that_was_cut_says_how_much_there_is(tmp_path: Path) -> Non
     os.truncate(path, 20_000)
     with pytest.raises(CheckpointError, match="cut short: it has 20,000 bytes"):
         converted(path, tmp_path)
+
+
+@pytest.mark.parametrize("start", [0.1, 0.4, 0.7, 0.95])
+def test_a_torch_file_with_spoilt_bytes_is_refused(start: float, tmp_path: Path) -> None:
+    path = saved(predictor_state(), tmp_path / "a.pth")
+    content = bytearray(path.read_bytes())
+    first = int(len(content) * start)
+    content[first : first + 100] = bytes(byte ^ 0x55 for byte in content[first : first + 100])
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pth (is damaged: |cannot be read)") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_spoilt_bit_of_a_weight_is_named_by_its_part(tmp_path: Path) -> None:
+    state = predictor_state()
+    path = saved(state, tmp_path / "a.pth")
+    content = path.read_bytes()
+    number = state["head.weight"].numpy().tobytes()
+    at = content.index(number)
+    path.write_bytes(content[:at] + bytes([number[0] ^ 1]) + content[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"a/data/\d+ is not what was written \(CRC-32\)"):
+        read(path)
+
+
+def test_no_spoilt_byte_of_a_torch_file_gives_other_weights(tmp_path: Path) -> None:
+    draw, state = random.Random(3), {"a": torch.arange(50.0), "b": torch.zeros(7)}
+    path = saved(state, tmp_path / "a.pth")
+    content = path.read_bytes()
+    for _ in range(400):
+        spoilt = bytearray(content)
+        last = draw.choice((len(content), 500))  # the list of parts lies at the end
+        spoilt[-draw.randint(1, last)] = draw.choice((0, 255, draw.randrange(256)))
+        path.write_bytes(spoilt)
+        with contextlib.suppress(CheckpointError):
+            torch.testing.assert_close(read(path), state, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("offset", "value"), [(38, 0x10), (20, 1), (24, 1)])
+def test_a_part_of_two_meanings_is_refused(offset: int, value: int, tmp_path: Path) -> None:
+    path = saved({"a": torch.zeros(1000)}, tmp_path / "a.pth")
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"a/data/0") - 46  # marked as a folder; either of its two sizes
+    content[entry + offset] ^= value
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a/data/0 is not what was written"):
+        read(path)
+
+
+def test_a_torch_file_without_checksums_is_read_which_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(predictor_state(), tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert read(path).keys() == predictor_state().keys()
+    assert "a.pth was saved without checksums" in caplog.text
 
 
 def test_a_file_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> None:
