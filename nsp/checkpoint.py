@@ -99,7 +99,7 @@ def _hash_files(folder: Path, names: list[str]) -> dict[str, str]:
             raise CheckpointError(
                 f"{path} is missing; the checkpoint is incomplete, copy or write it again"
             )
-        if found.kind in ("folder", "special", "unreadable"):
+        if found.kind in ("folder", "special", "link loop", "unreadable"):
             raise CheckpointError(explain(path, expected="a file of the model", found=found))
         try:
             return file_sha256(path)
@@ -196,8 +196,8 @@ def _repair(folder: Path) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether `folder` holds a checkpoint's config.json, readable or not."""
-    return sniff(folder / CONFIG_NAME).kind not in ("missing", "folder", "special")
+    """Return whether `folder` holds a checkpoint's config.json, permitted to read or not."""
+    return sniff(folder / CONFIG_NAME).kind not in ("missing", "folder", "special", "link loop")
 
 
 def read_checkpoint(folder: Path, *, verify: bool = True) -> CheckpointRecord:

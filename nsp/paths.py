@@ -158,6 +158,11 @@ def _folder(path: Path, names: set[str]) -> Found:
         return Found("checkpoint", "is a checkpoint folder", path, path)
     if "model_index.json" in names or config is not None:
         return Found("hub model", "is a model folder of Hugging Face", path)
+    if "config.json" in names and not (path / "config.json").is_dir() and config is None:
+        # A pipe, a device, a link to nowhere: the folder is a model's, whatever else is in it.
+        found = describe(path / "config.json")
+        remedy = found.remedy or "copy the folder again, with the file itself"
+        return Found("spoilt", f"has a config.json that {found.words}", path, remedy=remedy)
     if not names:
         return Found("empty", "is an empty folder", path)
     return _by_content(path, names)

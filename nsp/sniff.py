@@ -5,6 +5,7 @@ pointer, the web page of a sign-in, or half a download. Every error about a file
 asks here first. Nothing but regular files is opened: a pipe would wait, a device has no end.
 """
 
+import errno
 import io
 import os
 import re
@@ -32,6 +33,7 @@ _REMEDIES = {
     "missing": "give the path of a file that is there",
     "folder": "give a file in it",
     "special": "give a regular file",
+    "link loop": "give the file itself",
     "unreadable": "give it to your user, or allow reading it with chmod",
     "empty": "download or copy it again",
     "lfs pointer": "run: git lfs pull, or download the file itself",
@@ -44,6 +46,7 @@ _WORDS = {
     "missing": "does not exist",
     "folder": "is a folder",
     "special": "is no regular file but a pipe, socket or device",
+    "link loop": "is a link that leads back to itself",
     "unreadable": "cannot be read",
     "empty": "is empty: 0 bytes",
     "lfs pointer": "is a Git LFS pointer",
@@ -140,7 +143,10 @@ def sniff(path: Path) -> Sniffed:
             return _of_file(file, found.st_size)
     except (FileNotFoundError, NotADirectoryError):
         return Sniffed(kind="missing")
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ELOOP:
+            return Sniffed(kind="link loop")
+        # ValueError: a null character in the name
         return Sniffed(kind="unreadable", detail=getattr(error, "strerror", None) or str(error))
 
 

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "params", "weights")
 _TRAINER = "trainer"  # of the public VAR code: {"trainer": {"var_wo_ddp": ..., "vae_local": ...}}
 # What DistributedDataParallel, torch.compile and training classes put before every name ...
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 # ... and what wrappers of parts of a model put inside names, where no layer is called so.
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGED = "n_averaged"  # counter of torch.optim.swa_utils.AveragedModel beside its module.*
@@ -169,12 +169,32 @@ def plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     if len(others) < len(named) and others and all(n.startswith("module.") for n in others):
         log.warning("%s holds a moving average of weights (swa_utils), which is taken", path)
         del named[_AVERAGED]
+    named = _without_averages(named, path)
     plain = {_INSIDE.sub("", name): tensor for name, tensor in named.items()}
     if len(plain) != len(named):
         raise CheckpointError(f"{path} holds tensors of compiled and of plain names; keep one kind")
     while prefix := _shared_prefix(plain):
         plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
     return plain
+
+
+def _without_averages(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the weights of one state dict that holds them beside their moving average.
+
+    Both are told by what their names begin with (`model.`, `model_ema.`), which the log says.
+    """
+    averages = sorted({first for name in state if _is_average(first := name.partition(".")[0])})
+    weights = {n: t for n, t in state.items() if n.partition(".")[0] not in averages}
+    if not averages or not (prefix := _shared_prefix(weights)):
+        return dict(state)
+    log.warning(
+        "%s: the weights under %s are taken; their moving average lies under %s: save that alone "
+        "to take it",
+        path,
+        prefix.rstrip("."),
+        ", ".join(averages),
+    )
+    return weights
 
 
 def _shared_prefix(names: Collection[str]) -> str:
@@ -193,13 +213,20 @@ def kind_of(names: Collection[str]) -> str | None:
     return None
 
 
+def part_of_a_model(path: Path) -> str:
+    """Return, to follow a file's name, that it is one of several by that name; "" for others."""
+    if not (shard := _SHARD.search(path.name)) or int(shard[2]) < 2:
+        return ""
+    return (
+        f"is part {int(shard[1])} of {int(shard[2])} of a model; give its index "
+        "(*.safetensors.index.json), or save the model in one file"
+    )
+
+
 def what_it_is(path: Path, names: Collection[str]) -> str:
     """Return what a file of tensors with `names` is, to follow its name in an error."""
-    if shard := _SHARD.search(path.name):
-        return (
-            f"is part {int(shard[1])} of {int(shard[2])} of a model; give its index "
-            "(*.safetensors.index.json), or save the model in one file"
-        )
+    if shard := part_of_a_model(path):
+        return shard
     if (kind := kind_of(names)) is not None:
         return f"holds {kind}"
     if not names:

@@ -34,6 +34,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TORCH_KINDS = ("torch", "legacy torch", "pickle")
 _FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed global|got <class '([^']+)'>")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
+_DOS_FOLDER = 0x10  # in the attributes of a part of an archive
 _CHUNK = 1 << 20  # bytes that are read at once
 _NUM_SHOWN = 4  # files or names of a list that are named
 
@@ -287,8 +288,11 @@ def _check_archive(path: Path) -> None:
                 return
             for part in parts:
                 name = part.filename
-                if part.file_size != part.compress_size:  # Python heeds one, torch the other
-                    raise zipfile.BadZipFile("two sizes of a part that is not compressed")
+                # What Python and torch's reader would take for two things: torch heeds the other
+                # size, and leaves the memory of what is marked as a folder as it was.
+                is_folder = bool(part.external_attr & _DOS_FOLDER) and part.file_size > 0
+                if part.file_size != part.compress_size or is_folder:
+                    raise zipfile.BadZipFile("two sizes of a part, or a folder with content")
                 with archive.open(part) as file:
                     while file.read(_CHUNK):  # raises at its end where the CRC-32 is another one
                         pass

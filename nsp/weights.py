@@ -157,7 +157,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         part, _, last = name.rpartition(".")
         if last not in getattr(module.get_submodule(part), "RECOMPUTED_BUFFERS", ()):
             raise CheckpointError(f"{where}; it is of another model, or damaged")
-        log.warning("%s, which is taken", where)
+        log.warning("%s: the file's is left out, and the computed one is taken", where)
     state = {name: tensor for name, tensor in state.items() if name not in odd}
     cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
     module.load_state_dict({**own, **cast})
@@ -177,9 +177,15 @@ def check_types(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: 
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         dtype = str(state[wrong[0]].dtype).removeprefix("torch.")
+        is_integer = not (state[wrong[0]].is_complex() or state[wrong[0]].dtype == torch.bool)
+        remedy = (
+            "these are quantized without their scales, give the weights they were made of"
+            if is_integer
+            else "they are of another model, or damaged"
+        )
         raise CheckpointError(
             f"{source}: tensor {wrong[0]}{more} holds {dtype}, the model has floating-point "
-            "weights; these are quantized without their scales, give the weights they were made of"
+            f"weights; {remedy}"
         )
 
 

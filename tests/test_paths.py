@@ -5,8 +5,10 @@ Every kind of path that people have lies in one folder here, and each is given t
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -14,6 +16,7 @@ from safetensors.numpy import save_file
 
 import train
 from cli import main
+from nsp.checkpoint import read_checkpoint
 from nsp.errors import CheckpointError, EngineError
 from nsp.paths import check_output, describe, wrong_path
 from nsp.runtime.pipeline import load_pipeline
@@ -242,3 +245,40 @@ def test_an_output_folder_that_cannot_be_one_is_refused_before_anything_is_loade
         check_output(place / name)
     check_output(place / "new/one")
     check_output(Path("relative/new"))
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def _broken(path: Path) -> None:
+    path.symlink_to("/nowhere/config.json")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (_pipe, "has a config.json that is no regular file but a pipe, socket or device; give a"),
+        (_loop, "has a config.json that is a link that leads back to itself; copy the folder"),
+        (_broken, "has a config.json that is a link to /nowhere/config.json, which does not exist"),
+    ],
+)
+def test_a_configuration_that_is_no_file_is_named_not_the_weights_beside_it(
+    make: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    save_file({"a": np.zeros(1)}, tmp_path / "model.safetensors")
+    make(tmp_path / "config.json")
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path)
+    assert said in str(caught.value)
+    assert "nsp convert" not in str(caught.value)
+
+
+def test_a_link_loop_is_no_matter_of_permissions(place: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a link that leads back to itself; a ch") as told:
+        read_checkpoint(place / "loop")
+    assert "chmod" not in str(told.value)

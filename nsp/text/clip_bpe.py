@@ -9,6 +9,7 @@ This file runs in the deployment image: tokenizers, no torch.
 
 import logging
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,14 @@ def read_tokenizer_folder(root: Path, listed: Collection[str] | None = None) -> 
     verified, changes nothing. Raises CheckpointError when a file is missing, corrupt or not a CLIP
     tokenizer's.
     """
-    there = {n for n in TOKENIZER_FILES if (listed is None or n in listed) and (root / n).is_file()}
+    read = [n for n in TOKENIZER_FILES if listed is None or n in listed]
+    there = {n for n in read if os.path.lexists(root / n)}
+    if "tokenizer.json" in there:
+        there -= {"vocab.json", "merges.txt"}  # of which it holds the content: not read
+    for path in (root / name for name in sorted(there)):
+        # Taken for missing, a link to nowhere would mean another length or other tokens.
+        if (found := sniff(path)).is_spoilt:
+            raise CheckpointError(explain(path, expected="a CLIP tokenizer's file", found=found))
     settings = _read_settings(root, there)
     bos = _added_token(settings.get("bos_token"), BOS_TOKEN)
     eos = _added_token(settings.get("eos_token"), EOS_TOKEN)
@@ -228,7 +236,7 @@ def _missing_files(root: Path) -> str:
         return f"tokenizer folder {root} does not exist; give a CLIP tokenizer folder"
     nested = sorted(
         path.name
-        for path in root.iterdir()
+        for path in root.glob("tokenizer*")
         if (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file()
     )
     hint = f"pass subfolder={nested[0]!r}" if nested else "give a CLIP tokenizer folder"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -240,6 +241,24 @@ def test_a_damaged_folder_is_refused_in_one_line(
         PromptTokenizer.load(folder)
     assert "\n" not in str(refusal.value)
     assert str(folder) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+@pytest.mark.parametrize("kind", ["empty", "pipe", "link"])
+def test_a_file_that_is_there_and_is_none_is_named(folder: Path, name: str, kind: str) -> None:
+    (folder / "9077aa").mkdir()
+    (folder / "9077aa/tokenizer.json").write_text("{}")  # another folder's, not to be advised
+    (folder / name).unlink(missing_ok=True)
+    if kind == "link":
+        (folder / name).symlink_to("/nowhere")
+    else:
+        os.mkfifo(folder / name) if kind == "pipe" else (folder / name).touch()
+    (folder / "merges.txt").touch()  # not read beside tokenizer.json
+    with pytest.raises(CheckpointError, match=f"{name} (is|does)") as caught:
+        PromptTokenizer.load(folder)
+    assert "9077" not in str(caught.value)
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

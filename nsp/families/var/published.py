@@ -22,7 +22,14 @@ from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.checkpoint import save_checkpoint
 from nsp.families.var.config import SCHEDULES, ClassCondition, VarConfig
 from nsp.families.var.system import VarSystem
-from nsp.state_names import VAR_PREDICTOR, VAR_TOKENIZER, find_state, kind_of, what_it_is
+from nsp.state_names import (
+    VAR_PREDICTOR,
+    VAR_TOKENIZER,
+    find_state,
+    kind_of,
+    part_of_a_model,
+    what_it_is,
+)
 from nsp.weight_files import read_tensor_file
 from nsp.weights import bounded, load_state, rounded_to_eight_bits
 
@@ -92,8 +99,16 @@ def convert(
     shapes = [tensor.shape for state in (vae_state, var_state) for tensor in state.values()]
     with bounded(shapes, f"{tokenizer.name} and {predictor.name}"):
         system = VarSystem(var_config)
-    load_state(system.vae, vae_state, str(tokenizer))
-    load_state(system.predictor, var_state, str(predictor))
+    for module, state, path in (
+        (system.vae, vae_state, tokenizer),
+        (system.predictor, var_state, predictor),
+    ):
+        try:
+            load_state(module, state, str(path))
+        except CheckpointError as error:
+            if shard := part_of_a_model(path):
+                raise CheckpointError(f"{path} {shard} ({error})") from error
+            raise
     notes: dict[str, Any] = {
         "converted_from": {"tokenizer": tokenizer.name, "predictor": predictor.name}
     }
@@ -179,7 +194,9 @@ def _naming(path: str, state: Mapping[str, Tensor], wanted: str) -> Iterator[Non
     try:
         yield
     except CheckpointError as error:
-        if kind_of(state) == wanted:
+        if shard := part_of_a_model(Path(path)):
+            said = f"{path} {shard} ({error})"
+        elif kind_of(state) == wanted:
             said = f"{path}: {error}; part of {wanted} is missing, or it is of another variant"
         else:
             said = f"{path} {what_it_is(Path(path), state)}; give {wanted} ({error})"

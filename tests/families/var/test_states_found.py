@@ -50,6 +50,10 @@ def averaged() -> dict[str, Tensor]:
         lambda: prefixed("_orig_mod."),
         lambda: prefixed("model."),
         lambda: prefixed("module._orig_mod.model."),
+        lambda: prefixed("net."),
+        lambda: {"state_dict": prefixed("network.module.")},
+        lambda: prefixed("model.") | {f"model_ema.{n}": t * 0 for n, t in prefixed("").items()},
+        lambda: prefixed("net.") | {"ema.decay": torch.ones(1), "net_ema.head.bias": torch.ones(1)},
         lambda: {inside(name): tensor for name, tensor in predictor_state().items()},
         lambda: {"model": predictor_state(), "epoch": 3, "optimizer": {"state": {}}},
         lambda: {"state_dict": prefixed("model.")},
@@ -59,7 +63,7 @@ def averaged() -> dict[str, Tensor]:
         lambda: {"trainer": {"var_wo_ddp": prefixed("_orig_mod."), "vae_local": {}}},
         averaged,
     ],
-    ids=range(12),
+    ids=range(16),
 )
 def test_prefixes_and_wrappers_are_seen_through(make: Callable[[], Any], tmp_path: Path) -> None:
     found = read(saved(make(), tmp_path / "a.pth"))
@@ -197,6 +201,17 @@ def test_no_spoilt_byte_of_a_torch_file_gives_other_weights(tmp_path: Path) -> N
             torch.testing.assert_close(read(path), state, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("offset", "value"), [(38, 0x10), (20, 1), (24, 1)])
+def test_a_part_of_two_meanings_is_refused(offset: int, value: int, tmp_path: Path) -> None:
+    path = saved({"a": torch.zeros(1000)}, tmp_path / "a.pth")
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"a/data/0") - 46  # marked as a folder; either of its two sizes
+    content[entry + offset] ^= value
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a/data/0 is not what was written"):
+        read(path)
+
+
 def test_a_torch_file_without_checksums_is_read_which_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -261,7 +276,9 @@ def test_swapped_files_are_told_apart(
         ("a", ["text_model.embeddings.token_embedding.weight"], "holds a CLIP text encoder"),
         ("a", ["decoder.up_blocks.0.x", "encoder.y"], "holds an AutoencoderKL"),
         ("a", ["foo.weight", "bar.bias"], "another kind of model: bar.bias, foo.weight"),
-        ("a-00001-of-00003", ["word_embed.bias"], "misses"),
+        ("a", ["word_embed.bias"], "part of the transformer of VAR"),
+        ("a-00001-of-00001", ["word_embed.bias"], "part of the transformer of VAR"),
+        ("a-00001-of-00003", ["word_embed.bias"], "is part 1 of 3 of a model; give its index"),
         ("a-00001-of-00003", ["foo"], "is part 1 of 3 of a model; give its index"),
     ],
 )
@@ -272,7 +289,23 @@ def test_other_files_are_known_by_their_names(
     save_file({name: torch.zeros(1) for name in names}, path)
     with pytest.raises(CheckpointError, match=name) as caught:
         converted(path, tmp_path)
-    assert (said if said != "misses" else "part of the transformer of VAR") in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_part_of_the_right_model_is_told_by_its_name(tmp_path: Path) -> None:
+    state = {n: t for n, t in predictor_state().items() if n != "head.weight"}
+    path = tmp_path / "a-00001-of-00002.safetensors"
+    save_file(state, path)
+    with pytest.raises(CheckpointError, match=r"is part 1 of 2 of a model; give its index"):
+        converted(path, tmp_path)
+
+
+def test_weights_beside_their_average_in_one_state_dict_are_taken_which_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = {"model.w": torch.zeros(2), "model_ema.w": torch.ones(2)}
+    assert torch.equal(read(saved(both, tmp_path / "a.pth"))["w"], torch.zeros(2))
+    assert "a.pth: the weights under model are taken; their moving average lies" in caplog.text
 
 
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
@@ -303,8 +336,10 @@ def test_integers_in_place_of_weights_are_refused_by_name(
 ) -> None:
     state = predictor_state()
     state |= {n: t.to(dtype) for n, t in state.items() if n.endswith("fc1.weight")}
-    with pytest.raises(CheckpointError, match=rf"blocks\.0\.ffn\.fc1\.weight and 3 more {said}"):
+    name = rf"blocks\.0\.ffn\.fc1\.weight and 3 more {said}"
+    with pytest.raises(CheckpointError, match=name) as caught:
         converted(saved(state, tmp_path / "a.pth"), tmp_path)
+    assert ("quantized" in str(caught.value)) == (dtype in (torch.int8, torch.int64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -350,7 +385,10 @@ def test_a_mask_that_is_none_is_computed_which_is_said(
     expected = state["attn_bias_for_masking"].clone()
     state["attn_bias_for_masking"].zero_()
     converted(saved(state, tmp_path / "a.pth"), tmp_path)
-    assert "attn_bias_for_masking differs from what the configuration gives, which" in caplog.text
+    assert (
+        "attn_bias_for_masking differs from what the configuration gives: the file's is left"
+        in caplog.text
+    )
     found = read_checkpoint(tmp_path / "out").load().predictor.attn_bias_for_masking
     assert torch.equal(found, expected)
 
