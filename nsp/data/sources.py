@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from PIL import Image
 
-from nsp.data.heldout import HELDOUT_MEMBER, Heldout
+from nsp.data.heldout import HELDOUT_MEMBER, Heldout, read_heldout
 from nsp.data.identity import Identity, digest_of, identity_of
 from nsp.data.layouts import LAYOUTS, list_folder
 from nsp.data.listing import Entry, Listing
@@ -178,7 +178,9 @@ def _list(spec: str) -> tuple[str, Listing]:
     if os.path.isdir(path):
         return str(path), list_folder(path)
     if path.suffix == ".tar" and os.path.isfile(path) and not sniff(path).is_spoilt:
-        return str(path), list_tar(path)
+        listing = list_tar(path)
+        listing.heldout += read_heldout(path.parent)  # beside it, as shards have it
+        return str(path), listing
     accepted = f"'emoji', a .tar, hf:NAME, or a folder with {LAYOUTS}"
     raise DataError(f"{wrong_path(path, 'data')}; accepted are {accepted}")
 

@@ -80,3 +80,12 @@ def test_all_lists_of_a_tar_hold_out_however_they_are_spelled(tmp_path: Path) ->
     path = _tar(tmp_path / "0.tar", *lists, *sorted(pictures + captions))
     assert [sample.name for sample in open_source(path).samples] == ["b"]
     assert find_shards(path).heldout.captions == {"red", "blue"}
+
+
+def test_a_list_beside_a_single_tar_is_heeded(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {}
+    for number, name in enumerate(("a", "b")):
+        files |= {f"{name}.png": encoded(".png", number), f"{name}.txt": f"caption {name}"}
+    write_tar(tmp_path / "set.tar", files)
+    (tmp_path / "__heldout__").write_text("name\tcaption\nb\tcaption b\n")
+    assert [sample.name for sample in open_source(tmp_path / "set.tar").samples] == ["a"]
