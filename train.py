@@ -16,6 +16,8 @@ from nsp.command_line import (
     DONE,
     FOLDER,
     INTERRUPTED,
+    OneLineErrors,
+    drop_unwritten,
     explain,
     open_standard_streams,
     read_json,
@@ -39,7 +41,13 @@ _OPTIONS = (
 SCALE = click.IntRange(min=0)
 
 
-@click.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
+@click.command(
+    cls=OneLineErrors,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
 @click.option(
     "--preset",
     help="Named run: emoji, quick, smoke, next-scale, next-scale-sdxl.  [default: emoji]",
@@ -150,6 +158,7 @@ def main(
         if verbose:
             traceback.print_exc()
         click.echo("error: " + one_line(" ".join(message.split())), err=True)
+        drop_unwritten()
         sys.exit(code)
     if not result.is_main_process:
         sys.exit(DONE if result.finished else INTERRUPTED)

@@ -59,10 +59,8 @@ class Verb(click.Command):
             return super().invoke(ctx)
 
 
-class Program(click.Group):
-    """A command with verbs, which ends the process with one of the exit codes."""
-
-    command_class = Verb
+class OneLineErrors(click.Command):
+    """A command that ends the process with one of the exit codes, and an error in one line."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run one command line and exit."""
@@ -70,15 +68,26 @@ class Program(click.Group):
         try:
             open_standard_streams()
             code = super().main(*args, **{**extra, "standalone_mode": False, "obj": settings})
+            sys.stdout.flush()
         except click.Abort:
             click.echo("interrupted: files already written are complete", err=True)
             code = INTERRUPTED
+        except BrokenPipeError:  # whoever reads has read enough
+            drop_unwritten()
+            code = FAILED
         except Exception as error:
             message, code = explain(error)
             if settings.verbose:
                 traceback.print_exc()
             click.echo("error: " + one_line(" ".join(message.split())), err=True)
+            drop_unwritten()
         sys.exit(code or DONE)
+
+
+class Program(OneLineErrors, click.Group):
+    """A command with verbs."""
+
+    command_class = Verb
 
 
 def open_standard_streams() -> None:
@@ -96,6 +105,17 @@ def open_standard_streams() -> None:
         raise OSError("standard output is closed; give it a file, or /dev/null")
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths that are not UTF-8 are printed as they are
         sys.stdout.reconfigure(errors="surrogateescape")
+
+
+def drop_unwritten() -> None:
+    """Drop what could not be written to the standard output: Python would try again at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -31,4 +31,4 @@ def test_every_loader_is_measured_beside_the_consumption(tmp_path: Path) -> None
 def test_a_source_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["--source", str(tmp_path / "nowhere")])
     assert result.exit_code == 1
-    assert "not found" in result.stderr
+    assert "nowhere does not exist" in result.stderr

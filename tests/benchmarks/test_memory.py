@@ -64,7 +64,7 @@ def test_a_failing_process_is_one_line_that_ends_with_its_message() -> None:
     job = json.dumps(
         {"started_ns": 0, "path": "nowhere", "backend": "auto", "options": {}, "request": {}}
     )
-    with pytest.raises(BackendError, match="nowhere is no engine folder") as caught:
+    with pytest.raises(BackendError, match="nowhere does not exist") as caught:
         run_child("benchmarks.child", [job], threads=1)
     assert "\n" not in str(caught.value)
 
