@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
+from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint, write_digests
 from nsp.data.sources import ImageSource
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.registry import family
@@ -251,7 +251,11 @@ def _prepare_folder(
                 check_targets(objective.trained, phase.lora)
         _save(start, system, config, {})
     _begin_again(folder, config, accelerator, data)
-    record.write(newest_model(folder).notes.get("steps", {}))
+    newest = newest_model(folder)
+    for model in (newest, read_checkpoint(start)):
+        if not model.files:  # of a run that began before checkpoints had digests
+            write_digests(model.folder)
+    record.write(newest.notes.get("steps", {}))
     with write_file(folder / RUN_NAME) as partial:  # from here on the folder belongs to this run
         partial.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 

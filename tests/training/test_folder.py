@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from nsp.checkpoint import read_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.training.checkpoints import CheckpointStore
 from nsp.training.config import RunConfig
@@ -102,8 +103,14 @@ def test_a_run_of_before_records_its_data_at_its_first_resume(place: Path) -> No
         resume(place)
     shutil.move(place / "data", place / "elsewhere")
     run = configure(None, place / "run")
+    for name in ("start", "checkpoint"):
+        path = place / "run" / name / "config.json"
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({n: values[n] for n in values if n not in ("files", "digest")}))
     train(run, place / "run", last_phase="tokenizer", resume=True)
     assert json.loads((place / "run/data.json").read_text())["train"]["num_samples"] == 12
+    for name in ("start", "checkpoint"):
+        assert read_checkpoint(place / "run" / name).files
 
 
 @pytest.mark.parametrize(
