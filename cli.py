@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks.verbs import bench
-from nsp.command_line import (
+from nsp.benchmarks.verbs import bench
+from nsp.console.command_line import (
     COUNT,
     FILE,
     FOLDER,
@@ -31,18 +31,18 @@ from nsp.command_line import (
     verbose_option,
     version_option,
 )
-from nsp.data.verbs import data
+from nsp.console.data_verbs import data
 from nsp.errors import ConfigError, NspError
 
 if TYPE_CHECKING:
-    from export.plan import PlannedBuild
-    from nsp.families.registry import Family
-    from nsp.runtime.pipeline import Pipeline
-    from nsp.runtime.prompt_lists import ListedImage
+    from nsp.console.prompt_lists import ListedImage
+    from nsp.export.plan import PlannedBuild
+    from nsp.family.registry import Family
+    from nsp.pipeline.pipeline import Pipeline
 
 
 def _print_tables(tables: Iterable[Any]) -> None:
-    from nsp.terminal import results_console
+    from nsp.console.terminal import results_console
 
     console = results_console()
     for table in tables:
@@ -126,9 +126,9 @@ def export_engines(
     Stages that are built and unchanged are reused; an interrupted export goes on where it stopped.
     Without a precision, fp32.
     """
-    from export.run import ExportEvent, ExportOptions, export, find_checkpoint, plan
-    from nsp.inspection import describe_folder
-    from nsp.terminal import progress_bar
+    from nsp.console.inspection import describe_folder
+    from nsp.console.terminal import progress_bar
+    from nsp.export.run import ExportEvent, ExportOptions, export, find_checkpoint, plan
 
     folder = engine_dir or Path("engines")
     export_options = ExportOptions(
@@ -260,12 +260,12 @@ def generate(
 ) -> None:
     """Make images with exported engines, or with a checkpoint."""
     from nsp.paths import check_output
-    from nsp.runtime.batches import choose_batch_size, plan_images
+    from nsp.pipeline.batches import choose_batch_size, plan_images
 
     check_output(output_dir)
     listed: tuple[ListedImage, ...] = ()
     if prompts_file is not None:
-        from nsp.runtime.prompt_lists import read_list
+        from nsp.console.prompt_lists import read_list
 
         listed = read_list(prompts_file)
     seeds = (*(None for _ in prompts or class_ids), *(row.seed for row in listed))
@@ -291,8 +291,8 @@ def generate(
     )
     sizes = {"initial_size": initial_size, "target_size": target_size, "scale_factor": scale_factor}
     last_scale = _scale_of(pipeline, {n: size for n, size in sizes.items() if size is not None})
-    from nsp.runtime.gallery import generate_gallery  # while the engines are loading
-    from nsp.terminal import progress_bar
+    from nsp.console.gallery import generate_gallery  # while the engines are loading
+    from nsp.console.terminal import progress_bar
 
     with progress_bar() as show, torch_threads(threads if checkpoint else None):
         gallery = generate_gallery(
@@ -318,9 +318,9 @@ def generate(
 
 def _family_of(folder: Path) -> "Family | None":
     """Return the family whose defaults hold, or None: loading the folder will say what is wrong."""
-    from nsp.checkpoint import is_checkpoint, read_checkpoint
-    from nsp.families.registry import family
-    from nsp.runtime.manifest import read_manifest
+    from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
+    from nsp.artifacts.manifest import read_manifest
+    from nsp.family.registry import family
 
     try:
         if is_checkpoint(folder):
@@ -352,9 +352,9 @@ def _load(
     verify: bool,
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
-    from nsp.checkpoint import read_checkpoint
+    from nsp.artifacts.checkpoint import read_checkpoint
     from nsp.paths import NOTHING, describe, wrong_path
-    from nsp.runtime.pipeline import load_pipeline
+    from nsp.pipeline.pipeline import load_pipeline
 
     if engine_dir is not None and checkpoint is not None:
         raise ConfigError("--engine-dir and --checkpoint are both given; choose one")
@@ -391,7 +391,7 @@ def convert(
     output_dir: Path,
 ) -> None:
     """Turn published weights into a checkpoint folder."""
-    from nsp.families.registry import family
+    from nsp.family.registry import family
     from nsp.paths import check_output
 
     check_output(output_dir)
@@ -434,7 +434,7 @@ def verify_engines(
     Without torch or the checkpoint, to the outputs recorded at export. A failure names the first
     wrong tensor; exit 1.
     """
-    from export.verify import verify
+    from nsp.export.proof.verify import verify
 
     with torch_threads(None if recorded or find_spec("torch") is None else threads):
         found = verify(
@@ -466,7 +466,7 @@ def verify_engines(
 @verbose_option
 def inspect(*, folder: Path, as_json: bool) -> None:
     """Show what an engine or checkpoint folder says about itself."""
-    from nsp.inspection import describe_folder, render_folder
+    from nsp.console.inspection import describe_folder, render_folder
 
     found = describe_folder(folder)
     if as_json:
@@ -484,7 +484,7 @@ def doctor(*, as_json: bool) -> None:
     Lists every backend with the reason why it does or does not work, and what optional packages
     are missing. Changes nothing.
     """
-    from nsp.doctor import examine, render_findings
+    from nsp.console.doctor import examine, render_findings
 
     found = examine()
     if as_json:

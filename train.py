@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nsp.command_line import (
+from nsp.console.command_line import (
     COUNT,
     DONE,
     FOLDER,
@@ -25,7 +25,7 @@ from nsp.command_line import (
 from nsp.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
-    from nsp.training.config import RunConfig
+    from nsp.family.recipe import RunConfig
 
 # Fields of RunConfig that are options of the same name.
 _OPTIONS = (
@@ -255,7 +255,7 @@ def configure(
     RunConfig, None where they stay. Raises ConfigError for an unknown preset or a value that is not
     allowed.
     """
-    from nsp.training.config import RunConfig
+    from nsp.family.recipe import RunConfig
     from nsp.training.folder import RUN_NAME, stored_run
     from nsp.training.options import OPTIONS, with_options
     from nsp.training.presets import preset as named_run

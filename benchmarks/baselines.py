@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.precision import at_precision
-from nsp.families.registry import Family
+from nsp.artifacts.manifest import PRECISION_DTYPES
+from nsp.backends.torch import TorchBackend
+from nsp.export.graph.narrow import at_precision
+from nsp.family.registry import Family
 from nsp.layers.attention import KeyValue
-from nsp.runtime.backends.base import Loop, T
-from nsp.runtime.backends.torch import TorchBackend
-from nsp.runtime.kv_arena import KVArena, KVShape
-from nsp.runtime.manifest import PRECISION_DTYPES
-from nsp.runtime.pipeline import Pipeline
+from nsp.pipeline.pipeline import Pipeline
+from nsp.stage.arena import KVArena, KVShape
+from nsp.stage.backend import Loop, T
 
 _ALIGNMENT = 256  # bytes; what CUDA's own allocator gives
 _COMPILED_SHAPES = 64  # of one stage: scales times batch sizes, beyond torch's default of 8

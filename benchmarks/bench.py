@@ -13,19 +13,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from benchmarks.contract import TIMING_BOUNDARY, Contract
-from benchmarks.doubts import doubts
-from benchmarks.footprint import FOOTPRINTS
-from benchmarks.guidance import guidance_sweep
-from benchmarks.machine import Ceilings, Environment, OtherWork, measure_ceilings
-from benchmarks.memory import ColdRun, cold_run
-from benchmarks.options import BenchOptions, Effort, plain
-from benchmarks.parity import Parity, compare
-from benchmarks.peer import peer_process
-from benchmarks.pictures import Pictures, make_pictures
-from benchmarks.product import Product
-from benchmarks.report import BenchReport, write_report
-from benchmarks.results import (
+from nsp.benchmarks.contract import TIMING_BOUNDARY, Contract
+from nsp.benchmarks.doubts import doubts
+from nsp.benchmarks.footprint import FOOTPRINTS
+from nsp.benchmarks.guidance import guidance_sweep
+from nsp.benchmarks.machine import Ceilings, Environment, OtherWork, measure_ceilings
+from nsp.benchmarks.memory import ColdRun, cold_run
+from nsp.benchmarks.options import BenchOptions, Effort, plain
+from nsp.benchmarks.parity import Parity, compare
+from nsp.benchmarks.peer import peer_process
+from nsp.benchmarks.pictures import Pictures, make_pictures
+from nsp.benchmarks.product import Product
+from nsp.benchmarks.report import BenchReport, write_report
+from nsp.benchmarks.results import (
     SCHEMA,
     BatchResult,
     BenchResult,
@@ -36,13 +36,13 @@ from benchmarks.results import (
     batch_result,
     call_costs,
 )
-from benchmarks.rivals import RIVALS, make_rivals, other_precisions
-from benchmarks.scenarios import Scenario, batch_scenarios, sweep_scenarios
-from benchmarks.subject import Subject, load_subject, torch_threads
-from benchmarks.sweep import sweep
-from benchmarks.timing import Contestant, Observation, Timed, interleaved
+from nsp.benchmarks.rivals import RIVALS, make_rivals, other_precisions
+from nsp.benchmarks.scenarios import Scenario, batch_scenarios, sweep_scenarios
+from nsp.benchmarks.subject import Subject, load_subject, torch_threads
+from nsp.benchmarks.sweep import sweep
+from nsp.benchmarks.timing import Contestant, Observation, Timed, interleaved
+from nsp.cores import num_threads, usable_cores
 from nsp.errors import BackendError, ConfigError
-from nsp.runtime.cores import num_threads, usable_cores
 
 logger = logging.getLogger(__name__)
 

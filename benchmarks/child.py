@@ -1,6 +1,6 @@
-"""The program whose start-up and memory are measured: `python -m benchmarks.child JOB`.
+"""The program whose start-up and memory are measured: `python -m nsp.benchmarks.child JOB`.
 
-It prints one JSON object, the measured fields of `benchmarks.memory.ColdRun`. JOB is JSON too:
+It prints one JSON object, the measured fields of `nsp.benchmarks.memory.ColdRun`. JOB is JSON too:
 `started_ns`, the parent's monotonic clock just before this process was created; `path`, `backend`
 and `options` for `load_pipeline`; `request` for `Pipeline.stream`. Only what is always needed is
 imported before the clock is first read.
@@ -18,7 +18,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
 
     from nsp.errors import NspError
-    from nsp.runtime.pipeline import Pipeline  # noqa: F401
+    from nsp.pipeline.pipeline import Pipeline  # noqa: F401
 
     imported_ns = time.monotonic_ns()
     try:
@@ -35,11 +35,11 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     import contextlib
     import importlib
 
-    from benchmarks.timing import StageCall, TimedBackend, with_backend
+    from nsp.backends.available import backend_record
+    from nsp.benchmarks.timing import StageCall, TimedBackend, with_backend
     from nsp.errors import ConfigError
-    from nsp.runtime.backends.registry import backend_record
-    from nsp.runtime.pipeline import load_pipeline
-    from nsp.runtime.results import to_uint8
+    from nsp.pipeline.pipeline import load_pipeline
+    from nsp.pipeline.results import to_uint8
 
     # Loading would import it a moment later: so its code is no part of what the model takes.
     with contextlib.suppress(ImportError, ConfigError):  # `load_pipeline` says what is wrong

@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.results import BatchResult, BenchResult
-from benchmarks.section import Section
-from benchmarks.timing import Observation
+from nsp.benchmarks.results import BatchResult, BenchResult
+from nsp.benchmarks.section import Section
+from nsp.benchmarks.timing import Observation
 from nsp.config import Config
 from nsp.errors import ConfigError
 

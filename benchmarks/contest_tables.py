@@ -3,11 +3,11 @@
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.intervals import median_ratio
-from benchmarks.product import GEMM, product_gflop
-from benchmarks.results import BatchResult, BenchResult
-from benchmarks.section import NONE, Section, db, ms, percent
-from benchmarks.timing import Observation
+from nsp.benchmarks.intervals import median_ratio
+from nsp.benchmarks.product import GEMM, product_gflop
+from nsp.benchmarks.results import BatchResult, BenchResult
+from nsp.benchmarks.section import NONE, Section, db, ms, percent
+from nsp.benchmarks.timing import Observation
 
 
 def rivals_section(result: BenchResult) -> Section:

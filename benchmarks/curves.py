@@ -1,4 +1,4 @@
-"""`python -m benchmarks.curves`: the course of a training, as a picture for a model card.
+"""`python -m nsp.benchmarks.curves`: the course of a training, as a picture for a model card.
 
 Takes the log.jsonl of phases, as the trainer writes them, in the order they ran. Logs of the same
 phase (the folder's name) follow one another in one plot: runs that went on from one another.
@@ -14,7 +14,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.command_line import FILE
+from nsp.console.command_line import FILE
 from nsp.errors import DataError, MissingExtraError, NspError
 from nsp.files import write_file
 

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.retrieval import PictureSet, Recall, at_side, psnr_db
-from nsp.checkpoint import CheckpointRecord, read_checkpoint
+from nsp.artifacts.checkpoint import CheckpointRecord, read_checkpoint
+from nsp.artifacts.manifest import Manifest, read_manifest
+from nsp.artifacts.repair import find_source
+from nsp.benchmarks.retrieval import PictureSet, Recall, at_side, psnr_db
 from nsp.config import Config
+from nsp.data.sheet import contact_sheet
 from nsp.data.sources import ImageSource, survey
 from nsp.errors import CheckpointError, ConfigError
 from nsp.files import write_file
-from nsp.runtime.manifest import Manifest, read_manifest
-from nsp.runtime.pipeline import Pipeline, load_pipeline
-from nsp.runtime.repair import find_source
-from nsp.sheet import contact_sheet
+from nsp.pipeline.pipeline import Pipeline, load_pipeline
 
 logger = logging.getLogger(__name__)
 

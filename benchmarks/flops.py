@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from nsp.families.var.config import VaeConfig, VarConfig
-from nsp.runtime.io import Sizes
+from nsp.stage.io import Sizes
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from benchmarks.results import Footprint
-from benchmarks.timing import StageCall
+from nsp.benchmarks.results import Footprint
+from nsp.benchmarks.timing import StageCall
 from nsp.families.var.config import VaeConfig, VarConfig
-from nsp.runtime.io import Shape, Sizes
-from nsp.runtime.kv_arena import ARENAS, HostArrays, KVShape
+from nsp.stage.arena import ARENAS, HostArrays, KVShape
+from nsp.stage.io import Shape, Sizes
 
 _FLOAT_BYTES = 4  # of activations: also where weights are narrow, on a CPU
 

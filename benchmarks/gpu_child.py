@@ -1,4 +1,4 @@
-"""A contestant of the GPU suite in a process of its own: `python -m benchmarks.gpu_child JOB`.
+"""A contestant of the GPU suite in a process of its own: `python -m nsp.benchmarks.gpu_child JOB`.
 
 Prints the ms from the start of loading to the first pictures, and the peak of host memory; the
 parent watches the memory of the GPU.
@@ -9,14 +9,14 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.child import resident_mib
+from nsp.benchmarks.child import resident_mib
 from nsp.errors import NspError
 
 
 def main() -> None:
     """Load, generate once and a second time, and print what that took."""
     job: dict[str, Any] = json.loads(sys.argv[1])
-    from benchmarks.gpu_contestants import ENTRIES, Place
+    from nsp.benchmarks.gpu_contestants import ENTRIES, Place
 
     started = time.perf_counter()
     try:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import gpu_contestants as contestants
-from benchmarks.gpu_ceilings import Clock, GpuCeilings
-from benchmarks.gpu_contestants import EAGER, ENTRIES, REFERENCE, Place
-from benchmarks.gpu_results import (
+from nsp.artifacts.manifest import PRECISION_DTYPES
+from nsp.benchmarks import gpu_contestants as contestants
+from nsp.benchmarks.gpu_ceilings import Clock, GpuCeilings
+from nsp.benchmarks.gpu_contestants import EAGER, ENTRIES, REFERENCE, Place
+from nsp.benchmarks.gpu_results import (
     DECODER,
     IMAGE,
     LOOP,
@@ -30,17 +31,16 @@ from benchmarks.gpu_results import (
     part_cost,
     summary_rows,
 )
-from benchmarks.parity import compare
-from benchmarks.processes import run_child
-from benchmarks.random_model import FAMILY, random_config, write_random_model
-from benchmarks.results import Cost, call_costs
-from benchmarks.timing import StageCall
-from nsp.families.registry import family
-from nsp.runtime.backends.base import Backend
-from nsp.runtime.cores import num_threads
-from nsp.runtime.manifest import PRECISION_DTYPES
-from nsp.runtime.pipeline import Pipeline
-from nsp.runtime.sampling import SamplingConfig
+from nsp.benchmarks.parity import compare
+from nsp.benchmarks.processes import run_child
+from nsp.benchmarks.random_model import FAMILY, random_config, write_random_model
+from nsp.benchmarks.results import Cost, call_costs
+from nsp.benchmarks.timing import StageCall
+from nsp.cores import num_threads
+from nsp.family.registry import family
+from nsp.family.sampling import SamplingConfig
+from nsp.pipeline.pipeline import Pipeline
+from nsp.stage.backend import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def fresh_process(name: str, place: Place, request: Mapping[str, Any]) -> FreshP
         lowest = pool.submit(_least_free_mib, done) if place.device == "cuda" else None
         free_before = torch.cuda.mem_get_info()[0] / 2**20 if lowest else 0.0
         try:
-            found = run_child("benchmarks.gpu_child", [job], threads=num_threads())
+            found = run_child("nsp.benchmarks.gpu_child", [job], threads=num_threads())
         finally:
             done.set()
         gpu = None if lowest is None else max(0.0, free_before - lowest.result())

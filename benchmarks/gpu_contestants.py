@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import baselines
-from benchmarks.random_model import FAMILY
-from export.run import ExportOptions, export
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.manifest import read_manifest
+from nsp.backends.available import availability
+from nsp.backends.onnxruntime.ort_backend import CUDA, OnnxRuntimeBackend
+from nsp.benchmarks import baselines
+from nsp.benchmarks.random_model import FAMILY
 from nsp.errors import BackendError
-from nsp.families.registry import family
-from nsp.runtime.backends.onnxruntime import CUDA, OnnxRuntimeBackend
-from nsp.runtime.backends.registry import availability
-from nsp.runtime.manifest import read_manifest
-from nsp.runtime.pipeline import Pipeline, load_pipeline, torch_pipeline
+from nsp.export.run import ExportOptions, export
+from nsp.family.registry import family
+from nsp.pipeline.pipeline import Pipeline, load_pipeline, torch_pipeline
 
 logger = logging.getLogger(__name__)
 

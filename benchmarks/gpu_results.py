@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_ceilings import KERNELS_PER_LAYER, GpuCeilings
-from benchmarks.machine import Environment
-from benchmarks.results import Cost
+from nsp.benchmarks.gpu_ceilings import KERNELS_PER_LAYER, GpuCeilings
+from nsp.benchmarks.machine import Environment
+from nsp.benchmarks.results import Cost
 from nsp.config import Config
 
 GPU_SCHEMA = 1

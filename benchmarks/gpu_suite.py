@@ -1,6 +1,6 @@
 """`var` on a GPU: parity and speed of everything that runs here, each beside its ceiling.
 
-    python -m benchmarks.gpu_suite [--sizes d16,d20,d24,d30] [--batch 1,8] [--quick]
+    python -m nsp.benchmarks.gpu_suite [--sizes d16,d20,d24,d30] [--batch 1,8] [--quick]
 
 For every size and batch: random weights -> engines -> a fresh process each (first image, memory) ->
 parity with float32 PyTorch -> interleaved rounds. What cannot run here is reported with the reason.
@@ -21,17 +21,17 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.gpu_ceilings import Clock, measure_gpu_ceilings
-from benchmarks.gpu_contest import contest
-from benchmarks.gpu_contestants import ENTRIES, Place
-from benchmarks.gpu_results import GPU_SCHEMA, Contest, SuiteResult, markdown
-from benchmarks.machine import Environment
-from benchmarks.random_model import random_config
-from nsp.command_line import FOLDER
+from nsp.backends.nvidia import find_gpu
+from nsp.benchmarks.gpu_ceilings import Clock, measure_gpu_ceilings
+from nsp.benchmarks.gpu_contest import contest
+from nsp.benchmarks.gpu_contestants import ENTRIES, Place
+from nsp.benchmarks.gpu_results import GPU_SCHEMA, Contest, SuiteResult, markdown
+from nsp.benchmarks.machine import Environment
+from nsp.benchmarks.random_model import random_config
+from nsp.console.command_line import FOLDER
+from nsp.cores import num_threads
 from nsp.errors import BackendError, ConfigError, NspError
 from nsp.files import write_file
-from nsp.runtime.cores import num_threads
-from nsp.runtime.nvidia import find_gpu
 
 JSON_NAME, MARKDOWN_NAME = "gpu_suite.json", "gpu_suite.md"
 
@@ -72,7 +72,7 @@ def run(options: SuiteOptions) -> SuiteResult:
         gpu = find_gpu()
         raise BackendError(
             "the GPU suite needs an NVIDIA GPU and finds none; it checks itself with: "
-            "python -m benchmarks.gpu_suite --device cpu --sizes tiny"
+            "python -m nsp.benchmarks.gpu_suite --device cpu --sizes tiny"
             if gpu is None
             else f"this PyTorch does not use the {gpu.name}; "
             "run: pip install --force-reinstall 'torch==2.13.*'"

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.parity import psnr_db
-from benchmarks.results import GuidancePoint, measured_times
-from benchmarks.timing import Contestant, interleaved
-from nsp.runtime.pipeline import Pipeline
+from nsp.benchmarks.parity import psnr_db
+from nsp.benchmarks.results import GuidancePoint, measured_times
+from nsp.benchmarks.timing import Contestant, interleaved
+from nsp.pipeline.pipeline import Pipeline
 
 LAST_SCALES = 4  # at most so many go without guidance
 NUM_PICTURES = 8

@@ -1,6 +1,6 @@
 """Images per second that the data loaders give, beside what a model consumes.
 
-    python -m benchmarks.loader --source emoji --image-size 64 --consumption 40
+    python -m nsp.benchmarks.loader --source emoji --image-size 64 --consumption 40
 
 Measured are the map-style loader in its first epoch (every picture is decoded) and after it (from
 memory), and the stream over the same pictures packed into shards in a temporary folder. The first
@@ -20,15 +20,15 @@ from typing import Any
 import click
 from torch.utils.data import DataLoader, Sampler
 
-from benchmarks.machine import OtherWork
-from nsp.command_line import COUNT
+from nsp.benchmarks.machine import OtherWork
 from nsp.config import Config
+from nsp.console.command_line import COUNT
+from nsp.console.terminal import results_console
 from nsp.data.dataset import ImageDataset, batches
 from nsp.data.pack import pack
 from nsp.data.sources import open_source
 from nsp.data.stream import ShardStream
 from nsp.errors import NspError
-from nsp.terminal import results_console
 
 WARMUP_SECONDS = 1.0
 

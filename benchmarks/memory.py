@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import run_child
+from nsp.benchmarks.processes import run_child
 from nsp.config import Config
 
 
@@ -31,7 +31,7 @@ class ColdRun(Config):
     contestant: str
     batch: int
     python_ms: float  # the interpreter runs
-    imported_ms: float  # nsp.runtime is imported, its backend's library not yet
+    imported_ms: float  # nsp.pipeline is imported, its backend's library not yet
     loaded_ms: float  # the pipeline is loaded
     first_step_ms: float  # the first scale step is done
     image_ms: float  # the images are decoded
@@ -64,5 +64,5 @@ def cold_run(source: Source, request: Mapping[str, Any], *, batch: int, threads:
         "options": dict(source.options),
         "request": dict(request),
     }
-    measured = run_child("benchmarks.child", [json.dumps(job)], threads=threads)
+    measured = run_child("nsp.benchmarks.child", [json.dumps(job)], threads=threads)
     return ColdRun.from_dict({"contestant": source.name, "batch": batch, **measured})

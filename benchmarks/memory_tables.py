@@ -3,9 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.memory import ColdRun
-from benchmarks.results import BenchResult, Footprint
-from benchmarks.section import NONE, Section, ms
+from nsp.benchmarks.memory import ColdRun
+from nsp.benchmarks.results import BenchResult, Footprint
+from nsp.benchmarks.section import NONE, Section, ms
 
 
 def cold_section(result: BenchResult) -> Section:

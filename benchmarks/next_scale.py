@@ -1,4 +1,4 @@
-"""`python -m benchmarks.next_scale`: the time and memory of growing one picture, scale by scale.
+"""`python -m nsp.benchmarks.next_scale`: time and memory of growing one picture, scale by scale.
 
 With random weights of a named size in PyTorch, or with engines exported from such a model: what the
 sizes cost, not what pictures show.
@@ -13,19 +13,19 @@ from pathlib import Path
 
 import click
 
-from benchmarks.machine import Environment
-from nsp.command_line import FOLDER
+from nsp.benchmarks.machine import Environment
 from nsp.config import Config
+from nsp.console.command_line import FOLDER
+from nsp.cores import num_threads
 from nsp.errors import ConfigError, NspError
 from nsp.files import read_json, write_file
-from nsp.runtime.cores import num_threads
-from nsp.runtime.pipeline import Pipeline, load_pipeline
+from nsp.pipeline.pipeline import Pipeline, load_pipeline
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 _CAPTIONS = ("a beautiful landscape with mountains and a lake", "red apple", "two-hump camel")
-_NOTES = {"made_by": "benchmarks.next_scale"}
+_NOTES = {"made_by": "nsp.benchmarks.next_scale"}
 _TEXT_ENCODER = {"vocab_size": 560, "depth": 12, "num_heads": 12}
 
 
@@ -55,7 +55,7 @@ class Growth(Config):
         if self.schema_version != SCHEMA:
             raise ConfigError(
                 f"result has schema_version {self.schema_version}, this nsp reads {SCHEMA}; "
-                "run: python -m benchmarks.next_scale"
+                "run: python -m nsp.benchmarks.next_scale"
             )
 
     @property
@@ -74,7 +74,7 @@ def read_growth(path: Path) -> Growth:
     try:
         return Growth.from_dict(read_json(path))
     except (ValueError, ConfigError) as error:
-        raise ConfigError(f"{path} is no result of benchmarks.next_scale ({error})") from error
+        raise ConfigError(f"{path} is no result of nsp.benchmarks.next_scale ({error})") from error
 
 
 def measure(
@@ -116,8 +116,8 @@ def _new_pipeline(size: str, threads: int, save_to: Path | None) -> Pipeline:
     from nsp.data.sources import ImageSource, Sample
     from nsp.families.next_scale.config import SIZES
     from nsp.families.next_scale.training import new_system
-    from nsp.families.registry import family
-    from nsp.runtime.pipeline import torch_pipeline
+    from nsp.family.registry import family
+    from nsp.pipeline.pipeline import torch_pipeline
 
     if size not in SIZES:
         raise ConfigError(f"unknown size {size!r}; known: {', '.join(SIZES)}")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.peer import check_clone
-from benchmarks.rivals import RIVAL_NAMES
-from benchmarks.timing import Stability
+from nsp.benchmarks.peer import check_clone
+from nsp.benchmarks.rivals import RIVAL_NAMES
+from nsp.benchmarks.timing import Stability
 from nsp.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ class BenchOptions:
     rounds: int | None = None
     warmup: int | None = None
     seed: int = 0
-    threads: int | None = None  # None: see `nsp.runtime.cores`
+    threads: int | None = None  # None: see `nsp.cores`
     rivals: tuple[str, ...] | None = None  # of RIVAL_NAMES; None: all there are, none when quick
     peer_var: Path | None = None  # a clone of the public VAR code
     sweep: bool = False  # batch sizes, threads and guidance ended early, for the plots

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from nsp.config import Config
 from nsp.errors import ParityError
-from nsp.runtime.pipeline import Pipeline
-from nsp.runtime.results import Trace
-from nsp.runtime.sampling import SamplingConfig, draw_uniforms
+from nsp.family.sampling import SamplingConfig, draw_uniforms
+from nsp.pipeline.pipeline import Pipeline
+from nsp.pipeline.results import Trace
 
 Floats = NDArray[np.float32]
 MAX_FLIPS = 100  # recorded one by one; a broken model flips nearly every token

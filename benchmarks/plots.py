@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.growth_plots import batches_plot, guidance_plot, threads_plot, tokens_plot
-from benchmarks.intervals import median_ratio
-from benchmarks.machine import Ceilings
-from benchmarks.parity import Parity
-from benchmarks.results import BatchResult, BenchResult, Row
-from benchmarks.section import ms
-from benchmarks.svg import FAINT, INK, MARKERS, SERIES, Plot, draw
+from nsp.benchmarks.growth_plots import batches_plot, guidance_plot, threads_plot, tokens_plot
+from nsp.benchmarks.intervals import median_ratio
+from nsp.benchmarks.machine import Ceilings
+from nsp.benchmarks.parity import Parity
+from nsp.benchmarks.results import BatchResult, BenchResult, Row
+from nsp.benchmarks.section import ms
+from nsp.benchmarks.svg import FAINT, INK, MARKERS, SERIES, Plot, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

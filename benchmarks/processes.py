@@ -1,13 +1,12 @@
 """Fresh processes: what must not be measured in a process that already did something else."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from nsp import child
 from nsp.errors import BackendError
 
 TIMEOUT_S = 900
@@ -19,7 +18,7 @@ def run_child(module: str, arguments: Sequence[str], *, threads: int) -> dict[st
 
     Raises BackendError with the child's last line when it fails, or runs longer than 15 minutes.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-P", "-m", module, *arguments]
     try:
         done = subprocess.run(
             command,
@@ -41,8 +40,5 @@ def run_child(module: str, arguments: Sequence[str], *, threads: int) -> dict[st
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Return this process's environment with thread counts set and this package importable."""
-    root = str(Path(__file__).resolve().parents[1])
-    inherited = os.environ.get("PYTHONPATH")
-    path = root if not inherited else os.pathsep.join((root, inherited))
-    return {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
+    """Return the environment of a child that computes with so many threads."""
+    return child.environment(dict.fromkeys(_THREAD_VARIABLES, str(threads)))

@@ -1,6 +1,6 @@
 """Random weights of a named size, the same each time: what speed and parity need no training for.
 
-    python -m benchmarks.random_model --size w512 --output-dir runs/w512
+    python -m nsp.benchmarks.random_model --size w512 --output-dir runs/w512
     nsp export --checkpoint runs/w512 --engine-dir engines/w512 --target onnxruntime --fp32 --int8
 
 The published initialisation would make parity blind: it all but closes the gates of the residual
@@ -13,16 +13,16 @@ import click
 import torch
 from torch import nn
 
-from nsp.checkpoint import is_checkpoint, read_checkpoint
-from nsp.command_line import FOLDER
+from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
+from nsp.console.command_line import FOLDER
 from nsp.errors import ConfigError, NspError
-from nsp.families.registry import family
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, size, with_condition
 from nsp.families.var.model import initialize
 from nsp.families.var.system import VarSystem
+from nsp.family.registry import family
 
 FAMILY = "var"
-_NOTES = {"made_by": "benchmarks.random_model", "version": 2}
+_NOTES = {"made_by": "nsp.benchmarks.random_model", "version": 2}
 # Gates of about 0.3 where the published start has 1e-5: without the branches, two thirds of what
 # decides the logits are gone.
 _ADALN_GAMMA = 1.0

@@ -1,4 +1,4 @@
-"""Writes the README's tables of measurements from committed results: `python -m benchmarks.readme`.
+"""`python -m nsp.benchmarks.readme` writes the README's tables of measurements from results.
 
 To measure again: run `nsp bench` as the text beside a table says, copy its bench.json over the
 result, and run this.
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest_tables import step_section
-from benchmarks.next_scale import growth_table, read_growth
-from benchmarks.report import table_lines, write_text
-from benchmarks.results import BatchResult, BenchResult, Row, read_result
+from nsp.benchmarks.contest_tables import step_section
+from nsp.benchmarks.next_scale import growth_table, read_growth
+from nsp.benchmarks.report import table_lines, write_text
+from nsp.benchmarks.results import BatchResult, BenchResult, Row, read_result
 from nsp.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout: its folder is linked into nsp/
 RESULTS = ROOT / "benchmarks" / "results"
 END = "<!-- end -->"
 
@@ -136,7 +136,7 @@ SECTIONS: Mapping[str, Source] = {
 
 def begin(name: str) -> str:
     """Return the mark before the section of a result."""
-    return f"<!-- from benchmarks/results/{name} by: python -m benchmarks.readme -->"
+    return f"<!-- from benchmarks/results/{name} by: python -m nsp.benchmarks.readme -->"
 
 
 def rewritten(readme: str, results: Mapping[str, Any]) -> str:

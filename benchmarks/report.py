@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.page import page
-from benchmarks.pictures import Pictures
-from benchmarks.results import BatchResult, BenchResult
-from benchmarks.section import Section
-from benchmarks.tables import sections
+from nsp.benchmarks.page import page
+from nsp.benchmarks.pictures import Pictures
+from nsp.benchmarks.results import BatchResult, BenchResult
+from nsp.benchmarks.section import Section
+from nsp.benchmarks.tables import sections
 from nsp.errors import MissingExtraError
 from nsp.files import write_file
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from benchmarks.contract import Contract
-from benchmarks.flops import TextEncoderSize, stage_work
-from benchmarks.machine import Ceilings, Environment
-from benchmarks.memory import ColdRun
-from benchmarks.parity import Parity
-from benchmarks.scenarios import Scenario
-from benchmarks.timing import Observation, Percentiles, StageCall, percentiles
+from nsp.benchmarks.contract import Contract
+from nsp.benchmarks.flops import TextEncoderSize, stage_work
+from nsp.benchmarks.machine import Ceilings, Environment
+from nsp.benchmarks.memory import ColdRun
+from nsp.benchmarks.parity import Parity
+from nsp.benchmarks.scenarios import Scenario
+from nsp.benchmarks.timing import Observation, Percentiles, StageCall, percentiles
 from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.files import read_json
-from nsp.runtime.io import StageIO
+from nsp.stage.io import StageIO
 
 SCHEMA = 3
 # 1 has no contract, no rivals and no sweep; 2 no footprint and no guidance ended early, and its

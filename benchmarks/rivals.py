@@ -16,18 +16,18 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.results import Entry
-from benchmarks.subject import Subject
-from benchmarks.timing import Contestant
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest, read_manifest
+from nsp.backends.available import backend_record
+from nsp.benchmarks.results import Entry
+from nsp.benchmarks.subject import Subject
+from nsp.benchmarks.timing import Contestant
 from nsp.errors import BackendError, ConfigError, NspError
-from nsp.families.registry import Family
-from nsp.runtime.backends.base import Backend
-from nsp.runtime.backends.registry import backend_record
-from nsp.runtime.io import StageIO
-from nsp.runtime.kv_arena import HostArrays, KVArena, KVShape
-from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, read_manifest
-from nsp.runtime.pipeline import Pipeline, load_pipeline
+from nsp.family.registry import Family
+from nsp.pipeline.pipeline import Pipeline, load_pipeline
+from nsp.stage.arena import HostArrays, KVArena, KVShape
+from nsp.stage.backend import Backend
+from nsp.stage.io import StageIO
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Rival:
 
 def _compiled(reference: Pipeline, system: Any, threads: int) -> Backend:
     """Return the PyTorch backend with every stage compiled; threads are the process's."""
-    from nsp.runtime.backends.torch import TorchBackend
+    from nsp.backends.torch import TorchBackend
 
     stages = reference.family.get("stages")(system, "delta")
     backend = TorchBackend(stages, reference.backend.stages_io, kv_layout="delta", device="cpu")
@@ -68,7 +68,7 @@ def export_plain(
     family: Family, system: Any, stages_io: Mapping[str, StageIO], root: Path
 ) -> dict[str, Path]:
     """Return the ONNX files of some stages, written below `root` with the exporter's defaults."""
-    from export.onnx_export import export_stage
+    from nsp.export.graph.onnx_export import export_stage
 
     stages = family.get("stages")(system, "present")
     stages["step"].attend = attend_joined

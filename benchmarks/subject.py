@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.flops import TextEncoderSize
-from benchmarks.memory import Source
-from benchmarks.results import Model
-from nsp import command_line
-from nsp.checkpoint import is_checkpoint, read_checkpoint
+from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
+from nsp.artifacts.manifest import Manifest, read_manifest
+from nsp.artifacts.repair import find_source
+from nsp.backends.available import availability
+from nsp.benchmarks.flops import TextEncoderSize
+from nsp.benchmarks.memory import Source
+from nsp.benchmarks.results import Model
+from nsp.console import command_line
 from nsp.errors import BackendError, CheckpointError
-from nsp.runtime.backends.registry import availability
-from nsp.runtime.manifest import Manifest, read_manifest
-from nsp.runtime.pipeline import Pipeline, load_pipeline
-from nsp.runtime.repair import find_source
+from nsp.pipeline.pipeline import Pipeline, load_pipeline
 from nsp.walk import files_below
 
 logger = logging.getLogger(__name__)

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from benchmarks.results import SweepPoint
-from benchmarks.scenarios import Scenario
-from benchmarks.subject import Subject, torch_threads
-from benchmarks.timing import Contestant, interleaved
+from nsp.benchmarks.results import SweepPoint
+from nsp.benchmarks.scenarios import Scenario
+from nsp.benchmarks.subject import Subject, torch_threads
+from nsp.benchmarks.timing import Contestant, interleaved
 
 Load = Callable[[int], Subject]  # threads -> both sides, loaded for so many
 

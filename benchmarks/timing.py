@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.config import Config
-from nsp.runtime.backends.base import Backend
-from nsp.runtime.io import Shape
-from nsp.runtime.kv_arena import Array, KVArena, KVShape
-from nsp.runtime.pipeline import Pipeline
+from nsp.pipeline.pipeline import Pipeline
+from nsp.stage.arena import Array, KVArena, KVShape
+from nsp.stage.backend import Backend
+from nsp.stage.io import Shape
 
 # Worker threads of one runtime spin for a moment after its last operator; without a pause they
 # would take the processor from the contestant that follows.

@@ -1,6 +1,6 @@
 """What the trainer costs: its steps beside those of a plain PyTorch loop of the same model.
 
-    python -m benchmarks.training [--preset emoji] [--phase predictor] [--steps 40]
+    python -m nsp.benchmarks.training [--preset emoji] [--phase predictor] [--steps 40]
 
 Both train the same phase on the same batches with the same optimizer, in one process, a step each
 in turn. The trainer's include its sampler, checks, reports and averages, not saving and samples,
@@ -21,9 +21,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from nsp.checkpoint import read_checkpoint
-from nsp.families.registry import family
-from nsp.training.config import PhaseConfig, RunConfig
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.registry import family
 from nsp.training.objective import Objective, TokenCache
 from nsp.training.optimizer import new_optimizer, set_rates
 from nsp.training.order import Share, StepSampler, sample_keys

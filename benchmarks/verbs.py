@@ -6,7 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from nsp.command_line import (
+from nsp.console.command_line import (
     COUNT,
     FILE,
     FOLDER,
@@ -124,9 +124,9 @@ def bench(
         _compare_results(*compare, threshold=threshold, as_json=as_json)
         return
     check_output(options["output_dir"])
-    from benchmarks.bench import run
-    from benchmarks.options import BenchOptions
-    from nsp.terminal import progress_bar, results_console
+    from nsp.benchmarks.bench import run
+    from nsp.benchmarks.options import BenchOptions
+    from nsp.console.terminal import progress_bar, results_console
 
     precision = one_precision(options)
     folder = engine_dir or Path("engines")
@@ -174,10 +174,10 @@ def _refuse_options_of_other_uses(use: str | None) -> None:
 
 def _compare_results(old: Path, new: Path, *, threshold: str, as_json: bool) -> None:
     """Say how two results differ; end with an error when the engines became slower."""
-    from benchmarks.compare import compare_results, comparison_sections, parse_threshold
-    from benchmarks.report import render
-    from benchmarks.results import read_result
-    from nsp.terminal import results_console
+    from nsp.benchmarks.compare import compare_results, comparison_sections, parse_threshold
+    from nsp.benchmarks.report import render
+    from nsp.benchmarks.results import read_result
+    from nsp.console.terminal import results_console
 
     share = parse_threshold(threshold)
     found = compare_results(read_result(old), read_result(new), threshold=share)
@@ -192,8 +192,8 @@ def _compare_results(old: Path, new: Path, *, threshold: str, as_json: bool) -> 
 
 def _measure_fidelity(*, as_json: bool, **options: Any) -> None:
     """Measure and report."""
-    from benchmarks.fidelity import FidelityOptions, run
-    from nsp.terminal import progress_bar
+    from nsp.benchmarks.fidelity import FidelityOptions, run
+    from nsp.console.terminal import progress_bar
 
     chosen = FidelityOptions(**options)
     with progress_bar() as show:

@@ -11,20 +11,20 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from export.engine import ENGINE_NAME, Engine, build_engine
-from export.images import check_images
-from export.lint import check_graph
-from export.onnx_export import MODEL_NAME, export_stage
-from export.parity import Subject, check_stage
-from export.plan import ExportPlan, PlannedBuild
-from export.precision import at_precision
-from export.quantize import quantize
-from export.reference import Reference, record_reference
-from export.store import EngineStore, with_variant
-from nsp.runtime.backends.base import Backend
-from nsp.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
-from nsp.runtime.backends.torch import TorchBackend
-from nsp.runtime.manifest import Manifest, Variant
+from nsp.artifacts.manifest import Manifest, Variant
+from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
+from nsp.backends.torch import TorchBackend
+from nsp.export.compile.engine import ENGINE_NAME, Engine, build_engine
+from nsp.export.graph.lint import check_graph
+from nsp.export.graph.narrow import at_precision
+from nsp.export.graph.onnx_export import MODEL_NAME, export_stage
+from nsp.export.graph.quantize import quantize
+from nsp.export.plan import ExportPlan, PlannedBuild
+from nsp.export.proof.parity import Subject, check_stage
+from nsp.export.proof.reference import Reference, record_reference
+from nsp.export.proof.whole_images import check_images
+from nsp.export.store import EngineStore, with_variant
+from nsp.stage.backend import Backend
 
 logger = logging.getLogger(__name__)
 

@@ -3,14 +3,14 @@
 import platform
 from collections.abc import Sequence
 
-from nsp.runtime.nvidia import find_gpu
+from nsp.backends.nvidia import find_gpu
 
 
 def built_for(gpu_archs: Sequence[str]) -> dict[str, str]:
     """Return operating system, processor type and GPU of an engine for `gpu_archs`.
 
     Without any, or with "current", the GPU is this machine's; it is left out where there is none.
-    The runtime refuses an engine on another machine (nsp/runtime/engine_choice.py).
+    The runtime refuses an engine on another machine (nsp/artifacts/engine_choice.py).
     """
     target = {"os": platform.system().lower(), "machine": platform.machine()}
     if gpu_archs and "current" not in gpu_archs:

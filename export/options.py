@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.config import Config
+from nsp.cores import num_threads
 from nsp.errors import ConfigError
-from nsp.runtime.cores import num_threads
-from nsp.runtime.manifest import PRECISION_DTYPES
 from nsp.values import count
 
 AUTO = "auto"
@@ -21,14 +21,14 @@ class ExportOptions(Config):
     checkpoint: str  # folder
     engine_dir: str = "engines"
     precisions: tuple[str, ...] = ("fp32",)
-    targets: tuple[str, ...] = (AUTO,)  # names in `export.targets.TARGETS`, or "auto" alone
+    targets: tuple[str, ...] = (AUTO,)  # names in `nsp.export.targets.TARGETS`, or "auto" alone
     max_batch: int = 4  # images per batch of TensorRT engines; ONNX Runtime takes any
     static_batch: bool = False  # TensorRT engines take full, guided batches only, but run faster
     gpu_archs: tuple[str, ...] = ()  # of TensorRT-RTX engines; () is the target's default
     rebuild: bool = False  # build again what could be reused
     build_timeout_s: float = 3600.0  # per engine
     verify: bool = True  # hold the checkpoint to its digests
-    num_threads: int | None = None  # of ONNX Runtime's checks; None: see `nsp.runtime.cores`
+    num_threads: int | None = None  # of ONNX Runtime's checks; None: see `nsp.cores`
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the checkpoint."""

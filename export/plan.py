@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from export.built_for import built_for
-from export.dtypes import precision_map, stored_precision
-from export.fingerprint import fingerprint, tool_versions
-from export.options import ExportOptions
-from export.store import EngineStore
-from export.targets import Target, gpu_archs, resolve
-from export.weights import stage_bytes
-from nsp.checkpoint import CheckpointRecord, read_checkpoint
-from nsp.families.precision import StageWeights
-from nsp.runtime.io import StageIO
-from nsp.runtime.manifest import PRECISION_DTYPES, Manifest, Variant
-from nsp.runtime.sampling import SamplingConfig
+from nsp.artifacts.checkpoint import CheckpointRecord, read_checkpoint
+from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest, Variant
+from nsp.export.built_for import built_for
+from nsp.export.fingerprint import fingerprint, tool_versions
+from nsp.export.graph.dtypes import precision_map, stored_precision
+from nsp.export.options import ExportOptions
+from nsp.export.stage_bytes import stage_bytes
+from nsp.export.store import EngineStore
+from nsp.export.targets import Target, gpu_archs, resolve
+from nsp.family.sampling import SamplingConfig
+from nsp.family.stage_weights import StageWeights
+from nsp.stage.io import StageIO
 
 logger = logging.getLogger(__name__)
 

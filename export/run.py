@@ -16,15 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.options import ExportEvent, ExportOptions, OnEvent
-from export.plan import ExportPlan, PlannedBuild, make_plan
-from export.recorded import write_recorded
-from export.store import EngineStore, with_variant
-from nsp.checkpoint import is_checkpoint
-from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
-from nsp.files import name_problem
-from nsp.paths import check_output, describe
-from nsp.runtime.manifest import (
+from nsp.artifacts.checkpoint import is_checkpoint
+from nsp.artifacts.manifest import (
     RECORDED_DIR,
     SCHEMA,
     TOKENIZER_DIR,
@@ -32,11 +25,18 @@ from nsp.runtime.manifest import (
     Variant,
     read_manifest,
 )
-from nsp.runtime.repair import source_name
+from nsp.artifacts.repair import source_name
+from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
+from nsp.export.options import ExportEvent, ExportOptions, OnEvent
+from nsp.export.plan import ExportPlan, PlannedBuild, make_plan
+from nsp.export.proof.recorded import write_recorded
+from nsp.export.store import EngineStore, with_variant
+from nsp.files import name_problem
+from nsp.paths import check_output, describe
 from nsp.text.clip_bpe import TOKENIZER_FILES
 
 if TYPE_CHECKING:
-    from export.build import StageBuilder
+    from nsp.export.build import StageBuilder
 
 __all__ = ["ExportEvent", "ExportOptions", "PlannedBuild", "export", "find_checkpoint", "plan"]
 
@@ -172,7 +172,7 @@ def _has_work(todo: ExportPlan) -> bool:
 
 
 def _builder(todo: ExportPlan, store: EngineStore, progress: "_Progress") -> "StageBuilder":
-    from export.build import StageBuilder  # imports torch
+    from nsp.export.build import StageBuilder  # imports torch
 
     return StageBuilder(todo, store, progress.report)
 
@@ -215,7 +215,7 @@ def _tokenizer_files(todo: ExportPlan, store: EngineStore) -> dict[str, str]:
 
 def _recorded(builder: "StageBuilder", todo: ExportPlan, store: EngineStore) -> dict[str, str]:
     """Return {path: SHA-256} of recorded calls for `nsp verify`, laid in the staging folder."""
-    from export.reference import smallest_recordings
+    from nsp.export.proof.reference import smallest_recordings
 
     with store.new_folder() as folder:
         recordings = smallest_recordings(builder.reference)

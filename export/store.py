@@ -20,10 +20,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from nsp.errors import ConfigError, EngineError, ExportError
-from nsp.files import inside, locked_file, name_failed_write
-from nsp.runtime.engine_files import check_files, unused
-from nsp.runtime.manifest import (
+from nsp.artifacts.engine_files import check_files, unused
+from nsp.artifacts.manifest import (
     MANIFEST_NAME,
     PRECISION_DTYPES,
     RECORDED_DIR,
@@ -37,6 +35,8 @@ from nsp.runtime.manifest import (
     read_manifest,
     write_manifest,
 )
+from nsp.errors import ConfigError, EngineError, ExportError
+from nsp.files import inside, locked_file, name_failed_write
 
 logger = logging.getLogger(__name__)
 

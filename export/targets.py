@@ -5,9 +5,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from export.options import AUTO, ExportOptions
+from nsp.backends.available import BACKENDS, BackendRecord
 from nsp.errors import BackendError, ConfigError
-from nsp.runtime.backends.registry import BACKENDS, BackendRecord
+from nsp.export.options import AUTO, ExportOptions
 
 logger = logging.getLogger(__name__)
 

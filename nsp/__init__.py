@@ -9,7 +9,7 @@ Engines in, pictures out:
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nsp.runtime.pipeline import Pipeline, load_pipeline
+    from nsp.pipeline.pipeline import Pipeline, load_pipeline
 
 __all__ = ["Pipeline", "load_pipeline"]
 
@@ -18,6 +18,6 @@ def __getattr__(name: str) -> Any:
     """Return what is used, imported then: the command line says what does not load here."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nsp.runtime import pipeline
+    from nsp.pipeline import pipeline
 
     return getattr(pipeline, name)

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from cli import main
-from nsp.runtime.images import read_metadata
-from nsp.runtime.pipeline import load_pipeline
+from nsp.cli import main
+from nsp.data.png import read_metadata
+from nsp.pipeline.pipeline import load_pipeline
 from tests.goldens.var_tiny.fixtures import GOLDEN_DIR
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ import sys
 for name in {HEAVY!r}:
     sys.modules[name] = None
 from click.testing import CliRunner
-from cli import main
+from nsp.cli import main
 for args in ([], ["--help"], ["--version"], *([verb, "--help"] for verb in main.commands)):
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 0 and result.stdout.strip(), (args, result.output)

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from benchmarks.options import QUICK
-from cli import main
-from nsp.runtime.images import read_metadata
-from nsp.runtime.pipeline import load_pipeline
+from nsp.benchmarks.options import QUICK
+from nsp.cli import main
+from nsp.data.png import read_metadata
+from nsp.pipeline.pipeline import load_pipeline
 from tests.data.picture_files import encoded, write_captioned, write_files
 from tests.disk import largest_file
 
@@ -90,7 +90,7 @@ def test_generate_from_engines_makes_the_pictures_of_the_checkpoint(
 def test_generate_from_engines_imports_no_training_package(engines, tmp_path):
     script = """
 import sys
-import cli
+from nsp import cli
 try:
     cli.main(sys.argv[1:])
 except SystemExit as end:
@@ -120,7 +120,7 @@ def test_bench_ends_with_one_line_of_json_and_three_reports(
     engines, tiny_checkpoint, tmp_path, monkeypatch
 ):
     small = {"candidate_processes": 0, "baseline_processes": 0, "gemm_side": 64}
-    monkeypatch.setattr("benchmarks.options.QUICK", {**QUICK, **small})
+    monkeypatch.setattr("nsp.benchmarks.options.QUICK", {**QUICK, **small})
     options = ("--engine-dir", engines, "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path)
     result = nsp("bench", *options, "--quick", "--rounds", 2, "--batch-size", 1)
     assert result.exit_code == 0, result.output

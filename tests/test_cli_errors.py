@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cli import main
-from nsp.checkpoint import write_digests
+from nsp.artifacts.checkpoint import write_digests
+from nsp.artifacts.manifest import read_manifest
+from nsp.cli import main
 from nsp.distribution import pip_install
-from nsp.runtime.manifest import read_manifest
+from tests.artifacts.engine_folders import change_manifest, engine_file, write_engines
 from tests.disk import largest_file
-from tests.runtime.engine_folders import change_manifest, engine_file, write_engines
 
 ROOT = Path(__file__).parent.parent
 PROMPT = ("--prompt", "red apple")
@@ -288,7 +288,7 @@ def test_verbose_adds_the_traceback_before_the_line(tmp_path):
 
 
 def test_the_time_a_build_may_take_is_an_option(tiny_checkpoint, tmp_path, monkeypatch):
-    import export.run
+    import nsp.export.run
 
     seen = []
 
@@ -296,7 +296,7 @@ def test_the_time_a_build_may_take_is_an_option(tiny_checkpoint, tmp_path, monke
         seen.append(options.build_timeout_s)
         return []
 
-    monkeypatch.setattr(export.run, "plan", noting)
+    monkeypatch.setattr(nsp.export.run, "plan", noting)
     arguments = [
         "export",
         "--checkpoint",
@@ -368,7 +368,7 @@ def test_every_way_in_which_memory_ends_is_one_line(monkeypatch, tmp_path, error
     def fail(folder):
         raise error
 
-    monkeypatch.setattr("nsp.inspection.describe_folder", fail)
+    monkeypatch.setattr("nsp.console.inspection.describe_folder", fail)
     assert_one_line(nsp("inspect", tmp_path), 1, "not enough memory")
 
 
@@ -376,7 +376,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     def fail(folder):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("nsp.inspection.describe_folder", fail)
+    monkeypatch.setattr("nsp.console.inspection.describe_folder", fail)
     assert isinstance(nsp("inspect", tmp_path).exception, RuntimeError)
 
 

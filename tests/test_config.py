@@ -10,9 +10,9 @@ import pytest
 from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.families.next_scale import config as next_scale
-from nsp.families.registry import FAMILIES
 from nsp.families.var import config as var
-from nsp.runtime.sampling import SamplingConfig
+from nsp.family.registry import FAMILIES
+from nsp.family.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from nsp.console.prompt_lists import read_list
 from nsp.csv_rows import CsvError, csv_rows
 from nsp.data.sources import open_source
 from nsp.errors import ConfigError, DataError
-from nsp.runtime.prompt_lists import read_list
 from tests.data.picture_files import encoded, write_files
 
 UNCLOSED = 'a.png,"unclosed\nb.png,green\n'

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import save_file
 
-import train
-from cli import main
-from nsp.checkpoint import read_checkpoint
+from nsp import train
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.cli import main
 from nsp.errors import CheckpointError, EngineError
 from nsp.paths import check_output, describe, wrong_path
-from nsp.runtime.pipeline import load_pipeline
-from tests.runtime.engine_folders import write_engines
+from nsp.pipeline.pipeline import load_pipeline
+from tests.artifacts.engine_folders import write_engines
 
 KINDS = {
     "engines": "engines",
@@ -236,7 +236,7 @@ def test_an_output_folder_that_cannot_be_one_is_refused_before_anything_is_loade
     def load(*arguments: object, **options: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("nsp.runtime.pipeline.load_pipeline", load)
+    monkeypatch.setattr("nsp.pipeline.pipeline.load_pipeline", load)
     options = ("--engine-dir", str(place / "engines"), "--class-id", "1")
     result = CliRunner().invoke(main, ["generate", *options, "--output-dir", str(place / name)])
     assert result.exit_code == 1

@@ -181,7 +181,7 @@ def test_launch_options_are_those_that_accelerate_and_train_know(cluster: Cluste
     assert parsed.training_script == "train.py"
     assert parsed.num_processes == 32
 
-    from train import main
+    from nsp.train import main
 
     known = {option for parameter in main.params for option in parameter.opts}
     options = {word for word in parsed.training_script_args if word.startswith("--")}

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import train
-from cli import main
-from nsp import values
+from nsp import train, values
+from nsp.cli import main
 from nsp.errors import ConfigError, NspError
-from nsp.runtime.batches import MAX_IMAGES, plan_images
-from nsp.runtime.pipeline import Pipeline, load_pipeline
-from nsp.runtime.sampling import SamplingConfig
-from tests.runtime.engine_folders import write_engines
+from nsp.family.sampling import SamplingConfig
+from nsp.pipeline.batches import MAX_IMAGES, plan_images
+from nsp.pipeline.pipeline import Pipeline, load_pipeline
+from tests.artifacts.engine_folders import write_engines
 
 
 class Unshowable:

@@ -34,7 +34,7 @@ def run(site: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[s
 
 
 def test_help_works_outside_the_checkout(site: Path) -> None:
-    code = "import cli, sys; assert 'site' in cli.__file__, cli.__file__; cli.main()"
+    code = "from nsp import cli; assert 'site' in cli.__file__, cli.__file__; cli.main()"
     result = run(site, code, "--help")
     assert result.returncode == 0, result.stderr
     for verb in ("export", "generate", "bench", "verify", "inspect", "doctor", "convert"):
@@ -43,22 +43,29 @@ def test_help_works_outside_the_checkout(site: Path) -> None:
 
 def test_everything_a_run_needs_is_in_the_wheel(site: Path) -> None:
     code = (
-        "import nsp, export, benchmarks, train\n"
+        "import nsp, nsp.export, nsp.benchmarks, nsp.train\n"
         "from nsp.data.sources import EMOJI_TAR\n"
         "from pathlib import Path\n"
         "assert EMOJI_TAR.is_file(), EMOJI_TAR\n"
-        "assert Path(benchmarks.__file__).with_name('report.html.j2').is_file()\n"
-        "assert all(str(m.__file__).startswith(sys.argv[1]) for m in (nsp, export, benchmarks))"
+        "assert Path(nsp.benchmarks.__file__).with_name('report.html.j2').is_file()\n"
+        "packages = (nsp, nsp.export, nsp.benchmarks, nsp.train)\n"
+        "assert all(str(m.__file__).startswith(sys.argv[1]) for m in packages)"
     )
     result = run(site, "import sys\n" + code, str(site))
     assert result.returncode == 0, result.stderr
     assert (site / "nsp" / "py.typed").is_file()
 
 
+def test_the_wheel_installs_one_name_and_no_links(site: Path) -> None:
+    tops = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
+    assert tops - {"bin", "__pycache__"} == {"nsp"}
+    assert not [path for path in site.rglob("*") if path.is_symlink()]
+
+
 def test_an_installed_package_names_the_distribution_it_came_in(site: Path) -> None:
     code = (
         "from nsp.distribution import version\n"
-        "from nsp.doctor import examine\n"
+        "from nsp.console.doctor import examine\n"
         "from nsp.errors import MissingExtraError\n"
         "print(MissingExtraError('torch', 'export'), version(), 'cli')\n"
         "print({extra['name'] for extra in examine()['extras']} >= {'export', 'train', 'dev'})"

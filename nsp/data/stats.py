@@ -20,10 +20,10 @@ from nsp.data.listing import Entry
 from nsp.data.pictures import picture_in_memory
 from nsp.data.report import by_reason, summary
 from nsp.data.samples import Sample
+from nsp.data.sheet import contact_sheet
 from nsp.data.sources import Survey
 from nsp.errors import DataError
 from nsp.files import write_file
-from nsp.sheet import contact_sheet
 
 MOST_NAMED = 20  # sizes, words, classes and duplicates that are listed
 SHEET_PICTURES = 48

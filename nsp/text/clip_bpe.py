@@ -21,7 +21,7 @@ from tokenizers.processors import RobertaProcessing
 
 from nsp.errors import CheckpointError
 from nsp.sniff import explain, sniff
-from nsp.weight_files import read_settings
+from nsp.weights.weight_files import read_settings
 
 log = logging.getLogger(__name__)
 

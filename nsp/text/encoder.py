@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from nsp.errors import CheckpointError, ConfigError, MissingExtraError
-from nsp.state_names import plain_names, what_it_is
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.values import count, integer, real, shown
-from nsp.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
-from nsp.weights import bounded, check_finite, check_types, rounded_to_eight_bits
+from nsp.weights.module_weights import bounded, check_finite, check_types, rounded_to_eight_bits
+from nsp.weights.state_names import plain_names, what_it_is
+from nsp.weights.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTextModel

@@ -13,7 +13,7 @@ from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.files import write_file
 from nsp.sniff import sniff
 from nsp.training.objective import TokenCache
-from nsp.weight_files import read_metadata, read_safetensors, write_safetensors
+from nsp.weights.weight_files import read_metadata, read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from nsp.artifacts.manifest import file_sha256
 from nsp.errors import CheckpointError, ConfigError
+from nsp.family.recipe import PhaseConfig
 from nsp.files import name_failed_write, read_json, write_folder
-from nsp.runtime.manifest import file_sha256
-from nsp.training.config import PhaseConfig
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
+from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
 from nsp.config import Config
 from nsp.errors import CheckpointError, ConfigError
+from nsp.family.recipe import FREE_OF_PHASE, RunConfig
 from nsp.files import locked_file, read_json
-from nsp.training.config import FREE_OF_PHASE, RunConfig
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-from nsp.training.config import GuardConfig
+from nsp.family.recipe import GuardConfig
 
 
 class LossGuard:

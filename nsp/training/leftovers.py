@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nsp.errors import ConfigError
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
 from nsp.training.folder import (
     CHECKPOINT_NAME,
     DATA_NAME,

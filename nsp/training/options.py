@@ -6,8 +6,8 @@ from typing import Any
 
 from nsp.data.sources import open_source
 from nsp.errors import ConfigError
-from nsp.families.registry import family
-from nsp.training.config import PhaseConfig, RunConfig
+from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.registry import family
 
 # Options only some families have; `Family.train_options` names what heeds them.
 FAMILY_OPTIONS = (

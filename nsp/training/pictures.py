@@ -10,7 +10,7 @@ from nsp.data.shards import ShardSet, find_shards
 from nsp.data.sources import ImageSource, open_source, readable, survey
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError, DataError
-from nsp.training.config import DataConfig, RunConfig
+from nsp.family.recipe import DataConfig, RunConfig
 from nsp.training.order import Share
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from nsp.errors import ConfigError
 from nsp.families.next_scale import presets as next_scale
 from nsp.families.var.config import SIZES
-from nsp.training.config import OptimizerConfig, PhaseConfig, RunConfig
+from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
 
 
 def emoji() -> RunConfig:

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from nsp.family.recipe import PhaseConfig
 from nsp.files import write_file
-from nsp.training.config import PhaseConfig
 
 logger = logging.getLogger(__name__)
 

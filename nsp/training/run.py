@@ -19,13 +19,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-from nsp.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint, write_digests
+from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint, write_digests
 from nsp.data.sources import ImageSource
 from nsp.errors import CheckpointError, ConfigError
-from nsp.families.registry import family
+from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.registry import family
 from nsp.files import write_file
 from nsp.paths import wrong_path
-from nsp.training.config import PhaseConfig, RunConfig
 from nsp.training.data_record import DataRecord
 from nsp.training.folder import (
     CHECKPOINT_NAME,

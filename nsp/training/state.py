@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from nsp.family.recipe import PhaseConfig
 from nsp.training.average import WeightAverage
-from nsp.training.config import PhaseConfig
 from nsp.training.guard import LossGuard
 from nsp.training.parallel import GATHERED
 

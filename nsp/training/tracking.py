@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nsp.config import Config
+from nsp.data.sheet import contact_sheet
 from nsp.errors import ConfigError, MissingExtraError
-from nsp.sheet import contact_sheet
 from nsp.training.recorders import DATABASES, LOCAL, Mlflow, Recorder, Status, TensorBoard
 
 logger = logging.getLogger(__name__)

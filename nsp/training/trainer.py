@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nsp.data.dataset import batches
+from nsp.data.sheet import contact_sheet
 from nsp.data.stream import ShardStream
 from nsp.errors import CheckpointError, ConfigError, TrainingError
+from nsp.family.recipe import FREE_OF_PHASE, PhaseConfig, RunConfig
 from nsp.files import write_file
-from nsp.sheet import contact_sheet
 from nsp.training.average import full
 from nsp.training.checkpoints import CheckpointStore
-from nsp.training.config import FREE_OF_PHASE, PhaseConfig, RunConfig
 from nsp.training.flops import flops_per_image
 from nsp.training.folder import steps_folder
 from nsp.training.loading import Batch, training_loader, validation_loader

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bench import BenchEvent, measure
-from benchmarks.flops import TextEncoderSize
-from benchmarks.memory import Source
-from benchmarks.options import BenchOptions, Effort
-from benchmarks.results import BenchResult
-from benchmarks.subject import Side, Subject
-from nsp.checkpoint import read_checkpoint
-from nsp.runtime.pipeline import Pipeline, load_pipeline, torch_pipeline
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.benchmarks.bench import BenchEvent, measure
+from nsp.benchmarks.flops import TextEncoderSize
+from nsp.benchmarks.memory import Source
+from nsp.benchmarks.options import BenchOptions, Effort
+from nsp.benchmarks.results import BenchResult
+from nsp.benchmarks.subject import Side, Subject
+from nsp.pipeline.pipeline import Pipeline, load_pipeline, torch_pipeline
 
 SMALL = Effort(
     rounds=3,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.baselines import CompiledTorchBackend, RecordedTorchBackend, eager, graphed
-from benchmarks.random_model import random_config
-from nsp.families.registry import family
+from nsp.backends.torch import TorchBackend
+from nsp.benchmarks.baselines import CompiledTorchBackend, RecordedTorchBackend, eager, graphed
+from nsp.benchmarks.random_model import random_config
+from nsp.family.registry import family
 from nsp.layers.attention import attend_delta
-from nsp.runtime.backends.torch import TorchBackend
-from nsp.runtime.kv_arena import DeltaArena, KVShape
-from nsp.runtime.pipeline import Pipeline
+from nsp.pipeline.pipeline import Pipeline
+from nsp.stage.arena import DeltaArena, KVShape
 
 VAR = family("var")
 
@@ -80,7 +80,7 @@ def test_inputs_and_cache_stay_where_a_recording_holds_them(
 def test_attention_in_place_is_that_of_joined_copies() -> None:
     torch.manual_seed(0)
     arena = DeltaArena(KVShape(1, 9, 2, 3, 4, "float32"), TorchBackend({}, {}))
-    from benchmarks.baselines import attend_in_place
+    from nsp.benchmarks.baselines import attend_in_place
 
     for length in (1, 3, 5):
         q, k, v = (torch.randn(2, length, 3, 4) for _ in range(3))

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.compare import Ratio, compare_results, parse_threshold
-from benchmarks.results import BenchResult, batch_result
-from benchmarks.timing import Observation
-from cli import main
+from nsp.benchmarks.compare import Ratio, compare_results, parse_threshold
+from nsp.benchmarks.results import BenchResult, batch_result
+from nsp.benchmarks.timing import Observation
+from nsp.cli import main
 from nsp.errors import ConfigError
 
 ROUNDS = 30

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks.curves import main, read_curves, smoothed
+from nsp.benchmarks.curves import main, read_curves, smoothed
 from nsp.errors import DataError
 
 

@@ -7,11 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.flops import TextEncoderSize, Work, stage_work, var_work
-from nsp.families.registry import family
+from nsp.benchmarks.flops import TextEncoderSize, Work, stage_work, var_work
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig
 from nsp.families.var.system import VarSystem
-from nsp.runtime.io import sample_arrays
+from nsp.family.registry import family
+from nsp.stage.io import sample_arrays
 
 AXES = {"B": 2, "G": 4, "N": 2, "L": 9, "P": 5, "R": 1, "p": 3, "q": 3, "r": 4, "c": 4}
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from benchmarks.footprint import arena_bytes, scratch_floats, var_footprint
-from benchmarks.results import BenchResult
-from benchmarks.subject import Subject
-from benchmarks.tables import sections
-from benchmarks.timing import Contestant
+from nsp.benchmarks.footprint import arena_bytes, scratch_floats, var_footprint
+from nsp.benchmarks.results import BenchResult
+from nsp.benchmarks.subject import Subject
+from nsp.benchmarks.tables import sections
+from nsp.benchmarks.timing import Contestant
 from nsp.families.var.config import size
-from nsp.runtime.kv_arena import KVShape
+from nsp.stage.arena import KVShape
 
 W512 = KVShape(num_layers=8, num_tokens=680, rows=2, num_heads=8, head_width=64, dtype="float32")
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu_contestants, gpu_suite
-from benchmarks.gpu_ceilings import Clock, GpuCeilings, measure_gpu_ceilings
-from benchmarks.gpu_contest import contest, fresh_process, part_costs
-from benchmarks.gpu_contestants import ENTRIES, Entry, Place
-from benchmarks.gpu_results import (
+from nsp.backends.nvidia import find_gpu
+from nsp.benchmarks import gpu_contestants, gpu_suite
+from nsp.benchmarks.gpu_ceilings import Clock, GpuCeilings, measure_gpu_ceilings
+from nsp.benchmarks.gpu_contest import contest, fresh_process, part_costs
+from nsp.benchmarks.gpu_contestants import ENTRIES, Entry, Place
+from nsp.benchmarks.gpu_results import (
     DECODER,
     IMAGE,
     LOOP,
@@ -21,11 +22,10 @@ from benchmarks.gpu_results import (
     SuiteResult,
     summary_rows,
 )
-from benchmarks.gpu_suite import JSON_NAME, MARKDOWN_NAME, SuiteOptions, main, run
-from benchmarks.random_model import random_config, write_random_model
+from nsp.benchmarks.gpu_suite import JSON_NAME, MARKDOWN_NAME, SuiteOptions, main, run
+from nsp.benchmarks.random_model import random_config, write_random_model
 from nsp.errors import ConfigError
-from nsp.runtime.nvidia import find_gpu
-from nsp.runtime.pipeline import Pipeline
+from nsp.pipeline.pipeline import Pipeline
 
 H200 = GpuCeilings(  # rates for which times are calculated by hand below
     device="H200",
@@ -138,7 +138,7 @@ def test_a_contestant_that_fails_late_does_not_end_the_others(
         return pipeline
 
     entries = {**ENTRIES, "late": Entry(name="late", load=diverges)}
-    monkeypatch.setattr("benchmarks.gpu_contest.ENTRIES", entries)
+    monkeypatch.setattr("nsp.benchmarks.gpu_contest.ENTRIES", entries)
     place = Place(folder=tmp_path, batch=1, precision="fp32", device="cpu")
     only = ("late", "torch eager")
     found = contest("tiny", place, H200, only=only, fresh_processes=False, rounds=(0, 1))

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from benchmarks.guidance import LAST_SCALES, NUM_PICTURES, guidance_sweep
-from benchmarks.plots import plots
-from benchmarks.report import markdown
-from benchmarks.results import BenchResult, GuidancePoint
-from benchmarks.subject import Subject
-from benchmarks.tables import sections
-from nsp.runtime.pipeline import Pipeline
+from nsp.benchmarks.guidance import LAST_SCALES, NUM_PICTURES, guidance_sweep
+from nsp.benchmarks.plots import plots
+from nsp.benchmarks.report import markdown
+from nsp.benchmarks.results import BenchResult, GuidancePoint
+from nsp.benchmarks.subject import Subject
+from nsp.benchmarks.tables import sections
+from nsp.pipeline.pipeline import Pipeline
 
 
 def measured(pipeline: Pipeline, subject: Subject) -> list[GuidancePoint]:

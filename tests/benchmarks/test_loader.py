@@ -3,7 +3,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from benchmarks.loader import LoaderReport, main
+from nsp.benchmarks.loader import LoaderReport, main
 from tests.data.picture_files import encoded, write_files
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.next_scale import Growth, growth_table, main, measure, read_growth
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.benchmarks.next_scale import Growth, growth_table, main, measure, read_growth
 from nsp.errors import ConfigError
 
 
@@ -52,5 +52,5 @@ def test_an_unknown_size_is_named() -> None:
 def test_a_result_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     path.write_text("{}")
-    with pytest.raises(ConfigError, match=r"bench.json is no result of benchmarks.next_scale"):
+    with pytest.raises(ConfigError, match=r"bench.json is no result of nsp.benchmarks.next_scale"):
         read_growth(path)

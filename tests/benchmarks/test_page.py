@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.page import page
-from benchmarks.parity import Flip
-from benchmarks.pictures import Pictures
-from benchmarks.results import BenchResult, Entry, GuidancePoint, SweepPoint
-from benchmarks.scenarios import sweep_scenarios
-from benchmarks.section import ms
+from nsp.benchmarks.page import page
+from nsp.benchmarks.parity import Flip
+from nsp.benchmarks.pictures import Pictures
+from nsp.benchmarks.results import BenchResult, Entry, GuidancePoint, SweepPoint
+from nsp.benchmarks.scenarios import sweep_scenarios
+from nsp.benchmarks.section import ms
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.parity import MAX_FLIPS, Parity, _kl, compare, psnr_db
+from nsp.benchmarks.parity import MAX_FLIPS, Parity, _kl, compare, psnr_db
 from nsp.errors import ParityError
-from nsp.runtime.pipeline import Pipeline, torch_pipeline
+from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 
 PROMPTS = {"prompts": ["red apple", "smiling cat", "snow-capped mountain"]}
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.random_model import main, random_config, random_system, write_random_model
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.benchmarks.random_model import main, random_config, random_system, write_random_model
 from nsp.errors import ConfigError
-from nsp.families.registry import family
-from nsp.runtime.pipeline import load_pipeline, torch_pipeline
+from nsp.family.registry import family
+from nsp.pipeline.pipeline import load_pipeline, torch_pipeline
 from tests.export.small import new_small_checkpoint
 
 
@@ -72,7 +72,7 @@ def test_what_is_there_is_kept_and_nothing_trained_is_replaced(tmp_path: Path) -
 
 
 def test_the_size_for_cpus_has_the_published_schedule_and_a_small_decoder() -> None:
-    from benchmarks.flops import var_work
+    from nsp.benchmarks.flops import var_work
 
     config = random_config("w512")
     assert (config.num_tokens, config.image_size_px) == (680, 256)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import RESULTS, ROOT, committed, measured, rewritten, step_loop
+from nsp.benchmarks.readme import RESULTS, ROOT, committed, measured, rewritten, step_loop
 from nsp.errors import ConfigError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_says_what_the_committed_results_say() -> None:
-    assert rewritten(README, committed()) == README, "run: python -m benchmarks.readme"
+    assert rewritten(README, committed()) == README, "run: python -m nsp.benchmarks.readme"
 
 
 def test_another_result_gives_another_table() -> None:

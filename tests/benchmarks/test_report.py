@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import bench
-from benchmarks.bench import BenchEvent, measure, run
-from benchmarks.contest_tables import step_ms, step_section
-from benchmarks.options import BenchOptions, Effort
-from benchmarks.product import GEMM
-from benchmarks.report import markdown, write_report
-from benchmarks.results import BenchResult
-from benchmarks.subject import Subject
-from benchmarks.tables import sections
+from nsp.benchmarks import bench
+from nsp.benchmarks.bench import BenchEvent, measure, run
+from nsp.benchmarks.contest_tables import step_ms, step_section
+from nsp.benchmarks.options import BenchOptions, Effort
+from nsp.benchmarks.product import GEMM
+from nsp.benchmarks.report import markdown, write_report
+from nsp.benchmarks.results import BenchResult
+from nsp.benchmarks.subject import Subject
+from nsp.benchmarks.tables import sections
 from nsp.distribution import pip_install
 from nsp.errors import ConfigError
 from tests.benchmarks.conftest import SMALL
@@ -26,7 +26,9 @@ from tests.benchmarks.conftest import SMALL
 def drawn_elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing of the page, two seconds each, to its own tests."""
     if "packages" not in request.node.name:
-        monkeypatch.setattr("benchmarks.report.page", lambda result, pictures: "drawn elsewhere")
+        monkeypatch.setattr(
+            "nsp.benchmarks.report.page", lambda result, pictures: "drawn elsewhere"
+        )
 
 
 def test_a_small_benchmark_measures_everything(result: BenchResult, subject: Subject) -> None:

@@ -8,11 +8,12 @@ import click
 import numpy as np
 import pytest
 
-from benchmarks import rivals
-from benchmarks.memory import Source
-from benchmarks.options import BenchOptions
-from benchmarks.peer import PEER, check_clone, peer_process
-from benchmarks.rivals import (
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.benchmarks import rivals
+from nsp.benchmarks.memory import Source
+from nsp.benchmarks.options import BenchOptions
+from nsp.benchmarks.peer import PEER, check_clone, peer_process
+from nsp.benchmarks.rivals import (
     PlainOnnxBackend,
     Rival,
     export_plain,
@@ -20,16 +21,15 @@ from benchmarks.rivals import (
     make_rivals,
     other_precisions,
 )
-from benchmarks.scenarios import sweep_scenarios
-from benchmarks.subject import Side, Subject
-from benchmarks.sweep import sweep
-from cli import main
-from nsp.checkpoint import read_checkpoint
+from nsp.benchmarks.scenarios import sweep_scenarios
+from nsp.benchmarks.subject import Side, Subject
+from nsp.benchmarks.sweep import sweep
+from nsp.cli import main
 from nsp.errors import BackendError, ConfigError
-from nsp.runtime.backends.base import Backend
-from nsp.runtime.pipeline import Pipeline, load_pipeline
+from nsp.pipeline.pipeline import Pipeline, load_pipeline
+from nsp.stage.backend import Backend
+from tests.artifacts.engine_folders import write_engines
 from tests.export.small import new_small_checkpoint
-from tests.runtime.engine_folders import write_engines
 
 
 def made(names: list[str], subject: Subject) -> list[Any]:

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.subject import BASELINE, CAPTIONS, Subject, load_subject
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.manifest import read_manifest, write_manifest
+from nsp.benchmarks.subject import BASELINE, CAPTIONS, Subject, load_subject
 from nsp.data.sources import EMOJI_TAR
 from nsp.errors import CheckpointError, EngineError
-from nsp.runtime.manifest import read_manifest, write_manifest
-from tests.runtime.engine_folders import CLASSES, TEXT, write_engines
+from tests.artifacts.engine_folders import CLASSES, TEXT, write_engines
 
 
 def engines(folder: Path, config: Any = TEXT, **manifest: str) -> Path:

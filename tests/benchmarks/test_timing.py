@@ -3,8 +3,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.timing import Contestant, Observation, Stability, interleaved, percentiles
-from nsp.runtime.pipeline import Pipeline
+from nsp.benchmarks.timing import Contestant, Observation, Stability, interleaved, percentiles
+from nsp.pipeline.pipeline import Pipeline
 
 REQUEST = {"prompts": ["red apple"], "seed": 3}
 

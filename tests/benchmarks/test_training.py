@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from benchmarks.training import measure
+from nsp.benchmarks.training import measure
 from nsp.training.presets import preset
 from tests.training.pictures import write_pictures
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import export.build
-from export.onnx_export import MODEL_NAME, export_stage
-from export.options import ExportOptions
-from export.run import export as run_export
-from nsp.checkpoint import read_checkpoint, write_digests
+import nsp.export.build
+from nsp.artifacts.checkpoint import read_checkpoint, write_digests
+from nsp.artifacts.manifest import Manifest
+from nsp.export.graph.onnx_export import MODEL_NAME, export_stage
+from nsp.export.options import ExportOptions
+from nsp.export.run import export as run_export
 from nsp.files import write_folder
-from nsp.runtime.manifest import Manifest
 from tests.export.small import new_small_checkpoint
 
 
@@ -61,7 +61,7 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         return target / MODEL_NAME
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export.build, "export_stage", remembered)
+        patch.setattr(nsp.export.build, "export_stage", remembered)
         yield
 
 

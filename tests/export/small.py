@@ -9,16 +9,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-import export.targets
-from export.tensorrt import compile_engine
+import nsp.export.targets
 from nsp.data.sources import ImageSource, Sample
+from nsp.export.compile.trt_builder import compile_engine
 from nsp.families.var.checkpoint import save_checkpoint
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
 from nsp.families.var.training import new_system
 from tests.models import CAPTIONS
 
 rtx = pytest.mark.skipif(
-    not export.targets.is_installed(export.targets.TARGETS["tensorrt-rtx"]),
+    not nsp.export.targets.is_installed(nsp.export.targets.TARGETS["tensorrt-rtx"]),
     reason="the tensorrt-rtx extra is not installed",
 )
 

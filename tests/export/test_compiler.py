@@ -7,9 +7,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from export.store import TIMING_CACHE
-from export.tensorrt import compile_engine
 from nsp.errors import ExportError
+from nsp.export.compile.trt_builder import compile_engine
+from nsp.export.store import TIMING_CACHE
 from tests.export.small import compile_for_rtx, rtx, write_model
 
 

@@ -11,27 +11,27 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-import export.built_for
-import export.engine
-import export.targets
-import nsp.runtime.backends.registry
-from export.engine import build_engine
-from export.lint import check_graph
-from export.onnx_export import export_stage
-from export.options import ExportOptions
-from export.precision import at_precision
-from export.run import export as run_export
-from export.run import plan
-from export.store import TIMING_CACHE
-from export.tensorrt import compile_engine
+import nsp.backends.available
+import nsp.export.built_for
+import nsp.export.compile.engine
+import nsp.export.targets
+from nsp.artifacts.engine_files import check_files
+from nsp.artifacts.manifest import PRECISION_DTYPES
+from nsp.backends.nvidia import Gpu
 from nsp.distribution import pip_install
 from nsp.errors import BackendError, ConfigError, ExportError
-from nsp.families.registry import family
+from nsp.export.compile.engine import build_engine
+from nsp.export.compile.trt_builder import compile_engine
+from nsp.export.graph.lint import check_graph
+from nsp.export.graph.narrow import at_precision
+from nsp.export.graph.onnx_export import export_stage
+from nsp.export.options import ExportOptions
+from nsp.export.run import export as run_export
+from nsp.export.run import plan
+from nsp.export.store import TIMING_CACHE
 from nsp.families.var.config import ClassCondition, with_condition
-from nsp.runtime.engine_files import check_files
-from nsp.runtime.io import Axes, StageIO
-from nsp.runtime.manifest import PRECISION_DTYPES
-from nsp.runtime.nvidia import Gpu
+from nsp.family.registry import family
+from nsp.stage.io import Axes, StageIO
 from tests.export.small import compile_for_rtx, rtx, small_config, write_model
 from tests.export.test_lint import planned
 from tests.export.test_run import STAGES
@@ -120,7 +120,7 @@ def test_an_architecture_of_another_release_is_refused(tmp_path):
 def test_a_child_that_ends_badly_is_one_clear_line(
     tmp_path, child, timeout_s, message, monkeypatch
 ):
-    monkeypatch.setattr(export.engine, "_GRACE_S", 0.1)
+    monkeypatch.setattr(nsp.export.compile.engine, "_GRACE_S", 0.1)
     with pytest.raises(ExportError, match=message) as caught:
         run(tmp_path, child=f"{CHILDREN}.{child}", timeout_s=timeout_s)
     assert "\n" not in str(caught.value)
@@ -231,12 +231,12 @@ def test_steps_build_in_the_other_precisions(tmp_path, precision):
 
 
 def test_an_engine_for_this_machine_is_not_that_of_another_gpu(small_checkpoint, monkeypatch):
-    monkeypatch.setattr(export.targets, "is_installed", lambda target: True)
+    monkeypatch.setattr(nsp.export.targets, "is_installed", lambda target: True)
     options = ExportOptions(checkpoint=str(small_checkpoint), targets=("tensorrt",))
 
     def prints(capability: str, system: str = "Linux") -> list[str]:
         gpu = Gpu(name="a GPU", compute_capability=capability, driver_cuda="13.0")
-        monkeypatch.setattr(export.built_for, "find_gpu", lambda: gpu)
+        monkeypatch.setattr(nsp.export.built_for, "find_gpu", lambda: gpu)
         monkeypatch.setattr(platform, "system", lambda: system)
         return [build.fingerprint for build in plan(options)]
 
@@ -258,38 +258,40 @@ def test_an_engine_for_this_machine_is_not_that_of_another_gpu(small_checkpoint,
 def test_an_option_no_target_heeds_is_refused(option, message):
     options = ExportOptions(checkpoint="none", targets=("onnxruntime",), **option)
     with pytest.raises(ConfigError, match=message):
-        export.targets.resolve(options)
+        nsp.export.targets.resolve(options)
 
 
 def test_a_target_that_is_not_installed_names_its_extra(small_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(export.targets, "is_installed", lambda target: False)
+    monkeypatch.setattr(nsp.export.targets, "is_installed", lambda target: False)
     options = ExportOptions(
         checkpoint=str(small_checkpoint), engine_dir=str(tmp_path / "e"), targets=("tensorrt",)
     )
     with pytest.raises(BackendError, match="run on an NVIDIA GPU, which is not here"):
         plan(options)
     gpu = Gpu("NVIDIA L4", "8.9", "13.0")
-    monkeypatch.setattr(nsp.runtime.backends.registry, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(nsp.backends.available, "find_gpu", lambda: gpu)
     with pytest.raises(BackendError, match=re.escape(pip_install("tensorrt"))):
         plan(options)
 
 
 def test_auto_adds_fp32_for_a_cpu_and_every_installed_tensorrt(small_checkpoint, monkeypatch):
-    monkeypatch.setattr(export.targets, "is_installed", lambda target: target.name != "tensorrt")
-    monkeypatch.setattr(export.targets, "_onnxruntime_has_gpu", lambda: False)
+    monkeypatch.setattr(
+        nsp.export.targets, "is_installed", lambda target: target.name != "tensorrt"
+    )
+    monkeypatch.setattr(nsp.export.targets, "_onnxruntime_has_gpu", lambda: False)
     options = ExportOptions(checkpoint=str(small_checkpoint), precisions=("fp16",))
-    chosen = [(t.name, p) for t, p in export.targets.resolve(options)]
+    chosen = [(t.name, p) for t, p in nsp.export.targets.resolve(options)]
     onnx_pairs = [("onnxruntime", "fp32"), ("onnxruntime", "fp16")]
     assert chosen == [*onnx_pairs, ("tensorrt-rtx", "fp16")]
-    monkeypatch.setattr(export.targets, "_onnxruntime_has_gpu", lambda: True)
-    chosen = [(t.name, p) for t, p in export.targets.resolve(options)]
+    monkeypatch.setattr(nsp.export.targets, "_onnxruntime_has_gpu", lambda: True)
+    chosen = [(t.name, p) for t, p in nsp.export.targets.resolve(options)]
     assert chosen == [("onnxruntime", "fp16"), ("tensorrt-rtx", "fp16")]
     bf16 = replace(options, precisions=("bf16",))
-    chosen = [(t.name, p) for t, p in export.targets.resolve(bf16)]
+    chosen = [(t.name, p) for t, p in nsp.export.targets.resolve(bf16)]
     assert chosen == [("onnxruntime", "fp32"), ("tensorrt-rtx", "bf16")]
-    monkeypatch.setattr(export.targets, "is_installed", lambda t: t.name == "onnxruntime")
+    monkeypatch.setattr(nsp.export.targets, "is_installed", lambda t: t.name == "onnxruntime")
     with pytest.raises(ConfigError, match="no installed target has bf16"):
-        export.targets.resolve(bf16)
+        nsp.export.targets.resolve(bf16)
 
 
 def test_a_manifest_is_json_without_special_numbers(half_engines):

@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.lint import MAX_TOPK, Graph, check_graph, lint
-from export.plan import PlannedBuild
 from nsp.errors import ExportError
-from nsp.runtime.io import Axes, StageIO
+from nsp.export.graph.lint import MAX_TOPK, Graph, check_graph, lint
+from nsp.export.plan import PlannedBuild
+from nsp.stage.io import Axes, StageIO
 
 _TYPES = {
     "float32": TensorProto.FLOAT,

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.engine import build_engine
-from export.lint import check_graph
-from export.onnx_export import export_stage
-from export.options import ExportOptions
-from export.plan import make_plan
-from export.precision import at_precision
-from export.run import export
-from export.store import EngineStore
+from nsp.artifacts.manifest import Manifest
+from nsp.export.compile.engine import build_engine
+from nsp.export.graph.lint import check_graph
+from nsp.export.graph.narrow import at_precision
+from nsp.export.graph.onnx_export import export_stage
+from nsp.export.options import ExportOptions
+from nsp.export.plan import make_plan
+from nsp.export.run import export
+from nsp.export.store import EngineStore
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
-from nsp.runtime.manifest import Manifest
-from nsp.runtime.pipeline import load_pipeline
+from nsp.pipeline.pipeline import load_pipeline
 from tests.families.next_scale.models import new_tiny_checkpoint
 
 PROMPTS = ["red apple", ""]

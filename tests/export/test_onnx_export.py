@@ -6,13 +6,13 @@ import numpy as np
 import onnx
 import pytest
 
-from export.onnx_export import WEIGHTS_NAME, export_stage
-from export.options import ExportOptions
-from export.plan import make_plan
-from export.store import EngineStore
-from nsp.checkpoint import read_checkpoint
-from nsp.families.registry import family
-from nsp.runtime.pipeline import load_pipeline
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.export.graph.onnx_export import WEIGHTS_NAME, export_stage
+from nsp.export.options import ExportOptions
+from nsp.export.plan import make_plan
+from nsp.export.store import EngineStore
+from nsp.family.registry import family
+from nsp.pipeline.pipeline import load_pipeline
 
 VAR = family("var")
 SETTINGS = [
@@ -61,7 +61,7 @@ def test_a_second_export_writes_the_same_bytes_and_no_paths(system, tmp_path):
 
 
 def test_large_weights_lie_beside_the_graph(system, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.onnx_export._INLINE_BYTES", 0)
+    monkeypatch.setattr("nsp.export.graph.onnx_export._INLINE_BYTES", 0)
     path = export_one("accumulate", system, tmp_path / "a")
     assert (tmp_path / "a" / WEIGHTS_NAME).stat().st_size > 500
     onnx.checker.check_model(path)
@@ -89,7 +89,7 @@ def test_trace_sizes_tell_all_axes_of_a_stage_apart(system):
 def test_profiles_hold_every_size_of_the_schedule(small_checkpoint, tmp_path, static):
     """Checked with the calls PyTorch makes, not with the formulas of the profiles."""
     pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx extra is not installed")
-    from export.reference import record_reference
+    from nsp.export.proof.reference import record_reference
 
     options = ExportOptions(
         checkpoint=str(small_checkpoint),

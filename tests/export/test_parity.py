@@ -10,17 +10,17 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from export.flips import Flip, compare_tokens
-from export.options import ExportOptions
-from export.parity import LIMITS, Subject, check_stage
-from export.plan import make_plan
-from export.reference import psnr_db, record_reference
-from export.run import export as run_export
-from export.store import EngineStore
+from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
+from nsp.backends.torch import TorchBackend
 from nsp.errors import ParityError
+from nsp.export.options import ExportOptions
+from nsp.export.plan import make_plan
+from nsp.export.proof.flips import Flip, compare_tokens
+from nsp.export.proof.parity import LIMITS, Subject, check_stage
+from nsp.export.proof.reference import psnr_db, record_reference
+from nsp.export.run import export as run_export
+from nsp.export.store import EngineStore
 from nsp.layers.attention import attend_delta
-from nsp.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
-from nsp.runtime.backends.torch import TorchBackend
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def reference(small_checkpoint, system, tmp_path_factory):
 
 def torch_subject(system, stage: str, precision: str = "fp32") -> Subject:
     """Return a stage of `system` in PyTorch as the one under test."""
-    from nsp.families.registry import family
+    from nsp.family.registry import family
 
     var = family("var")
     io = var.get("stages_io")(system.config, "delta", "float32")
@@ -224,8 +224,8 @@ def test_psnr_of_equal_images_is_finite_and_of_nan_is_zero():
 
 
 def test_bfloat16_stages_are_checked_in_pytorch(reference, system):
-    from export.precision import at_precision
-    from nsp.families.registry import family
+    from nsp.export.graph.narrow import at_precision
+    from nsp.family.registry import family
 
     var = family("var")
     narrowed = at_precision(system, var.get("precision")(system.config), "bf16")

@@ -7,13 +7,13 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from export.dtypes import matches, precision_map, stored_precision
-from export.precision import at_precision
-from export.weights import stage_bytes
-from nsp.families.registry import family
+from nsp.export.graph.dtypes import matches, precision_map, stored_precision
+from nsp.export.graph.narrow import at_precision
+from nsp.export.stage_bytes import stage_bytes
 from nsp.families.var.config import ClassCondition, with_condition
 from nsp.families.var.precision import stage_weights
 from nsp.families.var.system import VarSystem
+from nsp.family.registry import family
 from tests.export.small import small_config
 
 VAR = family("var")

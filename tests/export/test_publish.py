@@ -14,13 +14,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from export.store import EngineStore, with_variant
-from nsp.errors import ConfigError, EngineError, ExportError
-from nsp.families.var.io import stages_io
-from nsp.runtime import engine_dir, engine_files
-from nsp.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from nsp.runtime.engine_dir import open_engine_dir
-from nsp.runtime.manifest import (
+from nsp.artifacts import engine_files
+from nsp.artifacts import engines as engine_dir
+from nsp.artifacts.engines import open_engine_dir
+from nsp.artifacts.manifest import (
     PRECISION_DTYPES,
     SCHEMA,
     Manifest,
@@ -28,8 +25,12 @@ from nsp.runtime.manifest import (
     Variant,
     read_manifest,
 )
-from tests.runtime.engine_folders import CLASSES, engine_file
-from tests.runtime.onnx_stages import write_hollow_model
+from nsp.backends.onnxruntime.ort_backend import OnnxRuntimeBackend
+from nsp.errors import ConfigError, EngineError, ExportError
+from nsp.export.store import EngineStore, with_variant
+from nsp.families.var.io import stages_io
+from tests.artifacts.engine_folders import CLASSES, engine_file
+from tests.backends.onnx_stages import write_hollow_model
 
 RED, BLUE, GREEN = "red", "blue", "green"
 

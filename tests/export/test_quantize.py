@@ -7,13 +7,13 @@ from pathlib import Path
 import onnx
 import pytest
 
-from benchmarks.rivals import make_rivals, other_precisions
-from benchmarks.subject import load_subject
-from export.options import ExportOptions
-from export.run import export
+from nsp.artifacts.manifest import Manifest, Variant
+from nsp.benchmarks.rivals import make_rivals, other_precisions
+from nsp.benchmarks.subject import load_subject
 from nsp.errors import ConfigError
-from nsp.runtime.manifest import Manifest, Variant
-from nsp.runtime.pipeline import load_pipeline
+from nsp.export.options import ExportOptions
+from nsp.export.run import export
+from nsp.pipeline.pipeline import load_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
-import export.build
-from export.options import ExportEvent, ExportOptions
-from export.run import export as run_export
-from export.run import find_checkpoint, plan
-from nsp.checkpoint import write_digests
+import nsp.export.build
+from nsp.artifacts.checkpoint import write_digests
+from nsp.artifacts.engine_files import check_files
+from nsp.artifacts.manifest import read_manifest
+from nsp.artifacts.repair import find_source, repair
 from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
-from nsp.runtime.engine_files import check_files
-from nsp.runtime.kv_arena import PresentArena
-from nsp.runtime.manifest import read_manifest
-from nsp.runtime.pipeline import load_pipeline
-from nsp.runtime.repair import find_source, repair
-from tests.runtime.engine_folders import change_manifest, engine_file
+from nsp.export.options import ExportEvent, ExportOptions
+from nsp.export.run import export as run_export
+from nsp.export.run import find_checkpoint, plan
+from nsp.pipeline.pipeline import load_pipeline
+from nsp.stage.arena import PresentArena
+from tests.artifacts.engine_folders import change_manifest, engine_file
 
 STAGES = ("text_encoder", "condition", "step", "select", "select_smooth", "accumulate", "decoder")
 
@@ -49,14 +49,14 @@ def interrupt(monkeypatch):
     """Make the tracing of one stage fail with an error."""
 
     def at(stage: str, error: BaseException) -> None:
-        trace = export.build.export_stage
+        trace = nsp.export.build.export_stage
 
         def failing(*args, name, **settings):
             if name == stage:
                 raise error
             return trace(*args, name=name, **settings)
 
-        monkeypatch.setattr(export.build, "export_stage", failing)
+        monkeypatch.setattr(nsp.export.build, "export_stage", failing)
 
     return at
 
@@ -92,7 +92,7 @@ def test_a_second_export_reuses_everything_without_the_model(engines, options, m
     def no_builder(*args):
         raise AssertionError("nothing was to be built")
 
-    monkeypatch.setattr(export.build, "StageBuilder", no_builder)
+    monkeypatch.setattr(nsp.export.build, "StageBuilder", no_builder)
     builds = plan(options)
     assert {b.action for b in builds} == {"reuse"}
     assert all("unchanged" in b.reason for b in builds)
@@ -165,7 +165,7 @@ def test_an_export_interrupted_after_its_last_stage_still_tries_whole_images(opt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.build, "check_images", stop)
+        patch.setattr(nsp.export.build, "check_images", stop)
         with pytest.raises(KeyboardInterrupt):
             run_export(options)
     assert set(actions(options).values()) == {"reuse"}
@@ -319,7 +319,7 @@ def test_a_failed_first_export_leaves_no_folder(options, interrupt):
 
 
 def test_two_exports_at_once_are_refused(options, interrupt, monkeypatch):
-    from export.store import EngineStore
+    from nsp.export.store import EngineStore
 
     with (
         EngineStore(Path(options.engine_dir)).lock(),
@@ -412,7 +412,7 @@ def test_the_reason_for_a_build_names_the_tool_that_changed(engines, options):
 
 def test_planning_and_reusing_need_no_torch(engines, options):
     code = (
-        "import json, sys; from export.run import ExportOptions, export, plan; "
+        "import json, sys; from nsp.export.run import ExportOptions, export, plan; "
         "options = ExportOptions.from_dict(json.loads(sys.argv[1])); "
         "plan(options); export(options); "
         "print([name for name in ('torch', 'onnx', 'transformers') if name in sys.modules])"

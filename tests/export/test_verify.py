@@ -13,13 +13,13 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import export.build
-from cli import main
-from export.recorded import read_recorded
-from export.verify import verify
+import nsp.export.build
+from nsp.artifacts.manifest import file_sha256, read_manifest, write_manifest
+from nsp.cli import main
 from nsp.errors import CheckpointError, EngineError
-from nsp.runtime.manifest import file_sha256, read_manifest, write_manifest
-from tests.runtime.engine_folders import change_manifest, engine_file
+from nsp.export.proof.recorded import read_recorded
+from nsp.export.proof.verify import verify
+from tests.artifacts.engine_folders import change_manifest, engine_file
 
 STAGES = ["text_encoder", "condition", "step", "select", "select_smooth", "accumulate", "decoder"]
 
@@ -72,7 +72,7 @@ def test_every_stage_of_sound_engines_passes_against_pytorch(half_engines, small
 def test_without_torch_stages_are_held_to_the_recorded_outputs(half_engines):
     code = (
         "import sys; sys.modules['torch'] = None\n"  # importing it is an ImportError
-        "from pathlib import Path; from export.verify import verify\n"
+        "from pathlib import Path; from nsp.export.proof.verify import verify\n"
         "found = verify(Path(sys.argv[1]), recorded=True)\n"
         "print(found.reference, *(c.stage for c in found.stages if c.passed and c.calls), sep='|')"
     )
@@ -87,7 +87,7 @@ def test_a_wrong_weight_is_found_at_the_operator_that_reads_it(
     engines, small_checkpoint, monkeypatch, stage, precision
 ):
     # The fresh graph is one that was traced for the engines.
-    monkeypatch.setattr("export.onnx_export.export_stage", export.build.export_stage)
+    monkeypatch.setattr("nsp.export.graph.onnx_export.export_stage", nsp.export.build.export_stage)
     tensor, op = spoil(engines, stage, precision)
     result = nsp("verify", engines, "--checkpoint", small_checkpoint, f"--{precision}")
     assert result.exit_code == 1

@@ -21,7 +21,7 @@ from nsp.text.encoder import (
     save_text_encoder,
 )
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
-from tests.weight_states import POINTER
+from tests.weights.weight_states import POINTER
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.text.parts import without_tokens
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
-from tests.weight_states import POINTER
+from tests.weights.weight_states import POINTER
 
 CAPTIONS = [
     "red apple",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
 from nsp.training.presets import preset
 from tests.training.pictures import write_pictures
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.data.dataset import ImageDataset
 from nsp.data.pack import pack
 from nsp.data.sources import open_source
 from nsp.errors import ConfigError
 from nsp.families.var.tokens import TokenDataset
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
 from nsp.training.loading import training_loader
 from nsp.training.order import Share
 from nsp.training.run import train

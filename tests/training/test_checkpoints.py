@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nsp.errors import CheckpointError
+from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.training.checkpoints import CheckpointStore
-from nsp.training.config import PhaseConfig, RunConfig
 from nsp.training.presets import preset
 from nsp.training.run import train
 
@@ -25,7 +25,7 @@ LIMITED = """
 import resource, sys
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-from train import main
+from nsp.train import main
 main()
 """
 
@@ -92,7 +92,7 @@ def test_a_damaged_step_is_named_and_the_one_before_it_is_used(
 
 
 def test_code_in_a_saved_step_is_not_run(tmp_path: Path) -> None:
-    from nsp.runtime.manifest import file_sha256
+    from nsp.artifacts.manifest import file_sha256
 
     made = store(tmp_path, [1.0])
     state = tmp_path / "step00000001/state.pt"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from cli import main as nsp
+from nsp.cli import main as nsp
+from nsp.train import main
 from nsp.training import run as run_module
 from nsp.training import trainer
-from train import main
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nsp.errors import ConfigError
-from nsp.training.config import OptimizerConfig, RunConfig
+from nsp.family.recipe import OptimizerConfig, RunConfig
 from nsp.training.presets import preset
 
 

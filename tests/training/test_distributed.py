@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from nsp.data.heldout import format_heldout
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
 from nsp.training.presets import preset
 from tests.training.pictures import write_pictures
 

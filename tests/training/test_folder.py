@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import CheckpointError, ConfigError
+from nsp.family.recipe import RunConfig
+from nsp.train import configure
 from nsp.training.checkpoints import CheckpointStore
-from nsp.training.config import RunConfig
 from nsp.training.data_record import DataRecord
 from nsp.training.folder import check_folder, locked, without_places
 from nsp.training.leftovers import refuse_links, remove_leftovers
@@ -23,7 +24,6 @@ from nsp.training.pictures import open_pictures
 from nsp.training.run import train
 from tests.training.pictures import write_pictures
 from tests.training.test_checkpoints import store
-from train import configure
 
 
 @pytest.fixture(scope="module")

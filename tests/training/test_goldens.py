@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.families.var.model import NextScaleTransformer
 from nsp.families.var.objective import decays, predictor_loss
 from nsp.families.var.vqvae import VQVAE

@@ -12,7 +12,7 @@ import torch
 
 from nsp.errors import ConfigError, TrainingError
 from nsp.families.var.tokenizer_objective import TokenizerObjective
-from nsp.training.config import GuardConfig, RunConfig
+from nsp.family.recipe import GuardConfig, RunConfig
 from nsp.training.guard import LossGuard
 from nsp.training.run import train
 

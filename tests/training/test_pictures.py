@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nsp.checkpoint import read_checkpoint, write_digests
+from nsp.artifacts.checkpoint import read_checkpoint, write_digests
 from nsp.data.dataset import ImageDataset
 from nsp.data.pack import pack
 from nsp.data.sources import open_source, survey
 from nsp.errors import ConfigError, DataError
-from nsp.families.registry import family
 from nsp.families.var.tokens import cached_tokens, tokenize
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
+from nsp.family.registry import family
 from nsp.training.objective import TokenCache
 from nsp.training.presets import preset
 from nsp.training.run import train

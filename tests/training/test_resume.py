@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from nsp.errors import ConfigError
+from nsp.family.recipe import RunConfig
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.training.config import RunConfig
+from nsp.train import configure
 from nsp.training.folder import locked
 from nsp.training.run import train
 from tests.training.pictures import write_pictures
-from train import configure
 
 
 @pytest.fixture(scope="module")

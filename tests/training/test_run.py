@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.data.sources import open_source
 from nsp.errors import CheckpointError, ConfigError, DataError
-from nsp.runtime.pipeline import load_pipeline
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
+from nsp.pipeline.pipeline import load_pipeline
 from nsp.training.presets import PRESETS, preset
 from nsp.training.run import train
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import ConfigError
-from nsp.families import registry
-from nsp.runtime.pipeline import load_pipeline
-from nsp.training.config import LoraConfig, RunConfig
+from nsp.family import registry
+from nsp.family.recipe import LoraConfig, RunConfig
+from nsp.pipeline.pipeline import load_pipeline
 from nsp.training.order import Share
 from nsp.training.run import speak_less, train
 from nsp.training.state import TrainingState

@@ -11,14 +11,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nsp.checkpoint import ConfigFile, write_checkpoint
+from nsp.artifacts.checkpoint import ConfigFile, write_checkpoint
 from nsp.errors import CheckpointError
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.weight_files import listed_in
-from nsp.weights import bounded_by_files, load_weights, save_weights
+from nsp.weights.module_weights import bounded_by_files, load_weights, save_weights
+from nsp.weights.weight_files import listed_in
 
 _MAX_LATENT_SIDE = 2**9  # tables of positions have its square; 4,096 px with 8 px per cell
 

@@ -6,7 +6,7 @@ is the number of tokens it finds cached.
 """
 
 from nsp.families.next_scale.config import NextScaleConfig
-from nsp.runtime.io import Axes, StageIO
+from nsp.stage.io import Axes, StageIO
 
 
 def stages_io(config: NextScaleConfig, kv_layout: str, dtype: str) -> dict[str, StageIO]:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.families.next_scale.io import predictor_stage
-from nsp.runtime.backends.base import Backend
-from nsp.runtime.kv_arena import Array, KVShape
-from nsp.runtime.sampling import SamplingConfig
+from nsp.family.sampling import SamplingConfig
+from nsp.stage.arena import Array, KVShape
+from nsp.stage.backend import Backend
 
 
 @dataclass(frozen=True)

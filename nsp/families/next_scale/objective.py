@@ -26,10 +26,10 @@ from nsp.families.next_scale.latents import LatentDataset, encode_scales, resize
 from nsp.families.next_scale.model import FeatureBlock, NextScaleGenerator, grow
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import Vae, decode
-from nsp.families.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 from nsp.layers.attention import KeyValue
 from nsp.training.objective import Objective, TokenCache
 from nsp.training.order import sample_normals, sample_uniforms
+from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 
 
 @dataclass(frozen=True, kw_only=True)

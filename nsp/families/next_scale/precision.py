@@ -9,7 +9,7 @@ float16 because its weights are divided beforehand (`vae.rescale_decoder`).
 
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.families.next_scale.io import predictor_stage
-from nsp.families.precision import StageWeights
+from nsp.family.stage_weights import StageWeights
 
 _DECODER = "vae.autoencoder.decoder"
 _DECODER_HALF = (

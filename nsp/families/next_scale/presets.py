@@ -8,7 +8,7 @@ from typing import Any
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
 from nsp.families.next_scale.objective import ScalesSettings
-from nsp.training.config import OptimizerConfig, PhaseConfig, RunConfig
+from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
 
 _VAE, _SCALES, _SCALE = "vae", "scales", "scale_"
 # Of the first implementation's command line; what is counted in epochs cannot be of a stream.

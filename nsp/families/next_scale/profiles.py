@@ -5,8 +5,8 @@ from typing import Any
 
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.families.next_scale.io import stages_io
-from nsp.runtime.io import Sizes
-from nsp.runtime.sampling import SamplingConfig
+from nsp.family.sampling import SamplingConfig
+from nsp.stage.io import Sizes
 
 # For tracing: all different and at least 2, since 0 and 1 are taken for constants; rows G may not
 # be fewer than images B.

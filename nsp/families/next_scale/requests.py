@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import NextScaleConfig
-from nsp.runtime.sampling import SamplingConfig, stream
+from nsp.family.sampling import SamplingConfig, stream
 
 _UNUSED = (
     *("guidance_schedule", "guidance_interval", "guidance_until"),

@@ -8,9 +8,9 @@ from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.preview import preview
 from nsp.data.stream import ShardStream
 from nsp.families.next_scale.system import NextScaleSystem
-from nsp.families.registry import family
-from nsp.runtime.pipeline import torch_pipeline
-from nsp.runtime.results import to_uint8
+from nsp.family.registry import family
+from nsp.pipeline.pipeline import torch_pipeline
+from nsp.pipeline.results import to_uint8
 
 _SHEET_PIXELS = 24 * 64 * 64  # of all pictures of a sheet together
 _FEWEST_SAMPLES = 4

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from nsp.errors import CheckpointError
 from nsp.families.next_scale.config import VaeConfig
-from nsp.state_names import plain_names
-from nsp.weight_files import find_weights, read_safetensors, read_settings
-from nsp.weights import bounded, load_state
+from nsp.weights.module_weights import bounded, load_state
+from nsp.weights.state_names import plain_names
+from nsp.weights.weight_files import find_weights, read_safetensors, read_settings
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

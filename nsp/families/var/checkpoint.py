@@ -11,13 +11,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nsp.checkpoint import ConfigFile, write_checkpoint
+from nsp.artifacts.checkpoint import ConfigFile, write_checkpoint
 from nsp.families.var.config import VarConfig
 from nsp.families.var.system import VarSystem
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.weight_files import listed_in
-from nsp.weights import bounded_by_files, load_weights, save_weights
+from nsp.weights.module_weights import bounded_by_files, load_weights, save_weights
+from nsp.weights.weight_files import listed_in
 
 
 def save_checkpoint(

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from nsp.config import Config
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.stream import ShardStream
-from nsp.families.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import check_prefix_share, decoded_latents
+from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ width, heads, blocks, codes, latent channels.
 from typing import Literal, TypeAlias
 
 from nsp.families.var.config import VarConfig
-from nsp.runtime.io import Axes, StageIO
+from nsp.stage.io import Axes, StageIO
 
 KVLayout: TypeAlias = Literal["delta", "present"]
 

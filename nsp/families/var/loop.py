@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.families.var.config import VarConfig
+from nsp.family.sampling import SamplingConfig, scale_ratios
 from nsp.layers.resample import area_matrix, bicubic_matrix
-from nsp.runtime.backends.base import Backend
-from nsp.runtime.kv_arena import Array, KVShape
-from nsp.runtime.sampling import SamplingConfig, scale_ratios
+from nsp.stage.arena import Array, KVShape
+from nsp.stage.backend import Backend
 
 # What is different at every scale and goes to its stages.
 _SELECT = ("uniforms", "forced", "guidance")

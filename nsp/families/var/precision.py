@@ -7,8 +7,8 @@ embeddings and positions, the prompt's encoder and pooling. The modules follow t
 weights (model.py), so this list is the whole precision map.
 """
 
-from nsp.families.precision import StageWeights
 from nsp.families.var.config import VarConfig
+from nsp.family.stage_weights import StageWeights
 
 _BLOCK = "predictor.blocks.*"
 _CODEBOOK = "vae.quantize.embedding.*"

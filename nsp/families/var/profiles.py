@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nsp.families.var.config import TextCondition, VarConfig
-from nsp.runtime.io import Sizes
-from nsp.runtime.sampling import SamplingConfig
+from nsp.family.sampling import SamplingConfig
+from nsp.stage.io import Sizes
 
 # For tracing: all different and at least 2, since 0 and 1 are taken for constants; rows G may not
 # be fewer than images B.

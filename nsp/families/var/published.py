@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsp.checkpoint import is_checkpoint
+from nsp.artifacts.checkpoint import is_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.checkpoint import save_checkpoint
 from nsp.families.var.config import SCHEDULES, ClassCondition, VarConfig
 from nsp.families.var.system import VarSystem
-from nsp.state_names import (
+from nsp.weights.module_weights import bounded, load_state, rounded_to_eight_bits
+from nsp.weights.state_names import (
     VAR_PREDICTOR,
     VAR_TOKENIZER,
     find_state,
@@ -30,8 +31,7 @@ from nsp.state_names import (
     part_of_a_model,
     what_it_is,
 )
-from nsp.weight_files import read_tensor_file
-from nsp.weights import bounded, load_state, rounded_to_eight_bits
+from nsp.weights.weight_files import read_tensor_file
 
 # Constructor argument of the public code -> our field; None: has no effect on inference.
 _VAE_ARGUMENTS = {
@@ -137,7 +137,7 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def read_state(path: Path, *, part: str) -> dict[str, Tensor]:
     """Return the state dict in `path`, by the names that the model gives them.
 
-    The file is read by its content, wrappers and prefixes are seen through (`nsp.state_names`); the
+    The file is read by its content, wrappers and prefixes are seen through (state_names.py); the
     public trainer nests the state dict as ['trainer'][part].
     """
     return find_state(read_tensor_file(path), path, part=part)

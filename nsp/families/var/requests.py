@@ -6,8 +6,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nsp.families.var.config import VarConfig
-from nsp.runtime.requests import check_forced_tokens, check_gumbel, check_uniforms
-from nsp.runtime.sampling import SamplingConfig, draw_gumbel, draw_uniforms
+from nsp.family.sampling import SamplingConfig, draw_gumbel, draw_uniforms
+from nsp.pipeline.requests import check_forced_tokens, check_gumbel, check_uniforms
 
 
 def request_arrays(

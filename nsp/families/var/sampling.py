@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.preview import preview
 from nsp.data.stream import ShardStream
-from nsp.families.registry import family
 from nsp.families.var.system import VarSystem
-from nsp.runtime.pipeline import torch_pipeline
+from nsp.family.registry import family
+from nsp.pipeline.pipeline import torch_pipeline
 
 _NUM_SAMPLES = 24
 _BATCH = 64  # pictures reconstructed at once

@@ -18,11 +18,11 @@ from nsp.config import Config
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
-from nsp.families.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 from nsp.families.var.system import VarSystem
 from nsp.families.var.vqvae import VQVAE
 from nsp.training.average import write_rows
 from nsp.training.order import sample_uniforms
+from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Children that end badly, in place of export.build_child."""
+"""Children that end badly, in place of nsp.export.compile.build_child."""

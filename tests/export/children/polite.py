@@ -1,4 +1,4 @@
-"""Works until its stdin ends, as export.build_child, and notes that it stopped by itself."""
+"""Works until its stdin ends, as the build child does, and notes that it stopped by itself."""
 
 import json
 import os

@@ -7,9 +7,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-import cli
-import train
-from nsp.runtime.images import read_metadata
+from nsp import cli, train
+from nsp.data.png import read_metadata
 from tests.families.next_scale.models import new_tiny_checkpoint
 
 TRAIN_OPTIONS = (

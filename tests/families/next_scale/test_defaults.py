@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import VaeConfig
 from nsp.families.next_scale.vae import new_autoencoder
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
+from nsp.train import main
 from nsp.training.run import resolve_precision
 from tests.training.pictures import write_pictures
-from train import main
 
 SMALL = VaeConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=4)
 

@@ -16,7 +16,7 @@ from nsp.families.next_scale.model import AdaLayerNorm, GroupedAttention, grow, 
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.layers.attention import KeyValue
 from nsp.layers.resample import bilinear_matrix
-from nsp.runtime.pipeline import Pipeline, torch_pipeline
+from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from tests.families.next_scale.models import new_tiny_system, tiny_config
 
 LIMIT = 2e-5  # float32, sums in another order
@@ -29,7 +29,7 @@ def system() -> NextScaleSystem:
 
 @pytest.fixture(scope="module")
 def pipe(system: NextScaleSystem) -> Pipeline:
-    from nsp.families.registry import family
+    from nsp.family.registry import family
 
     return torch_pipeline(family("next_scale"), system, device="cpu")
 
@@ -63,7 +63,7 @@ def test_an_untrained_model_is_exact_bilinear_upscaling() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("attn_max_size", [2, 64])
 def test_stages_with_a_cache_give_what_the_whole_chain_gives(attn_max_size: int) -> None:
-    from nsp.families.registry import family
+    from nsp.family.registry import family
 
     system = new_tiny_system(tiny_config(attn_max_size=attn_max_size))
     pipeline = torch_pipeline(family("next_scale"), system, device="cpu")
@@ -125,7 +125,7 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another(pipe: Pipel
 
 
 def test_a_regression_base_makes_the_first_latent_in_one_step() -> None:
-    from nsp.families.registry import family
+    from nsp.family.registry import family
 
     system = new_tiny_system(tiny_config(base="regression"))
     pipe = torch_pipeline(family("next_scale"), system, device="cpu")
@@ -143,7 +143,7 @@ def test_a_regression_base_makes_the_first_latent_in_one_step() -> None:
 
 
 def test_an_image_does_not_depend_on_its_batch(pipe: Pipeline) -> None:
-    from nsp.runtime.batches import plan_images, stream_batch
+    from nsp.pipeline.batches import plan_images, stream_batch
 
     planned = plan_images(prompts=["red apple", ""], num_images=2, allow_empty=True)
     together = list(stream_batch(pipe, planned))[-1].latent

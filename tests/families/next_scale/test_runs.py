@@ -9,17 +9,17 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import VaeConfig
 from nsp.families.next_scale.latents import encode_scales
 from nsp.families.next_scale.objective import ScalesObjective
 from nsp.families.next_scale.vae import new_autoencoder
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
+from nsp.train import configure
 from nsp.training.run import train
 from tests.families.next_scale.models import new_tiny_system
 from tests.training.pictures import write_pictures
-from train import configure
 
 # Four pixels a cell, where the preset's own has two.
 WIDE = VaeConfig(

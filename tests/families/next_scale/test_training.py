@@ -8,18 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import open_source
 from nsp.errors import ConfigError
 from nsp.families.next_scale.latents import LatentDataset, cached_latents, resized
 from nsp.families.next_scale.objective import ScalesObjective, ScalesSettings
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
+from nsp.train import configure
 from nsp.training.objective import TokenCache
 from nsp.training.run import train
 from tests.families.next_scale.models import new_tiny_system, tiny_config
 from tests.training.pictures import write_pictures
-from train import configure
 
 
 @pytest.fixture(scope="module")

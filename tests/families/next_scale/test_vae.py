@@ -59,7 +59,7 @@ def test_rescaling_leaves_every_bit_of_the_picture() -> None:
 
 @torch.no_grad()
 def test_a_decoder_that_leaves_float16_fits_it_after_rescaling() -> None:
-    from export.precision import at_precision
+    from nsp.export.graph.narrow import at_precision
 
     def narrowed(model: nn.Module) -> torch.Tensor:
         system = nn.ModuleDict({"vae": nn.ModuleDict({"autoencoder": model})})

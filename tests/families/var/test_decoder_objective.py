@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import ConfigError
 from nsp.families.var.decoder_objective import DecoderSettings
-from nsp.training.config import RunConfig
+from nsp.family.recipe import RunConfig
 from nsp.training.presets import preset
 from nsp.training.run import train
 from tests.training.pictures import write_pictures

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsp.errors import ConfigError
 from nsp.families.var import objective
-from nsp.training.config import GuardConfig, RunConfig
+from nsp.family.recipe import GuardConfig, RunConfig
 from nsp.training.presets import preset
 from nsp.training.run import train
 from tests.training.pictures import write_pictures

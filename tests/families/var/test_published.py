@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.config import VarConfig
 from nsp.families.var.published import convert, infer_config

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.config import VarConfig
 from nsp.families.var.published import convert, read_state
 from tests.goldens.var_tiny.fixtures import document
-from tests.weight_states import POINTER, VAE, VAR, predictor_state, prefixed, saved
+from tests.weights.weight_states import POINTER, VAE, VAR, predictor_state, prefixed, saved
 
 
 def read(path: Path) -> dict[str, Tensor]:

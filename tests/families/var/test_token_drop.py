@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsp.checkpoint import read_checkpoint
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from nsp.checkpoint import read_checkpoint
-from nsp.families.registry import family
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.families.var.model import NextScaleTransformer
 from nsp.families.var.system import VarSystem
+from nsp.family.registry import family
 from nsp.layers.attention import KeyValue, attend_delta, attend_present
 from nsp.layers.sampling import filter_logits, sample_by_inverse_cdf
-from nsp.runtime.pipeline import Pipeline, torch_pipeline
+from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from tests.goldens.var_tiny.fixtures import document, part, tensors, variant_config
 
 SCALES = range(4)

@@ -1,0 +1,1 @@
+"""Graphs compiled to engines, in a process of their own."""

@@ -1,0 +1,186 @@
+"""One engine from one graph, compiled in a child process: a crash there takes nothing with it.
+
+Ctrl-C and the timeout ask the child to stop between two steps of the compiler, so that what it
+measured is kept, and end it when it does not.
+"""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsp.child import environment
+from nsp.errors import ExportError
+from nsp.export.plan import PlannedBuild
+from nsp.export.targets import TARGETS
+
+logger = logging.getLogger(__name__)
+
+ENGINE_NAME = "engine.plan"
+_CHILD = "nsp.export.compile.build_child"
+_GRACE_S = 10.0  # for a child that is asked to stop; TensorRT asks back every second or so
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a build gave besides the file."""
+
+    device: dict[str, str] = field(default_factory=dict)  # what it was built for, in words
+    peak_mib: float = 0.0  # of the compiler's process
+
+
+def build_engine(
+    build: PlannedBuild,
+    model: Path,
+    plan: Path,
+    *,
+    timeout_s: float,
+    on_progress: Callable[[float, str], None],
+    timing_cache: Path | None = None,
+    child: str = _CHILD,
+) -> Engine:
+    """Compile the graph `model` to the engine `plan`.
+
+    `timing_cache` is the file in which a target that tries kernels keeps how long they took. Raises
+    ExportError with one line for a refused graph, a crash, a timeout or too little memory.
+    """
+    target = TARGETS[build.target]
+    times_kernels = timing_cache is not None and target.times_kernels
+    job = {
+        "module": target.runtime.module,
+        "model": str(model),
+        "plan": str(plan),
+        "profiles": list(build.profiles),
+        "gpu_archs": list(build.gpu_archs),
+        "timing_cache": str(timing_cache) if times_kernels else None,
+    }
+    label = f"{build.stage} ({build.target} {build.precision})"
+    try:
+        outcome = _run_child(job, label, timeout_s, on_progress, child)
+    finally:
+        if timing_cache is not None:  # what a child that was killed while writing leaves
+            for partial in timing_cache.parent.glob(f".{timing_cache.name}.*.partial"):
+                partial.unlink(missing_ok=True)
+    if error := outcome.get("error"):
+        raise ExportError(f"{label}: {error}")
+    logger.info(
+        "%s: engine of %.1f MiB, %.1f s, peak memory %.0f MiB",
+        label,
+        plan.stat().st_size / 2**20,
+        outcome["seconds"],
+        outcome["peak_mib"],
+    )
+    return Engine(outcome["device"], outcome["peak_mib"])
+
+
+def _run_child(
+    job: dict[str, Any],
+    label: str,
+    timeout_s: float,
+    on_progress: Callable[[float, str], None],
+    child: str,
+) -> dict[str, Any]:
+    """Return the child's result; raise ExportError when it ends without one."""
+    with tempfile.TemporaryDirectory(prefix="nsp-build-") as scratch:
+        job_file, log_file = Path(scratch, "job.json"), Path(scratch, "log.txt")
+        job_file.write_text(json.dumps(job))
+        outcome: dict[str, Any] = {}
+        with (
+            log_file.open("wb") as log,
+            _started(child, job_file, log) as process,
+            _time_limit(process, timeout_s) as timed_out,
+        ):
+            for message in _messages(process):
+                if "progress" in message:
+                    on_progress(message["progress"], message["phase"])
+                outcome |= message
+            code = process.wait()
+        if timed_out.is_set() and "device" not in outcome:
+            raise ExportError(
+                f"{label}: the build took more than {timeout_s:g} s and was stopped; "
+                "raise --build-timeout"
+            )
+        if "device" in outcome or "error" in outcome:
+            return outcome
+        said = log_file.read_text(errors="replace").strip().splitlines()
+        last = said[-1].strip()[:300] if said else ""
+        raise ExportError(f"{label}: {_cause(code, last)}" + (f": {last}" if last else ""))
+
+
+@contextmanager
+def _started(child: str, job_file: Path, log: Any) -> Iterator[subprocess.Popen[str]]:
+    """Yield the running child; it does not outlive the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", child, str(job_file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=environment(),
+        process_group=0,  # Ctrl-C reaches this process alone, which stops the child in order
+    )
+    try:
+        yield process
+    finally:
+        _stop(process)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Ask the child to stop, and end it when it does not; nothing where it has ended."""
+    try:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        logger.debug("the build does not stop by itself")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _time_limit(process: subprocess.Popen[str], seconds: float) -> Iterator[threading.Event]:
+    """Stop the child after `seconds`; yield an event that is set by then."""
+    reached = threading.Event()
+
+    def stop() -> None:
+        reached.set()
+        _stop(process)
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    try:
+        yield reached
+    finally:
+        timer.cancel()
+
+
+def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects the child writes, one a line; the rest is TensorRT's own talk."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                logger.debug("build: %s", line.rstrip())
+
+
+def _cause(code: int, last_words: str) -> str:
+    """Return why a child ended without a result."""
+    if code == -signal.SIGKILL or "bad_alloc" in last_words:
+        return "the build was killed, most likely for lack of memory; use a smaller --max-batch"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"the compiler crashed ({name}) on this graph; export with --target onnxruntime"
+    return f"the build ended with exit code {code} and no result"

@@ -1,0 +1,1 @@
+"""Stages as ONNX graphs."""

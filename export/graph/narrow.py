@@ -1,0 +1,29 @@
+"""Narrowing weights: a copy of a model whose declared parts are float16 or bfloat16."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsp.artifacts.manifest import PRECISION_DTYPES
+from nsp.export.graph.dtypes import matches
+from nsp.family.stage_weights import StageWeights
+
+
+def at_precision(system: nn.Module, weights: Mapping[str, StageWeights], precision: str) -> Any:
+    """Return `system` for "fp32", else a copy with the weights declared `half` in that precision.
+
+    The modules compute in the dtype of their weights, so nothing else changes. For "int8" the model
+    stays as it is: its graphs are quantized (quantize.py).
+    """
+    if precision in ("fp32", "int8"):
+        return system
+    dtype = getattr(torch, PRECISION_DTYPES[precision])
+    patterns = [pattern for each in weights.values() for pattern in each.half]
+    narrowed = copy.deepcopy(system)
+    for name, parameter in narrowed.named_parameters():
+        if matches(name, patterns):
+            parameter.data = parameter.data.to(dtype)
+    return narrowed

@@ -1,0 +1,119 @@
+"""Stages to ONNX: names, dtypes and free axes come from the stage's declaration alone."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import torch
+from torch import Tensor, nn
+
+from nsp.errors import ExportError
+from nsp.stage.io import Sizes, StageIO, sample_arrays
+
+MODEL_NAME = "model.onnx"
+WEIGHTS_NAME = "model.onnx.data"
+# Below this the weights lie in the model file; above, beside it, where a runtime maps them into
+# memory.
+_INLINE_BYTES = 1 << 20
+
+
+class _Positional(nn.Module):
+    """A stage behind one star argument: its dynamic axes are one tuple whatever its signature."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """Return the stage's outputs."""
+        return self.stage(*tensors)
+
+
+def export_stage(
+    stage: nn.Module, io: StageIO, folder: Path, *, name: str, opset: int, trace_sizes: Sizes
+) -> Path:
+    """Write `stage` as ONNX to `folder` and return the model's path.
+
+    The same model gives the same bytes.
+
+    `trace_sizes` gives every free axis a size of its own, at least 2. Raises ExportError when the
+    exporter fails.
+    """
+    arguments = tuple(_tensors(io, trace_sizes))
+    free = set(io.free_axes)
+    axes = tuple(
+        {i: word for i, word in enumerate(spec.words) if word in free}
+        for spec in io.inputs.values()
+    )
+    try:
+        with quiet("torch.onnx", "onnxscript", "onnx_ir"):
+            program = torch.onnx.export(
+                _Positional(stage).eval(),
+                arguments,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(io.inputs),
+                output_names=list(io.outputs),
+                dynamic_shapes=(axes,),
+                verbose=False,
+            )
+    except Exception as error:  # torch.export and the exporter share no base class
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(
+            f"{name}: torch.onnx.export failed ({type(error).__name__}: {reason})"
+        ) from error
+    assert program is not None
+    return save(program.model, folder)
+
+
+def _tensors(io: StageIO, sizes: Sizes) -> Iterator[Tensor]:
+    """Yield inputs to trace with, in the declared dtypes."""
+    for spec, array in zip(io.inputs.values(), sample_arrays(io, sizes).values(), strict=True):
+        yield torch.from_numpy(np.asarray(array)).to(getattr(torch, spec.dtype))
+
+
+def save(model: onnx_ir.Model, folder: Path) -> Path:
+    """Write a model without the exporter's notes, which hold paths and change between runs.
+
+    Returns its path.
+    """
+    _strip(model)
+    path = folder / MODEL_NAME
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    external = WEIGHTS_NAME if weights > _INLINE_BYTES else None
+    onnx_ir.save(model, path, external_data=external)
+    return path
+
+
+def _strip(model: onnx_ir.Model) -> None:
+    model.metadata_props.clear()
+    model.doc_string = None
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Keep a library's remarks off the terminal: absent operators, axes that share a name."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

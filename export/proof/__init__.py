@@ -1,0 +1,1 @@
+"""Exported stages held to PyTorch."""

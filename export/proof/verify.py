@@ -1,0 +1,281 @@
+"""`nsp verify`: every stage of an engine folder held to PyTorch, on the backend at hand.
+
+Where PyTorch or the checkpoint is missing, stages are held to the outputs recorded at export. A
+stage that fails on ONNX Runtime is searched for its first wrong tensor (first_wrong.py).
+"""
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
+from nsp.artifacts.engine_choice import choose_backend, choose_variants
+from nsp.artifacts.engines import Engines, open_engine_dir
+from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest
+from nsp.artifacts.repair import find_source
+from nsp.config import Config
+from nsp.errors import CheckpointError, EngineError, NspError, ParityError
+from nsp.export.options import ExportOptions
+from nsp.export.proof.first_wrong import NodeError, first_wrong_tensor
+from nsp.export.proof.recorded import LIMITS, Recording, read_recorded, relative_error, replay
+from nsp.family.sampling import SamplingConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCheck(Config):
+    """What the check of one stage showed."""
+
+    stage: str
+    passed: bool
+    calls: int
+    largest_error: float | None  # of any output, over its range; None where that was not reached
+    error: str | None  # the gate that was missed
+    first_wrong: str | None = None  # tensor, operator and error, or why there is none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification(Config):
+    """What the check of an engine folder showed."""
+
+    engine_dir: str
+    backend: str
+    precision: str
+    reference: str  # in words
+    stages: tuple[StageCheck, ...]
+
+    def failure(self) -> ParityError | None:
+        """Return the first failed stage as an error, None when all passed."""
+        failed = [check for check in self.stages if not check.passed]
+        if not failed:
+            return None
+        first, more = failed[0], len(failed) - 1
+        where = f"; first wrong tensor: {first.first_wrong}" if first.first_wrong else ""
+        others = f"; {more} more stages fail" if more else ""
+        return ParityError(f"{first.error}{where}{others}")
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """What stages are held to: recorded calls, and with PyTorch the model they come from."""
+
+    words: str
+    recordings: tuple[Recording, ...]
+    live: Any = None  # nsp.export.proof.reference.Reference
+    system: Any = None
+
+
+def verify(
+    engine_dir: Path,
+    *,
+    backend: str = "auto",
+    precision: str | None = None,
+    checkpoint: Path | None = None,
+    recorded: bool = False,
+    verify_digests: bool = True,
+    num_threads: int | None = None,
+) -> Verification:
+    """Return what every stage's check showed; stages that fail are in it, not raised.
+
+    `recorded`: hold them to the recorded outputs even where PyTorch could be asked.
+    `verify_digests=False` takes engines and a checkpoint that differ from their digests.
+    `num_threads` as for `open_engine_dir`. Raises
+    EngineError for a folder that is damaged, of another machine, or has nothing to be held to,
+    BackendError for a backend that does not work, CheckpointError for a `checkpoint` that does not
+    fit.
+    """
+    engines = open_engine_dir(
+        engine_dir,
+        backend,
+        precision=precision,
+        num_threads=num_threads,
+        verify=verify_digests,
+    )
+    manifest = engines.manifest
+    truth = _truth(
+        engine_dir,
+        manifest,
+        checkpoint,
+        recorded=recorded,
+        limit=engines.max_batch,
+        verify_digests=verify_digests,
+    )
+    used = engines.backend.kv_dtype()
+    width = next(name for name, dtype in PRECISION_DTYPES.items() if dtype == used)
+    checks = []
+    for stage in engines.backend.stages_io:
+        logger.info("checking %s", stage)
+        checks.append(_check(engine_dir, manifest, engines, stage, width, truth))
+    return Verification(
+        engine_dir=str(engine_dir),
+        backend=engines.backend.name,
+        precision=width,
+        reference=truth.words,
+        stages=tuple(checks),
+    )
+
+
+def _truth(
+    folder: Path,
+    manifest: Manifest,
+    checkpoint: Path | None,
+    *,
+    recorded: bool,
+    limit: int | None,
+    verify_digests: bool,
+) -> _Truth:
+    """Return what to hold the stages to: PyTorch where it can be asked."""
+    if not recorded and importlib.util.find_spec("torch") is not None:
+        try:
+            source = checkpoint or find_source(folder, manifest)
+            record = _matching_checkpoint(source, manifest, verify=verify_digests)
+        except CheckpointError as error:
+            if checkpoint is not None:
+                raise
+            logger.warning("recorded outputs instead of PyTorch: %s", error)
+        else:
+            return _live_truth(record, limit)
+    elif checkpoint is not None:
+        raise CheckpointError(f"{checkpoint} cannot be run: torch is not installed or not wanted")
+    try:
+        recordings = read_recorded(folder, manifest)
+    except EngineError as error:
+        raise EngineError(
+            f"{error}, and PyTorch cannot be asked; give --checkpoint where torch is installed, or "
+            "export the folder again"
+        ) from error
+    return _Truth("outputs recorded at export", recordings)
+
+
+def _matching_checkpoint(folder: Path, manifest: Manifest, *, verify: bool) -> CheckpointRecord:
+    if not is_checkpoint(folder):
+        raise CheckpointError(f"no checkpoint at {folder}; give it with --checkpoint")
+    record = read_checkpoint(folder, verify=verify)
+    if record.weights_hash() != manifest.model_hash:
+        raise CheckpointError(f"{folder} holds another model than the engines were made from")
+    return record
+
+
+def _live_truth(record: CheckpointRecord, limit: int | None) -> _Truth:
+    """Return PyTorch's own calls, made now; only batches that the engines take."""
+    from nsp.export.plan import ExportPlan
+    from nsp.export.proof.reference import Reference, record_reference
+
+    plan = ExportPlan(
+        options=ExportOptions(checkpoint=str(record.folder)),
+        record=record,
+        config=record.family.get("config").from_dict(record.config),
+        sampling=SamplingConfig.from_dict(record.sampling),
+        model_hash=record.weights_hash(),
+        builds=(),
+    )
+    system = record.load()
+    made = record_reference(plan, system)
+    fitting = tuple(b for b in made.batches if limit is None or len(b.result.images) <= limit)
+    reference = Reference(made.pipeline, fitting)
+    recordings = tuple(Recording(batch.calls, batch.kv) for batch in fitting)
+    return _Truth("PyTorch float32, now", recordings, reference, system)
+
+
+def _check(
+    folder: Path, manifest: Manifest, engines: Engines, stage: str, precision: str, truth: _Truth
+) -> StageCheck:
+    """Return what one stage showed, with its first wrong tensor where it failed."""
+    io = engines.backend.stages_io[stage]
+    label = f"{stage} ({engines.backend.name} {precision})"
+    try:
+        if truth.live is not None:
+            from nsp.export.proof.parity import Subject, check_stage
+
+            subject = Subject(
+                stage=stage, io=io, backend=engines.backend, precision=precision, label=label
+            )
+            figures = check_stage(subject, truth.live)
+            errors = [each["relative"] for each in figures["outputs"].values()]
+            calls, worst = figures["calls"], max(errors, default=0.0)
+        else:
+            calls, worst = _check_recorded(engines, stage, precision, truth.recordings, label)
+    except ParityError as error:
+        wrong = _locate(folder, manifest, engines, stage, precision, truth)
+        return StageCheck(
+            stage=stage,
+            passed=False,
+            calls=0,
+            largest_error=None,
+            error=str(error),
+            first_wrong=wrong,
+        )
+    return StageCheck(stage=stage, passed=True, calls=calls, largest_error=worst, error=None)
+
+
+def _check_recorded(
+    engines: Engines, stage: str, precision: str, recordings: tuple[Recording, ...], label: str
+) -> tuple[int, float]:
+    """Return the number of calls and the largest error; raise ParityError at a missed limit."""
+    limits, calls, worst = LIMITS[precision], 0, 0.0
+    io = engines.backend.stages_io[stage]
+    for recording in recordings:
+        for call, _, found in replay(stage, io, engines.backend, recording.calls, recording.kv):
+            for name, expected in call.outputs.items():
+                relative = relative_error(expected, found[name])
+                limit = limits.logits_error if name == "logits" else limits.relative_error
+                if np.issubdtype(expected.dtype, np.integer):
+                    limit = 0.0
+                if name == "image":  # in [0, 1]: the error at which PSNR is at its limit, at least
+                    limit = 10 * 10 ** (-limits.psnr_db / 20)
+                if not relative <= limit:  # also what is not a number
+                    raise ParityError(
+                        f"{label}: call {calls}, {name}: max abs error is {relative:.2e} of the "
+                        f"range; limit {limit:.2e}"
+                    )
+                worst = max(worst, relative)
+            calls += 1
+    if not calls:
+        raise ParityError(f"{label}: nothing was recorded of this stage; it is unchecked")
+    return calls, worst
+
+
+def _locate(
+    folder: Path, manifest: Manifest, engines: Engines, stage: str, precision: str, truth: _Truth
+) -> str | None:
+    """Return the first wrong tensor of a failed stage in words; None where there are no graphs."""
+    if engines.backend.name != "onnxruntime":
+        return None
+    record = engines.family
+    chosen, device = choose_backend(folder, manifest, engines.backend.name, None)
+    found_variants = choose_variants(folder, manifest, chosen, device=device, precision=precision)
+    variant = found_variants.stages[stage]
+    graph = folder / next(iter(variant.files))
+    try:
+        found = first_wrong_tensor(
+            graph,
+            truth.system,
+            family=record,
+            stage=stage,
+            io=variant.stage_io,
+            precision=variant.precision,
+            kv_layout=variant.kv_layout,
+            opset=variant.opset,
+            recordings=truth.recordings,
+            limit=LIMITS[precision].relative_error,
+        )
+    except (NspError, ImportError) as error:
+        return f"not found ({error})"
+    return _in_words(found)
+
+
+def _in_words(found: NodeError | None) -> str:
+    if found is None:
+        return (
+            "none: with its inner tensors made visible the graph computes what PyTorch computes, "
+            "so an optimisation of the runtime is at fault"
+        )
+    return (
+        f"{found.tensor!r}, output of {found.op} {found.node!r} in call {found.call}: max abs "
+        f"error {found.error:.2e} of its range"
+    )

@@ -1,0 +1,88 @@
+"""Whole images from exported stages, free-running: reported for all, required of fp32."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
+from nsp.errors import ParityError
+from nsp.export.plan import ExportPlan
+from nsp.export.proof.recorded import LIMITS
+from nsp.export.proof.reference import Generated, Reference, psnr_db
+from nsp.pipeline.pipeline import Pipeline
+from nsp.pipeline.results import GenerateResult, Trace
+from nsp.stage.io import StageIO
+
+
+def check_images(
+    plan: ExportPlan,
+    reference: Reference,
+    files: Mapping[str, Path],
+    stages_io: Mapping[str, StageIO],
+    *,
+    kv_layout: str,
+    precision: str,
+) -> dict[str, Any]:
+    """Return how images from exported stages compare to PyTorch's: tokens that agree, and PSNR.
+
+    In half precision one early flip legitimately changes the image. In fp32 all tokens must agree,
+    and where a family draws none, images must, else ParityError; images made with `more_smooth` are
+    only reported, for there rounding feeds back through mixed codes.
+    """
+    backend = OnnxRuntimeBackend(
+        files,
+        stages_io,
+        kv_layout=kv_layout,
+        providers=[CPU],
+        num_threads=plan.options.num_threads,
+    )
+    pipeline = Pipeline(
+        plan.record.family,
+        plan.config,
+        backend,
+        tokenizer=reference.pipeline.tokenizer,
+        sampling=plan.sampling,
+    )
+    agreements, psnrs = [], []
+    for batch in reference.batches:
+        result = pipeline.generate(trace=True, **batch.arguments)
+        agreement = _agreement(batch, result)
+        psnrs.append(psnr_db(_trace(batch.result).image, _trace(result).image))
+        if agreement is None:
+            _check_image(precision, psnrs[-1])
+            continue
+        if precision == "fp32" and agreement < 1 and not batch.is_smooth:
+            raise ParityError(
+                f"onnxruntime fp32: {agreement:.2%} of the tokens of whole images agree with "
+                "PyTorch; limit 100 %"
+            )
+        agreements.append((agreement, len(result.images)))
+    figures: dict[str, Any] = {"images": reference.num_images}
+    if agreements:
+        total = sum(agreement * count for agreement, count in agreements)
+        figures["token_agreement"] = round(total / sum(count for _, count in agreements), 6)
+    return {**figures, "lowest_psnr_db": round(min(psnrs), 2)}
+
+
+def _agreement(batch: Generated, result: GenerateResult) -> float | None:
+    """Return the share of sampled tokens that agree; None where none are drawn."""
+    if not _trace(result).tokens:
+        return None
+    expected, found = (np.concatenate(_trace(r).tokens, 1) for r in (batch.result, result))
+    return float(np.mean(expected == found))
+
+
+def _check_image(precision: str, psnr: float) -> None:
+    """Raise ParityError for a whole fp32 image that is another one."""
+    limit = LIMITS["fp32"].psnr_db
+    if precision == "fp32" and psnr < limit:
+        raise ParityError(
+            f"onnxruntime fp32: whole images reach {psnr:.1f} dB against PyTorch; limit {limit} dB"
+        )
+
+
+def _trace(result: GenerateResult) -> Trace:
+    assert result.trace is not None  # asked for
+    return result.trace

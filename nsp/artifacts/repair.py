@@ -1,0 +1,126 @@
+"""What an error about an engine folder ends with: the command that makes its engines again."""
+
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsp.artifacts.manifest import Manifest
+
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
+
+def repair(
+    folder: Path,
+    manifest: "Manifest | None" = None,
+    *,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> str:
+    """Return the end of an error line: how to export `folder` again, from the same model.
+
+    With the manifest at hand the command names the checkpoint, the precisions it tells of and its
+    backend, where that is one; those of `backend` only where one is given, and `precision` beside
+    them. Without it the user is reminded to give the checkpoint: the default might be another.
+    """
+    if manifest is None:
+        return _unknown(folder)
+    variants = [v for vs in manifest.stages.values() for v in vs]
+    if backend is None and len(held := {v.backend for v in variants}) == 1:
+        backend = held.pop()
+    wanted: set[str] = {v.precision for v in variants if backend in (None, v.backend)}
+    if precision is not None:
+        wanted |= {precision}
+    return _command(folder, manifest.source, wanted, backend, drop_fp32=precision is None)
+
+
+def repair_unread(folder: Path, values: Mapping[str, Any]) -> str:
+    """Return the same for a manifest of another schema, from what can be told of its values."""
+    source, stages = values.get("source"), values.get("stages")
+    if not isinstance(source, str) or not isinstance(stages, dict):
+        return _unknown(folder)
+    variants = [v for vs in stages.values() if isinstance(vs, list) for v in vs]
+    found = {v.get("precision") for v in variants if isinstance(v, dict)}
+    # Schema 1 had the path of the checkpoint, relative to the engine folder.
+    path = (folder / source).resolve() if os.sep in source else Path(source)
+    name = str(path) if path.is_dir() else source_name(path)
+    return _command(folder, name, {p for p in _PRECISIONS if p in found}, None, drop_fp32=True)
+
+
+def _unknown(folder: Path) -> str:
+    note = " (with the --checkpoint and precision of its first export)" if folder.is_dir() else ""
+    return f"run: {shlex.join(['nsp', 'export', '--engine-dir', str(folder)])}{note}"
+
+
+def _command(
+    folder: Path, source: str, precisions: set[str], backend: str | None, *, drop_fp32: bool
+) -> str:
+    found = next(iter(source_candidates(folder, source)), None)
+    checkpoint = _short(found) if found is not None else source
+    words = ["nsp", "export", "--engine-dir", str(folder), "--checkpoint", checkpoint]
+    if backend is not None:
+        words += ["--target", backend.replace("_", "-")]
+    elif drop_fp32 and precisions != {"fp32"}:
+        precisions = precisions - {"fp32"}  # target "auto" adds it where it is of use
+    words += [f"--{name}" for name in sorted(precisions)]
+    return f"run: {shlex.join(words)}"
+
+
+def source_name(checkpoint: Path) -> str:
+    """Return what a checkpoint folder is called: its own name, or that of the run it lies in.
+
+    A manifest keeps this name and the model's hash, never a path of the machine that built it.
+    """
+    path = checkpoint.resolve()
+    return path.parent.name if path.name == "checkpoint" and path.parent.name else path.name
+
+
+def source_candidates(folder: Path, name: str) -> Iterable[Path]:
+    """Yield checkpoint folders called `name` in the places where they are kept.
+
+    Those are the package (its demo model), and `runs`, `checkpoints` and the folders themselves in
+    the current folder and beside the engine folder. Whether one is the same model, its hash says.
+    """
+    import nsp
+    from nsp.artifacts.checkpoint import is_checkpoint
+
+    demo = Path(nsp.__file__).parent / "demo"
+    roots = [Path.cwd(), folder.absolute().parent]
+    places = [root / part for root in dict.fromkeys(roots) for part in ("", "runs", "checkpoints")]
+    found = [demo] if name == demo.name else []
+    if name not in ("", ".", "..") and os.sep not in name and "\0" not in name:
+        found += [p for place in places for p in (place / name, place / name / "checkpoint")]
+    elif Path(name).is_absolute():
+        found += [Path(name)]
+    return (path for path in found if is_checkpoint(path))
+
+
+def find_source(folder: Path, manifest: "Manifest") -> Path:
+    """Return the checkpoint that the engines in `folder` were exported from, found by its hash.
+
+    Raises CheckpointError where it lies in none of the places it is looked for.
+    """
+    from nsp.artifacts.checkpoint import read_checkpoint
+    from nsp.errors import CheckpointError, NspError
+
+    others = []
+    for path in source_candidates(folder, manifest.source):
+        try:
+            if read_checkpoint(path).weights_hash() == manifest.model_hash:
+                return path
+            others.append(f"{path} holds another model")
+        except (NspError, OSError) as error:
+            others.append(str(error))
+    looked = f" ({'; '.join(others)})" if others else ""
+    raise CheckpointError(
+        f"the checkpoint {manifest.source} (model {manifest.model_hash[:12]}) is not in runs/, "
+        f"checkpoints/ or beside {folder}{looked}; give it with --checkpoint"
+    )
+
+
+def _short(path: Path) -> str:
+    """Return a path inside the current folder relative to it, another one as it is."""
+    here = Path.cwd()
+    return os.path.relpath(path, here) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,1 @@
+"""Runtimes: each runs stages on named arrays."""

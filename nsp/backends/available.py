@@ -1,0 +1,267 @@
+"""The registry of backends: one plain record each, and whether each works on this machine."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from nsp.backends.nvidia import find_gpu
+from nsp.distribution import installed_version, pip_install
+from nsp.errors import ConfigError, lacks_memory
+
+Device: TypeAlias = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend works here, in words for a user."""
+
+    works: bool
+    reason: str  # what it runs on, or why it does not work
+    install: str | None = None  # the command that would make it work, or work better
+    device: Device | None = None  # where it would run
+    detail: Mapping[str, str] = field(default_factory=dict)  # versions and the like
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendRecord:
+    """One backend."""
+
+    name: str
+    runs: Literal["checkpoints", "engines"]
+    module: str  # the optional package it needs
+    distributions: tuple[str, ...]  # names under which pip knows that package
+    extra: str | None = None  # the extra of this project that brings it; None: always required
+    needs_gpu: bool = False  # of no use on a machine without an NVIDIA GPU
+    needs: str  # in words
+    probe: Callable[["BackendRecord"], Availability]
+    # "module:name" of (stage files, stages' I/O, kv_layout, device, num_threads) -> Backend;
+    # None: it runs no engines.
+    loader: str | None
+    # Precisions it runs on each device, best first; fp16 is computed through casts on a CPU.
+    precisions: Mapping[Device, tuple[str, ...]] = field(
+        default_factory=lambda: {"cuda": ("fp16", "bf16", "fp32")}
+    )
+    portable: bool = True  # False: engines fit one GPU architecture, library version and OS
+    build_needs_gpu: bool = False
+
+    @property
+    def install(self) -> str | None:
+        """The command that installs the package; None where it would be of no use."""
+        if self.needs_gpu and find_gpu() is None:
+            return None
+        return f"pip install {self.module}" if self.extra is None else pip_install(self.extra)
+
+    @property
+    def repair(self) -> str | None:
+        """The command that mends a damaged installation; None where it would be of no use."""
+        return _reinstall_onnxruntime() if self.name == "onnxruntime" else self.install
+
+    def load(self) -> Any:
+        """Return the function that loads engines, importing its module now."""
+        assert self.loader is not None
+        module, _, name = self.loader.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def version(self) -> str | None:
+        """Return the version of the installed package, or None; nothing is imported."""
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or spec.origin is None:  # a folder left behind has no origin
+            return None
+        return self.recorded_version() or "unknown"
+
+    def recorded_version(self) -> str | None:
+        """Return the version pip has on record, whether or not the module is there."""
+        return next(
+            (found for name in self.distributions if (found := installed_version(name))), None
+        )
+
+
+def backend_record(name: str) -> BackendRecord:
+    """Return the record of a backend ("tensorrt-rtx" and "tensorrt_rtx" are the same one).
+
+    Raises ConfigError naming the known ones.
+    """
+    try:
+        return BACKENDS[name.replace("-", "_")]
+    except KeyError:
+        raise ConfigError(f"unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}") from None
+
+
+def availability(name: str) -> Availability:
+    """Return whether a backend works on this machine; never raises."""
+    try:
+        record = backend_record(name)
+    except ConfigError as error:
+        return Availability(False, str(error))
+    try:
+        if record.version() is not None:
+            return record.probe(record)
+        if record.recorded_version() is None or importlib.util.find_spec(record.module) is None:
+            needs = f"{record.module} is not installed; {record.needs}"
+            return Availability(False, needs, record.install)
+        reason = f"{record.module} is installed in part: pip lists it, its files are gone"
+    except Exception as error:  # whatever a broken installation raises while it is imported
+        if lacks_memory(error):
+            reason = f"there is not enough memory to load {record.module} ({error})"
+            return Availability(False, " ".join(reason.split()))
+        reason = f"{record.module} is installed but does not load: {type(error).__name__}: {error}"
+    return Availability(False, " ".join(reason.split()), record.repair)
+
+
+def _probe_torch(record: BackendRecord) -> Availability:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    detail = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+    where = f"GPU {torch.cuda.get_device_name()}" if cuda else "CPU"
+    install = None
+    if not cuda and (gpu := find_gpu()) is not None:
+        install = "pip install --force-reinstall 'torch==2.13.*'"
+        where += f"; {gpu.name} is here, but this build of torch does not use it"
+    device: Device = "cuda" if cuda else "cpu"
+    return Availability(True, f"runs checkpoints on the {where}", install, device, detail)
+
+
+def _probe_onnxruntime(record: BackendRecord) -> Availability:
+    from nsp.backends.onnxruntime.ort_backend import CUDA, cuda_starts, import_onnxruntime
+
+    ort = import_onnxruntime()
+    built_for_cuda = CUDA in ort.get_available_providers()
+    cuda, gpu = cuda_starts(ort), find_gpu()
+    detail = {
+        "onnxruntime": ort.__version__,
+        "providers": ", ".join(ort.get_available_providers()),
+    }
+    device: Device = "cuda" if cuda else "cpu"
+    reason = f"runs engines on the GPU {gpu.name}" if cuda and gpu else "runs engines on the CPU"
+    install = None
+    if all(installed_version(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+        # Both own the folder onnxruntime/: the one installed last wins, and removing either breaks
+        # the other.
+        reason += "; onnxruntime and onnxruntime-gpu are both installed and overwrite each other"
+        if gpu:
+            install = _reinstall_onnxruntime()
+        else:
+            reason += ", which does no harm here until one of them is removed"
+    elif gpu and not cuda:
+        if built_for_cuda:
+            reason += f"; its CUDA provider does not start on {gpu.name} (CUDA or cuDNN missing?)"
+            install = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        else:
+            reason += f"; {gpu.name} is here, but onnxruntime without -gpu does not use it"
+            install = _reinstall_onnxruntime()
+    return Availability(True, reason, install, device, detail)
+
+
+def _reinstall_onnxruntime() -> str:
+    """Return the command that leaves this machine with the one ONNX Runtime that suits it.
+
+    The two packages have their files in one folder, so on a machine with a GPU both go before the
+    GPU's comes. Elsewhere either will do, and pip fetches it before anything is removed: without
+    a network what works goes on working.
+    """
+    if find_gpu() is None:
+        return "pip install --force-reinstall --no-deps onnxruntime"
+    return "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+
+
+def _probe_tensorrt(record: BackendRecord) -> Availability:
+    """Report what can be built and run.
+
+    The module is imported (0.6 s, and 500 MB of libraries) only where it may run.
+    """
+    gpu = find_gpu()
+    detail = {record.module: record.version() or "unknown"}
+    builds = not record.build_needs_gpu or gpu is not None
+    can = "builds engines here" if builds else "cannot build engines here"
+    if gpu is None:
+        return Availability(False, f"{can}, cannot run them: no NVIDIA driver", None, None, detail)
+    detail |= {
+        "gpu": gpu.name,
+        "compute_capability": gpu.compute_capability,
+        "driver_cuda": gpu.driver_cuda,
+    }
+    needed = _cuda_needed(record)
+    if int(gpu.driver_cuda.split(".")[0]) < needed:
+        reason = (
+            f"{can}, cannot run them: the driver of {gpu.name} is for CUDA {gpu.driver_cuda}, "
+            f"{record.module} needs one for CUDA {needed}.0 or later"
+        )
+        return Availability(False, reason, None, "cuda", detail)
+    if not _has_cuda_bindings():
+        reason = f"{can}, cannot run them: cuda-bindings, which reach the GPU, are not installed"
+        return Availability(False, reason, record.install, "cuda", detail)
+    from nsp.backends.tensorrt.trt_backend import why_not_here
+
+    if reason := why_not_here(record.module):
+        return Availability(False, f"{can}, cannot run them: {reason}", None, "cuda", detail)
+    return Availability(True, f"runs engines on the GPU {gpu.name}", None, "cuda", detail)
+
+
+def _cuda_needed(record: BackendRecord) -> int:
+    """Return the major version of CUDA an installed package is built for."""
+    name = next((name for name in record.distributions if installed_version(name)), "")
+    return 12 if name.endswith("cu12") else 13
+
+
+def _has_cuda_bindings() -> bool:
+    try:
+        return importlib.util.find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+# In order of preference for `--backend auto`.
+BACKENDS: Mapping[str, BackendRecord] = {
+    record.name: record
+    for record in (
+        BackendRecord(
+            name="tensorrt",
+            runs="engines",
+            module="tensorrt",
+            distributions=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
+            extra="tensorrt",
+            needs_gpu=True,
+            needs="it needs an NVIDIA GPU to build and to run engines",
+            probe=_probe_tensorrt,
+            loader="nsp.backends.tensorrt.trt_backend:load_tensorrt",
+            portable=False,
+            build_needs_gpu=True,
+        ),
+        BackendRecord(
+            name="tensorrt_rtx",
+            runs="engines",
+            module="tensorrt_rtx",
+            distributions=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+            extra="tensorrt-rtx",
+            needs_gpu=True,
+            needs="it builds engines on any machine and needs an NVIDIA RTX GPU to run them",
+            probe=_probe_tensorrt,
+            loader="nsp.backends.tensorrt.trt_backend:load_tensorrt_rtx",
+            portable=False,
+        ),
+        BackendRecord(
+            name="onnxruntime",
+            runs="engines",
+            module="onnxruntime",
+            distributions=("onnxruntime-gpu", "onnxruntime"),
+            needs="it runs on any CPU, and on NVIDIA GPUs as onnxruntime-gpu",
+            probe=_probe_onnxruntime,
+            loader="nsp.backends.onnxruntime.ort_backend:load_engines",
+            precisions={"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp16", "fp32")},
+        ),
+        BackendRecord(
+            name="torch",
+            runs="checkpoints",
+            module="torch",
+            distributions=("torch",),
+            extra="export",
+            needs="it runs checkpoints, on a CPU or a GPU",
+            probe=_probe_torch,
+            loader=None,
+            precisions={"cpu": ("fp32",), "cuda": ("fp32",)},
+        ),
+    )
+}

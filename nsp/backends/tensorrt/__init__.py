@@ -1,0 +1,1 @@
+"""Stages as TensorRT and TensorRT-RTX engines, with CUDA and its graphs."""

@@ -1,0 +1,229 @@
+"""Loops over stages recorded as CUDA graphs and replayed.
+
+The first call of a loop runs stage by stage, which also finishes what TensorRT puts off until a
+first run; the second one is captured, one graph for every result the loop yields; from then on the
+graphs are launched and no Python of the loop or of a stage runs. All of a loop's inputs lie in one
+piece of memory and arrive in one copy. Loops use their workspaces in turn, and what they yield is
+copied out, so it stays as it is.
+"""
+
+import dataclasses
+import itertools
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.backends.tensorrt.cuda import DeviceArray, Graph, Memory, Stream, aligned, mib
+from nsp.errors import BackendError
+from nsp.stage.backend import Backend, Loop
+from nsp.stage.io import Shape, array_bytes
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Host: TypeAlias = Mapping[str, NDArray[Any]]
+
+_MAX_RECORDINGS = 16  # a batch of prompts with other repetitions has other shapes
+
+
+class Runner(Backend):
+    """A backend that runs the stages of a loop in a workspace."""
+
+    @abstractmethod
+    def why_not_captured(self) -> str:
+        """Return why what has run cannot be captured, or nothing."""
+
+
+class Workspace:
+    """Memory handed out from its beginning on, in the same places after every `reset`."""
+
+    def __init__(self, memory: Memory | None = None) -> None:
+        """Without memory it only counts."""
+        self.memory, self.used, self.is_busy = memory, 0, False
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes there are."""
+        return 0 if self.memory is None else self.memory.num_bytes
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.used = 0
+
+    def allocate(self, shape: Shape, dtype: str) -> DeviceArray:
+        """Return the next array."""
+        address = self.used + (0 if self.memory is None else self.memory.address)
+        self.used += aligned(array_bytes(shape, dtype))
+        assert self.memory is None or self.used <= self.num_bytes, "measured before"
+        return DeviceArray(address, tuple(shape), dtype, self.memory)
+
+
+def place_inputs(inputs: Host, workspace: Workspace) -> dict[str, DeviceArray]:
+    """Return where the inputs go: at the beginning of the workspace."""
+    workspace.reset()
+    return {n: workspace.allocate(a.shape, a.dtype.name) for n, a in inputs.items()}
+
+
+class _Staging:
+    """Page-locked host memory laid out as the inputs are on the GPU."""
+
+    def __init__(self, stream: Stream, arrays: Mapping[str, DeviceArray]) -> None:
+        self._stream = stream
+        self._target = min(array.address for array in arrays.values())
+        end = max(array.address + array.num_bytes for array in arrays.values())
+        self._buffer = stream.pinned(end - self._target)
+        self._views: dict[str, NDArray[Any]] = {}
+        for name, array in arrays.items():
+            start = array.address - self._target
+            part = self._buffer[start : start + array.num_bytes]
+            self._views[name] = part.view(array.dtype).reshape(array.shape)
+        self._last: dict[str, NDArray[Any]] = {}
+
+    def send(self, inputs: Host) -> None:
+        """Copy the inputs to the GPU in one piece."""
+        self._stream.synchronize()  # the copy before may still read the buffer
+        for name, array in inputs.items():
+            # Read-only arrays, such as resizing matrices, are the same ones in every call.
+            if array is not self._last.get(name) or array.flags.writeable:
+                np.copyto(self._views[name], array)
+        self._last = dict(inputs)
+        self._stream.send(self._target, self._buffer.ctypes.data, self._buffer.nbytes)
+
+
+class Recording:
+    """One loop on inputs of one kind: run, then captured, then replayed."""
+
+    def __init__(
+        self, key: Any, inputs: Host, runner: Runner, stream: Stream, workspace: Workspace
+    ) -> None:
+        self.key, self.workspace = key, workspace
+        self._runner, self._stream = runner, stream
+        self._staging = _Staging(stream, place_inputs(inputs, workspace))
+        self._has_run, self._can_capture = False, True
+        self._graphs: list[tuple[Graph, Any]] | None = None
+
+    def play(self, inputs: Host, loop: Loop[T]) -> Iterator[T]:
+        """Yield the results of the loop, copied out of the workspace."""
+        self._staging.send(inputs)
+        if self._graphs is not None:
+            for graph, result in self._graphs:
+                self._stream.launch(graph)
+                yield copied(result, self._stream)
+        elif self._has_run and self._can_capture:
+            yield from self._capture(inputs, loop)
+        else:
+            yield from self._run(inputs, loop)
+
+    def _begin(self, inputs: Host, loop: Loop[T]) -> Iterator[T]:
+        """Return the loop; its memory is where it was the last time."""
+        return loop(self._runner, place_inputs(inputs, self.workspace))
+
+    def _run(self, inputs: Host, loop: Loop[T]) -> Iterator[T]:
+        for result in self._begin(inputs, loop):
+            yield copied(result, self._stream)
+        is_first, self._has_run = not self._has_run, True
+        if is_first and (reason := self._runner.why_not_captured()):
+            self._refuse(reason)
+
+    def _capture(self, inputs: Host, loop: Loop[T]) -> Iterator[T]:
+        """Yield the results while recording what makes each of them."""
+        graphs: list[tuple[Graph, Any]] = []
+        steps, end = self._begin(inputs, loop), object()
+        while True:
+            try:
+                with self._stream.capture() as captured:
+                    result: Any = next(steps, end)
+            except BackendError as error:
+                self._refuse(str(error))
+                rest = itertools.islice(self._run(inputs, loop), len(graphs), None)
+                yield from rest  # the inputs are there: what was yielded is made again
+                return
+            if result is end:
+                break
+            graphs.append((captured[0], result))
+            self._stream.launch(captured[0])
+            yield copied(result, self._stream)
+        self._graphs = graphs
+
+    def _refuse(self, reason: str) -> None:
+        self._can_capture = False
+        logger.warning("%s runs stage by stage, not as a CUDA graph: %s", self.key[0], reason)
+
+
+class Recorder:
+    """The recordings of one backend and the workspaces they use in turn."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        run_in: Callable[[Workspace], Runner],
+        measure_in: Callable[[Workspace], Runner],
+    ) -> None:
+        """Two ways to make what runs stages in a workspace; the second one runs none."""
+        self._stream, self._run_in, self._measure_in = stream, run_in, measure_in
+        self._recordings: list[Recording] = []  # the one used last is last
+
+    def play(self, name: str, inputs: Host, loop: Loop[T]) -> Iterator[T]:
+        """Yield the results of the loop called `name`.
+
+        Raises BackendError when its memory is more than there is.
+        """
+        key = (name, *((n, a.shape, a.dtype.str) for n, a in inputs.items()))
+        recording = self._find(key) or self._new(key, inputs, loop)
+        recording.workspace.is_busy = True
+        try:
+            yield from recording.play(inputs, loop)
+        finally:
+            recording.workspace.is_busy = False
+
+    def _find(self, key: Any) -> Recording | None:
+        """Return the recording for the key that no unfinished loop is using."""
+        for recording in self._recordings:
+            if recording.key == key and not recording.workspace.is_busy:
+                self._recordings.remove(recording)
+                self._recordings.append(recording)
+                return recording
+        return None
+
+    def _new(self, key: Any, inputs: Host, loop: Loop[T]) -> Recording:
+        workspace = self._workspace(self._measure(inputs, loop))
+        recording = Recording(key, inputs, self._run_in(workspace), self._stream, workspace)
+        idle = [each for each in self._recordings if not each.workspace.is_busy]
+        if len(self._recordings) >= _MAX_RECORDINGS and idle:
+            self._recordings.remove(idle[0])
+        self._recordings.append(recording)
+        return recording
+
+    def _measure(self, inputs: Host, loop: Loop[T]) -> int:
+        """Return the bytes a loop takes, by walking through it without running a stage."""
+        counted = Workspace()
+        for _ in loop(self._measure_in(counted), place_inputs(inputs, counted)):
+            pass
+        return counted.used
+
+    def _workspace(self, num_bytes: int) -> Workspace:
+        """Return an idle workspace of that size; smaller idle ones make room for a new one."""
+        spaces = (each.workspace for each in self._recordings if not each.workspace.is_busy)
+        if found := next((space for space in spaces if space.num_bytes >= num_bytes), None):
+            return found
+        self._recordings = [each for each in self._recordings if each.workspace.is_busy]
+        self._stream.trim()
+        logger.info("%s: workspace of %s", self._stream.label, mib(num_bytes))
+        return Workspace(self._stream.memory(num_bytes))
+
+
+def copied(result: T, stream: Stream) -> T:
+    """Return a result, an array or a dataclass with arrays, with its arrays copied."""
+    found: Any = result
+    if isinstance(found, DeviceArray):
+        found = stream.copy(found)
+    else:
+        fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+        copies = {n: stream.copy(a) for n, a in fields.items() if isinstance(a, DeviceArray)}
+        found = dataclasses.replace(found, **copies)
+    return found  # type: ignore[no-any-return]

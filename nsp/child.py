@@ -1,0 +1,16 @@
+"""Child processes that run this very package, whatever lies in the current folder."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment, with `changes`, in which children import this package.
+
+    Run them as `[sys.executable, "-P", "-m", "nsp…"]`: -P keeps the current folder off their path.
+    """
+    root = str(Path(__file__).absolute().parents[1])
+    inherited = os.environ.get("PYTHONPATH")
+    path = root if not inherited else os.pathsep.join((root, inherited))
+    return {**os.environ, **(changes or {}), "PYTHONPATH": path}

@@ -1,0 +1,128 @@
+"""What the commands show on a terminal, and in plain lines where there is none.
+
+rich is imported when something is drawn: `nsp generate` has engines to load meanwhile.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from nsp.errors import one_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_OURS = "nsp"  # the package whose information is shown
+_WIDE = 200  # columns of a table that no terminal limits
+_DRAW_SECONDS = 0.1  # drawing a bar takes about a millisecond
+
+logger = logging.getLogger(__name__)
+
+
+def results_console() -> "Console":
+    """Return a console on stdout; tables are not squeezed into 80 columns when it is a pipe."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _WIDE
+    return Console(file=sys.stdout, highlight=False, markup=False, width=width)
+
+
+class _StderrLines(logging.Handler):
+    """Writes each record as one line to what stderr is now (a progress bar may have taken it over).
+
+    A warning is shown once: the same prompt may come by in several batches.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record."""
+        line = self.format(record)
+        if not record.exc_info:
+            line = one_line(line)
+        if record.levelno >= logging.WARNING:
+            line = f"{record.levelname.lower()}: {line}"
+            if line in self._warned:
+                return
+            self._warned.add(line)
+        click.echo(line, err=True)
+
+
+@contextmanager
+def logs_on_stderr(*, verbose: bool) -> Iterator[None]:
+    """Show our log records, and everybody's warnings, until the block ends."""
+    handler, root = _StderrLines(), logging.getLogger()
+    ours = logging.getLogger(_OURS)
+    before = ours.level
+    root.addHandler(handler)
+    ours.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        ours.setLevel(before)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield `show(activity, done, total)`: a bar on a terminal, a line per activity elsewhere.
+
+    Nothing is drawn between its calls: what is measured there is not disturbed.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield _ActivityLines()
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
+
+    with Progress(
+        TextColumn(
+            "{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        ),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        console=Console(file=sys.stderr),
+        auto_refresh=False,
+        redirect_stdout=False,
+        transient=True,
+        expand=True,
+    ) as bar:
+        task, drawn = bar.add_task("", total=None, visible=False), 0.0
+
+        def show(activity: str, done: int, total: int) -> None:
+            nonlocal drawn
+            now = time.monotonic()
+            due = done == total or now - drawn > _DRAW_SECONDS
+            drawn = now if due else drawn
+            bar.update(
+                task,
+                description=escape(activity),
+                completed=done,
+                total=total,
+                visible=True,
+                refresh=due,
+            )
+
+        yield show
+
+
+class _ActivityLines:
+    """Logs every activity once."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, activity: str, done: int, total: int) -> None:
+        """Log `activity` when it is another one."""
+        if activity != self._last:
+            logger.info("%s", activity)
+        self._last = activity

@@ -1,0 +1,1 @@
+"""From prompts or class ids to images."""

@@ -1,1 +1,0 @@
-"""Running exported stages: I/O declarations, engine folders, KV arena, pipeline, backends."""

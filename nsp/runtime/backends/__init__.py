@@ -1,1 +1,0 @@
-"""Backends: code that runs stages."""

@@ -1,0 +1,183 @@
+"""The KV arena: keys and values of all scale steps in buffers allocated once per image batch.
+
+A step reads the past as a prefix view and its new keys and values are written in place; nothing is
+joined on the host. Axes: S tokens of the whole schedule, P cached, L new, G rows, H heads, K head
+width.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.stage.io import Shape
+
+
+class Array(Protocol):
+    """What the runtime asks of a backend's arrays: views, nothing more."""
+
+    @property
+    def shape(self) -> Any:
+        """The shape."""
+
+    def __getitem__(self, key: Any) -> Self:
+        """Return a view of a slice of the first axis."""
+
+    def reshape(self, shape: Any) -> Self:
+        """Return a view of another shape."""
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Sizes of a cache."""
+
+    num_layers: int
+    num_tokens: int  # S, of the whole schedule
+    rows: int  # G
+    num_heads: int
+    head_width: int
+    dtype: str
+
+
+class Memory(Protocol):
+    """What an arena needs of a backend."""
+
+    def allocate(self, shape: Shape, dtype: str) -> Array:
+        """Return uninitialised memory."""
+
+    def copy_rows(self, source: Array, target: Array) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+
+
+class HostArrays:
+    """NumPy arrays as the memory of an arena."""
+
+    def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
+        """Return uninitialised memory."""
+        return np.empty(shape, dtype)
+
+    def copy_rows(self, source: Any, target: Any) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+        target[...] = source[:, : target.shape[1]]
+
+
+class KVArena(ABC):
+    """Hands out the past and room for what is new; `advance` after every step."""
+
+    def __init__(self, shape: KVShape) -> None:
+        self._whole_shape = shape
+        self.shape, self.length = shape, 0
+
+    def clear(self) -> None:
+        """Begin anew, with all rows and nothing cached."""
+        self.shape, self.length = self._whole_shape, 0
+
+    @abstractmethod
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first `rows` rows, in the past and from now on."""
+
+    @abstractmethod
+    def past(self) -> dict[str, Array]:
+        """Return the `past_*` inputs of the next step."""
+
+    @abstractmethod
+    def new(self, num_tokens: int) -> dict[str, Array]:
+        """Return the buffers for the `new_*` outputs of a step of `num_tokens`."""
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens of a finished step as cached."""
+        self.length += num_tokens
+
+    def _names(self, prefix: str) -> list[str]:
+        layers = range(self.shape.num_layers)
+        return [f"{prefix}_{kind}_{i}" for i in layers for kind in ("k", "v")]
+
+
+class DeltaArena(KVArena):
+    """Token-major (S, G, H, K) buffers: the past is the head of each, the new lands behind it."""
+
+    def __init__(self, shape: KVShape, memory: Memory) -> None:
+        super().__init__(shape)
+        self._memory = memory
+        self._buffers = self._whole = self._allocate(memory)
+
+    def clear(self) -> None:
+        """Begin anew, with all rows and nothing cached."""
+        super().clear()
+        self._buffers = self._whole
+
+    def _allocate(self, memory: Memory) -> list[Array]:
+        kv = self.shape
+        full = (kv.num_tokens, kv.rows, kv.num_heads, kv.head_width)
+        return [memory.allocate(full, kv.dtype) for _ in range(2 * kv.num_layers)]
+
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first `rows` rows: rows lie inside tokens, so they are copied."""
+        before, self.shape = self._buffers, replace(self.shape, rows=rows)
+        self._buffers = self._allocate(self._memory)
+        if self.length:
+            for source, target in zip(before, self._buffers, strict=True):
+                self._memory.copy_rows(source[: self.length], target[: self.length])
+
+    def past(self) -> dict[str, Array]:
+        """Return views (P, G, H, K)."""
+        views = (buffer[: self.length] for buffer in self._buffers)
+        return dict(zip(self._names("past"), views, strict=True))
+
+    def new(self, num_tokens: int) -> dict[str, Array]:
+        """Return views (L, G, H, K)."""
+        views = (buffer[self.length : self.length + num_tokens] for buffer in self._buffers)
+        return dict(zip(self._names("new"), views, strict=True))
+
+
+class PresentArena(KVArena):
+    """Two flat buffers per tensor, each a packed (G, H, P, K).
+
+    The operator reads the past from one and writes past and new into the other.
+    """
+
+    def __init__(self, shape: KVShape, memory: Memory) -> None:
+        super().__init__(shape)
+        size = shape.num_tokens * shape.rows * shape.num_heads * shape.head_width
+        count = 2 * shape.num_layers
+        self._pair = [
+            [memory.allocate((size,), shape.dtype) for _ in range(count)] for _ in range(2)
+        ]
+        self._current = 0
+
+    def clear(self) -> None:
+        """Begin anew, with all rows and nothing cached."""
+        super().clear()
+        self._current = 0
+
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first `rows` rows: what is packed starts with them."""
+        self.shape = replace(self.shape, rows=rows)
+
+    def past(self) -> dict[str, Array]:
+        """Return packed views (G, H, P, K) of the current buffers."""
+        return self._views("past", self._current, self.length)
+
+    def new(self, num_tokens: int) -> dict[str, Array]:
+        """Return packed views (G, H, P + L, K) of the other buffers."""
+        return self._views("new", 1 - self._current, self.length + num_tokens)
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the new tokens as cached and swap the buffers."""
+        super().advance(num_tokens)
+        self._current = 1 - self._current
+
+    def _views(self, prefix: str, which: int, length: int) -> dict[str, Array]:
+        kv = self.shape
+        packed = (kv.rows, kv.num_heads, length, kv.head_width)
+        size = kv.rows * kv.num_heads * length * kv.head_width
+        views = (buffer[:size].reshape(packed) for buffer in self._pair[which])
+        return dict(zip(self._names(prefix), views, strict=True))
+
+
+ARENAS: dict[str, type[DeltaArena] | type[PresentArena]] = {
+    "delta": DeltaArena,
+    "present": PresentArena,
+}

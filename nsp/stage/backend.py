@@ -1,0 +1,85 @@
+"""What a backend is: it runs stages on named arrays and owns the memory they live in."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.stage.arena import ARENAS, Array, KVArena, KVShape
+from nsp.stage.io import Shape, StageIO
+
+T = TypeVar("T")
+Loop: TypeAlias = Callable[["Backend", Mapping[str, Array]], Iterator[T]]
+
+
+class Backend(ABC):
+    """Stages loaded for one device.
+
+    Arrays are the backend's own kind (NumPy, torch, device memory): callers only slice and reshape
+    them. Outputs belong to the caller until it drops them; those named in `outputs` are written
+    into the arrays given there.
+    """
+
+    name: ClassVar[str]
+    kv_layout: str
+
+    def __init__(self, stages_io: Mapping[str, StageIO]) -> None:
+        self.stages_io = stages_io
+
+    @abstractmethod
+    def run(
+        self, stage: str, feeds: Mapping[str, Array], outputs: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """Return all outputs of `stage`.
+
+        Raises FeedError for wrong feeds and BackendError when the stage fails.
+        """
+
+    def when_loaded(self, call: Callable[[], None]) -> None:
+        """Call `call` once no file of a stage is needed any more: now, or when all are loaded."""
+        call()
+
+    @abstractmethod
+    def upload(self, array: NDArray[Any]) -> Array:
+        """Return `array` on the device of this backend."""
+
+    @abstractmethod
+    def download(self, array: Array) -> NDArray[Any]:
+        """Return a NumPy copy of an array that later steps will not overwrite."""
+
+    @abstractmethod
+    def allocate(self, shape: Shape, dtype: str) -> Array:
+        """Return uninitialised memory."""
+
+    @abstractmethod
+    def copy_rows(self, source: Array, target: Array) -> None:
+        """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+
+    def arena(self, shape: KVShape) -> AbstractContextManager[KVArena]:
+        """Lend an empty arena in this backend's layout; its views end with the `with` block."""
+        return nullcontext(self.new_arena(shape))
+
+    def new_arena(self, shape: KVShape) -> KVArena:
+        """Return an arena with memory of its own."""
+        return ARENAS[self.kv_layout](shape, self)
+
+    def kv_dtype(self) -> str:
+        """Return the dtype of keys and values."""
+        specs = (spec for io in self.stages_io.values() for spec in io.outputs.items())
+        return next(spec.dtype for name, spec in specs if name.startswith("new_k"))
+
+    def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
+        """Return what `loop` yields on the uploaded `inputs`; its results belong to the caller.
+
+        A backend may record what the loop called `name` does and repeat that for later inputs of
+        the same names, shapes and dtypes. So a loop depends on nothing else, uploads and downloads
+        nothing, and runs its stages on the backend it is given.
+        """
+        return loop(self, {name: self.upload(array) for name, array in inputs.items()})
+
+    def scalar(self, value: float, dtype: str = "float32") -> Array:
+        """Return a zero-dimensional array."""
+        return self.upload(np.array(value, dtype))

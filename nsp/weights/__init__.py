@@ -1,0 +1,1 @@
+"""Weight files of any origin, and what their names mean."""

@@ -1,0 +1,207 @@
+"""Weights of modules: checked against what a module has, then loaded; written as safetensors."""
+
+import logging
+import math
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from nsp.errors import CheckpointError, NspError
+from nsp.weights.state_names import kind_of
+from nsp.weights.weight_files import read_safetensors, read_shapes, write_safetensors
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "model.safetensors"
+_BUILD_ERRORS = (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError, LookupError)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def save_weights(module: nn.Module, folder: Path) -> None:
+    """Write the state dict of `module` to folder/model.safetensors; OSError when that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
+    write_safetensors(state, folder / WEIGHTS_NAME)
+
+
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Load folder/model.safetensors into `module`, in the dtypes that `module` has."""
+    load_state(module, read_safetensors(folder / WEIGHTS_NAME), str(folder))
+
+
+@contextmanager
+def bounded_by_files(
+    folder: Path, parts: Sequence[str], listed: Collection[str] | None = None
+) -> Iterator[None]:
+    """Build modules no larger than the weight files of a checkpoint's parts, see `bounded`.
+
+    Only the files' headers are read. With `listed` each file must be among those names.
+    """
+    shapes: list[tuple[int, ...]] = []
+    for part in parts:
+        path = folder / part / WEIGHTS_NAME
+        if listed is not None and f"{part}/{WEIGHTS_NAME}" not in listed:
+            raise CheckpointError(
+                f"{path} is not listed in config.json; the checkpoint is incomplete, write it again"
+            )
+        shapes += read_shapes(path).values()
+    with bounded(shapes, str(folder)):
+        yield
+
+
+@contextmanager
+def bounded(shapes: Iterable[Sequence[int]], source: str) -> Iterator[None]:
+    """Build modules that cannot be much larger than the tensors they are to hold.
+
+    A configuration with absurd numbers ends in CheckpointError: parameters are counted as they are
+    registered, before they are filled, which is when memory is really taken. What torch says of
+    sizes beyond its numbers becomes one line. Modules of other threads are not counted.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    # Room for a model that does not fit by a few layers: those are named when it is loaded.
+    most, largest = 4 * len(sizes) + 64, 4 * sum(sizes) + 2**16
+    thread, count, total = threading.get_ident(), 0, 0
+
+    def note(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count, total
+        if threading.get_ident() != thread or parameter is None:
+            return
+        count, total = count + 1, total + parameter.numel()
+        if count > most or total > largest:
+            raise CheckpointError(
+                f"{source}: the configuration describes a model of more than {count} tensors and "
+                f"{total:,} numbers, the file has {len(sizes)} and {sum(sizes):,}; they do not "
+                "belong together, copy them again"
+            )
+
+    handle = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    except NspError:
+        raise
+    except _BUILD_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{source}: the configuration describes a model that cannot be built ({reason})"
+        ) from error
+    finally:
+        handle.remove()
+
+
+def compare_shapes(
+    own: Mapping[str, Tensor],
+    found: Mapping[str, tuple[int, ...]],
+    source: str,
+    *,
+    optional: Collection[str] = (),
+) -> None:
+    """Raise CheckpointError naming the first missing, extra or misshapen tensor, and their number.
+
+    Names in `optional` may be missing, and may be there though `own` has no such name.
+    """
+    missing = sorted(own.keys() - found.keys() - set(optional))
+    extra = sorted(found.keys() - own.keys() - set(optional))
+    misshapen = [
+        f"{name} {tuple(found[name])} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & found.keys()
+        if tuple(own[name].shape) != tuple(found[name])
+    ]
+    problems = {"missing": missing, "extra": extra, "misshapen": sorted(misshapen)}
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            kind, wanted = kind_of(found), kind_of(own)
+            holds = f"; it holds {kind}" if kind is not None and kind != wanted else ""
+            raise CheckpointError(f"{source}: {problem} tensor {names[0]}{more}{holds}")
+
+
+def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of `module` that follow from its configuration.
+
+    A module names those that do not, because they were measured, in `MEASURED_BUFFERS`.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in getattr(part, "MEASURED_BUFFERS", ())
+    }
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `module`, every name, shape and type matching.
+
+    Buffers that follow from the configuration may be missing; those that are there must hold what
+    the module computes (or are replaced by it and that is said, where the module names them in
+    `RECOMPUTED_BUFFERS`). Raises CheckpointError naming the first missing, extra, misshapen,
+    mistyped or non-finite tensor and how many there are.
+    """
+    own, computed = module.state_dict(), computed_buffers(module)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    compare_shapes(own, shapes, source, optional=computed)
+    check_types(own, state, source)
+    if eight := rounded_to_eight_bits(state):
+        log.warning("%s: 8-bit weights: %s were rounded before they came here", source, eight)
+    # -inf is legitimate in a mask buffer, which is no parameter.
+    check_finite(dict(module.named_parameters()), state, source)
+    odd = [name for name in computed.keys() & state.keys() if not _is_computed(name, module, state)]
+    for name in sorted(odd):
+        where = f"{source}: tensor {name} differs from what the configuration gives"
+        part, _, last = name.rpartition(".")
+        if last not in getattr(module.get_submodule(part), "RECOMPUTED_BUFFERS", ()):
+            raise CheckpointError(f"{where}; it is of another model, or damaged")
+        log.warning("%s: the file's is left out, and the computed one is taken", where)
+    state = {name: tensor for name, tensor in state.items() if name not in odd}
+    cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
+    module.load_state_dict({**own, **cast})
+
+
+def check_finite(names: Collection[str], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError naming the first of `names` whose tensor holds NaN or infinity."""
+    for name, tensor in state.items():
+        if name in names and not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"{source}: tensor {name} holds NaN or infinity")
+
+
+def check_types(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError for integers where the model has floating-point numbers."""
+    wanted = {n: t for n, t in state.items() if n in own and own[n].is_floating_point()}
+    wrong = [n for n, t in wanted.items() if t.dtype not in _FLOATS and not _is_eight_bits(t.dtype)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        dtype = str(state[wrong[0]].dtype).removeprefix("torch.")
+        is_integer = not (state[wrong[0]].is_complex() or state[wrong[0]].dtype == torch.bool)
+        remedy = (
+            "these are quantized without their scales, give the weights they were made of"
+            if is_integer
+            else "they are of another model, or damaged"
+        )
+        raise CheckpointError(
+            f"{source}: tensor {wrong[0]}{more} holds {dtype}, the model has floating-point "
+            f"weights; {remedy}"
+        )
+
+
+def _is_eight_bits(dtype: torch.dtype) -> bool:
+    return "float8_e4m3" in str(dtype) or "float8_e5m2" in str(dtype)
+
+
+def rounded_to_eight_bits(state: Mapping[str, Tensor]) -> str | None:
+    """Return how many tensors of which 8-bit types there are, in words; None without any."""
+    found = [str(t.dtype).removeprefix("torch.") for t in state.values() if _is_eight_bits(t.dtype)]
+    if not found:
+        return None
+    return f"{len(found)} of {len(state)} tensors ({', '.join(sorted(set(found)))})"
+
+
+def _is_computed(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Return whether a buffer holds in `state` what `module` computes, as its type can hold it."""
+    computed, given = module.get_buffer(name), state[name]
+    return computed.shape == given.shape and torch.equal(computed.to(given.dtype), given)

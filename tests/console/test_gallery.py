@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nsp.console.gallery import generate_gallery
+from nsp.data.png import read_metadata
+from nsp.errors import ConfigError
+from nsp.pipeline.batches import plan_images
+from nsp.pipeline.pipeline import load_pipeline
+
+PROMPTS = ("red apple", "green apple", "smiling cat")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint):
+    return load_pipeline(tiny_checkpoint)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def make(pipeline, folder, *, batch_size=4, seed=3, prompts=PROMPTS, num_images=1, **options):
+    planned = plan_images(prompts=prompts, seed=seed, num_images=num_images)
+    return generate_gallery(pipeline, planned, folder, batch_size=batch_size, **options)
+
+
+@pytest.mark.parametrize("more_smooth", [False, True])
+def test_images_do_not_depend_on_the_batch_size(pipeline, tmp_path, more_smooth):
+    runs = [
+        make(pipeline, tmp_path / str(n), batch_size=n, num_images=2, more_smooth=more_smooth)
+        for n in (1, 4, 6)
+    ]
+    for images in zip(*(run.images for run in runs), strict=True):
+        first, *others = (pixels(image.path).astype(int) for image in images)
+        # Another batch size may round another way, by less than one grey level.
+        assert all(np.abs(first - other).max() <= 1 for other in others)
+
+
+def test_an_image_is_made_again_alone_from_its_metadata(pipeline, tmp_path):
+    gallery = make(pipeline, tmp_path, num_images=2, top_p=0.9)
+    for image in gallery.images:
+        found = read_metadata(image.path)
+        again = pipeline.generate(
+            prompts=[found["prompt"]], seed=int(found["seed"]), **json.loads(found["sampling"])
+        )
+        assert np.abs(again.images[0].astype(int) - pixels(image.path)).max() <= 1
+
+
+def test_metadata_names_model_backend_and_every_setting(pipeline, tmp_path):
+    gallery = make(pipeline, tmp_path, guidance_scale=3.5, guidance_schedule="constant")
+    found = read_metadata(gallery.images[0].path)
+    assert found["model"] == pipeline.model_hash != ""
+    assert (found["family"], found["backend"]) == ("var", "torch")
+    settings = {**pipeline.sampling.to_dict(), "guidance_scale": 3.5}
+    assert json.loads(found["sampling"]) == {**settings, "guidance_schedule": "constant"}
+
+
+def test_images_of_different_prompts_and_seeds_differ(pipeline, tmp_path):
+    gallery = make(pipeline, tmp_path, num_images=2)
+    assert len({pixels(image.path).tobytes() for image in gallery.images}) == len(gallery.images)
+
+
+def test_intermediates_end_with_the_image(pipeline, tmp_path):
+    gallery = make(pipeline, tmp_path, save_intermediates=True)
+    count = pipeline.config.num_scales
+    assert len(list((tmp_path / "scales").iterdir())) == count * len(PROMPTS)
+    for image in gallery.images:
+        scales = [
+            pixels(tmp_path / "scales" / f"{image.path.stem}_scale{n + 1}.png")
+            for n in range(count)
+        ]
+        assert np.array_equal(scales[-1], pixels(image.path))
+        assert not np.array_equal(scales[0], scales[-1])
+
+
+def test_progress_ends_at_the_last_scale_of_every_batch(pipeline, tmp_path):
+    seen = []
+    make(pipeline, tmp_path, batch_size=2, on_step=seen.append)
+    count = pipeline.config.num_scales
+    assert [(p.images_done, p.batch, p.scale) for p in seen] == [
+        *((0, 2, n + 1) for n in range(count)),
+        *((2, 1, n + 1) for n in range(count)),
+    ]
+
+
+def test_a_bad_condition_at_the_end_is_found_before_anything_is_written(
+    tiny_class_checkpoint, tmp_path
+):
+    pipeline = load_pipeline(tiny_class_checkpoint)
+    planned = plan_images(class_ids=[1, 2, 999])
+    with pytest.raises(ConfigError, match="class id 999"):
+        generate_gallery(pipeline, planned, tmp_path / "out", batch_size=1)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from nsp.data.png import read_metadata, slug, write_png
+from tests.disk import largest_file
+
+PIXELS = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Red apple", "red-apple"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("a\nb\0c\\d", "a-b-c-d"),
+        ("красное яблоко", "красное-яблоко"),
+        ("???", "image"),
+        ("\udcff", "image"),
+    ],
+)
+def test_a_slug_has_only_letters_digits_and_hyphens(text, expected):
+    assert slug(text) == expected
+
+
+def test_a_slug_of_a_long_prompt_stays_far_below_the_limit_of_file_names():
+    assert len(slug("яблоко " * 100).encode()) <= 60
+
+
+def test_metadata_of_a_png_is_read_back_as_written(tmp_path):
+    metadata = {"prompt": "rote Äpfel 🍎 яблоко", "seed": "3", "sampling": '{"top_k": 1}'}
+    write_png(tmp_path / "a.png", PIXELS, metadata)
+    assert read_metadata(tmp_path / "a.png") == metadata
+
+
+def test_a_png_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.png"
+    write_png(path, PIXELS)
+    before = path.read_bytes()
+    with largest_file(len(before)), pytest.raises(OSError, match="File too large"):
+        write_png(path, PIXELS, {"prompt": "longer than before"})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -1,0 +1,133 @@
+"""What sampling settings and random numbers promise: the reference's ramp, and images that
+do not depend on the batch they are drawn in."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsp.errors import ConfigError
+from nsp.family.sampling import SamplingConfig, draw_gumbel, draw_uniforms, scale_ratios
+
+
+@given(st.integers(0, 2**63), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40))
+def test_an_image_has_the_same_numbers_in_any_batch(
+    seed: int, small: int, more: int, num_tokens: int
+) -> None:
+    alone = draw_uniforms(seed, small, num_tokens)
+    among = draw_uniforms(seed, small + more, num_tokens)
+    np.testing.assert_array_equal(alone, among[:small])
+    assert alone.dtype == np.float32
+    assert alone.min() >= 0
+    assert alone.max() < 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, None, 1.5, True, "3"])
+def test_a_seed_out_of_range_is_refused(seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        draw_uniforms(seed, 1, 4)
+
+
+def test_images_and_seeds_have_numbers_of_their_own() -> None:
+    first, second = draw_uniforms(0, 2, 64), draw_uniforms(1, 2, 64)
+    rows = [*first, *second]
+    assert len({row.tobytes() for row in rows}) == 4
+
+
+def test_uniform_numbers_stay_what_they_were() -> None:
+    # A change here changes every image anyone has made with a seed.
+    expected = [0.03474188, 0.01154673, 0.61195022, 0.24154919]
+    np.testing.assert_allclose(draw_uniforms(0, 1, 4)[0], expected, rtol=1e-6)
+
+
+def test_gumbel_noise_is_finite_per_image_and_apart_from_the_uniforms() -> None:
+    noise = draw_gumbel(3, 3, 20, 500)
+    assert noise.shape == (3, 20, 500)
+    assert noise.dtype == np.float32
+    assert np.isfinite(noise).all()
+    np.testing.assert_array_equal(noise[:2], draw_gumbel(3, 2, 20, 500))
+    assert abs(noise.mean() - np.euler_gamma) < 0.03  # mean of the standard Gumbel distribution
+    assert abs(noise.std() - np.pi / np.sqrt(6)) < 0.03
+    uniforms = draw_uniforms(3, 1, 10_000)[0]
+    assert not np.isin(np.exp(-np.exp(-noise[0].ravel())), uniforms).all()
+
+
+@given(st.floats(0, 20), st.integers(2, 14))
+def test_the_ramp_is_the_published_one(guidance_scale: float, num_scales: int) -> None:
+    # VAR: t = cfg * ratio; logits = (1 + t) * cond - t * uncond, with cfg = guidance_scale - 1.
+    found = SamplingConfig(guidance_scale=guidance_scale).guidance_per_scale(num_scales)
+    ratios = [scale / (num_scales - 1) for scale in range(num_scales)]
+    assert found == pytest.approx([1 + (guidance_scale - 1) * ratio for ratio in ratios])
+    assert found[0] == 1
+
+
+def test_constant_and_interval_schedules() -> None:
+    constant = SamplingConfig(guidance_scale=3.0, guidance_schedule="constant")
+    assert constant.guidance_per_scale(4) == [3.0] * 4
+    interval = SamplingConfig(
+        guidance_scale=3.0, guidance_schedule="interval", guidance_interval=(0.3, 0.7)
+    )
+    assert interval.guidance_per_scale(4) == [1.0, 3.0, 3.0, 1.0]
+
+
+def test_a_single_scale_has_ratio_0() -> None:
+    assert scale_ratios(1) == [0.0]
+    assert SamplingConfig(guidance_scale=4.0).guidance_per_scale(1) == [1.0]
+
+
+def test_no_filter_keeps_everything_and_ranks_nothing() -> None:
+    free = SamplingConfig()
+    assert (free.num_ranks(4096), free.nucleus) == (1, 2.0)
+    nucleus = SamplingConfig(top_p=0.9)
+    assert (nucleus.num_ranks(4096), nucleus.nucleus) == (4096, 0.9)
+    both = SamplingConfig(top_k=900, top_p=0.96)
+    assert (both.num_ranks(4096), both.num_ranks(64), both.nucleus) == (900, 64, 0.96)
+    top_k = SamplingConfig(top_k=1)
+    assert (top_k.num_ranks(4096), top_k.nucleus) == (1, 1.0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"guidance_scale": -1.0},
+        {"guidance_scale": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"guidance_interval": (0.0,)},
+        {"guidance_interval": (0.2, 0.8)},  # the ramp has none
+        {"guidance_scale": 1e300},
+        {"temperature": 1e-300},
+        {"top_p": 1e-300},
+        {"guidance_schedule": "cosine"},
+        {"top_q": 1},
+    ],
+)
+def test_a_value_out_of_range_is_named(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        SamplingConfig.from_dict(values)
+
+
+def test_changing_settings_keeps_the_others_and_drops_an_interval_without_use() -> None:
+    own = SamplingConfig(
+        guidance_schedule="interval", guidance_interval=(0.2, 0.8), guidance_scale=3.0
+    )
+    assert own.changed({}) == own
+    assert own.changed({"guidance_interval": [0.1, 0.5]}).guidance_interval == (0.1, 0.5)
+    ramp = own.changed({"guidance_schedule": "ramp"})
+    assert ramp == SamplingConfig(guidance_scale=3.0)
+    assert own.changed(ramp.to_dict()) == ramp
+    with pytest.raises(ConfigError, match="has no effect"):
+        own.changed({"guidance_schedule": "ramp", "guidance_interval": (0.2, 0.8)})
+
+
+@given(st.floats(0, 30), st.sampled_from(["ramp", "constant", "interval"]), st.integers(0, 5000))
+def test_settings_survive_the_manifest(scale: float, schedule: str, top_k: int) -> None:
+    values = {"guidance_scale": scale, "guidance_schedule": schedule, "top_k": top_k}
+    settings = SamplingConfig.from_dict(values)
+    assert SamplingConfig.from_dict(settings.to_dict()) == settings

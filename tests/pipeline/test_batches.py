@@ -1,0 +1,214 @@
+from pathlib import Path
+
+import pytest
+
+from nsp.console.prompt_lists import ListedImage, read_list
+from nsp.errors import ConfigError
+from nsp.pipeline.batches import cut_batches, plan_images
+
+
+def prompts_of(path):
+    return tuple(row.prompt for row in read_list(path))
+
+
+def test_the_kth_image_of_a_condition_has_seed_plus_k():
+    planned = plan_images(prompts=["a", "b", "a"], seed=5, num_images=2)
+    assert [(p.prompt, p.seed) for p in planned] == [
+        ("a", 5),
+        ("a", 6),
+        ("b", 5),
+        ("b", 6),
+        ("a", 7),
+        ("a", 8),
+    ]
+    assert [p.index for p in planned] == list(range(6))
+
+
+def test_cutting_keeps_every_image_and_the_order():
+    planned = plan_images(class_ids=range(7))
+    batches = list(cut_batches(planned, 3))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert [image for batch in batches for image in batch] == planned
+
+
+@pytest.mark.parametrize(
+    ("prompts", "class_ids", "words"),
+    [
+        ((), (), "nothing to generate"),
+        (("a",), (1,), "both"),
+        (("a", " \t"), (), "prompt 2 is empty"),
+    ],
+)
+def test_a_plan_needs_one_kind_of_condition(prompts, class_ids, words):
+    with pytest.raises(ConfigError, match=words):
+        plan_images(prompts=prompts, class_ids=class_ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_images": 0}, "num_images is an integer of at least 1, not 0"),
+        ({"num_images": 1.5}, "num_images"),
+        ({"seed": None}, "seed=None"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "seed=18446744073709551616"),
+        ({"prompts": "cat"}, "prompts is a list of texts"),
+        ({"prompts": [None]}, "prompt 1 is None"),
+        ({"prompts": (), "class_ids": [1.5]}, "list of integers"),
+    ],
+)
+def test_a_plan_of_something_else_is_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        plan_images(**{"prompts": ["cat"], **options})
+
+
+def test_no_batch_is_empty():
+    with pytest.raises(ConfigError, match="batch_size"):
+        cut_batches(plan_images(class_ids=[1]), 0)
+
+
+def test_prompts_files_may_have_a_byte_order_mark_blank_lines_and_windows_line_ends(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffred apple\r\n\r\n  café \r\n".encode())
+    assert prompts_of(path) == ("red apple", "café")
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"red apple\ngreen apple", ("red apple", "green apple")),
+        ("one\u2028two\ncafé\tau lait\n".encode(), ("one\u2028two", "café\tau lait")),
+        (b"red apple\r\n\r\ngreen apple\r\n", ("red apple", "green apple")),
+    ],
+)
+def test_lines_of_a_prompts_file_end_in_line_feeds_only(content, prompts, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    assert prompts_of(path) == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds no prompts"),
+        (b"\xef\xbb\xbf", "holds no prompts"),
+        (b"\n \n", "holds no prompts"),
+        (b"\xff\xfea\x00", "line 1: not UTF-8"),
+        (b"cat\ncaf\xe9\n", "line 2: not UTF-8"),
+        (b"cat\nd\0g\n", r"line 2: control character U\+0000"),
+        (b"cat\rdog\r", r"line 1: control character U\+000D"),
+        (b"cat\n\n\x1b[31mred\n", r"line 3: control character U\+001B"),
+        ("cat\u0085dog".encode(), r"line 1: control character U\+0085"),
+    ],
+)
+def test_a_file_that_is_no_list_of_prompts_is_refused(content, words, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"prompts\.txt.*{words}"):
+        read_list(path)
+
+
+def test_a_seed_of_its_own_takes_the_place_of_the_runs():
+    planned = plan_images(prompts=["a", "b", "a"], seed=5, num_images=2, seeds=[None, 40])
+    assert [image.seed for image in planned] == [5, 6, 40, 41, 7, 8]
+    with pytest.raises(ConfigError, match="seed=-1 must be"):
+        plan_images(class_ids=[1], seeds=[-1])
+
+
+APPLE, CAT = ListedImage(prompt="red apple", seed=7), ListedImage(prompt="cat, asleep")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.csv", 'prompt,seed\nred apple,7\n"cat, asleep",\n', [APPLE, CAT]),
+        (
+            "a.csv",
+            '\ufeff\n"seed",Caption\r\n7,red apple\r\n\r\n,"cat, asleep"\r\n',
+            [APPLE, CAT],
+        ),
+        ("a.csv", "text;seed\nred apple;7\ncat, asleep;\n", [APPLE, CAT]),
+        ("a.tsv", "prompt\tseed\nred apple\t7\ncat, asleep\t\n", [APPLE, CAT]),
+        ("a.CSV", "prompt\nred apple\n", [ListedImage(prompt="red apple")]),
+        ("a.csv", "class_id,seed\n3,\n0,1\n", [ListedImage(class_id=3), ListedImage(None, 0, 1)]),
+        (
+            "a.jsonl",
+            '{"prompt": "red apple", "seed": 7}\n\n{"text": "cat, asleep", "seed": null}',
+            [APPLE, CAT],
+        ),
+        (
+            "a.ndjson",
+            '{"class": 3}\r\n{"class_id": 4}\r\n',
+            [ListedImage(None, 3), ListedImage(None, 4)],
+        ),
+        ("a.txt", "prompt\nred, seed\n{red} apple\n", None),
+        ("a", '"quoted", he said\n[sic] a cat\n', None),
+    ],
+)
+def test_a_list_is_read_as_what_it_is(tmp_path, name, content, rows):
+    path = tmp_path / name
+    path.write_text(content, newline="")
+    if rows is None:  # plain lines
+        rows = [ListedImage(prompt=line) for line in content.splitlines()]
+    assert list(read_list(path)) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "prompt,guidance_scale\ncat,2\n", "line 1: column 'guidance_scale' is not known"),
+        ("a.csv", "a red apple\na cat\n", "line 1: column 'a red apple' is not known"),
+        ("a.csv", "prompt,text\na,b\n", "line 1: column 'text' says again"),
+        ("a.csv", "class,prompt\n1,b\n", "line 1: column 'prompt' says again"),
+        ("a.csv", "seed\n1\n", "line 1: no column prompt"),
+        ("a.csv", "prompt,seed\ncat\n", "line 2: 1 cells, the header has 2"),
+        ("a.csv", "prompt,seed\na,1\n,2\n", "line 3: prompt is ''"),
+        (
+            "a.csv",
+            "prompt,seed\n\ncat,one\n",
+            "line 3: seed is an integer of at least 0, not 'one'",
+        ),
+        ("a.csv", "prompt,seed\ncat,-1\n", "line 2: seed is an integer of at least 0"),
+        ("a.csv", f"prompt,seed\ncat,{2**63}\n", f"line 2: seed is at most {2**63 - 1}"),
+        ("a.csv", "class\n1\ndog\n", "line 3: class is an integer of at least 0, not 'dog'"),
+        ("a.csv", 'prompt\n"cat\nand dog"\n', "line 2: control character U\\+000A"),
+        ("a.csv", 'prompt\n"cat" and dog\n', "line 2: a text follows a closing quote"),
+        ("a.csv", "prompt\n" + "a" * 200_000, "line 2: a text of more than 131,072"),
+        ("a.csv", b"prompt\ncaf\xe9\n", "line 2: not UTF-8"),
+        (
+            "a.csv",
+            '{"prompt": "cat"}\n',
+            "line 1: this is JSON, not a table; .* call the file .jsonl",
+        ),
+        ("a.csv", "", "holds no prompts"),
+        ("a.csv", "prompt,seed\n", "holds no prompts"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', "line 2: no JSON"),
+        ("a.jsonl", "prompt,seed\ncat,1\n", "line 1: no JSON"),
+        ("a.jsonl", '"cat"\n', "line 1: 'cat' is no object"),
+        ("a.jsonl", '{"prompt": "a", "top_k": 3}\n', "line 1: column 'top_k' is not known"),
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "line 1: column 'prompt' says again"),
+        ("a.jsonl", '{"prompt": 3}\n', "line 1: prompt is 3"),
+        ("a.jsonl", '{"prompt": "a", "seed": true}\n', "line 1: seed is an integer .*, not True"),
+        ("a.jsonl", '{"prompt": "a", "seed": 1.0}\n', "line 1: seed is an integer .*, not 1.0"),
+        ("a.jsonl", '{"class": ' + "9" * 5000 + "}\n", "line 1: no JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1: no JSON"),
+        ("a.jsonl", '{"prompt": "\\ud800"}\n', "line 1: control character U\\+D800"),
+        ("a.jsonl", '{"prompt": "a"}\n{"class": 1}\n', "holds prompts and classes"),
+        ("a.txt", '{"prompt": "cat"}\n', "line 1: this is JSON, not a prompt; .* the file .jsonl"),
+        ("a.json", '[\n{"prompt": "cat"}]\n', "line 1: this is JSON"),
+        ("a.txt", "prompt,seed\ncat,1\n", "line 1: this is the header of a table"),
+        ("a", "seed\tcaption\n1\tcat\n", "line 1: this is the header of a table"),
+        ("a.txt", "prompt,seed,cfg\ncat,1,2\n", "line 1: this is the header of a table"),
+        ("a.txt", "prompt|seed\ncat|1\n", "line 1: this is the header of a table"),
+    ],
+)
+def test_what_cannot_be_drawn_of_a_list_is_named_with_its_line(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=rf"{name}.*{words}"):
+        read_list(path)
+
+
+def test_a_list_without_end_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("nsp.console.prompt_lists._MAX_BYTES", 1 << 20)
+    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+        read_list(Path("/dev/zero"))

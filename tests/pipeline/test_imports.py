@@ -1,0 +1,40 @@
+"""What deployment promises: engines run without the packages that made them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.artifacts.engine_folders import TEXT, write_engines
+
+FORBIDDEN = ("torch", "transformers", "diffusers", "onnx", "accelerate", "PIL", "click", "rich")
+
+
+def imported(code: str, *arguments: str) -> set[str]:
+    """Return the top-level modules a fresh process holds after running `code`."""
+    code = f"import sys\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_importing_nsp_imports_no_framework_and_no_engine_runtime() -> None:
+    found = imported("import nsp; nsp.load_pipeline")
+    assert found.isdisjoint((*FORBIDDEN, "onnxruntime", "tensorrt", "tensorrt_rtx"))
+    assert "numpy" in found
+    # What cannot be loaded here is said by the command line, which must be there for it.
+    assert "numpy" not in imported("import nsp, nsp.console.command_line")
+
+
+def test_loading_engines_imports_numpy_tokenizers_and_one_runtime(tmp_path: Path) -> None:
+    write_engines(tmp_path, TEXT)
+    code = "import nsp\npipe = nsp.load_pipeline(sys.argv[1])\npipe.backend.wait()"
+    found = imported(code, str(tmp_path))
+    assert found.isdisjoint((*FORBIDDEN, "tensorrt", "tensorrt_rtx"))
+    assert {"onnxruntime", "tokenizers"} <= found
+
+
+def test_a_path_without_a_model_is_refused_without_torch() -> None:
+    code = "from nsp import load_pipeline\nfrom nsp.errors import NspError\n"
+    code += "try: load_pipeline('nowhere')\nexcept NspError: pass"
+    assert "torch" not in imported(code)
