@@ -37,7 +37,7 @@ from nsp.errors import ConfigError, NspError
 if TYPE_CHECKING:
     from nsp.console.prompt_lists import ListedImage
     from nsp.export.plan import PlannedBuild
-    from nsp.family.registry import Family
+    from nsp.family.contract import AnyFamily
     from nsp.pipeline.pipeline import Pipeline
 
 
@@ -316,7 +316,7 @@ def generate(
     click.echo(f"contact sheet: {gallery.contact_sheet}")
 
 
-def _family_of(folder: Path) -> "Family | None":
+def _family_of(folder: Path) -> "AnyFamily | None":
     """Return the family whose defaults hold, or None: loading the folder will say what is wrong."""
     from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
     from nsp.artifacts.manifest import read_manifest
@@ -334,11 +334,7 @@ def _scale_of(pipeline: "Pipeline", sizes: dict[str, int]) -> int | None:
     """Return the scale to stop at for the sizes asked for; None is the last."""
     if not sizes:
         return None
-    if pipeline.family.scale_of is None:
-        name = next(iter(sizes)).replace("_", "-")
-        raise ConfigError(f"--{name}: a model of family {pipeline.family.name} has one size")
-    scale: int = pipeline.family.get("scale_of")(pipeline.config, sizes)
-    return scale
+    return pipeline.family.scale_of(pipeline.config, sizes)
 
 
 def _load(
@@ -396,12 +392,8 @@ def convert(
 
     check_output(output_dir)
     record = family(family_name)
-    if record.convert is None:
-        raise ConfigError(f"no weights of family {family_name} are published: train some instead")
     values = None if config is None else read_json(config)
-    record.get("convert")(
-        tokenizer=tokenizer, predictor=predictor, config=values, output_dir=output_dir
-    )
+    record.convert({"tokenizer": tokenizer, "predictor": predictor}, values, output_dir)
     click.echo(f"checkpoint: {output_dir}")
     click.echo(f"next: nsp export --checkpoint {shlex.quote(str(output_dir))}")
 

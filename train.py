@@ -176,9 +176,9 @@ def main(
 
 def _take_defaults(preset: str, output_dir: Path | None, changes: dict[str, Any]) -> Path | None:
     """Fill in what a preset has for options that are not given; return the run folder, if any."""
-    from nsp.training.presets import OPTION_DEFAULTS
+    from nsp.training.presets import option_defaults
 
-    defaults = dict(OPTION_DEFAULTS.get(preset, {}))
+    defaults = dict(option_defaults(preset))
     if not defaults:
         return output_dir
     if changes["data"] is None:

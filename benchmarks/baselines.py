@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.backends.torch import TorchBackend
 from nsp.export.graph.narrow import at_precision
-from nsp.family.registry import Family
+from nsp.family.contract import AnyFamily
 from nsp.layers.attention import KeyValue
 from nsp.pipeline.pipeline import Pipeline
 from nsp.stage.arena import KVArena, KVShape
@@ -28,12 +28,12 @@ _ALIGNMENT = 256  # bytes; what CUDA's own allocator gives
 _COMPILED_SHAPES = 64  # of one stage: scales times batch sizes, beyond torch's default of 8
 
 
-def eager(family: Family, system: Any, *, precision: str, device: str) -> Pipeline:
+def eager(family: AnyFamily, system: Any, *, precision: str, device: str) -> Pipeline:
     """Return the plain modules, cast as an export in this precision casts them."""
     return _pipeline(TorchBackend, family, system, precision, device)
 
 
-def graphed(family: Family, system: Any, *, precision: str, device: str) -> Pipeline:
+def graphed(family: AnyFamily, system: Any, *, precision: str, device: str) -> Pipeline:
     """Return modules that attend to the cache in place, recorded as one CUDA graph."""
     pipeline = _pipeline(RecordedTorchBackend, family, system, precision, device)
     backend = pipeline.backend
@@ -43,7 +43,7 @@ def graphed(family: Family, system: Any, *, precision: str, device: str) -> Pipe
 
 
 def compiled(
-    family: Family, system: Any, *, precision: str, device: str, compiler: str = "inductor"
+    family: AnyFamily, system: Any, *, precision: str, device: str, compiler: str = "inductor"
 ) -> Pipeline:
     """Return modules compiled for every shape (max-autotune), recorded as one CUDA graph.
 
@@ -54,11 +54,15 @@ def compiled(
     return _pipeline(backend, family, system, precision, device)
 
 
-def _pipeline(kind: Any, family: Family, system: Any, precision: str, device: str) -> Pipeline:
+def _pipeline(kind: Any, family: AnyFamily, system: Any, precision: str, device: str) -> Pipeline:
     config = system.config
-    narrowed = at_precision(system, family.get("precision")(config), precision)
-    stages_io = family.get("stages_io")(config, "delta", PRECISION_DTYPES[precision])
-    backend = kind(family.get("stages")(narrowed, "delta"), stages_io, device=device)
+    narrowed = at_precision(
+        system,
+        family.stages(config, kv_layout="delta", dtype=PRECISION_DTYPES[precision]),
+        precision,
+    )
+    stages_io = family.stages_io(config, kv_layout="delta", dtype=PRECISION_DTYPES[precision])
+    backend = kind(family.learner.modules(narrowed, "delta"), stages_io, device=device)
     return Pipeline(family, config, backend, tokenizer=system.prompt_tokenizer)
 
 

@@ -195,8 +195,8 @@ def _split(
     if record is not None:
         system = record.load()
         sized = [at_side(truth, system.config.image_size_px) for truth in truths]
-        rebuilt = record.family.get("reconstruct")(system, np.stack(sized))
-        rebuilt = [at_side(picture) for picture in rebuilt]
+        kept = record.family.learner.reconstruct(system, np.stack(sized))
+        rebuilt = [at_side(picture) for picture in kept]
         rebuilt_recall = Recall.at(pictures.ranks(rebuilt, names), 1)
         rebuilt_psnr = statistics.median(map(psnr_db, rebuilt, truths))
     return Split(

@@ -38,7 +38,6 @@ from nsp.benchmarks.results import Cost, call_costs
 from nsp.benchmarks.timing import StageCall
 from nsp.cores import num_threads
 from nsp.family.registry import family
-from nsp.family.sampling import SamplingConfig
 from nsp.pipeline.pipeline import Pipeline
 from nsp.stage.backend import Backend
 
@@ -175,23 +174,18 @@ def part_costs(
     """Return the work of a guided batch, whole and in its two parts, from the sizes alone."""
     record = family(FAMILY)
     dtype = PRECISION_DTYPES[precision]
-    stages_io = record.get("stages_io")(config, "delta", dtype)
-    spans = record.get("profiles")(
-        config,
-        SamplingConfig(),
-        max_batch=batch,
-        static_batch=True,
-        max_ranks=config.vae.vocab_size,
-    )
+    stages = record.stages(config, kv_layout="delta", dtype=dtype)
     calls = [
-        StageCall(stage, 0.0, sizes[-1])
-        for stage, each in spans.items()
-        if stage != "select_smooth"
-        for sizes in each
+        StageCall(name, 0.0, sizes[-1])
+        for name, stage in stages.items()
+        if name != "select_smooth"
+        for sizes in stage.profiles(
+            max_batch=batch, static_batch=True, best_ranks=1, max_ranks=stage.max_ranks
+        )
     ]
     counted = call_costs(
         calls,
-        stages_io,
+        {name: stage.io for name, stage in stages.items()},
         family=FAMILY,
         config=config,
         weight_dtype=dtype,
@@ -203,7 +197,7 @@ def part_costs(
         costs: list[Cost] = [c.cost for c in counted if c.stage in stages and c.cost is not None]
         return part_cost(costs, ceilings, launch_ms)
 
-    loop = [stage for stage in spans if stage != "decoder"]
+    loop = [stage for stage in stages if stage != "decoder"]
     return {
         IMAGE: cost([*loop, "decoder"], launches),
         LOOP: cost(loop, launches),

@@ -113,9 +113,9 @@ def _new_pipeline(size: str, threads: int, save_to: Path | None) -> Pipeline:
     """Return a model of random weights."""
     import torch
 
+    from nsp.artifacts.systems import save_checkpoint
     from nsp.data.sources import ImageSource, Sample
     from nsp.families.next_scale.config import SIZES
-    from nsp.families.next_scale.training import new_system
     from nsp.family.registry import family
     from nsp.pipeline.pipeline import torch_pipeline
 
@@ -127,10 +127,10 @@ def _new_pipeline(size: str, threads: int, save_to: Path | None) -> Pipeline:
     samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in _CAPTIONS)
     heads = 12 if config.text.text_width % 12 == 0 else 2
     encoder = {**_TEXT_ENCODER, "num_heads": heads}
-    system = new_system(config.to_dict(), encoder, ImageSource(samples, (), ()))
     record = family("next_scale")
+    system = record.learner.new_system(config, encoder, ImageSource(samples, (), ()))
     if save_to is not None:
-        record.get("save_checkpoint")(save_to, system, notes=_NOTES, sampling={})
+        save_checkpoint(save_to, system, notes=_NOTES, sampling={})
     return torch_pipeline(record, system, device="cpu")
 
 

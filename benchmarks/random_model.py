@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
+from nsp.artifacts.systems import save_checkpoint
 from nsp.console.command_line import FOLDER
 from nsp.errors import ConfigError, NspError
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, size, with_condition
@@ -44,7 +45,7 @@ def random_system(config: VarConfig) -> VarSystem:
     """Return a model of random weights, the same each time, in which every weight matters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        system: VarSystem = family(FAMILY).get("system")(config.to_dict(), {}, None)
+        system: VarSystem = family(FAMILY).learner.new_system(config, {}, None)
         initialize(system.predictor, adaln_gamma=_ADALN_GAMMA, head=_HEAD)
         nn.init.normal_(system.predictor.class_emb.weight)
     return system.eval()
@@ -63,8 +64,7 @@ def write_random_model(folder: Path, config: VarConfig) -> None:
             return
     elif folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} holds other files; give a new folder")
-    save = family(FAMILY).get("save_checkpoint")
-    save(folder, random_system(config), notes=_NOTES, sampling={})
+    save_checkpoint(folder, random_system(config), notes=_NOTES, sampling={})
 
 
 @click.command()

@@ -23,7 +23,7 @@ from nsp.benchmarks.results import Entry
 from nsp.benchmarks.subject import Subject
 from nsp.benchmarks.timing import Contestant
 from nsp.errors import BackendError, ConfigError, NspError
-from nsp.family.registry import Family
+from nsp.family.contract import AnyFamily
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
 from nsp.stage.arena import HostArrays, KVArena, KVShape
 from nsp.stage.backend import Backend
@@ -47,7 +47,7 @@ def _compiled(reference: Pipeline, system: Any, threads: int) -> Backend:
     """Return the PyTorch backend with every stage compiled; threads are the process's."""
     from nsp.backends.torch import TorchBackend
 
-    stages = reference.family.get("stages")(system, "delta")
+    stages = reference.family.learner.modules(system, "delta")
     backend = TorchBackend(stages, reference.backend.stages_io, kv_layout="delta", device="cpu")
     for module in stages.values():
         module.compile()
@@ -57,7 +57,9 @@ def _compiled(reference: Pipeline, system: Any, threads: int) -> Backend:
 def _plain_onnx(reference: Pipeline, system: Any, threads: int) -> Backend:
     """Return ONNX Runtime with what `torch.onnx.export` makes of the modules as they stand."""
     family = reference.family
-    stages_io: Mapping[str, StageIO] = family.get("stages_io")(system.config, "present", "float32")
+    stages_io: Mapping[str, StageIO] = family.stages_io(
+        system.config, kv_layout="present", dtype="float32"
+    )
     timed = [stage for stage in stages_io if stage != "select_smooth"]
     with tempfile.TemporaryDirectory(prefix="nsp-plain-") as root:
         files = export_plain(family, system, {n: stages_io[n] for n in timed}, Path(root))
@@ -65,12 +67,14 @@ def _plain_onnx(reference: Pipeline, system: Any, threads: int) -> Backend:
 
 
 def export_plain(
-    family: Family, system: Any, stages_io: Mapping[str, StageIO], root: Path
+    family: AnyFamily, system: Any, stages_io: Mapping[str, StageIO], root: Path
 ) -> dict[str, Path]:
     """Return the ONNX files of some stages, written below `root` with the exporter's defaults."""
     from nsp.export.graph.onnx_export import export_stage
+    from nsp.family.contract import trace_sizes
 
-    stages = family.get("stages")(system, "present")
+    declared = family.stages(system.config, kv_layout="present", dtype="float32")
+    stages: Mapping[str, Any] = family.learner.modules(system, "present")
     stages["step"].attend = attend_joined
     files = {}
     for stage, io in stages_io.items():
@@ -81,7 +85,7 @@ def export_plain(
             folder,
             name=stage,
             opset=_PLAIN_OPSET,
-            trace_sizes=family.get("trace_sizes"),
+            trace_sizes=trace_sizes(declared),
         )
     return files
 

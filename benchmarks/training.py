@@ -22,9 +22,10 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.systems import save_checkpoint
+from nsp.family.objective import Objective, TokenCache
 from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.family.registry import family
-from nsp.training.objective import Objective, TokenCache
 from nsp.training.optimizer import new_optimizer, set_rates
 from nsp.training.order import Share, StepSampler, sample_keys
 from nsp.training.pictures import open_pictures
@@ -109,8 +110,10 @@ def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> dict[str, Any
         pictures = open_pictures(run.data, skip_bad_files=False)
         start = Path(folder) / "start"
         record = family(run.family)
-        new = record.get("system")(run.model, run.text_encoder, pictures.source)
-        record.get("save_checkpoint")(start, new, notes={}, sampling={})
+        new = record.learner.new_system(
+            record.config.from_dict(run.model), run.text_encoder, pictures.source
+        )
+        save_checkpoint(start, new, notes={}, sampling={})
         cache = TokenCache(Path(folder) / "tokens.safetensors")
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
 
@@ -119,7 +122,7 @@ def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> dict[str, Any
             data = pictures.to_train(
                 system.config.image_size_px, run, Share(batch_size=config.batch_size)
             )
-            made: Objective = record.get("objective")(
+            made: Objective = record.learner.objective(
                 config.name, config.objective, system, data, None, cache
             )
             return made.to(accelerator.device)

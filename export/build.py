@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from nsp.artifacts.manifest import Manifest, Variant
+from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest, Variant
 from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
 from nsp.backends.torch import TorchBackend
 from nsp.export.compile.engine import ENGINE_NAME, Engine, build_engine
@@ -24,6 +24,7 @@ from nsp.export.proof.parity import Subject, check_stage
 from nsp.export.proof.reference import Reference, record_reference
 from nsp.export.proof.whole_images import check_images
 from nsp.export.store import EngineStore, with_variant
+from nsp.family.contract import Stage, trace_sizes
 from nsp.stage.backend import Backend
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class StageBuilder:
             folder,
             name=build.stage,
             opset=build.opset,
-            trace_sizes=self._family.get("trace_sizes"),
+            trace_sizes=trace_sizes(self._declared(build)),
         )
         if build.stored_precision == "int8":
             quantize(model)
@@ -141,14 +142,21 @@ class StageBuilder:
         graph = "the graph it was compiled from" if build.profiles else "this graph"
         return runtime, f"{graph} in ONNX Runtime on a CPU"
 
+    def _declared(self, build: PlannedBuild) -> Mapping[str, Stage]:
+        """Return the declarations of a build's layout and precision."""
+        return self._family.stages(
+            self.system.config,
+            kv_layout=build.kv_layout,
+            dtype=PRECISION_DTYPES[build.precision],
+        )
+
     def _stages(self, build: PlannedBuild) -> Mapping[str, nn.Module]:
         """Return the stage modules in the precision and layout of a build; the last are kept."""
         key = (build.precision, build.kv_layout)
         if self._modules_key != key:
-            weights = self._family.get("precision")(self.system.config)
-            system = at_precision(self.system, weights, build.precision)
+            system = at_precision(self.system, self._declared(build), build.precision)
             self._modules_key = key
-            self._modules = self._family.get("stages")(system, build.kv_layout)
+            self._modules = self._family.learner.modules(system, build.kv_layout)
         return self._modules
 
     def check_images(self, manifest: Manifest) -> Manifest:

@@ -15,8 +15,8 @@ from nsp.export.options import ExportOptions
 from nsp.export.stage_bytes import stage_bytes
 from nsp.export.store import EngineStore
 from nsp.export.targets import Target, gpu_archs, resolve
+from nsp.family.contract import Stage
 from nsp.family.sampling import SamplingConfig
-from nsp.family.stage_weights import StageWeights
 from nsp.stage.io import StageIO
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def make_plan(options: ExportOptions, store: EngineStore) -> ExportPlan:
     pairs = resolve(options)
     checkpoint = Path(options.checkpoint)
     record = read_checkpoint(checkpoint, verify=options.verify)
-    config = record.family.get("config").from_dict(record.config)
+    config = record.family.config.from_dict(record.config)
     plan = ExportPlan(
         options=options,
         record=record,
@@ -89,26 +89,20 @@ def make_plan(options: ExportOptions, store: EngineStore) -> ExportPlan:
         builds=(),
     )
     builds: list[PlannedBuild] = []
-    weights = record.family.get("precision")(config)
     for target, precision in pairs:
-        sizes = stage_bytes(checkpoint, weights, precision)
-        for build in _stages(plan, target, precision, weights, sizes):
+        for build in _stages(plan, target, precision):
             builds.append(_decide(build, builds, plan, store))
     return replace(plan, builds=tuple(builds))
 
 
-def _stages(
-    plan: ExportPlan,
-    target: Target,
-    precision: str,
-    weights: Mapping[str, StageWeights],
-    sizes: Mapping[str, int],
-) -> list[PlannedBuild]:
+def _stages(plan: ExportPlan, target: Target, precision: str) -> list[PlannedBuild]:
     """Return the builds of one target and precision, undecided."""
     family, config, options = plan.record.family, plan.config, plan.options
-    kv_layout = target.kv_layout if target.kv_layout in family.kv_layouts else family.kv_layouts[0]
-    stages_io = family.get("stages_io")(config, kv_layout, PRECISION_DTYPES[precision])
-    profiles = _profiles(plan, target, stages_io)
+    kv_layout = family.layout(target.kv_layout)
+    dtype = PRECISION_DTYPES[precision]
+    stages = family.stages(config, kv_layout=kv_layout, dtype=dtype)
+    sizes = stage_bytes(plan.record.folder, stages, precision)
+    profiles = _profiles(plan, target, stages)
     archs = gpu_archs(target, options)
     machine = built_for(archs) if target.compiles else {}
     tools = {
@@ -116,15 +110,15 @@ def _stages(
         target.runtime.module: target.runtime.recorded_version() or "unknown",
     }
     builds = []
-    for stage, io in stages_io.items():
-        stored = stored_precision(weights[stage], precision)
-        dtypes = precision_map(weights[stage], precision)
+    for stage, declared in stages.items():
+        stored = stored_precision(declared, precision)
+        dtypes = precision_map(declared, precision)
         mark = fingerprint(
             family=family.name,
             config=dict(plan.record.config),
             model=plan.model_hash,
             stage=stage,
-            io=io.to_dict(),
+            io=declared.io.to_dict(),
             backend=target.backend,
             kv_layout=kv_layout,
             opset=target.opset,
@@ -151,7 +145,7 @@ def _stages(
                 estimated_bytes=estimate,
                 precision_map=dtypes,
                 tools=tools,
-                io=io,
+                io=declared.io,
                 fingerprint=mark,
                 action="build",
                 reason="",
@@ -161,25 +155,24 @@ def _stages(
 
 
 def _profiles(
-    plan: ExportPlan, target: Target, stages_io: Mapping[str, StageIO]
+    plan: ExportPlan, target: Target, stages: Mapping[str, Stage]
 ) -> dict[str, tuple[dict[str, Any], ...]]:
     """Return {input: [min, opt, max]} of every stage's profiles; none where sizes are free."""
     if not target.compiles:
-        return dict.fromkeys(stages_io, ())
-    spans = plan.record.family.get("profiles")(
-        plan.config,
-        plan.sampling,
-        max_batch=plan.options.max_batch,
-        static_batch=plan.options.static_batch,
-        max_ranks=MAX_RANKS,
-    )
-    return {
-        stage: tuple(
-            {name: [list(shape) for shape in bounds] for name, bounds in io.profile(sizes).items()}
-            for sizes in spans[stage]
+        return dict.fromkeys(stages, ())
+    found = {}
+    for name, stage in stages.items():
+        spanned = stage.profiles(
+            max_batch=plan.options.max_batch,
+            static_batch=plan.options.static_batch,
+            best_ranks=plan.sampling.num_ranks(stage.max_ranks),
+            max_ranks=MAX_RANKS,
         )
-        for stage, io in stages_io.items()
-    }
+        found[name] = tuple(
+            {n: [list(shape) for shape in bounds] for n, bounds in stage.io.profile(sizes).items()}
+            for sizes in spanned
+        )
+    return found
 
 
 def _decide(

@@ -5,22 +5,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nsp.export.graph.dtypes import matches
-from nsp.family.stage_weights import StageWeights
+from nsp.family.contract import Stage
 from nsp.weights.weight_files import read_shapes
 
 _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # int8: of what is not quantized
 
 
-def stage_bytes(
-    checkpoint: Path, weights: Mapping[str, StageWeights], precision: str
-) -> dict[str, int]:
+def stage_bytes(checkpoint: Path, stages: Mapping[str, Stage], precision: str) -> dict[str, int]:
     """Return the bytes of every stage's weights in a precision.
 
     Raises CheckpointError for an unreadable weight file.
     """
     sizes = dict(_parameters(checkpoint))
     result = {}
-    for stage, declared in weights.items():
+    for stage, declared in stages.items():
         half = sum(n for name, n in sizes.items() if matches(name, declared.half))
         full = sum(n for name, n in sizes.items() if matches(name, declared.full))
         result[stage] = half * _ITEM_BYTES[precision] + full * _ITEM_BYTES["fp32"]

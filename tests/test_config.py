@@ -11,7 +11,7 @@ from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.families.next_scale import config as next_scale
 from nsp.families.var import config as var
-from nsp.family.registry import FAMILIES
+from nsp.family.registry import family, family_names
 from nsp.family.sampling import SamplingConfig
 
 
@@ -121,9 +121,9 @@ def made(record: Any, values: dict[str, Any]) -> tuple[Any, str]:
         return None, str(error)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "sampling"])
+@pytest.mark.parametrize("name", [*family_names(), "sampling"])
 def test_a_number_is_refused_in_one_line_or_leaves_a_model_that_can_be_described(name: str) -> None:
-    record = SamplingConfig if name == "sampling" else FAMILIES[name].get("config")
+    record = SamplingConfig if name == "sampling" else family(name).config
     for place in places_of(tiny(name)):
         for value in ODD:
             config, said = made(record, with_value(tiny(name), place, value))
@@ -134,11 +134,11 @@ def test_a_number_is_refused_in_one_line_or_leaves_a_model_that_can_be_described
                 assert len(config.guidance_per_scale(4)) == 4
                 assert config.num_ranks(50) <= 50
             else:
-                assert FAMILIES[name].get("stages_io")(config, "delta", "float32")
+                assert family(name).stages_io(config, kv_layout="delta", dtype="float32")
 
 
 @pytest.mark.parametrize(
-    ("family", "part", "name", "values"),
+    ("owner", "part", "name", "values"),
     [
         ("var", "predictor", "mlp_ratio", [1e308, 1e9, -1.0, 0.0]),
         ("var", "predictor", "norm_eps", [1e-300, 0.5, 1e308]),
@@ -150,11 +150,11 @@ def test_a_number_is_refused_in_one_line_or_leaves_a_model_that_can_be_described
     ],
 )
 def test_a_number_that_no_arithmetic_survives_is_named(
-    family: str, part: str, name: str, values: list[Any]
+    owner: str, part: str, name: str, values: list[Any]
 ) -> None:
-    record = FAMILIES[family].get("config")
-    record.from_dict(tiny(family))
+    record = family(owner).config
+    record.from_dict(tiny(owner))
     for value in values:
         with pytest.raises(ConfigError, match=name) as caught:
-            record.from_dict(with_value(tiny(family), (part, name), value))
+            record.from_dict(with_value(tiny(owner), (part, name), value))
         assert len(str(caught.value)) < 300

@@ -9,10 +9,10 @@ from torch import nn
 
 from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.export.graph.dtypes import matches
-from nsp.family.stage_weights import StageWeights
+from nsp.family.contract import Stage
 
 
-def at_precision(system: nn.Module, weights: Mapping[str, StageWeights], precision: str) -> Any:
+def at_precision(system: nn.Module, stages: Mapping[str, Stage], precision: str) -> Any:
     """Return `system` for "fp32", else a copy with the weights declared `half` in that precision.
 
     The modules compute in the dtype of their weights, so nothing else changes. For "int8" the model
@@ -21,7 +21,7 @@ def at_precision(system: nn.Module, weights: Mapping[str, StageWeights], precisi
     if precision in ("fp32", "int8"):
         return system
     dtype = getattr(torch, PRECISION_DTYPES[precision])
-    patterns = [pattern for each in weights.values() for pattern in each.half]
+    patterns = [pattern for each in stages.values() for pattern in each.half]
     narrowed = copy.deepcopy(system)
     for name, parameter in narrowed.named_parameters():
         if matches(name, patterns):

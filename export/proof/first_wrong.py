@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.errors import ExportError
 from nsp.export.proof.recorded import Recording, relative_error
-from nsp.family.registry import Family
+from nsp.family.contract import AnyFamily, trace_sizes
 from nsp.stage.arena import ARENAS, HostArrays, KVArena
 from nsp.stage.io import StageIO
 
@@ -43,7 +44,7 @@ def first_wrong_tensor(
     graph: Path,
     system: Any,
     *,
-    family: Family,
+    family: AnyFamily,
     stage: str,
     io: StageIO,
     precision: str,
@@ -62,18 +63,20 @@ def first_wrong_tensor(
     from nsp.export.graph.narrow import at_precision
     from nsp.export.graph.onnx_export import export_stage
 
-    narrowed = at_precision(system, family.get("precision")(system.config), precision)
+    dtype = PRECISION_DTYPES[precision]
+    declared = family.stages(system.config, kv_layout=kv_layout, dtype=dtype)
+    narrowed = at_precision(system, declared, precision)
     with tempfile.TemporaryDirectory(prefix="nsp-verify-") as root:
         fresh, ours = Path(root) / "fresh", Path(root) / "ours"
         fresh.mkdir()
-        module = family.get("stages")(narrowed, kv_layout)[stage]
+        module = family.learner.modules(narrowed, kv_layout)[stage]
         path = export_stage(
             module,
             io,
             fresh,
             name=stage,
             opset=opset,
-            trace_sizes=family.get("trace_sizes"),
+            trace_sizes=trace_sizes(declared),
         )
         both = {name for name, _, _ in _tensors(path)}
         inner = [each for each in _tensors(graph) if each[0] in both]

@@ -114,12 +114,12 @@ def record_reference(plan: ExportPlan, system: Any) -> Reference:
     """
     family = plan.record.family
     pipeline = torch_pipeline(family, system, device="cpu", sampling=plan.sampling.to_dict())
-    stages = family.get("stages")(system, "delta")
+    stages = family.learner.modules(system, "delta")
     pipeline.backend = backend = RecordingBackend(
         stages, pipeline.backend.stages_io, kv_layout="delta", device="cpu"
     )
     batches = []
-    for seed, request in enumerate(family.get("parity_requests")(plan.config)):
+    for seed, request in enumerate(family.examples(plan.config)):
         arguments = {**request, "seed": seed}
         backend.calls = []
         result = pipeline.generate(trace=True, **arguments)

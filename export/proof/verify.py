@@ -169,7 +169,7 @@ def _live_truth(record: CheckpointRecord, limit: int | None) -> _Truth:
     plan = ExportPlan(
         options=ExportOptions(checkpoint=str(record.folder)),
         record=record,
-        config=record.family.get("config").from_dict(record.config),
+        config=record.family.config.from_dict(record.config),
         sampling=SamplingConfig.from_dict(record.sampling),
         model_hash=record.weights_hash(),
         builds=(),

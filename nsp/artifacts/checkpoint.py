@@ -23,7 +23,8 @@ from nsp.artifacts.manifest import file_sha256
 from nsp.config import Config
 from nsp.cores import usable_cores
 from nsp.errors import CheckpointError, ConfigError
-from nsp.family.registry import Family, family
+from nsp.family.contract import AnyFamily
+from nsp.family.registry import family
 from nsp.family.sampling import SamplingConfig
 from nsp.files import name_failed_write, write_file, write_folder
 from nsp.paths import describe, wrong_path
@@ -115,7 +116,7 @@ class CheckpointRecord:
     """What config.json says."""
 
     folder: Path
-    family: Family
+    family: AnyFamily
     config: Mapping[str, Any]
     sampling: Mapping[str, Any] = field(default_factory=dict)  # settings that suit this model
     notes: Mapping[str, Any] = field(default_factory=dict)  # where the weights come from
@@ -135,9 +136,11 @@ class CheckpointRecord:
             log.warning("%s is not verified: its files may be of another model", self.folder)
         else:
             self.digests  # noqa: B018 - raises
+        from nsp.artifacts.systems import load_system
+
         listed = frozenset(self.files) if self.files else None
         with _permitted(self.folder):
-            system = self.family.get("load_checkpoint")(self.folder, self.config, listed)
+            system = load_system(self.folder, self.family, self.config, listed)
         if self.files and _read_config(self.folder / CONFIG_NAME).digest != self.digest:
             raise CheckpointError(f"{self.folder} was replaced while it was read; run it again")
         return system
@@ -218,7 +221,7 @@ def read_checkpoint(folder: Path, *, verify: bool = True) -> CheckpointRecord:
         )
     record = family(values.family)
     try:
-        record.get("config").from_dict(values.config)
+        record.config.from_dict(values.config)
         SamplingConfig.from_dict(values.sampling)
     except ConfigError as error:
         raise CheckpointError(

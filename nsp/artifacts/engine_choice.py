@@ -165,8 +165,9 @@ def choose_variants(
         if each not in {variant.precision for variant in held}:
             continue
         for layout in layouts:
-            stages_io = manifest.family_record.get("stages_io")
-            declared = stages_io(manifest.model_config, layout, PRECISION_DTYPES[each])
+            declared = manifest.family_record.stages_io(
+                manifest.model_config, kv_layout=layout, dtype=PRECISION_DTYPES[each]
+            )
             found = _fitting(folder, manifest, record, declared, each)
             odd = [stage for stage in declared if stage not in found]
             if not odd:

@@ -13,7 +13,7 @@ from nsp.artifacts.memory_plan import plan_memory
 from nsp.artifacts.repair import repair
 from nsp.backends.available import Device
 from nsp.errors import CheckpointError, EngineError
-from nsp.family.registry import Family
+from nsp.family.contract import AnyFamily
 from nsp.files import name_problem
 from nsp.stage.backend import Backend
 from nsp.stage.io import StageIO
@@ -31,7 +31,7 @@ class Engines:
     """An engine folder, loaded."""
 
     manifest: Manifest
-    family: Family
+    family: AnyFamily
     backend: Backend
     precision: str
     tokenizer: "PromptTokenizer | None"

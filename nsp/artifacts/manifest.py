@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeAlias
 from nsp.artifacts.repair import repair, repair_unread
 from nsp.config import Config
 from nsp.errors import ConfigError, EngineError
-from nsp.family.registry import Family
+from nsp.family.contract import AnyFamily
 from nsp.family.registry import family as family_record
 from nsp.family.sampling import SamplingConfig
 from nsp.files import inside, read_json, write_file
@@ -116,14 +116,14 @@ class Manifest(Config):
         SamplingConfig.from_dict(self.sampling)
 
     @cached_property
-    def family_record(self) -> Family:
+    def family_record(self) -> AnyFamily:
         """The family; ConfigError for one this nsp does not know."""
         return family_record(self.family)
 
     @cached_property
     def model_config(self) -> Any:
         """The family's configuration; ConfigError for one this nsp does not know."""
-        return self.family_record.get("config").from_dict(self.config)
+        return self.family_record.config.from_dict(self.config)
 
     def check_names(self, folder: Path) -> None:
         """Raise EngineError for a stage or file that no export writes; `folder` is for the message.
@@ -133,7 +133,9 @@ class Manifest(Config):
         """
         try:
             record = self.family_record
-            stages = record.get("stages_io")(self.model_config, record.kv_layouts[0], "float32")
+            stages = record.stages_io(
+                self.model_config, kv_layout=record.kv_layouts[0], dtype="float32"
+            )
         except ConfigError as error:
             raise EngineError(
                 f"{folder}: this nsp does not know the model in the manifest ({error}); "

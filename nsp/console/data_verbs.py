@@ -149,7 +149,7 @@ def cache(*, source: str, checkpoint: Path, output: Path, skip_bad_files: bool) 
     system = record.load()
     found = open_source(source, skip_bad_files=skip_bad_files)
     pictures = ImageDataset(found, system.config.image_size_px, train=True, crop=False)
-    record.family.get("cache")(system, pictures, output)
+    record.family.learner.write_cache(system, pictures, output)
     click.echo(f"{output}: {len(pictures)} pictures, for runs with that model's preset or config")
     words = ["--start-from", str(checkpoint), "--from-phase", "predictor"]
     words += ["--data", source, "--token-cache", str(output)]

@@ -15,7 +15,7 @@ from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.engines import open_engine_dir
 from nsp.cores import num_threads
 from nsp.errors import CheckpointError, ConfigError, EngineError
-from nsp.family.registry import Family
+from nsp.family.contract import AnyFamily
 from nsp.family.sampling import SamplingConfig
 from nsp.paths import NOTHING, describe, wrong_path
 from nsp.pipeline.requests import class_numbers, prompt_texts
@@ -67,7 +67,7 @@ class Pipeline:
 
     def __init__(
         self,
-        family: Family,
+        family: AnyFamily,
         config: Any,
         backend: Backend,
         *,
@@ -83,9 +83,7 @@ class Pipeline:
         self.model_hash, self.max_batch, self.precision = model_hash, max_batch, precision
         self.turn = threading.RLock()  # held by the thread whose step the backend computes
         self.origin: Origin | None = None
-        self._loop, self._inputs = family.get("loop"), family.get("loop_inputs")
-        self._request = family.get("request")
-        names = [each.name for each in fields(self._request)]
+        names = [each.name for each in fields(family.request)]
         self._array_names = [name for name in names if name not in _NO_ARRAYS]
 
     def __copy__(self) -> "Pipeline":
@@ -174,7 +172,7 @@ class Pipeline:
                 f"generate fewer at once or rebuild with --max-batch {batch}"
             )
         arrays = self.random_arrays(settings, seed=seed, batch=batch, given=given)
-        return self._request(
+        return self.family.request(
             sampling=settings, null_token_ids=self._null_prompt(), **conditions, **arrays
         )
 
@@ -183,10 +181,9 @@ class Pipeline:
     ) -> dict[str, NDArray[Any]]:
         """Return all random numbers of a batch: `given` ones, checked, others drawn from `seed`."""
         chosen = {name: array for name, array in given.items() if array is not None}
-        arrays: dict[str, NDArray[Any]] = self.family.get("request_arrays")(
+        return self.family.request_arrays(
             self.config, settings, seed=seed, batch=batch, given=chosen
         )
-        return arrays
 
     def _texts(self, prompts: Iterable[str]) -> tuple[str, ...]:
         return prompt_texts(prompts, allow_empty=self.family.takes_no_prompt)
@@ -214,15 +211,14 @@ class Pipeline:
         return Trace(tokens, logits, latents, last.decode())
 
     def _host(self, request: Any) -> dict[str, NDArray[Any]]:
-        inputs: dict[str, NDArray[Any]] = self._inputs(self.config, request)
-        return inputs
+        return self.family.inputs(self.config, request)
 
     def _scales(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Any]:
-        return iter(self._loop(backend, self.config, inputs))
+        return self.family.loop(backend, self.config, inputs)
 
     def _scales_and_decoder(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Array]:
         last: Any = None
-        for step in self._loop(backend, self.config, inputs):
+        for step in self.family.loop(backend, self.config, inputs):
             last = step
         yield backend.run("decoder", {"latent": last.latent})["image"]
 
@@ -342,7 +338,7 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
     record = engines.family
     return Pipeline(
         record,
-        record.get("config").from_dict(manifest.config),
+        record.config.from_dict(manifest.config),
         engines.backend,
         tokenizer=engines.tokenizer,
         sampling=SamplingConfig.from_dict(manifest.sampling),
@@ -362,7 +358,7 @@ def _load_checkpoint(folder: Path, *, device: str | None = None, verify: bool = 
 
 
 def torch_pipeline(
-    family: Family,
+    family: AnyFamily,
     system: Any,
     *,
     kv_layout: str = "delta",
@@ -379,8 +375,8 @@ def torch_pipeline(
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    stages = family.get("stages")(system, kv_layout)
-    stages_io = family.get("stages_io")(system.config, kv_layout, "float32")
+    stages = family.learner.modules(system, kv_layout)
+    stages_io = family.stages_io(system.config, kv_layout=kv_layout, dtype="float32")
     backend = TorchBackend(stages, stages_io, kv_layout=kv_layout, device=device)
     return Pipeline(
         family,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from nsp.data.dataset import ImageDataset
 from nsp.errors import CheckpointError, ConfigError, DataError
+from nsp.family.objective import TokenCache
 from nsp.files import write_file
 from nsp.sniff import sniff
-from nsp.training.objective import TokenCache
 from nsp.weights.weight_files import read_metadata, read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from nsp.training.objective import Objective
+from nsp.family.objective import Objective
 from nsp.training.order import Share, sample_keys
 
 _BACKWARD = 2  # a backward pass is about two forward ones

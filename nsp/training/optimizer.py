@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from nsp.errors import ConfigError
+from nsp.family.objective import Objective
 from nsp.family.recipe import LoraConfig, OptimizerConfig
-from nsp.training.objective import Objective
 from nsp.training.schedules import lr_ratio, weight_decay
 
 

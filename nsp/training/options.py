@@ -9,7 +9,7 @@ from nsp.errors import ConfigError
 from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.family.registry import family
 
-# Options only some families have; `Family.train_options` names what heeds them.
+# Options only some families have; `Family.with_options` heeds them.
 FAMILY_OPTIONS = (
     *("initial_size", "target_size", "scale_factor", "pretrained_vae"),
     *("start_scale", "end_scale", "progressive", "num_epochs_per_scale"),
@@ -44,8 +44,7 @@ def with_options(
         tracking = dataclasses.replace(run.tracking, log_dir=options["log_dir"])
         run = dataclasses.replace(run, tracking=tracking)
     own = {name: options[name] for name in FAMILY_OPTIONS if name in options}
-    if own or family(run.family).train_options is not None:
-        run = _of_family(run, own, skip_bad_files)
+    run = _of_family(run, own, skip_bad_files)
     if counted := {_IN_EPOCHS[name]: options[name] for name in _IN_EPOCHS if name in options}:
         pictures = _num_pictures(run, skip_bad_files)
         phases = tuple(
@@ -69,18 +68,11 @@ def _changed(
 
 def _of_family(run: RunConfig, options: dict[str, Any], skip_bad_files: bool) -> RunConfig:
     """Return the run as its family changes it."""
-    record = family(run.family)
-    if record.train_options is None:
-        name = next(iter(options)).replace("_", "-").removeprefix("pretrained-")
-        raise ConfigError(
-            f"--{name} is not for family {run.family}; choose a --preset of next_scale"
-        )
     epochs = options.pop("num_epochs_per_scale", None)
     pictures = 0 if epochs is None else _num_pictures(run, skip_bad_files)
-    changed: RunConfig = record.get("train_options")(
+    return family(run.family).with_options(
         run, options, lambda phase: (epochs or 0) * _epoch(phase, pictures)
     )
-    return changed
 
 
 def _num_pictures(run: RunConfig, skip_bad_files: bool) -> int:

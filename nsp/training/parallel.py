@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from nsp.errors import ConfigError, NspError, TrainingError
+from nsp.family.objective import Objective
 from nsp.family.recipe import RunConfig
-from nsp.training.objective import Objective
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.preview import preview
 from nsp.data.stream import ShardStream
-from nsp.training.objective import Objective
+from nsp.family.objective import Objective
 
 _SHOWN = 16
 

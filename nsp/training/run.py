@@ -20,10 +20,13 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint, write_digests
+from nsp.artifacts.systems import save_checkpoint
 from nsp.data.sources import ImageSource
 from nsp.errors import CheckpointError, ConfigError
+from nsp.family.objective import Objective, TokenCache
 from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.family.registry import family
+from nsp.family.system import System
 from nsp.files import write_file
 from nsp.paths import wrong_path
 from nsp.training.data_record import DataRecord
@@ -40,7 +43,6 @@ from nsp.training.folder import (
     without_places,
 )
 from nsp.training.leftovers import refuse_links, remove_leftovers
-from nsp.training.objective import Objective, TokenCache
 from nsp.training.optimizer import check_targets, merge_adapters
 from nsp.training.order import StepSampler
 from nsp.training.parallel import gathered, on_main
@@ -200,7 +202,7 @@ def _objective(
 ) -> Objective:
     """Return the objective of a phase over the modules of `system`."""
     size = system.config.image_size_px
-    made: Objective = family(run.family).get("objective")(
+    made: Objective = family(run.family).learner.objective(
         config.name,
         config.objective,
         system,
@@ -214,11 +216,11 @@ def _objective(
 
 
 def _plain(
-    system: torch.nn.Module,
+    system: System[Any],
     weights: dict[str, Any] | None,
     config: PhaseConfig,
     record: CheckpointRecord,
-) -> torch.nn.Module:
+) -> System[Any]:
     """Return the system as it is saved: not sharded, without adapters."""
     if weights is not None:
         system = record.load()
@@ -288,30 +290,27 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
 def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
     """Return the model before the first step: new, or that of another checkpoint."""
     if config.start_from is None:
-        return family(config.family).get("system")(config.model, config.text_encoder, source)
+        model = family(config.family).config.from_dict(config.model)
+        return family(config.family).learner.new_system(model, config.text_encoder, source)
     record = read_checkpoint(Path(config.start_from))
     if record.family.name != config.family:
         raise ConfigError(
             f"{config.start_from} is of family {record.family.name}, this run of {config.family}"
         )
-    wanted = record.family.get("config").from_dict(config.model).to_dict()
-    for name, have, want in differing_values(dict(record.config), wanted):
-        if not name.startswith(record.family.fields_of_parts):
-            raise ConfigError(
-                f"{config.start_from} has {name} {have!r}, this run's model {want!r}; take the "
-                "model from its config.json, or train from new weights"
-            )
+    trained = record.family.config.from_dict(record.config)
+    wanted = record.family.adopt(record.family.config.from_dict(config.model), trained)
+    for name, have, want in differing_values(dict(record.config), wanted.to_dict()):
+        raise ConfigError(
+            f"{config.start_from} has {name} {have!r}, this run's model {want!r}; take the "
+            "model from its config.json, or train from new weights"
+        )
     return record.load()
 
 
-def _save(
-    checkpoint: Path, system: torch.nn.Module, config: RunConfig, steps: dict[str, int]
-) -> None:
+def _save(checkpoint: Path, system: System[Any], config: RunConfig, steps: dict[str, int]) -> None:
     """Write a checkpoint folder."""
     notes = {"steps": steps, "run": without_places(config.to_dict())}
-    family(config.family).get("save_checkpoint")(
-        checkpoint, system, notes=notes, sampling=config.sampling
-    )
+    save_checkpoint(checkpoint, system, notes=notes, sampling=config.sampling)
 
 
 def _check_place(folder: Path, config: RunConfig, *, resume: bool) -> None:

@@ -19,6 +19,7 @@ from nsp.data.dataset import batches
 from nsp.data.sheet import contact_sheet
 from nsp.data.stream import ShardStream
 from nsp.errors import CheckpointError, ConfigError, TrainingError
+from nsp.family.objective import Objective
 from nsp.family.recipe import FREE_OF_PHASE, PhaseConfig, RunConfig
 from nsp.files import write_file
 from nsp.training.average import full
@@ -26,7 +27,6 @@ from nsp.training.checkpoints import CheckpointStore
 from nsp.training.flops import flops_per_image
 from nsp.training.folder import steps_folder
 from nsp.training.loading import Batch, training_loader, validation_loader
-from nsp.training.objective import Objective
 from nsp.training.optimizer import add_adapters, new_optimizer, set_rates
 from nsp.training.order import Share, sample_keys, step_seed
 from nsp.training.parallel import accumulating, on_main, prepare, shard_again, whole

@@ -18,7 +18,7 @@ from nsp.artifacts.manifest import (
     write_manifest,
 )
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
-from nsp.families.var.io import KVLayout, stages_io
+from nsp.families.var.io import stages_io
 from nsp.stage.io import StageIO
 from nsp.text.tokenizer import train_tokenizer
 from tests.backends.onnx_stages import write_hollow_model
@@ -33,7 +33,7 @@ def write_engines(
     config: VarConfig = CLASSES,
     *,
     precisions: Sequence[Precision] = ("fp32",),
-    kv_layout: KVLayout = "present",
+    kv_layout: str = "present",
     backend: str = "onnxruntime",
     **changes: Any,
 ) -> Manifest:
@@ -69,7 +69,7 @@ def _write_variant(
     io: StageIO,
     backend: str,
     precision: Precision,
-    kv_layout: KVLayout,
+    kv_layout: str,
 ) -> Variant:
     write_hollow_model(folder / "made/model.onnx", io)
     files = named_by_content(folder, "made", f"{stage}/{backend}-{precision}-")

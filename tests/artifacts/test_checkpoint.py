@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nsp.artifacts.checkpoint import copy_in_half, read_checkpoint, write_digests
+from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
-from nsp.families.var.checkpoint import save_checkpoint
 from tests.disk import largest_file
 
 

@@ -8,23 +8,20 @@ import pytest
 from nsp.artifacts.manifest import Variant
 from nsp.artifacts.memory_plan import plan_memory
 from nsp.errors import EngineError
-from nsp.families.var.io import stages_io
-from nsp.families.var.profiles import stage_profiles
-from nsp.family.sampling import SamplingConfig
+from nsp.family.registry import family
 from tests.artifacts.engine_folders import CLASSES, write_engines
 
 
 def variants(folder: Path, *, max_batch: int) -> dict[str, Variant]:
     manifest = write_engines(folder, CLASSES, kv_layout="delta", max_batch=max_batch)
-    spans = stage_profiles(
-        CLASSES, SamplingConfig(), max_batch=max_batch, static_batch=False, max_ranks=3839
-    )
-    declared = stages_io(CLASSES, "delta", "float32")
+    declared = family("var").stages(CLASSES, kv_layout="delta", dtype="float32")
+    bounds = {"max_batch": max_batch, "static_batch": False, "best_ranks": 1, "max_ranks": 3839}
     return {
-        stage: dataclasses.replace(
-            manifest.stages[stage][0], profiles=tuple(io.profile(s) for s in spans[stage])
+        name: dataclasses.replace(
+            manifest.stages[name][0],
+            profiles=tuple(stage.io.profile(sizes) for sizes in stage.profiles(**bounds)),
         )
-        for stage, io in declared.items()
+        for name, stage in declared.items()
     }
 
 

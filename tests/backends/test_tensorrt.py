@@ -19,9 +19,7 @@ from nsp.backends.tensorrt.cuda import DeviceArray, Stream
 from nsp.backends.tensorrt.trt_backend import load_tensorrt, load_tensorrt_rtx
 from nsp.distribution import pip_install
 from nsp.errors import BackendError, EngineError, FeedError, ProfileError
-from nsp.families.var.profiles import stage_profiles
 from nsp.family.registry import family
-from nsp.family.sampling import SamplingConfig
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from nsp.pipeline.results import Trace
 from nsp.stage.arena import KVShape
@@ -38,8 +36,8 @@ class Machine:
         self.user_cache = folder / "cache"
         monkeypatch.setenv("XDG_CACHE_HOME", str(self.user_cache))
         self.config = self.system.config
-        self.stages_io = self.family.get("stages_io")(self.config, "delta", "float32")
-        self.modules = self.family.get("stages")(self.system, "delta")
+        self.stages_io = self.family.stages_io(self.config, kv_layout="delta", dtype="float32")
+        self.modules = self.family.learner.modules(self.system, "delta")
         self.cuda = CudaStandIn()
         self.trt = {
             name: TensorRTStandIn(name, self.cuda, self.modules, self.stages_io)
@@ -52,16 +50,13 @@ class Machine:
     def write_plans(
         self, *, max_batch: int, scratch: int = 1000, static_batch: bool = False
     ) -> None:
-        spans = stage_profiles(
-            self.config,
-            SamplingConfig(),
-            max_batch=max_batch,
-            static_batch=static_batch,
-            max_ranks=3839,
-        )
+        declared = self.family.stages(self.config, kv_layout="delta", dtype="float32")
         self.files = {}
-        for number, (stage, io) in enumerate(self.stages_io.items()):
-            profiles = [io.profile(sizes) for sizes in spans[stage]]
+        for number, (stage, each) in enumerate(declared.items()):
+            spans = each.profiles(
+                max_batch=max_batch, static_batch=static_batch, best_ranks=1, max_ranks=3839
+            )
+            profiles = [each.io.profile(sizes) for sizes in spans]
             path = self.folder / stage / "tensorrt-fp32" / "engine.plan"
             self.files[stage] = write_plan(path, stage, profiles, scratch=scratch + number)
 

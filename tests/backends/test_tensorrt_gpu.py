@@ -93,7 +93,7 @@ def test_an_rtx_engine_for_sm80_runs_here_or_is_refused_in_one_line(
     expected = load_pipeline(folder, "onnxruntime", device="cpu")
     version = backend_record("tensorrt_rtx").version()
     files = {path.parts[-3]: path for path in folder.glob("*/tensorrt_rtx-fp32-*/engine.plan")}
-    stages_io = expected.family.get("stages_io")(expected.config, "delta", "float32")
+    stages_io = expected.family.stages_io(expected.config, kv_layout="delta", dtype="float32")
     plans, refusal = {stage: files[stage] for stage in stages_io}, ""
     try:  # the manifest would refuse it on another architecture: not what is asked here
         backend = load_tensorrt_rtx(plans, stages_io, kv_layout="delta", device="cuda")

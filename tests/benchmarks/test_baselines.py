@@ -20,7 +20,7 @@ VAR = family("var")
 @pytest.fixture(scope="module")
 def system() -> Any:
     torch.manual_seed(0)
-    made = VAR.get("system")(random_config("tiny").to_dict(), {}, None)
+    made = VAR.learner.new_system(random_config("tiny"), {}, None)
     with torch.no_grad():
         made.predictor.head.weight.mul_(100)
         for block in made.predictor.blocks:
@@ -96,8 +96,8 @@ def test_attention_in_place_is_that_of_joined_copies() -> None:
 
 
 def test_compiled_stages_compute_the_same(system: Any) -> None:
-    io = VAR.get("stages_io")(system.config, "delta", "float32")["select"]
-    stages = {"select": VAR.get("stages")(system, "delta")["select"]}
+    io = VAR.stages_io(system.config, kv_layout="delta", dtype="float32")["select"]
+    stages = {"select": VAR.learner.modules(system, "delta")["select"]}
     backend = CompiledTorchBackend(
         stages, {"select": io}, device="cpu", compile_options={"backend": "aot_eager"}
     )

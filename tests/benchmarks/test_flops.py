@@ -26,8 +26,8 @@ def counted_by_torch(module: torch.nn.Module, arrays: dict[str, Any]) -> int:
 
 def assert_same_counts(system: VarSystem, text_encoder: TextEncoderSize | None) -> None:
     config = system.config
-    declared = family("var").get("stages_io")(config, "delta", "float32")
-    stages = family("var").get("stages")(system, "delta")
+    declared = family("var").stages_io(config, kv_layout="delta", dtype="float32")
+    stages = family("var").learner.modules(system, "delta")
     ours, theirs = {}, {}
     for name, module in stages.items():
         work = var_work(config, name, AXES, text_encoder)

@@ -53,7 +53,7 @@ def test_the_plain_export_is_the_same_model_with_its_cache_joined(tmp_path: Path
     folder = new_small_checkpoint(tmp_path / "checkpoint", num_classes=4)
     reference = load_pipeline(folder, "torch", device="cpu")
     family, system = reference.family, read_checkpoint(folder).load()
-    stages_io = family.get("stages_io")(system.config, "present", "float32")
+    stages_io = family.stages_io(system.config, kv_layout="present", dtype="float32")
     files = export_plain(family, system, {"step": stages_io["step"]}, tmp_path)
     backend = PlainStep(files, stages_io, num_threads=1)
     backend.rest = reference.backend

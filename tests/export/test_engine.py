@@ -30,6 +30,7 @@ from nsp.export.run import export as run_export
 from nsp.export.run import plan
 from nsp.export.store import TIMING_CACHE
 from nsp.families.var.config import ClassCondition, with_condition
+from nsp.family.contract import trace_sizes
 from nsp.family.registry import family
 from nsp.stage.io import Axes, StageIO
 from tests.export.small import compile_for_rtx, rtx, small_config, write_model
@@ -210,18 +211,22 @@ def test_every_engine_of_every_stage_builds_without_a_gpu(small_checkpoint, tmp_
 def test_steps_build_in_the_other_precisions(tmp_path, precision):
     record = family("var")
     config = with_condition(small_config(), ClassCondition(num_classes=5))
-    system = record.get("system")(config.to_dict(), {}, None)
-    narrowed = at_precision(system, record.get("precision")(system.config), precision)
-    io = record.get("stages_io")(system.config, "delta", PRECISION_DTYPES[precision])["step"]
+    system = record.learner.new_system(config, {}, None)
+    dtype = PRECISION_DTYPES[precision]
+    declared = record.stages(system.config, kv_layout="delta", dtype=dtype)
+    narrowed = at_precision(system, declared, precision)
+    io = record.stages_io(system.config, kv_layout="delta", dtype=PRECISION_DTYPES[precision])[
+        "step"
+    ]
     sizes = {"G": 2, "L": 4, "P": 1}
     shapes = {name: [list(shape)] * 3 for name, shape in io.input_shapes(sizes).items()}
     model = export_stage(
-        record.get("stages")(narrowed, "delta")["step"],
+        record.learner.modules(narrowed, "delta")["step"],
         io,
         tmp_path,
         name="step",
         opset=18,
-        trace_sizes=record.get("trace_sizes"),
+        trace_sizes=trace_sizes(declared),
     )
     check_graph(model, replace(planned(io), profiles=(shapes,), precision=precision))
     build = replace(planned(io), profiles=(shapes,), gpu_archs=("120",))

@@ -16,6 +16,7 @@ from nsp.export.plan import make_plan
 from nsp.export.run import export
 from nsp.export.store import EngineStore
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
+from nsp.family.contract import trace_sizes
 from nsp.pipeline.pipeline import load_pipeline
 from tests.families.next_scale.models import new_tiny_checkpoint
 
@@ -90,14 +91,15 @@ def test_a_predictor_with_a_past_builds_for_tensorrt_without_a_gpu(
     plan = make_plan(options, EngineStore(tmp_path / "engines"))
     build = next(each for each in plan.builds if each.stage == "predictor_1")
     system, family = plan.record.load(), plan.record.family
-    narrow = at_precision(system, family.get("precision")(plan.config), "fp16")
+    declared = family.stages(plan.config, kv_layout=build.kv_layout, dtype="float16")
+    narrow = at_precision(system, declared, "fp16")
     model = export_stage(
-        family.get("stages")(narrow, build.kv_layout)[build.stage],
+        family.learner.modules(narrow, build.kv_layout)[build.stage],
         build.io,
         tmp_path,
         name=build.stage,
         opset=build.opset,
-        trace_sizes=family.get("trace_sizes"),
+        trace_sizes=trace_sizes(declared),
     )
     check_graph(model, build)
     engine = build_engine(

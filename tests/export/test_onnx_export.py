@@ -11,6 +11,7 @@ from nsp.export.graph.onnx_export import WEIGHTS_NAME, export_stage
 from nsp.export.options import ExportOptions
 from nsp.export.plan import make_plan
 from nsp.export.store import EngineStore
+from nsp.family.contract import trace_sizes
 from nsp.family.registry import family
 from nsp.pipeline.pipeline import load_pipeline
 
@@ -46,10 +47,10 @@ def test_engines_sample_the_tokens_of_pytorch(pipelines, batch, settings):
 
 
 def export_one(stage: str, system, folder: Path, *, opset: int = 18, layout: str = "delta") -> Path:
-    modules = VAR.get("stages")(system, layout)
-    io = VAR.get("stages_io")(system.config, layout, "float32")[stage]
+    modules = VAR.learner.modules(system, layout)
+    declared = VAR.stages(system.config, kv_layout=layout, dtype="float32")
     folder.mkdir(parents=True)
-    sizes = VAR.get("trace_sizes")
+    io, sizes = declared[stage].io, trace_sizes(declared)
     return export_stage(modules[stage], io, folder, name=stage, opset=opset, trace_sizes=sizes)
 
 
@@ -77,10 +78,11 @@ def test_names_and_axes_are_the_declared_ones(half_engines):
 
 
 def test_trace_sizes_tell_all_axes_of_a_stage_apart(system):
-    sizes = VAR.get("trace_sizes")
     for layout in ("delta", "present"):
-        for stage, io in VAR.get("stages_io")(system.config, layout, "float32").items():
-            chosen = [sizes[axis] for axis in io.free_axes]
+        declared = VAR.stages(system.config, kv_layout=layout, dtype="float32")
+        sizes = trace_sizes(declared)
+        for stage, each in declared.items():
+            chosen = [sizes[axis] for axis in each.io.free_axes]
             assert min(chosen) >= 2, stage
             assert len(set(chosen)) == len(chosen), stage
 

@@ -37,8 +37,8 @@ def torch_subject(system, stage: str, precision: str = "fp32") -> Subject:
     from nsp.family.registry import family
 
     var = family("var")
-    io = var.get("stages_io")(system.config, "delta", "float32")
-    backend = TorchBackend(var.get("stages")(system, "delta"), io, device="cpu")
+    io = var.stages_io(system.config, kv_layout="delta", dtype="float32")
+    backend = TorchBackend(var.learner.modules(system, "delta"), io, device="cpu")
     return Subject(stage=stage, io=io[stage], backend=backend, precision=precision, label=stage)
 
 
@@ -228,9 +228,10 @@ def test_bfloat16_stages_are_checked_in_pytorch(reference, system):
     from nsp.family.registry import family
 
     var = family("var")
-    narrowed = at_precision(system, var.get("precision")(system.config), "bf16")
-    io = var.get("stages_io")(system.config, "delta", "bfloat16")
-    backend = TorchBackend(var.get("stages")(narrowed, "delta"), io, device="cpu")
+    declared = var.stages(system.config, kv_layout="delta", dtype="bfloat16")
+    narrowed = at_precision(system, declared, "bf16")
+    io = {name: stage.io for name, stage in declared.items()}
+    backend = TorchBackend(var.learner.modules(narrowed, "delta"), io, device="cpu")
     for stage in ("condition", "step", "decoder"):
         figures = check_stage(
             Subject(stage=stage, io=io[stage], backend=backend, precision="bf16", label=stage),

@@ -14,9 +14,9 @@ from nsp.data.pack import pack
 from nsp.data.sources import open_source, survey
 from nsp.errors import ConfigError, DataError
 from nsp.families.var.tokens import cached_tokens, tokenize
+from nsp.family.objective import TokenCache
 from nsp.family.recipe import RunConfig
 from nsp.family.registry import family
-from nsp.training.objective import TokenCache
 from nsp.training.presets import preset
 from nsp.training.run import train
 
@@ -86,7 +86,7 @@ def test_cached_tokens_are_those_of_the_tokenizer_and_follow_its_weights(
 ) -> None:
     data, system = emoji_pictures(plain, "heldout")
     cache, vae = tmp_path / "tokens.safetensors", system.vae
-    family("var").get("cache")(system, data, cache)
+    family("var").learner.write_cache(system, data, cache)
     written = cache.stat().st_mtime_ns
     expected = tokenize(vae, data)
     given, own = TokenCache(cache, is_given=True), TokenCache(cache)
@@ -113,7 +113,7 @@ def test_crops_cannot_be_cached(plain: Path, pictures: Path, tmp_path: Path) -> 
     system = read_checkpoint(plain / "checkpoint").load()
     data = ImageDataset(open_source(pictures), 16, train=True, crop=True)
     with pytest.raises(ConfigError, match="only whole pictures can be cached"):
-        family("var").get("cache")(system, data, tmp_path / "tokens.safetensors")
+        family("var").learner.write_cache(system, data, tmp_path / "tokens.safetensors")
 
 
 def test_held_out_captions_in_the_data_stop_the_run_before_it_starts(

@@ -165,8 +165,9 @@ def test_starting_from_another_kind_of_model_is_refused(
 def test_starting_from_a_checkpoint_of_another_family_is_refused(
     config: RunConfig, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = {**registry.FAMILIES, "other": replace(registry.FAMILIES["var"], name="other")}
-    monkeypatch.setattr(registry, "FAMILIES", known)
+    monkeypatch.setattr(
+        registry._PLUGINS, "built_in", {**registry.BUILT_IN, "other": registry.BUILT_IN["var"]}
+    )
     run = replace(config, family="other", start_from=str(plain / "checkpoint"))
     with pytest.raises(ConfigError, match="is of family var, this run of other"):
         train(run, tmp_path / "run")

@@ -3,6 +3,7 @@
 Sides are of latents, in cells; images are `vae.downsampling` times as large.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Literal
 from nsp.config import Config
 from nsp.errors import ConfigError
 
+_MAX_LATENT_SIDE = 2**9  # tables of positions have its square; 4,096 px with 8 px per cell
 _MAX_FLOW_STEPS = 2**12  # a picture has 16
 _SCALING_FACTOR = {"least": 1e-6, "most": 1e6}  # beyond, float32 latents are zero or overflow
 
@@ -127,6 +129,11 @@ class NextScaleConfig(Config):
         self.check_counts("next_scale", "scale_factor", least=2)
         pixels = self.vae.downsampling
         latent, rest = divmod(self.target_size, pixels)
+        if latent > _MAX_LATENT_SIDE:
+            raise ConfigError(
+                f"target_size={self.target_size} makes latents of {latent} cells a side; at most "
+                f"{_MAX_LATENT_SIDE} are possible"
+            )
         if rest or latent not in self.sides[1:]:
             raise ConfigError(self._advice())
         if self.generator.attn_max_size < self.initial_size:
@@ -134,6 +141,10 @@ class NextScaleConfig(Config):
                 f"generator: attn_max_size={self.generator.attn_max_size} is below "
                 f"initial_size={self.initial_size}: no latent would have keys to attend to"
             )
+
+    def with_parts_of(self, trained: "NextScaleConfig") -> "NextScaleConfig":
+        """Return these sizes with the autoencoder and the text encoder of a trained model."""
+        return dataclasses.replace(self, vae=trained.vae, text=trained.text, pretrained_vae=None)
 
     def _advice(self) -> str:
         """Return what is wrong with the sizes and the nearest ones that fit."""

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.errors import ConfigError
 from nsp.families.next_scale.system import NextScaleSystem
+from nsp.family.objective import TokenCache
 from nsp.training.cache import cached, digest_of, is_constant, write_cache
-from nsp.training.objective import TokenCache
 
 _BATCH_PIXELS = 64 * 64 * 64  # encoded at once
 

@@ -26,8 +26,8 @@ from nsp.families.next_scale.latents import LatentDataset, encode_scales, resize
 from nsp.families.next_scale.model import FeatureBlock, NextScaleGenerator, grow
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import Vae, decode
+from nsp.family.objective import Objective, TokenCache
 from nsp.layers.attention import KeyValue
-from nsp.training.objective import Objective, TokenCache
 from nsp.training.order import sample_normals, sample_uniforms
 from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 
@@ -156,6 +156,7 @@ class ScalesObjective(Objective):
             parts |= {"base": generator.base, "condition": generator.condition}
         text = settings.train_text_encoder
         if 0 in self.scales if text is None else text:
+            assert system.text_encoder is not None  # a system without one is not built
             parts["text_encoder"] = system.text_encoder
         for scale in self.scales:
             if scale:
@@ -254,7 +255,7 @@ class ScalesObjective(Objective):
     @torch.no_grad()
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return pictures generated for captions of the data set, up to the last trained scale."""
-        from nsp.families.next_scale.sampling import sample_grid
+        from nsp.families.next_scale.samples import sample_grid
 
         guidance = self.settings.sample_guidance_scale
         return sample_grid(self.system, self._data, seed, guidance, last_scale=self.scales[-1])

@@ -1,7 +1,6 @@
 """All trainable parts of one `next_scale` model together, as checkpoints hold them."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.families.next_scale.model import NextScaleGenerator
 from nsp.families.next_scale.vae import Vae
+from nsp.family.system import System
 from nsp.text.encoder import TextEncoderStage, check_text_parts
 from nsp.text.tokenizer import PromptTokenizer
 
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 
-class NextScaleSystem(nn.Module):
+class NextScaleSystem(System[NextScaleConfig]):
     """Autoencoder, generator, CLIP text encoder and its prompt tokenizer."""
+
+    family: ClassVar[str] = "next_scale"
 
     def __init__(
         self,
@@ -26,22 +28,15 @@ class NextScaleSystem(nn.Module):
         text_encoder: "CLIPTextModel",
         prompt_tokenizer: PromptTokenizer,
     ) -> None:
-        super().__init__()
+        super().__init__(config, text_encoder, prompt_tokenizer)
         check_text_parts(
             text_encoder,
             prompt_tokenizer,
             text_width=config.text.text_width,
             max_tokens=config.text.max_tokens,
         )
-        self.config = config
         self.vae = Vae(config.vae)
         self.generator = NextScaleGenerator(config)
-        self.text_encoder = text_encoder
-        self.prompt_tokenizer = prompt_tokenizer
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Return prompt token ids (B, T)."""
-        return torch.from_numpy(self.prompt_tokenizer.encode(prompts))
 
     def condition(self, token_ids_BT: Tensor, dropped_B: Tensor) -> Tensor:
         """Return condition vectors (B, D); rows where `dropped_B` holds have no prompt."""

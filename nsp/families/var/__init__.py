@@ -1,1 +1,116 @@
-"""Visual autoregressive next-scale prediction (VAR), class- or text-conditional."""
+"""The family `var`: next-scale prediction with a multi-scale residual VQVAE.
+
+Source: Tian et al. 2024, arXiv:2404.02905, and github.com/FoundationVision/VAR.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nsp.families.var.config import SIZES, VarConfig, with_condition
+from nsp.families.var.examples import examples
+from nsp.families.var.io import stages_io
+from nsp.families.var.loop import Request, ScaleStep, generate, loop_inputs
+from nsp.families.var.precision import stage_weights
+from nsp.families.var.requests import request_arrays
+from nsp.family.contract import Family, Kind, Learner, Stage
+from nsp.stage.io import Sizes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nsp.families.var.system import VarSystem
+    from nsp.family.recipe import RunConfig
+    from nsp.family.sampling import SamplingConfig
+    from nsp.stage.arena import Array
+    from nsp.stage.backend import Backend
+
+_SCALE_STAGES = ("step", "select", "select_smooth", "accumulate")
+
+
+class Var(Family[VarConfig, "VarSystem"]):
+    """VAR and models of its kind, on classes or prompts."""
+
+    name: ClassVar[str] = "var"
+    config, request, sizes = VarConfig, Request, SIZES
+
+    def condition(self, config: VarConfig) -> Kind:
+        """Return what a picture is asked for by."""
+        return "class" if config.text is None else "prompt"
+
+    def stages(self, config: VarConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
+        """Return every stage, in data-path order."""
+        weights, scales = stage_weights(config), _scale_sizes(config)
+        return {
+            name: Stage(
+                io=io,
+                half=weights[name].half,
+                int8=weights[name].int8,
+                full=weights[name].full,
+                spans=scales if name in _SCALE_STAGES else ({},),
+                max_ranks=config.vae.vocab_size,
+            )
+            for name, io in stages_io(config, kv_layout, dtype).items()
+        }
+
+    def request_arrays(
+        self,
+        config: VarConfig,
+        sampling: "SamplingConfig",
+        *,
+        seed: int,
+        batch: int,
+        given: Mapping[str, Any],
+    ) -> "dict[str, NDArray[Any]]":
+        """Return the loop's arrays: those `given`, checked, or random numbers from `seed`."""
+        return request_arrays(config, sampling, seed=seed, batch=batch, given=given)
+
+    def inputs(self, config: VarConfig, request: Request) -> "dict[str, NDArray[Any]]":
+        """Return all that the loop takes from the host."""
+        return loop_inputs(config, request)
+
+    def loop(
+        self, backend: "Backend", config: VarConfig, inputs: "Mapping[str, Array]"
+    ) -> Iterator[ScaleStep]:
+        """Yield one ScaleStep per scale."""
+        return generate(backend, config, inputs)
+
+    def examples(self, config: VarConfig) -> Sequence[Mapping[str, Any]]:
+        """Return arguments of `Pipeline.generate` that together call every stage."""
+        return examples(config)
+
+    @property
+    def recipes(self) -> "Mapping[str, Callable[[], RunConfig]]":
+        """Named training runs."""
+        from nsp.families.var.recipes import RECIPES
+
+        return RECIPES
+
+    def convert(
+        self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
+    ) -> None:
+        """Write the checkpoint folder `output_dir` from the weights of FoundationVision/VAR."""
+        from nsp.families.var.published import convert
+
+        convert(**files, config=config, output_dir=output_dir)
+
+    def adopt(self, config: VarConfig, trained: VarConfig) -> VarConfig:
+        """Return `config` with the condition of the trained model."""
+        return with_condition(config, trained.condition)
+
+    @property
+    def learner(self) -> "Learner[VarConfig, VarSystem]":
+        """What needs torch."""
+        from nsp.families.var.learn import VarLearner
+
+        return VarLearner()
+
+
+def _scale_sizes(config: VarConfig) -> tuple[Sizes, ...]:
+    """Return tokens, past and grids of every scale; the first grid follows the last (loop.py)."""
+    sides, sizes, past = config.patch_nums, [], 0
+    for side, following in zip(sides, [*sides[1:], sides[0]], strict=True):
+        grids = {"p": side, "q": side, "r": following, "c": following}
+        sizes.append({"L": side**2, "P": past, **grids})
+        past += side**2
+    return tuple(sizes)

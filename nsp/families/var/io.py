@@ -6,15 +6,11 @@ grid, r c the next scale's grid. Fixed numbers in the declarations come from the
 width, heads, blocks, codes, latent channels.
 """
 
-from typing import Literal, TypeAlias
-
 from nsp.families.var.config import VarConfig
 from nsp.stage.io import Axes, StageIO
 
-KVLayout: TypeAlias = Literal["delta", "present"]
 
-
-def stages_io(config: VarConfig, kv_layout: KVLayout, dtype: str) -> dict[str, StageIO]:
+def stages_io(config: VarConfig, kv_layout: str, dtype: str) -> dict[str, StageIO]:
     """Return the declaration of every stage, in data-path order.
 
     `dtype` is that of keys and values.
@@ -69,7 +65,7 @@ def _condition(config: VarConfig, dtype: str) -> StageIO:
     return StageIO(inputs=inputs, outputs={"x": start, **_conditioning(config, dtype)})
 
 
-def _step(config: VarConfig, kv_layout: KVLayout, dtype: str) -> StageIO:
+def _step(config: VarConfig, kv_layout: str, dtype: str) -> StageIO:
     """Tokens of one scale and the cache -> logits and new keys and values.
 
     New is what the cache grows by (layout "delta") or what it becomes ("present").

@@ -24,8 +24,8 @@ from nsp.families.var.model import Conditioning, NextScaleTransformer
 from nsp.families.var.quantizer import MultiScaleQuantizer
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokens import TokenDataset, check_classes
+from nsp.family.objective import Objective, TokenCache
 from nsp.text.parts import without_tokens
-from nsp.training.objective import Objective, TokenCache
 from nsp.training.order import sample_uniforms
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -169,7 +169,7 @@ class PredictorObjective(Objective):
     @torch.no_grad()
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return pictures generated for conditions of the data set, with their captions."""
-        from nsp.families.var.sampling import sample_grid
+        from nsp.families.var.samples import sample_grid
 
         return sample_grid(self.system, self._data, seed, self.settings.sample_guidance_scale)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nsp.artifacts.checkpoint import is_checkpoint
+from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
-from nsp.families.var.checkpoint import save_checkpoint
 from nsp.families.var.config import SCHEDULES, ClassCondition, VarConfig
 from nsp.families.var.system import VarSystem
 from nsp.weights.module_weights import bounded, load_state, rounded_to_eight_bits

@@ -1,15 +1,15 @@
 """All trainable parts of one `var` model together, as checkpoints hold them."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsp.errors import ConfigError
 from nsp.families.var.config import VarConfig
 from nsp.families.var.model import Conditioning, NextScaleTransformer
 from nsp.families.var.vqvae import VQVAE
+from nsp.family.system import System
 from nsp.text.encoder import TextEncoderStage, check_text_parts
 from nsp.text.tokenizer import PromptTokenizer
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 
-class VarSystem(nn.Module):
+class VarSystem(System[VarConfig]):
     """Tokenizer, transformer and, for text, the CLIP encoder with its prompt tokenizer."""
+
+    family: ClassVar[str] = "var"
 
     def __init__(
         self,
@@ -27,17 +29,14 @@ class VarSystem(nn.Module):
         text_encoder: "CLIPTextModel | None" = None,
         prompt_tokenizer: PromptTokenizer | None = None,
     ) -> None:
-        super().__init__()
         if (config.text is None) != (text_encoder is None or prompt_tokenizer is None):
             raise ConfigError(
                 "a text-conditional model needs a text encoder and a tokenizer, "
                 "a class-conditional one has neither"
             )
-        self.config = config
+        super().__init__(config, text_encoder, prompt_tokenizer)
         self.vae = VQVAE(config.vae, config.patch_nums)
         self.predictor = NextScaleTransformer(config)
-        self.text_encoder = text_encoder
-        self.prompt_tokenizer = prompt_tokenizer
         if config.text is not None and text_encoder is not None and prompt_tokenizer is not None:
             check_text_parts(
                 text_encoder,
@@ -45,12 +44,6 @@ class VarSystem(nn.Module):
                 text_width=config.text.text_width,
                 max_tokens=config.text.max_tokens,
             )
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Return prompt token ids (B, T); raise ConfigError for a class-conditional model."""
-        if self.prompt_tokenizer is None:
-            raise ConfigError("this model is class-conditional: it takes class ids, not prompts")
-        return torch.from_numpy(self.prompt_tokenizer.encode(prompts))
 
     def condition(self, condition_B: Tensor, dropped_B: Tensor) -> Conditioning:
         """Return the training conditioning of class ids (B,) or prompt token ids (B, T).

@@ -12,8 +12,8 @@ from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.errors import ConfigError
 from nsp.families.var.system import VarSystem
 from nsp.families.var.vqvae import VQVAE
+from nsp.family.objective import TokenCache
 from nsp.training.cache import cached, digest_of, is_constant, write_cache
-from nsp.training.objective import TokenCache
 
 _BATCH = 64  # pictures tokenized at once
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from nsp.artifacts.systems import save_checkpoint
 from nsp.data.sources import ImageSource, Sample
-from nsp.families.next_scale.checkpoint import save_checkpoint
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
+from nsp.families.next_scale.learn import new_system
 from nsp.families.next_scale.system import NextScaleSystem
-from nsp.families.next_scale.training import new_system
 from tests.models import CAPTIONS
 
 
@@ -28,8 +28,8 @@ def new_tiny_system(
     torch.manual_seed(seed)
     samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS)
     text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
-    values = (config or SIZES["tiny"]).to_dict()
-    system = new_system(values, text_encoder, ImageSource(samples, (), ())).eval()
+    model = config or SIZES["tiny"]
+    system = new_system(model, text_encoder, ImageSource(samples, (), ())).eval()
     if trained:
         with torch.no_grad():
             for parameter in system.generator.parameters():

@@ -14,9 +14,9 @@ from nsp.data.sources import open_source
 from nsp.errors import ConfigError
 from nsp.families.next_scale.latents import LatentDataset, cached_latents, resized
 from nsp.families.next_scale.objective import ScalesObjective, ScalesSettings
+from nsp.family.objective import TokenCache
 from nsp.family.recipe import RunConfig
 from nsp.train import configure
-from nsp.training.objective import TokenCache
 from nsp.training.run import train
 from tests.families.next_scale.models import new_tiny_system, tiny_config
 from tests.training.pictures import write_pictures

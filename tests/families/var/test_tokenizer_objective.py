@@ -14,9 +14,9 @@ from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
 from nsp.families.var import decoder_objective, tokenizer_objective
 from nsp.families.var.config import SIZES, ClassCondition, with_condition
+from nsp.families.var.learn import objective
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerSettings, decoded_latents
-from nsp.families.var.training import objective
 from nsp.training.presets import preset
 from nsp.training.run import train
 from tests.training.pictures import write_pictures

@@ -1,10 +1,12 @@
-"""What the trainer asks of the family `var`: a new model, and the objective of each phase."""
+"""The side of the family `var` that needs torch: new systems, modules, objectives."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from nsp.data.dataset import ImageDataset
@@ -15,18 +17,25 @@ from nsp.families.var import tokens
 from nsp.families.var.config import VarConfig, with_condition
 from nsp.families.var.decoder_objective import DecoderObjective, DecoderSettings
 from nsp.families.var.model import initialize
+from nsp.families.var.modules import build_stages
 from nsp.families.var.objective import PredictorObjective, PredictorSettings
+from nsp.families.var.samples import reconstruct
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerObjective, TokenizerSettings
+from nsp.family.contract import Learner
+from nsp.family.objective import Objective, TokenCache
 from nsp.text.parts import TextEncoderSettings, text_parts
+from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.cache import is_constant
-from nsp.training.objective import Objective, TokenCache
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 PHASES = ("tokenizer", "decoder", "predictor")
 
 
 def new_system(
-    config: Mapping[str, Any], text_encoder: Mapping[str, Any], source: ImageSource | None
+    var_config: VarConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
 ) -> VarSystem:
     """Return a freshly initialised model.
 
@@ -35,7 +44,6 @@ def new_system(
     the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
     generator, which the caller seeds.
     """
-    var_config = VarConfig.from_dict(config)
     encoder, tokenizer = None, None
     if var_config.text is not None:
         settings = TextEncoderSettings.from_dict(text_encoder)
@@ -87,3 +95,49 @@ def write_cache(system: VarSystem, data: ImageDataset, file: Path) -> None:
     if not is_constant(data):
         raise ConfigError("crops and flips change the tokens: only whole pictures can be cached")
     tokens.write_tokens(system.vae, data, file)
+
+
+class VarLearner(Learner[VarConfig, VarSystem]):
+    """What the rest of the house asks of the family `var` where torch is at hand."""
+
+    parts: ClassVar[tuple[str, ...]] = ("predictor", "vae")
+
+    def build(
+        self,
+        config: VarConfig,
+        *,
+        text_encoder: "CLIPTextModel | None",
+        prompt_tokenizer: PromptTokenizer | None,
+    ) -> VarSystem:
+        """Return a system whose weights will be loaded."""
+        return VarSystem(config, text_encoder=text_encoder, prompt_tokenizer=prompt_tokenizer)
+
+    def new_system(
+        self, config: VarConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
+    ) -> VarSystem:
+        """Return a freshly initialised system, with a text encoder of these settings."""
+        return new_system(config, text_encoder, source)
+
+    def modules(self, system: VarSystem, kv_layout: str) -> Mapping[str, nn.Module]:
+        """Return a module for every stage."""
+        return build_stages(system, kv_layout)
+
+    def objective(
+        self,
+        phase: str,
+        settings: Mapping[str, Any],
+        system: VarSystem,
+        data: ImageDataset | ShardStream,
+        held_out: ImageDataset | None = None,
+        cache: TokenCache | None = None,
+    ) -> Objective:
+        """Return the objective of a phase."""
+        return objective(phase, settings, system, data, held_out, cache)
+
+    def reconstruct(self, system: VarSystem, pictures_BHW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return pictures as the tokenizer of images keeps them."""
+        return reconstruct(system, pictures_BHW3)
+
+    def write_cache(self, system: VarSystem, data: ImageDataset, file: Path) -> None:
+        """Write what the tokenizer of images makes of the pictures."""
+        write_cache(system, data, file)

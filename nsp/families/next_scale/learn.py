@@ -1,13 +1,15 @@
-"""What the trainer asks of the family `next_scale`: a new model, and the objective of a phase."""
+"""The side of the family `next_scale` that needs torch: new systems, modules, objectives."""
 
 import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.sources import ImageSource
@@ -15,17 +17,24 @@ from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.families.next_scale import latents
 from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.modules import build_stages
 from nsp.families.next_scale.objective import (
     ScalesObjective,
     ScalesSettings,
     VaeObjective,
     VaeSettings,
 )
+from nsp.families.next_scale.samples import reconstruct
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import load_vae
+from nsp.family.contract import Learner
+from nsp.family.objective import Objective, TokenCache
 from nsp.text.parts import TextEncoderSettings, text_parts
+from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.cache import is_constant
-from nsp.training.objective import Objective, TokenCache
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 _ONE_SCALE = re.compile(r"scale_(\d+)")
 _PHASES = "vae, scales, scale_0, scale_1, ..."
@@ -33,7 +42,7 @@ _MEASURED_PICTURES = 2
 
 
 def new_system(
-    config: Mapping[str, Any], text_encoder: Mapping[str, Any], source: ImageSource | None
+    model: NextScaleConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
 ) -> NextScaleSystem:
     """Return a freshly initialised model, its autoencoder read where the configuration says so.
 
@@ -42,7 +51,6 @@ def new_system(
     the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
     generator, which the caller seeds.
     """
-    model = NextScaleConfig.from_dict(config)
     settings = TextEncoderSettings.from_dict(text_encoder)
     tokenizer, encoder = text_parts(settings, model.text.text_width, model.text.max_tokens, source)
     text = dataclasses.replace(
@@ -101,3 +109,53 @@ def write_cache(system: NextScaleSystem, data: ImageDataset, file: Path) -> None
     if not is_constant(data):
         raise ConfigError("crops and flips change the latents: only whole pictures can be cached")
     latents.write_latents(system, data, file)
+
+
+class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
+    """What the rest of the house asks of the family `next_scale` where torch is at hand."""
+
+    parts: ClassVar[tuple[str, ...]] = ("generator", "vae")
+
+    def build(
+        self,
+        config: NextScaleConfig,
+        *,
+        text_encoder: "CLIPTextModel | None",
+        prompt_tokenizer: PromptTokenizer | None,
+    ) -> NextScaleSystem:
+        """Return a system whose weights will be loaded."""
+        assert text_encoder is not None  # its models read prompts
+        assert prompt_tokenizer is not None
+        return NextScaleSystem(config, text_encoder=text_encoder, prompt_tokenizer=prompt_tokenizer)
+
+    def new_system(
+        self, config: NextScaleConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
+    ) -> NextScaleSystem:
+        """Return a freshly initialised system, with a text encoder of these settings."""
+        return new_system(config, text_encoder, source)
+
+    def modules(self, system: NextScaleSystem, kv_layout: str) -> Mapping[str, nn.Module]:
+        """Return a module for every stage."""
+        return build_stages(system, kv_layout)
+
+    def objective(
+        self,
+        phase: str,
+        settings: Mapping[str, Any],
+        system: NextScaleSystem,
+        data: ImageDataset | ShardStream,
+        held_out: ImageDataset | None = None,
+        cache: TokenCache | None = None,
+    ) -> Objective:
+        """Return the objective of a phase."""
+        return objective(phase, settings, system, data, held_out, cache)
+
+    def reconstruct(
+        self, system: NextScaleSystem, pictures_BHW3: NDArray[np.uint8]
+    ) -> NDArray[np.uint8]:
+        """Return pictures as the tokenizer of images keeps them."""
+        return reconstruct(system, pictures_BHW3)
+
+    def write_cache(self, system: NextScaleSystem, data: ImageDataset, file: Path) -> None:
+        """Write what the tokenizer of images makes of the pictures."""
+        write_cache(system, data, file)

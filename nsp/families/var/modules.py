@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsp.families.var.io import KVLayout
 from nsp.families.var.model import Conditioning
 from nsp.families.var.quantizer import Phi
 from nsp.families.var.system import VarSystem
@@ -19,7 +18,7 @@ from nsp.layers.sampling import apply_guidance, filter_logits, sample_by_inverse
 from nsp.text.encoder import TextEncoderStage
 
 
-def build_stages(system: VarSystem, kv_layout: KVLayout) -> Mapping[str, nn.Module]:
+def build_stages(system: VarSystem, kv_layout: str) -> Mapping[str, nn.Module]:
     """Return the stages of `system`, sharing its weights."""
     stages: dict[str, nn.Module] = {}
     if system.text_encoder is not None:
@@ -68,7 +67,7 @@ class TextConditionStage(nn.Module):
 class StepStage(nn.Module):
     """One scale step of the transformer."""
 
-    def __init__(self, system: VarSystem, kv_layout: KVLayout) -> None:
+    def __init__(self, system: VarSystem, kv_layout: str) -> None:
         super().__init__()
         self.predictor = system.predictor
         self.has_text = system.config.text is not None

@@ -1,9 +1,8 @@
-"""Checkpoint folders of the family `var`.
+"""Models of any family written to checkpoint folders and read from them (torch).
 
-config.json      {"family": "var", "config": VarConfig, ...}
-predictor/       model.safetensors
-vae/             model.safetensors
-text_encoder/    a CLIPTextModel folder       (text-conditional models)
+config.json      {"family": "var", "config": {...}, ...}
+PART/            model.safetensors, for every part the family names ("predictor", "vae")
+text_encoder/    a CLIPTextModel folder       (models that read prompts)
 tokenizer/       its prompt tokenizer
 """
 
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nsp.artifacts.checkpoint import ConfigFile, write_checkpoint
-from nsp.families.var.config import VarConfig
-from nsp.families.var.system import VarSystem
+from nsp.family.contract import AnyFamily
+from nsp.family.registry import family
+from nsp.family.system import System
 from nsp.text.encoder import load_text_encoder, save_text_encoder
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.weights.module_weights import bounded_by_files, load_weights, save_weights
@@ -22,49 +22,52 @@ from nsp.weights.weight_files import listed_in
 
 def save_checkpoint(
     folder: Path,
-    system: VarSystem,
+    system: System[Any],
     *,
     notes: Mapping[str, Any],
     sampling: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `system` to `folder`, replacing what is there only once everything is on disk.
 
-    `notes` (JSON-ready) say where the weights come from; `sampling` are SamplingConfig fields that
-    suit this model. Both are kept in config.json.
+    `notes` (JSON-ready) say where the weights come from; `sampling` are settings that suit this
+    model. Both are kept in config.json.
     """
     about = ConfigFile(
-        family="var",
+        family=system.family,
         config=system.config.to_dict(),
         sampling=dict(sampling or {}),
         notes=dict(notes),
     )
     with write_checkpoint(folder, about) as partial:
-        save_weights(system.predictor, partial / "predictor")
-        save_weights(system.vae, partial / "vae")
+        for part in family(system.family).learner.parts:
+            save_weights(system.get_submodule(part), partial / part)
         if system.text_encoder is not None and system.prompt_tokenizer is not None:
             save_text_encoder(system.text_encoder, partial / "text_encoder")
             system.prompt_tokenizer.save(partial / "tokenizer")
 
 
-def load_checkpoint(
-    folder: Path, config: Mapping[str, Any], listed: Collection[str] | None = None
-) -> VarSystem:
+def load_system(
+    folder: Path,
+    record: AnyFamily,
+    config: Mapping[str, Any],
+    listed: Collection[str] | None = None,
+) -> System[Any]:
     """Return the model in `folder`, in float32 and eval mode; `config` is config.json's "config".
 
     With `listed` only files of those names are read. Raises CheckpointError naming a missing,
     extra, misshapen or non-finite tensor.
     """
-    var_config = VarConfig.from_dict(config)
+    model, learner = record.config.from_dict(config), record.learner
     encoder, tokenizer = None, None
-    if var_config.text is not None:
+    if record.condition(model) == "prompt":
         tokenizer = PromptTokenizer.load(
             folder / "tokenizer", listed=listed_in(listed, "tokenizer")
         )
         encoder = load_text_encoder(
             folder / "text_encoder", listed=listed_in(listed, "text_encoder")
         )
-    with bounded_by_files(folder, ("predictor", "vae"), listed):
-        system = VarSystem(var_config, text_encoder=encoder, prompt_tokenizer=tokenizer)
-    load_weights(system.predictor, folder / "predictor")
-    load_weights(system.vae, folder / "vae")
+    with bounded_by_files(folder, learner.parts, listed):
+        system: System[Any] = learner.build(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
+    for part in learner.parts:
+        load_weights(system.get_submodule(part), folder / part)
     return system.eval()

@@ -1,0 +1,114 @@
+"""Training runs of the family `var`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from nsp.families.var.config import SIZES
+from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
+
+
+def emoji() -> RunConfig:
+    """Return the default run: text to emoji, from the embedded set, sized for two CPU cores."""
+    tokenizer = PhaseConfig(
+        name="tokenizer",
+        steps=3600,
+        batch_size=32,
+        optimizer=OptimizerConfig(
+            lr=1e-3,
+            weight_decay=0.0,
+            schedule="cos",
+            warmup_steps=100,
+            final_ratio=0.02,
+            grad_clip=1.0,
+        ),
+        objective={"prefix_share": 0.5},
+        sample_every=1200,
+    )
+    # All 130 tokens of a picture take six times as long as the 30 of its first four scales, which
+    # decide what it shows. Small batches: what counts with 3,584 pictures is the number of updates.
+    prefixes = [{"num_scales": 4, "share": 0.2}, {"num_scales": 5, "share": 0.3}]
+    predictor = PhaseConfig(
+        name="predictor",
+        steps=20_000,
+        batch_size=16,
+        optimizer=OptimizerConfig(
+            lr=1e-3,
+            weight_decay=0.03,
+            schedule="lin0",
+            warmup_steps=250,
+            final_ratio=0.02,
+            grad_clip=2.0,
+        ),
+        ema_decay=0.999,
+        objective={"prefixes": prefixes},
+        sample_every=2000,
+    )
+    decoder = PhaseConfig(
+        name="decoder",
+        steps=1500,
+        batch_size=32,
+        optimizer=OptimizerConfig(
+            lr=5e-4,
+            weight_decay=0.0,
+            schedule="cos",
+            warmup_steps=50,
+            final_ratio=0.02,
+            grad_clip=1.0,
+        ),
+        objective={"prefix_share": 0.15},
+        sample_every=500,
+    )
+    return RunConfig(
+        family="var",
+        model=SIZES["emoji"].to_dict(),
+        text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
+        phases=(tokenizer, predictor, decoder),
+        sampling={"guidance_scale": 2.0, "top_k": 1},
+    )
+
+
+def quick() -> RunConfig:
+    """Return a run of a few minutes on two CPU cores: every part works, pictures are rough."""
+    return _shortened(emoji(), {"tokenizer": 100, "predictor": 300, "decoder": 30})
+
+
+def smoke() -> RunConfig:
+    """Return a run of seconds, for tests: the tiny model at 16 px, two phases of four steps."""
+    run = _shortened(emoji(), {"tokenizer": 4, "predictor": 4})
+    phases = tuple(
+        dataclasses.replace(
+            phase, batch_size=8, objective={}, checkpoint_every=2, sample_every=2, log_every=1
+        )
+        for phase in run.phases
+    )
+    return dataclasses.replace(
+        run,
+        model=SIZES["tiny"].to_dict(),
+        text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
+        phases=phases,
+    )
+
+
+def _shortened(run: RunConfig, steps: Mapping[str, int]) -> RunConfig:
+    """Return the run with the phases named in `steps`; warm-up, average, samples in proportion."""
+    phases = []
+    for phase in run.phases:
+        if phase.name not in steps:
+            continue
+        count = steps[phase.name]
+        optimizer = dataclasses.replace(phase.optimizer, warmup_steps=max(count // 20, 1))
+        every = max(count // 3, 1)
+        phases.append(
+            dataclasses.replace(
+                phase,
+                steps=count,
+                optimizer=optimizer,
+                ema_decay=min(phase.ema_decay, count / (count + 10)),  # else mostly first weights
+                sample_every=every,
+                checkpoint_every=every,
+            )
+        )
+    return dataclasses.replace(run, phases=tuple(phases))
+
+
+RECIPES: Mapping[str, Callable[[], RunConfig]] = {"emoji": emoji, "quick": quick, "smoke": smoke}

@@ -1,0 +1,241 @@
+"""What a model family is: one class, and one record per stage. Nothing here imports torch.
+
+A family lives in one folder, `nsp/families/NAME/` or a package of its own: the class in
+`__init__.py`, its configuration, stages and loop beside it, and behind `learner` all that needs
+torch. The rest of the house knows families only through this file.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
+
+from nsp.config import Config
+from nsp.errors import ConfigError
+from nsp.stage.io import Sizes, StageIO
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
+    from transformers import CLIPTextModel
+
+    from nsp.data.dataset import ImageDataset
+    from nsp.data.sources import ImageSource
+    from nsp.data.stream import ShardStream
+    from nsp.family.objective import Objective, TokenCache
+    from nsp.family.recipe import PhaseConfig, RunConfig
+    from nsp.family.sampling import SamplingConfig
+    from nsp.family.system import System
+    from nsp.stage.arena import Array
+    from nsp.stage.backend import Backend
+    from nsp.text.tokenizer import PromptTokenizer
+
+API = 1  # of this contract; a plugin of another one is left out with a warning
+
+Kind: TypeAlias = Literal["prompt", "class", "none"]
+C = TypeVar("C", bound=Config)  # the configuration of its models
+Y = TypeVar("Y", bound="System[Any]")  # the modules of one model, with torch
+
+# Sizes of the reserved axes to trace graphs with: all different and at least 2, since 0 and 1 are
+# taken for constants; rows G may not be fewer than images B. Those of a family's own axes follow.
+_TRACED: Sizes = {"B": 3, "G": 6, "N": 4, "R": 7}
+_FIRST_OWN = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """All that is declared about one stage.
+
+    Axes that mean the same in every family: B images, G rows (the images, then their null rows),
+    N encoded prompts, R ranks of the logits that top-k and top-p look at. All others are the
+    family's own.
+    """
+
+    io: StageIO
+    # Weights, as patterns of parameter names ("predictor.blocks.*.ffn.fc1.*"). A stage without
+    # `half` weights is the same in fp32, fp16 and bf16.
+    half: tuple[str, ...] = ()  # take the precision of the export
+    int8: tuple[str, ...] = ()  # of `half`: matrices that an int8 export quantizes
+    full: tuple[str, ...] = ()  # stay float32
+    # The family's own axes, one engine profile each; an export adds the reserved ones.
+    spans: tuple[Sizes, ...] = ({},)
+    max_ranks: int = 1  # largest R: the number of codes
+
+    def profiles(
+        self, *, max_batch: int, static_batch: bool, best_ranks: int, max_ranks: int
+    ) -> tuple[Sequence[Sizes], ...]:
+        """Return the engine profiles: for each the sizes it spans, the best ones last.
+
+        Batches of 1 to `max_batch` images fit, with guidance (G = 2B rows) or without (G = B), and
+        a null prompt for every image; with `static_batch` only full ones with guidance do. R goes
+        up to `max_ranks` and is best at `best_ranks`.
+        """
+        most_ranks = min(max_ranks, self.max_ranks)
+        high = {"B": max_batch, "G": 2 * max_batch, "N": 2 * max_batch, "R": most_ranks}
+        low = {"B": 1, "G": 1, "N": 1, "R": 1}
+        if static_batch:
+            low |= {"B": high["B"], "G": high["G"]}
+        best = {**high, "N": max_batch, "R": min(best_ranks, most_ranks)}
+        return tuple([{**bound, **span} for bound in (low, high, best)] for span in self.spans)
+
+
+def trace_sizes(stages: Mapping[str, Stage]) -> Sizes:
+    """Return a size of its own for every free axis of a family's stages, to trace graphs with."""
+    own = dict.fromkeys(axis for stage in stages.values() for axis in stage.io.free_axes)
+    names = [axis for axis in own if axis not in _TRACED]
+    return {**_TRACED, **{axis: _FIRST_OWN + number for number, axis in enumerate(names)}}
+
+
+class Learner(ABC, Generic[C, Y]):
+    """The side of a family that needs torch."""
+
+    parts: ClassVar[tuple[str, ...]]  # of the system, each stored as a folder of weights
+
+    @abstractmethod
+    def build(
+        self,
+        config: C,
+        *,
+        text_encoder: "CLIPTextModel | None",
+        prompt_tokenizer: "PromptTokenizer | None",
+    ) -> Y:
+        """Return a system whose weights will be loaded."""
+
+    @abstractmethod
+    def new_system(
+        self, config: C, text_encoder: Mapping[str, Any], source: "ImageSource | None"
+    ) -> Y:
+        """Return a freshly initialised system; weights are drawn from torch's global generator."""
+
+    @abstractmethod
+    def modules(self, system: Y, kv_layout: str) -> "Mapping[str, nn.Module]":
+        """Return a module for every declared stage, sharing the weights of `system`."""
+
+    @abstractmethod
+    def objective(
+        self,
+        phase: str,
+        settings: Mapping[str, Any],
+        system: Y,
+        data: "ImageDataset | ShardStream",
+        held_out: "ImageDataset | None" = None,
+        cache: "TokenCache | None" = None,
+    ) -> "Objective":
+        """Return the objective of a phase; raise ConfigError for an unknown one."""
+
+    @abstractmethod
+    def reconstruct(self, system: Y, pictures_BHW3: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
+        """Return uint8 pictures (B, H, W, 3) as the tokenizer of images keeps them."""
+
+    @abstractmethod
+    def write_cache(self, system: Y, data: "ImageDataset", file: Path) -> None:
+        """Write what the tokenizer of images makes of the pictures, for later runs."""
+
+
+class Family(ABC, Generic[C, Y]):
+    """One model family; an instance holds nothing."""
+
+    api: ClassVar[int] = API
+    name: ClassVar[str]
+    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # of its cache, best first
+    draws_tokens: ClassVar[bool] = True  # from a codebook, which `nsp bench` compares
+    default_prompt: ClassVar[str | None] = None  # of `nsp generate`
+    default_seed: ClassVar[int] = 0
+    default_batch_size: ClassVar[int | None] = None  # None: as many as are made best at once
+    takes_no_prompt: ClassVar[bool] = False  # "" stands for no prompt
+    config: type[C]
+    request: type[Any]  # record of one batch
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Mapping[str, C]:
+        """Named models; one is "tiny"."""
+
+    @abstractmethod
+    def condition(self, config: C) -> Kind:
+        """Return what a picture is asked for by."""
+
+    @abstractmethod
+    def stages(self, config: C, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
+        """Return every stage, in data-path order; `dtype` is that of keys and values."""
+
+    def stages_io(self, config: C, *, kv_layout: str, dtype: str) -> dict[str, StageIO]:
+        """Return the tensors of every stage."""
+        stages = self.stages(config, kv_layout=kv_layout, dtype=dtype)
+        return {name: stage.io for name, stage in stages.items()}
+
+    def layout(self, wanted: str) -> str:
+        """Return the cache layout `wanted`, or the family's best where it has not that one."""
+        return wanted if wanted in self.kv_layouts else self.kv_layouts[0]
+
+    @abstractmethod
+    def request_arrays(
+        self,
+        config: C,
+        sampling: "SamplingConfig",
+        *,
+        seed: int,
+        batch: int,
+        given: Mapping[str, Any],
+    ) -> "dict[str, NDArray[Any]]":
+        """Return the loop's arrays: those `given`, checked, or random numbers from `seed`."""
+
+    @abstractmethod
+    def inputs(self, config: C, request: Any) -> "dict[str, NDArray[Any]]":
+        """Return all that the loop takes from the host."""
+
+    @abstractmethod
+    def loop(self, backend: "Backend", config: C, inputs: "Mapping[str, Array]") -> Iterator[Any]:
+        """Yield the steps of one batch."""
+
+    @abstractmethod
+    def examples(self, config: C) -> Sequence[Mapping[str, Any]]:
+        """Return arguments of `Pipeline.generate` that together call every stage."""
+
+    @property
+    @abstractmethod
+    def recipes(self) -> "Mapping[str, Callable[[], RunConfig]]":
+        """Named training runs."""
+
+    @property
+    def recipe_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """What options of `train.py` are for some recipes where they are not given."""
+        return {}
+
+    def with_options(
+        self,
+        run: "RunConfig",
+        options: Mapping[str, Any],
+        steps_of: "Callable[[PhaseConfig], int]",
+    ) -> "RunConfig":
+        """Return the run with this family's options of `train.py`; ConfigError for unknown ones."""
+        if options:
+            name = next(iter(options)).replace("_", "-").removeprefix("pretrained-")
+            raise ConfigError(f"--{name} is not an option of family {self.name}")
+        return run
+
+    def adopt(self, config: C, trained: C) -> C:
+        """Return `config` with what follows from trained parts, such as a text encoder's width."""
+        return config
+
+    def scale_of(self, config: C, sizes: Sizes) -> int:
+        """Return the scale whose image has the sizes asked for; ConfigError where none has."""
+        name = next(iter(sizes)).replace("_", "-")
+        raise ConfigError(f"--{name}: a model of family {self.name} has one size")
+
+    def convert(
+        self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
+    ) -> None:
+        """Write a checkpoint folder from published weights; ConfigError where there are none."""
+        raise ConfigError(f"no weights of family {self.name} are published: train some instead")
+
+    @property
+    @abstractmethod
+    def learner(self) -> Learner[C, Y]:
+        """What needs torch: new systems, modules of the stages, objectives."""
+
+
+# The one alias: a caller that holds some family's name cannot know its configuration.
+AnyFamily: TypeAlias = Family[Any, Any]

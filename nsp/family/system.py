@@ -1,0 +1,42 @@
+"""All trainable parts of one model together, as checkpoints hold them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nsp.config import Config
+from nsp.errors import ConfigError
+from nsp.text.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
+C = TypeVar("C", bound=Config)
+
+
+class System(nn.Module, Generic[C]):
+    """Base of a family's system: its configuration, and where it reads prompts, what reads them."""
+
+    family: ClassVar[str]  # its name
+    config: C
+    text_encoder: "CLIPTextModel | None"
+    prompt_tokenizer: PromptTokenizer | None
+
+    def __init__(
+        self,
+        config: C,
+        text_encoder: "CLIPTextModel | None" = None,
+        prompt_tokenizer: PromptTokenizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.text_encoder = text_encoder
+        self.prompt_tokenizer = prompt_tokenizer
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Return prompt token ids (B, T); raise ConfigError for a model without prompts."""
+        if self.prompt_tokenizer is None:
+            raise ConfigError("this model is class-conditional: it takes class ids, not prompts")
+        return torch.from_numpy(self.prompt_tokenizer.encode(prompts))

@@ -1,0 +1,77 @@
+"""Things found by name: built-in ones by a table, others through entry points of packages.
+
+A built-in name is never looked up among the entry points and wins a clash. A plugin that does not
+import, or whose package was removed in part, is one warning and never stops another.
+"""
+
+import importlib
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+logger = logging.getLogger(__name__)
+
+
+class Plugins:
+    """One group of entry points beside a table of built-in "module:attribute" texts."""
+
+    def __init__(self, group: str, built_in: Mapping[str, str]) -> None:
+        self.group, self.built_in = group, built_in
+
+    def load(self, name: str) -> object | None:
+        """Return what `name` stands for, imported now; None for an unknown or broken one."""
+        if name in self.built_in:
+            module, _, attribute = self.built_in[name].partition(":")
+            found: object = getattr(importlib.import_module(module), attribute)
+            return found
+        entry = self._others.get(name)
+        if entry is None:
+            return None
+        try:
+            loaded: object = entry.load()
+        except Exception as error:  # whatever somebody else's package raises while it is imported
+            logger.warning(
+                "%s %r of package %s does not load and is left out (%s: %s)",
+                self.group,
+                name,
+                _package(entry),
+                type(error).__name__,
+                error,
+            )
+            return None
+        return loaded
+
+    def names(self) -> list[str]:
+        """Return all names, the built-in ones first."""
+        return [*self.built_in, *self._others]
+
+    @cached_property
+    def _others(self) -> dict[str, "EntryPoint"]:
+        from importlib.metadata import entry_points
+
+        found: dict[str, EntryPoint] = {}
+        for entry in entry_points(group=self.group):
+            if entry.name in self.built_in:
+                owner = "nsp's own"
+            elif entry.name in found and found[entry.name].value != entry.value:
+                owner = f"that of package {_package(found[entry.name])}"
+            else:
+                found[entry.name] = entry
+                continue
+            logger.warning(
+                "%s %r of package %s is left out: the name is %s",
+                self.group,
+                entry.name,
+                _package(entry),
+                owner,
+            )
+        return found
+
+
+def _package(entry: "EntryPoint") -> str:
+    """Return the distribution an entry point comes from."""
+    return entry.dist.name if entry.dist is not None else "unknown"
