@@ -86,7 +86,7 @@ def test_the_whole_suite_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monke
     broken = Entry(name="broken", load=fails)
     entries = {**ENTRIES, "broken": broken}
     for module in ("gpu_contest", "gpu_contestants", "gpu_suite"):
-        monkeypatch.setattr(f"benchmarks.{module}.ENTRIES", entries)
+        monkeypatch.setattr(f"nsp.benchmarks.{module}.ENTRIES", entries)
     options = SuiteOptions(
         output_dir=tmp_path,
         sizes=("tiny",),

@@ -12,7 +12,6 @@ from typing import Literal
 from nsp.config import Config
 from nsp.errors import ConfigError
 
-_MAX_LATENT_SIDE = 2**9  # tables of positions have its square; 4,096 px with 8 px per cell
 _MAX_FLOW_STEPS = 2**12  # a picture has 16
 _SCALING_FACTOR = {"least": 1e-6, "most": 1e6}  # beyond, float32 latents are zero or overflow
 
@@ -129,11 +128,6 @@ class NextScaleConfig(Config):
         self.check_counts("next_scale", "scale_factor", least=2)
         pixels = self.vae.downsampling
         latent, rest = divmod(self.target_size, pixels)
-        if latent > _MAX_LATENT_SIDE:
-            raise ConfigError(
-                f"target_size={self.target_size} makes latents of {latent} cells a side; at most "
-                f"{_MAX_LATENT_SIDE} are possible"
-            )
         if rest or latent not in self.sides[1:]:
             raise ConfigError(self._advice())
         if self.generator.attn_max_size < self.initial_size:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.sources import ImageSource
 from nsp.data.stream import ShardStream
-from nsp.errors import ConfigError
+from nsp.errors import CheckpointError, ConfigError
 from nsp.families.next_scale import latents
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.families.next_scale.modules import build_stages
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _ONE_SCALE = re.compile(r"scale_(\d+)")
 _PHASES = "vae, scales, scale_0, scale_1, ..."
 _MEASURED_PICTURES = 2
+_MAX_LATENT_SIDE = 2**9  # tables of positions have its square; 4,096 px with 8 px per cell
 
 
 def new_system(
@@ -124,6 +125,11 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
         prompt_tokenizer: PromptTokenizer | None,
     ) -> NextScaleSystem:
         """Return a system whose weights will be loaded."""
+        if config.latent_side > _MAX_LATENT_SIDE:
+            raise CheckpointError(
+                f"target_size={config.target_size} makes latents of {config.latent_side} cells a "
+                f"side; at most {_MAX_LATENT_SIDE} are loaded"
+            )
         assert text_encoder is not None  # its models read prompts
         assert prompt_tokenizer is not None
         return NextScaleSystem(config, text_encoder=text_encoder, prompt_tokenizer=prompt_tokenizer)

@@ -119,7 +119,7 @@ def test_the_sizes_and_scales_of_the_command_line_decide_the_run(pictures: Path)
     assert (phase.batch_size, phase.optimizer.lr) == (4, 0.5)
     with pytest.raises(ConfigError, match="this model has 0 to 2"):
         _run(pictures, start_scale=3)
-    with pytest.raises(ConfigError, match="not for family var"):
+    with pytest.raises(ConfigError, match="is not an option of family var"):
         configure("smoke", None, data=str(pictures), progressive=True)
 
 
