@@ -25,7 +25,7 @@ LIMITED = """
 import resource, sys
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-from nsp.train import main
+from nsp.console.train_command import main
 main()
 """
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nsp.cli import main as nsp
-from nsp.train import main
+from nsp.console.train_command import main
 from nsp.training import run as run_module
 from nsp.training import trainer
 

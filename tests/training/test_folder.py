@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.console.train_config import configure
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.recipe import RunConfig
-from nsp.train import configure
 from nsp.training.checkpoints import CheckpointStore
 from nsp.training.data_record import DataRecord
 from nsp.training.folder import check_folder, locked, without_places

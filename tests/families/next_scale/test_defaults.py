@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from nsp.console.train_command import main
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import VaeConfig
 from nsp.families.next_scale.vae import new_autoencoder
 from nsp.family.recipe import RunConfig
-from nsp.train import main
 from nsp.training.run import resolve_precision
 from tests.training.pictures import write_pictures
 
