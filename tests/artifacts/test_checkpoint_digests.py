@@ -23,7 +23,7 @@ from nsp.pipeline.pipeline import load_pipeline
 from tests.mutations import mutate
 from tests.weights.weight_states import POINTER
 
-DEMO = Path(__file__).parents[1] / "nsp/demo"
+DEMO = Path(__file__).parents[2] / "nsp/demo"
 WEIGHTS = "predictor/model.safetensors"
 
 

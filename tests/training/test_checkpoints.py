@@ -92,7 +92,7 @@ def test_a_damaged_step_is_named_and_the_one_before_it_is_used(
 
 
 def test_code_in_a_saved_step_is_not_run(tmp_path: Path) -> None:
-    from nsp.artifacts.manifest import file_sha256
+    from nsp.files import file_sha256
 
     made = store(tmp_path, [1.0])
     state = tmp_path / "step00000001/state.pt"
