@@ -135,7 +135,7 @@ class CheckpointRecord:
             log.warning("%s is not verified: its files may be of another model", self.folder)
         else:
             self.digests  # noqa: B018 - raises
-        from nsp.artifacts.systems import load_system
+        from nsp.artifacts.model_parts import load_system
 
         listed = frozenset(self.files) if self.files else None
         with _permitted(self.folder):

@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.errors import ConfigError
-from nsp.family.registry import Family
+from nsp.family.contract import AnyFamily
 from nsp.stage.arena import Array
 
 
 class Source(Protocol):
     """The pipeline of a step, which turns what lies on its device into arrays."""
 
-    family: Family
+    family: AnyFamily
 
     def download(self, array: Array) -> NDArray[Any]:
         """Return a NumPy copy."""
