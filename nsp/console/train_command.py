@@ -113,7 +113,7 @@ def main(
     folder = output_dir or Path("runs") / (config.stem if config else preset or "emoji")
     try:
         open_standard_streams()
-        from nsp.training.run import train
+        from nsp.training.whole_run import train
 
         if preset is not None and not resume and resume_from is None:
             folder = _take_defaults(preset, output_dir, changes) or folder

@@ -47,8 +47,8 @@ def configure(
     """
     from nsp.family.recipe import RunConfig
     from nsp.training.folder import RUN_NAME, stored_run
-    from nsp.training.options import OPTIONS, with_options
     from nsp.training.presets import preset as named_run
+    from nsp.training.run_options import OPTIONS, with_options
 
     stored: RunConfig | None = None
     if resumed is not None and (resumed / RUN_NAME).is_file():

@@ -16,7 +16,7 @@ from nsp.errors import CheckpointError
 from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.training.checkpoints import CheckpointStore
 from nsp.training.presets import preset
-from nsp.training.run import train
+from nsp.training.whole_run import train
 
 ROOT = Path(__file__).parents[2]
 PHASE: PhaseConfig = preset("smoke").phases[0]

@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from nsp.cli import main as nsp
 from nsp.console.train_command import main
-from nsp.training import run as run_module
 from nsp.training import trainer
+from nsp.training import whole_run as run_module
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from nsp.training.checkpoints import CheckpointStore
 from nsp.training.data_record import DataRecord
 from nsp.training.folder import check_folder, locked, without_places
 from nsp.training.leftovers import refuse_links, remove_leftovers
-from nsp.training.pictures import open_pictures
-from nsp.training.run import train
+from nsp.training.run_pictures import open_pictures
+from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 from tests.training.test_checkpoints import store
 

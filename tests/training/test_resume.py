@@ -16,7 +16,7 @@ from nsp.errors import ConfigError
 from nsp.family.recipe import RunConfig
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.folder import locked
-from nsp.training.run import train
+from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 
 

@@ -17,7 +17,7 @@ from nsp.families.next_scale.latents import encode_scales
 from nsp.families.next_scale.objective import ScalesObjective
 from nsp.families.next_scale.vae import new_autoencoder
 from nsp.family.recipe import RunConfig
-from nsp.training.run import train
+from nsp.training.whole_run import train
 from tests.families.next_scale.models import new_tiny_system
 from tests.training.pictures import write_pictures
 
