@@ -263,7 +263,7 @@ def _cdf(logits_V: Floats, sampling: SamplingConfig) -> NDArray[np.float64]:
     """Return the cumulative distribution (V,) that a token is drawn from, filters included."""
     import torch
 
-    from nsp.layers.sampling import filter_logits
+    from nsp.layers.logits import filter_logits
 
     scaled = torch.from_numpy(logits_V)[None, None] / sampling.temperature
     ranks = sampling.num_ranks(len(logits_V))

@@ -28,9 +28,9 @@ from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.family.registry import family
 from nsp.training.optimizer import new_optimizer, set_rates
 from nsp.training.order import Share, StepSampler, sample_keys
-from nsp.training.pictures import open_pictures
 from nsp.training.presets import preset as named_run
 from nsp.training.progress import Progress
+from nsp.training.run_pictures import open_pictures
 from nsp.training.stopping import StopRequest
 from nsp.training.tracking import Tracker
 from nsp.training.trainer import Phase

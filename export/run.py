@@ -25,7 +25,7 @@ from nsp.artifacts.manifest import (
     Variant,
     read_manifest,
 )
-from nsp.artifacts.repair import source_name
+from nsp.artifacts.repair import DEMO, source_name
 from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
 from nsp.export.options import ExportEvent, ExportOptions, OnEvent
 from nsp.export.plan import ExportPlan, PlannedBuild, make_plan
@@ -122,14 +122,11 @@ def find_checkpoint(root: Path | None = None) -> Path:
         newest = max(found, key=lambda path: (path / "config.json").stat().st_mtime)
         logger.info("checkpoint: %s, the newest of %d training runs", newest, len(found))
         return newest
-    import nsp
-
-    demo = Path(nsp.__file__).parent / "demo"
-    if is_checkpoint(demo):
+    if is_checkpoint(DEMO):
         logger.info("checkpoint: the bundled demo model, because %s holds no training run", runs)
-        return demo
+        return DEMO
     raise CheckpointError(
-        f"no checkpoint: {runs} holds no training run and {demo} no demo model; "
+        f"no checkpoint: {runs} holds no training run and {DEMO} no demo model; "
         "run: python train.py, or give --checkpoint"
     )
 

@@ -31,12 +31,11 @@ from nsp.artifacts.manifest import (
     Variant,
     content_folder,
     content_name,
-    file_sha256,
     read_manifest,
     write_manifest,
 )
 from nsp.errors import ConfigError, EngineError, ExportError
-from nsp.files import inside, locked_file, name_failed_write
+from nsp.files import file_sha256, inside, locked_file, name_failed_write
 
 logger = logging.getLogger(__name__)
 

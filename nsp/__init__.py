@@ -9,15 +9,31 @@ Engines in, pictures out:
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nsp.errors import NspError
     from nsp.pipeline.pipeline import Pipeline, load_pipeline
 
-__all__ = ["Pipeline", "load_pipeline"]
+    __version__: str
+
+__all__ = ["NspError", "Pipeline", "__version__", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:
     """Return what is used, imported then: the command line says what does not load here."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        from nsp.distribution import version
+
+        return version() or "unknown"
+    if name == "NspError":
+        from nsp import errors
+
+        return errors.NspError
     from nsp.pipeline import pipeline
 
     return getattr(pipeline, name)
+
+
+def __dir__() -> list[str]:
+    """Return the names that are there once they are used, too."""
+    return sorted({*globals(), *__all__})

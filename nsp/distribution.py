@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 DISTRIBUTION = "nsp-engines"
+EMOJI_DISTRIBUTION = "nsp-engines-emoji"  # the embedded data set: deploy/emoji_data
 
 
 def pip_install(extra: str) -> str:
@@ -24,6 +25,14 @@ def pip_install(extra: str) -> str:
     if folder is None:
         return f"pip install '{DISTRIBUTION}[{extra}]'"
     return f"pip install -e {shlex.quote(f'{folder}[{extra}]')}"
+
+
+def install_emoji() -> str:
+    """Return the command that brings the embedded data set here, where it is absent."""
+    folder = checkout()
+    if folder is None:
+        return f"pip install {EMOJI_DISTRIBUTION}"
+    return f"git -C {shlex.quote(str(folder))} checkout -- nsp/data/emoji.tar"
 
 
 def checkout() -> Path | None:

@@ -5,6 +5,7 @@ Folders made by somebody else are hostile: `inside` and `locked_file` never lead
 
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -233,3 +234,9 @@ def _failed_write(error: Exception) -> tuple[int | None, Path | None]:
     if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)\)", str(error))):
         return int(found[1]), None
     return None, None
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

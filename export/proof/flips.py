@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from nsp.export.proof.recorded import Call
-from nsp.layers.sampling import filter_logits
+from nsp.layers.logits import filter_logits
 from nsp.stage.backend import Backend
 
 _HALF_ULP = 2.0**-24  # the stage sums V probabilities in float32: V roundings of at most this

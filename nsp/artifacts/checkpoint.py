@@ -19,14 +19,13 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nsp.artifacts.manifest import file_sha256
 from nsp.config import Config
 from nsp.cores import usable_cores
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.contract import AnyFamily
 from nsp.family.registry import family
 from nsp.family.sampling import SamplingConfig
-from nsp.files import name_failed_write, write_file, write_folder
+from nsp.files import file_sha256, name_failed_write, write_file, write_folder
 from nsp.paths import describe, wrong_path
 from nsp.sniff import explain, sniff
 from nsp.walk import files_below
@@ -136,7 +135,7 @@ class CheckpointRecord:
             log.warning("%s is not verified: its files may be of another model", self.folder)
         else:
             self.digests  # noqa: B018 - raises
-        from nsp.artifacts.systems import load_system
+        from nsp.artifacts.model_parts import load_system
 
         listed = frozenset(self.files) if self.files else None
         with _permitted(self.folder):

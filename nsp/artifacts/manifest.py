@@ -243,9 +243,3 @@ def content_folder(stages: Iterable[str]) -> re.Pattern[str]:
     """Return the form of the folders that an export of these stages writes."""
     owners = "|".join(map(re.escape, stages))
     return re.compile(rf"(?:{owners})/{_VARIANT}|(?:{TOKENIZER_DIR}|{RECORDED_DIR})/{_DIGEST}")
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

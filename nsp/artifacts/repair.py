@@ -4,17 +4,46 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from nsp.artifacts.manifest import Manifest
+from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
+from nsp.errors import CheckpointError, NspError
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+DEMO = Path(__file__).parents[1] / "demo"  # the bundled model
+
+
+class _Variant(Protocol):
+    """What is read here of a manifest's variant."""
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs it."""
+
+    @property
+    def precision(self) -> str:
+        """The precision it was built in."""
+
+
+class Exported(Protocol):
+    """What is read here of a manifest, whose own errors end with these commands."""
+
+    @property
+    def source(self) -> str:
+        """The name of the checkpoint it was exported from."""
+
+    @property
+    def model_hash(self) -> str:
+        """SHA-256 over the weights."""
+
+    @property
+    def stages(self) -> Mapping[str, tuple[_Variant, ...]]:
+        """The variants of every stage."""
 
 
 def repair(
     folder: Path,
-    manifest: "Manifest | None" = None,
+    manifest: Exported | None = None,
     *,
     backend: str | None = None,
     precision: str | None = None,
@@ -83,13 +112,9 @@ def source_candidates(folder: Path, name: str) -> Iterable[Path]:
     Those are the package (its demo model), and `runs`, `checkpoints` and the folders themselves in
     the current folder and beside the engine folder. Whether one is the same model, its hash says.
     """
-    import nsp
-    from nsp.artifacts.checkpoint import is_checkpoint
-
-    demo = Path(nsp.__file__).parent / "demo"
     roots = [Path.cwd(), folder.absolute().parent]
     places = [root / part for root in dict.fromkeys(roots) for part in ("", "runs", "checkpoints")]
-    found = [demo] if name == demo.name else []
+    found = [DEMO] if name == DEMO.name else []
     if name not in ("", ".", "..") and os.sep not in name and "\0" not in name:
         found += [p for place in places for p in (place / name, place / name / "checkpoint")]
     elif Path(name).is_absolute():
@@ -97,14 +122,11 @@ def source_candidates(folder: Path, name: str) -> Iterable[Path]:
     return (path for path in found if is_checkpoint(path))
 
 
-def find_source(folder: Path, manifest: "Manifest") -> Path:
+def find_source(folder: Path, manifest: Exported) -> Path:
     """Return the checkpoint that the engines in `folder` were exported from, found by its hash.
 
     Raises CheckpointError where it lies in none of the places it is looked for.
     """
-    from nsp.artifacts.checkpoint import read_checkpoint
-    from nsp.errors import CheckpointError, NspError
-
     others = []
     for path in source_candidates(folder, manifest.source):
         try:

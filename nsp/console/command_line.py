@@ -12,15 +12,18 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from nsp import files, values
 from nsp.cores import MAX_THREADS
 from nsp.errors import ConfigError, MissingExtraError, NspError, lacks_memory, one_line
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -280,6 +283,15 @@ def output_dir_option(default: str, help_text: str) -> Callable[[_F], _F]:
 def print_json(value: Any) -> None:
     """Print a JSON document on stdout."""
     click.echo(json.dumps(value, indent=1))
+
+
+def print_tables(tables: "Iterable[RenderableType]") -> None:
+    """Print tables of rich on stdout."""
+    from nsp.console.terminal import results_console
+
+    console = results_console()
+    for table in tables:
+        console.print(table)
 
 
 def read_json(path: Path) -> dict[str, Any]:

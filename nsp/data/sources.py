@@ -1,5 +1,6 @@
 """Opens captioned pictures, wherever they lie, as one ImageSource."""
 
+import importlib.util
 import logging
 import os
 import time
@@ -18,6 +19,7 @@ from nsp.data.pictures import PictureFile, decode_rgb, picture_in_memory
 from nsp.data.report import first, summary
 from nsp.data.samples import Problem, Sample, shown
 from nsp.data.shard_listing import list_tar
+from nsp.distribution import install_emoji
 from nsp.errors import ConfigError, DataError
 from nsp.paths import wrong_path
 from nsp.sniff import sniff
@@ -30,12 +32,14 @@ __all__ = [
     "Sample",
     "Split",
     "Survey",
+    "emoji_tar",
     "open_source",
     "readable",
     "survey",
 ]
 
-EMOJI_TAR = Path(__file__).with_name("emoji.tar")
+EMOJI_TAR = Path(__file__).with_name("emoji.tar")  # of a checkout; wheels have it apart
+EMOJI_PACKAGE = "nsp_emoji_data"
 HUB_PREFIX = "hf:"
 Split = Literal["train", "heldout", "all"]
 _MOST_WARNINGS = 20  # of bad files that are left out; the rest is counted
@@ -108,6 +112,19 @@ class Survey:
         )
 
 
+def emoji_tar() -> Path:
+    """Return the embedded set: the checkout's, else that of the installed package of its own.
+
+    Raises DataError with the command that brings it where there is neither.
+    """
+    if EMOJI_TAR.exists():
+        return EMOJI_TAR
+    package = importlib.util.find_spec(EMOJI_PACKAGE)
+    if package is None or package.origin is None:
+        raise DataError(f"the data set 'emoji' is not installed; run: {install_emoji()}")
+    return Path(package.origin).with_name(EMOJI_TAR.name)
+
+
 def open_source(
     spec: str | Path, *, split: Split = "train", skip_bad_files: bool = False
 ) -> ImageSource:
@@ -174,7 +191,7 @@ def _list(spec: str) -> tuple[str, Listing]:
         from nsp.data.hub import list_rows
 
         return spec, list_rows(spec.removeprefix(HUB_PREFIX))
-    path = EMOJI_TAR if spec == "emoji" else Path(spec)
+    path = emoji_tar() if spec == "emoji" else Path(spec)
     if os.path.isdir(path):
         return str(path), list_folder(path)
     if path.suffix == ".tar" and os.path.isfile(path) and not sniff(path).is_spoilt:

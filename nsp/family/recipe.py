@@ -1,14 +1,19 @@
 """What a training run is made of: data, phases, optimizer; stored with every checkpoint."""
 
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from nsp.config import Config
 from nsp.errors import ConfigError
-from nsp.training.schedules import SCHEDULES
-from nsp.training.tracking import TrackingConfig
 
+SCHEDULES = re.compile(r"constant|cos|lin|lin0|lin00|exp|lin0\.\d+")  # of the learning rate
+LOCAL = "local"  # MLflow's records lie in the run folder
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # that MLflow writes to
+_SCHEMES = ("file", "http", "https", "databricks", *DATABASES)
 MAX_SEED = 2**32 - 1  # NumPy's global generator takes no more
 _COUNTS = (
     "steps",
@@ -154,6 +159,43 @@ class DataConfig(Config):
         """Check the count."""
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers must be at least 0, got {self.num_workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Config):
+    """Where a run is recorded; nothing here changes what is trained."""
+
+    tensorboard: bool | None = None  # None: where it is installed
+    log_dir: str | None = None  # of TensorBoard; None: in the run folder
+    mlflow: str | None = None  # "local": in the run folder; else a folder or a tracking URI
+    experiment: str = "nsp"  # of MLflow
+    run_name: str | None = None  # of MLflow; None: the run folder's name
+
+    def __post_init__(self) -> None:
+        """Check the address; a password in it would be stored with every checkpoint."""
+        if self.mlflow is not None and "://" in self.mlflow:
+            try:
+                address = urlsplit(self.mlflow)
+                scheme, password = address.scheme.split("+")[0], address.password
+            except ValueError as error:
+                raise ConfigError(f"mlflow: the address is not a URI ({error})") from error
+            if scheme not in _SCHEMES:
+                raise ConfigError(
+                    f"mlflow: {scheme}:// is not a tracking address; give '{LOCAL}', a folder, "
+                    f"or a URI of one of {', '.join(_SCHEMES)}"
+                )
+            if password is not None:
+                raise ConfigError(
+                    "mlflow: the address holds a password; set MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD instead"
+                )
+        for name in ("log_dir", "mlflow", "experiment", "run_name"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} must not be empty")
+
+    def tensorboard_dir(self, folder: Path) -> Path:
+        """Return where TensorBoard's files of the run in `folder` go."""
+        return folder / "tensorboard" if self.log_dir is None else Path(self.log_dir)
 
 
 @dataclass(frozen=True, kw_only=True)

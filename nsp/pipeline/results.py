@@ -1,15 +1,26 @@
 """What a pipeline gives back: images, what happened on the way, and the state after a scale."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsp.errors import ConfigError
+from nsp.family.contract import AnyFamily
+from nsp.stage.arena import Array
 
-if TYPE_CHECKING:
-    from nsp.pipeline.pipeline import Pipeline
+
+class Source(Protocol):
+    """The pipeline of a step, which turns what lies on its device into arrays."""
+
+    family: AnyFamily
+
+    def download(self, array: Array) -> NDArray[Any]:
+        """Return a NumPy copy."""
+
+    def decode(self, latent: Array) -> NDArray[np.float32]:
+        """Return the picture (B, 3, H, W) in [0, 1] of a latent."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class StreamStep:
     scale: int
     num_scales: int
     _tokens: NDArray[np.int64] | None
-    _pipeline: "Pipeline" = field(repr=False)
+    _pipeline: Source = field(repr=False)
     _step: Any = field(repr=False)
 
     @property

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from nsp.artifacts.manifest import file_sha256
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.recipe import PhaseConfig
-from nsp.files import name_failed_write, read_json, write_folder
+from nsp.files import file_sha256, name_failed_write, read_json, write_folder
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from nsp.data.identity import describe_change
 from nsp.errors import CheckpointError, ConfigError
 from nsp.files import read_json, write_file
 from nsp.training.folder import DATA_NAME
-from nsp.training.pictures import Pictures
+from nsp.training.run_pictures import Pictures
 
 logger = logging.getLogger(__name__)
 

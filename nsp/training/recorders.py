@@ -19,12 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.errors import ConfigError, MissingExtraError
+from nsp.family.recipe import DATABASES, LOCAL
 from nsp.files import read_json, write_file
 
 Status = Literal["finished", "stopped", "failed"]
 
-LOCAL = "local"
-DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _MAX_PARAM = 500  # characters of a parameter: what the oldest servers take
 _PARAMS_PER_REQUEST = 100  # MLflow's limits
 _METRICS_PER_REQUEST = 1000

@@ -4,9 +4,6 @@ Source: github.com/FoundationVision/VAR, utils/lr_control.py.
 """
 
 import math
-import re
-
-SCHEDULES = re.compile(r"constant|cos|lin|lin0|lin00|exp|lin0\.\d+")
 
 # Fraction of the steps after warm-up during which the rate stays at its peak.
 _FLAT = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15}

@@ -10,27 +10,24 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nsp.config import Config
 from nsp.data.sheet import contact_sheet
 from nsp.errors import ConfigError, MissingExtraError
-from nsp.training.recorders import DATABASES, LOCAL, Mlflow, Recorder, Status, TensorBoard
+from nsp.family.recipe import TrackingConfig
+from nsp.training.recorders import Mlflow, Recorder, Status, TensorBoard
 
 logger = logging.getLogger(__name__)
 
 Pictures = NDArray[np.uint8] | Image.Image
 
-_SCHEMES = ("file", "http", "https", "databricks", *DATABASES)
 _MAX_WAITING = 256  # records in a queue: more than an hour of them at the usual rate
 _MAX_PICTURES_WAITING = 16  # each takes megabytes
 _RETRY_S = 60.0
@@ -46,43 +43,6 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for results
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig(Config):
-    """Where a run is recorded; nothing here changes what is trained."""
-
-    tensorboard: bool | None = None  # None: where it is installed
-    log_dir: str | None = None  # of TensorBoard; None: in the run folder
-    mlflow: str | None = None  # "local": in the run folder; else a folder or a tracking URI
-    experiment: str = "nsp"  # of MLflow
-    run_name: str | None = None  # of MLflow; None: the run folder's name
-
-    def __post_init__(self) -> None:
-        """Check the address; a password in it would be stored with every checkpoint."""
-        if self.mlflow is not None and "://" in self.mlflow:
-            try:
-                address = urlsplit(self.mlflow)
-                scheme, password = address.scheme.split("+")[0], address.password
-            except ValueError as error:
-                raise ConfigError(f"mlflow: the address is not a URI ({error})") from error
-            if scheme not in _SCHEMES:
-                raise ConfigError(
-                    f"mlflow: {scheme}:// is not a tracking address; give '{LOCAL}', a folder, "
-                    f"or a URI of one of {', '.join(_SCHEMES)}"
-                )
-            if password is not None:
-                raise ConfigError(
-                    "mlflow: the address holds a password; set MLFLOW_TRACKING_USERNAME and "
-                    "MLFLOW_TRACKING_PASSWORD instead"
-                )
-        for name in ("log_dir", "mlflow", "experiment", "run_name"):
-            if getattr(self, name) == "":
-                raise ConfigError(f"{name} must not be empty")
-
-    def tensorboard_dir(self, folder: Path) -> Path:
-        """Return where TensorBoard's files of the run in `folder` go."""
-        return folder / "tensorboard" if self.log_dir is None else Path(self.log_dir)
 
 
 class Tracker:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nsp.artifacts.checkpoint import read_checkpoint
-from nsp.backends import available as registry
 from nsp.backends.nvidia import Gpu
 from nsp.backends.tensorrt import cuda as cuda_module
 from nsp.backends.tensorrt import trt_backend as backend_module
@@ -492,10 +491,10 @@ def no_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_bindings")
 def test_absent_packages_name_their_installation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "find_gpu", lambda: Gpu("NVIDIA L4", "8.9", "13.0"))
+    monkeypatch.setattr(tensorrt_engine, "find_gpu", lambda: Gpu("NVIDIA L4", "8.9", "13.0"))
     assert "pip install 'cuda-bindings" in refusal(BackendError, cuda_module.import_cuda)
     message = refusal(BackendError, lambda: tensorrt_engine.import_tensorrt("tensorrt_rtx"))
     assert message.endswith(pip_install("tensorrt-rtx"))
-    monkeypatch.setattr(registry, "find_gpu", lambda: None)
+    monkeypatch.setattr(tensorrt_engine, "find_gpu", lambda: None)
     message = refusal(BackendError, lambda: tensorrt_engine.import_tensorrt("tensorrt_rtx"))
     assert message.endswith("it runs on an NVIDIA GPU, which is not here")

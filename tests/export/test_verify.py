@@ -13,12 +13,13 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nsp.artifacts.manifest import file_sha256, read_manifest, write_manifest
+from nsp.artifacts.manifest import read_manifest, write_manifest
 from nsp.cli import main
 from nsp.errors import CheckpointError, EngineError
 from nsp.export import build
 from nsp.export.proof.recorded import read_recorded
 from nsp.export.proof.verify import verify
+from nsp.files import file_sha256
 from tests.artifacts.engine_folders import change_manifest, engine_file
 
 STAGES = ["text_encoder", "condition", "step", "select", "select_smooth", "accumulate", "decoder"]

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import nsp
+from nsp.distribution import version
 from tests.artifacts.engine_folders import TEXT, write_engines
 
 FORBIDDEN = ("torch", "transformers", "diffusers", "onnx", "accelerate", "PIL", "click", "rich")
@@ -24,6 +28,17 @@ def test_importing_nsp_imports_no_framework_and_no_engine_runtime() -> None:
     assert "numpy" in found
     # What cannot be loaded here is said by the command line, which must be there for it.
     assert "numpy" not in imported("import nsp, nsp.console.command_line")
+
+
+def test_the_version_and_the_errors_are_at_the_front_door() -> None:
+    code = "import nsp\nassert issubclass(nsp.NspError, Exception) and nsp.__version__[0].isdigit()"
+    found = imported(code)
+    assert found.isdisjoint((*FORBIDDEN, "numpy", "onnxruntime"))
+    assert nsp.__version__ == version()
+    assert {"NspError", "__version__", "load_pipeline"} <= set(dir(nsp))
+    misspelt = "load_piepline"
+    with pytest.raises(AttributeError, match=f"no attribute '{misspelt}'"):
+        getattr(nsp, misspelt)
 
 
 def test_loading_engines_imports_numpy_tokenizers_and_one_runtime(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from nsp.families.var.tokens import TokenDataset
 from nsp.family.recipe import RunConfig
 from nsp.training.loading import training_loader
 from nsp.training.order import Share
-from nsp.training.run import train
+from nsp.training.whole_run import train
 from tests.data.picture_files import encoded, write_files
 from tests.models import new_tiny_checkpoint
 

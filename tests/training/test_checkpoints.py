@@ -16,7 +16,7 @@ from nsp.errors import CheckpointError
 from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.training.checkpoints import CheckpointStore
 from nsp.training.presets import preset
-from nsp.training.run import train
+from nsp.training.whole_run import train
 
 ROOT = Path(__file__).parents[2]
 PHASE: PhaseConfig = preset("smoke").phases[0]
@@ -25,7 +25,7 @@ LIMITED = """
 import resource, sys
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-from nsp.train import main
+from nsp.console.train_command import main
 main()
 """
 
@@ -92,7 +92,7 @@ def test_a_damaged_step_is_named_and_the_one_before_it_is_used(
 
 
 def test_code_in_a_saved_step_is_not_run(tmp_path: Path) -> None:
-    from nsp.artifacts.manifest import file_sha256
+    from nsp.files import file_sha256
 
     made = store(tmp_path, [1.0])
     state = tmp_path / "step00000001/state.pt"

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nsp.cli import main as nsp
-from nsp.train import main
-from nsp.training import run as run_module
+from nsp.console.train_command import main
 from nsp.training import trainer
+from nsp.training import whole_run as run_module
 
 
 @pytest.fixture

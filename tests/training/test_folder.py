@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.console.train_config import configure
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.recipe import RunConfig
-from nsp.train import configure
 from nsp.training.checkpoints import CheckpointStore
 from nsp.training.data_record import DataRecord
 from nsp.training.folder import check_folder, locked, without_places
 from nsp.training.leftovers import refuse_links, remove_leftovers
-from nsp.training.pictures import open_pictures
-from nsp.training.run import train
+from nsp.training.run_pictures import open_pictures
+from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 from tests.training.test_checkpoints import store
 

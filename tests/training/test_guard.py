@@ -14,7 +14,7 @@ from nsp.errors import ConfigError, TrainingError
 from nsp.families.var.tokenizer_objective import TokenizerObjective
 from nsp.family.recipe import GuardConfig, RunConfig
 from nsp.training.guard import LossGuard
-from nsp.training.run import train
+from nsp.training.whole_run import train
 
 
 def test_a_loss_far_above_the_usual_is_a_spike() -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nsp.console.train_config import configure
 from nsp.errors import ConfigError
 from nsp.family.recipe import RunConfig
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.train import configure
 from nsp.training.folder import locked
-from nsp.training.run import train
+from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 
 

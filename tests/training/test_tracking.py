@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from nsp.errors import ConfigError, MissingExtraError
+from nsp.family.recipe import TrackingConfig
 from nsp.training import tracking
-from nsp.training.tracking import Tracker, TrackingConfig
+from nsp.training.tracking import Tracker
 from tests.disk import largest_file
 
 RUN = {"seed": 3, "phases": [{"name": "tokenizer", "optimizer": {"lr": 0.5, "betas": [0.9, 0.95]}}]}

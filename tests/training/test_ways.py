@@ -20,9 +20,9 @@ from nsp.family import registry
 from nsp.family.recipe import LoraConfig, RunConfig
 from nsp.pipeline.pipeline import load_pipeline
 from nsp.training.order import Share
-from nsp.training.run import speak_less, train
 from nsp.training.state import TrainingState
 from nsp.training.trainer import Phase
+from nsp.training.whole_run import speak_less, train
 
 
 def with_phases(config: RunConfig, **changes: Any) -> RunConfig:
@@ -233,7 +233,7 @@ def test_every_process_names_the_bad_files_that_it_alone_meets() -> None:
     levels = [each.level for each in loggers]
     try:
         speak_less()
-        assert not logging.getLogger("nsp.training.run").isEnabledFor(logging.WARNING)
+        assert not logging.getLogger("nsp.training.whole_run").isEnabledFor(logging.WARNING)
         assert logging.getLogger("nsp.data.stream").isEnabledFor(logging.WARNING)
     finally:
         for each, level in zip(loggers, levels, strict=True):

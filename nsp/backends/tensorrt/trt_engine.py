@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nsp.backends.available import BACKENDS
+from nsp.backends.nvidia import find_gpu
 from nsp.backends.tensorrt.cuda import Memory, Stream
+from nsp.distribution import pip_install
 from nsp.errors import BackendError, EngineError, ProfileError
 from nsp.files import write_file
 from nsp.stage.io import Shape, StageIO
@@ -37,8 +38,9 @@ def import_tensorrt(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
-        install = BACKENDS[module].install
-        advice = f"run: {install}" if install else "it runs on an NVIDIA GPU, which is not here"
+        advice = "it runs on an NVIDIA GPU, which is not here"
+        if find_gpu() is not None:
+            advice = f"run: {pip_install(module.replace('_', '-'))}"
         raise BackendError(
             f"{module} does not load ({' '.join(str(error).split())}); {advice}"
         ) from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nsp.families.next_scale.io import predictor_stage
 from nsp.families.next_scale.system import NextScaleSystem, TextMeanStage
-from nsp.layers.sampling import apply_guidance
+from nsp.layers.logits import apply_guidance
 
 
 def build_stages(system: NextScaleSystem, kv_layout: str) -> Mapping[str, nn.Module]:

@@ -14,7 +14,7 @@ from nsp.families.var.model import Conditioning
 from nsp.families.var.quantizer import Phi
 from nsp.families.var.system import VarSystem
 from nsp.layers.attention import attend_delta, attend_present
-from nsp.layers.sampling import apply_guidance, filter_logits, sample_by_inverse_cdf
+from nsp.layers.logits import apply_guidance, filter_logits, sample_by_inverse_cdf
 from nsp.text.encoder import TextEncoderStage
 
 

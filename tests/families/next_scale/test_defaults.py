@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from nsp.console.train_command import main
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import VaeConfig
 from nsp.families.next_scale.vae import new_autoencoder
 from nsp.family.recipe import RunConfig
-from nsp.train import main
-from nsp.training.run import resolve_precision
+from nsp.training.whole_run import resolve_precision
 from tests.training.pictures import write_pictures
 
 SMALL = VaeConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=4)
@@ -33,7 +33,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, Path, dict[s
         runs.append((run, folder, options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nsp.training.run.train", train)
+    monkeypatch.setattr("nsp.training.whole_run.train", train)
     return runs
 
 
@@ -105,7 +105,7 @@ def test_a_stopped_resumption_says_how_its_own_run_goes_on(
     def stopped(*_arguments: Any, **_options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nsp.training.run.train", stopped)
+    monkeypatch.setattr("nsp.training.whole_run.train", stopped)
     result = CliRunner().invoke(main, ["--resume-from", str(run / "vae")])
     assert f"python train.py --resume --output-dir {run}" in result.output
 

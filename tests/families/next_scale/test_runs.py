@@ -10,14 +10,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.console.train_config import configure
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import VaeConfig
 from nsp.families.next_scale.latents import encode_scales
 from nsp.families.next_scale.objective import ScalesObjective
 from nsp.families.next_scale.vae import new_autoencoder
 from nsp.family.recipe import RunConfig
-from nsp.train import configure
-from nsp.training.run import train
+from nsp.training.whole_run import train
 from tests.families.next_scale.models import new_tiny_system
 from tests.training.pictures import write_pictures
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.console.train_config import configure
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import open_source
 from nsp.errors import ConfigError
@@ -16,8 +17,7 @@ from nsp.families.next_scale.latents import LatentDataset, cached_latents, resiz
 from nsp.families.next_scale.objective import ScalesObjective, ScalesSettings
 from nsp.family.objective import TokenCache
 from nsp.family.recipe import RunConfig
-from nsp.train import configure
-from nsp.training.run import train
+from nsp.training.whole_run import train
 from tests.families.next_scale.models import new_tiny_system, tiny_config
 from tests.training.pictures import write_pictures
 

@@ -12,7 +12,7 @@ from nsp.errors import ConfigError
 from nsp.families.var.decoder_objective import DecoderSettings
 from nsp.family.recipe import RunConfig
 from nsp.training.presets import preset
-from nsp.training.run import train
+from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 
 

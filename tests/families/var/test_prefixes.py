@@ -13,7 +13,7 @@ from nsp.errors import ConfigError
 from nsp.families.var import objective
 from nsp.family.recipe import GuardConfig, RunConfig
 from nsp.training.presets import preset
-from nsp.training.run import train
+from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 
 

@@ -16,7 +16,7 @@ from nsp.families.var.model import NextScaleTransformer
 from nsp.families.var.system import VarSystem
 from nsp.family.registry import family
 from nsp.layers.attention import KeyValue, attend_delta, attend_present
-from nsp.layers.sampling import filter_logits, sample_by_inverse_cdf
+from nsp.layers.logits import filter_logits, sample_by_inverse_cdf
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from tests.goldens.var_tiny.fixtures import document, part, tensors, variant_config
 

@@ -18,7 +18,7 @@ from nsp.family.objective import TokenCache
 from nsp.family.recipe import RunConfig
 from nsp.family.registry import family
 from nsp.training.presets import preset
-from nsp.training.run import train
+from nsp.training.whole_run import train
 
 
 @pytest.fixture(scope="module")

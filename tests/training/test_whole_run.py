@@ -22,7 +22,7 @@ from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.family.recipe import RunConfig
 from nsp.pipeline.pipeline import load_pipeline
 from nsp.training.presets import preset, presets
-from nsp.training.run import train
+from nsp.training.whole_run import train
 
 ROOT = Path(__file__).parents[2]
 

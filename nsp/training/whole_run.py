@@ -46,7 +46,7 @@ from nsp.training.leftovers import refuse_links, remove_leftovers
 from nsp.training.optimizer import check_targets, merge_adapters
 from nsp.training.order import StepSampler
 from nsp.training.parallel import gathered, on_main
-from nsp.training.pictures import Pictures, open_pictures
+from nsp.training.run_pictures import Pictures, open_pictures
 from nsp.training.stopping import StopRequest
 from nsp.training.tracking import Tracker
 from nsp.training.trainer import Phase, share_of

@@ -1,0 +1,194 @@
+"""`nsp export` makes engines; `nsp verify` holds the ones that are there to PyTorch."""
+
+import shlex
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nsp.console.command_line import (
+    COUNT,
+    FOLDER,
+    Verb,
+    backend_option,
+    checkpoint_option,
+    engine_dir_option,
+    given_precisions,
+    json_option,
+    no_verify_option,
+    one_precision,
+    precision_options,
+    print_json,
+    print_tables,
+    threads_option,
+    torch_threads,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from nsp.export.plan import PlannedBuild
+
+
+@click.command("export", cls=Verb)
+@checkpoint_option("Model to export.  [default: newest training run, else the bundled demo]")
+@engine_dir_option
+@precision_options("Export in {}.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    help="auto (all that is installed), onnxruntime, tensorrt, tensorrt-rtx. Repeatable.",
+)
+@click.option(
+    "--max-batch",
+    type=COUNT,
+    default=4,
+    show_default=True,
+    help="Images per batch of TensorRT engines; ONNX Runtime takes any.",
+)
+@click.option(
+    "--static-batch", is_flag=True, help="TensorRT engines for full batches only: faster."
+)
+@click.option(
+    "--gpu-arch",
+    "gpu_archs",
+    multiple=True,
+    help="Build TensorRT-RTX engines for this GPU architecture (89) or for `current`. Repeatable.",
+)
+@click.option(
+    "--build-timeout",
+    "build_timeout_s",
+    type=click.FloatRange(0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop the compiler of a TensorRT engine after this long.",
+)
+@threads_option("CPU threads of the checks against PyTorch.")
+@click.option("--rebuild", is_flag=True, help="Build again what could be reused.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built; write nothing.")
+@no_verify_option
+@json_option
+@verbose_option
+def export_engines(
+    *,
+    checkpoint: Path | None,
+    engine_dir: Path | None,
+    threads: int | None,
+    dry_run: bool,
+    no_verify: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Export a checkpoint to engines, with parity checked.
+
+    Stages that are built and unchanged are reused; an interrupted export goes on where it stopped.
+    Without a precision, fp32.
+    """
+    from nsp.console.inspection import describe_folder
+    from nsp.console.terminal import progress_bar
+    from nsp.export.run import ExportEvent, ExportOptions, export, find_checkpoint, plan
+
+    folder = engine_dir or Path("engines")
+    export_options = ExportOptions(
+        checkpoint=str(checkpoint or find_checkpoint()),
+        engine_dir=str(folder),
+        precisions=given_precisions(options) or ("fp32",),
+        verify=not no_verify,
+        num_threads=threads,
+        **options,
+    )
+    if dry_run:
+        _report_plan(folder, plan(export_options), as_json=as_json)
+        return
+    with progress_bar() as show, torch_threads(threads):
+
+        def on_event(event: ExportEvent) -> None:
+            if event.stage:  # the end is logged
+                activity = f"{event.stage} {event.target} {event.precision}: {event.message}"
+                show(activity, round(100 * event.fraction), 100)
+
+        manifest = export(export_options, on_event=on_event)
+    if as_json:
+        print_json(describe_folder(folder))
+        return
+    condition = '--prompt "…"' if "text_encoder" in manifest.stages else "--class-id 0"
+    click.echo(f"engines: {folder} ({', '.join(manifest.backends())})")
+    click.echo(f"next: nsp generate --engine-dir {shlex.quote(str(folder))} {condition}")
+
+
+def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: bool) -> None:
+    """Print what an export would do."""
+    from rich.table import Table
+
+    fields = ("stage", "target", "precision", "action", "reason", "estimated_bytes", "gpu_archs")
+    rows = [{name: getattr(build, name) for name in fields} for build in builds]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "target", "precision", "action", "about", "because"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        size = f"{row['estimated_bytes'] / 2**20:.1f} MiB" if row["action"] == "build" else ""
+        table.add_row(*(row[n] for n in fields[:4]), size, row["reason"])
+    print_tables([table])
+    click.echo(f"nothing was written to {folder}")
+
+
+@click.command("verify", cls=Verb)
+@click.argument("engine_dir", type=FOLDER)
+@checkpoint_option("PyTorch model to hold them to.  [default: what they were exported from]")
+@backend_option
+@precision_options("Check the {} engines instead of what suits the device.")
+@click.option(
+    "--recorded", is_flag=True, help="Use the outputs recorded at export, even beside PyTorch."
+)
+@no_verify_option
+@threads_option("CPU threads.")
+@json_option
+@verbose_option
+def verify_engines(
+    *,
+    engine_dir: Path,
+    checkpoint: Path | None,
+    backend: str,
+    recorded: bool,
+    no_verify: bool,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Hold every stage of ENGINE_DIR to PyTorch, on this machine's backend.
+
+    Without torch or the checkpoint, to the outputs recorded at export. A failure names the first
+    wrong tensor; exit 1.
+    """
+    from nsp.export.proof.verify import verify
+
+    with torch_threads(None if recorded or find_spec("torch") is None else threads):
+        found = verify(
+            engine_dir,
+            backend=backend,
+            precision=one_precision(options),
+            checkpoint=checkpoint,
+            recorded=recorded,
+            verify_digests=not no_verify,
+            num_threads=threads,
+        )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        for check in found.stages:
+            error = (
+                "" if check.largest_error is None else f"largest error {check.largest_error:.1e}"
+            )
+            state = "ok" if check.passed else "FAILED"
+            click.echo(f"{check.stage:<14} {state:<7} {check.calls:>3} calls  {error}")
+        click.echo(f"{found.backend} {found.precision} against {found.reference}")
+    if (failure := found.failure()) is not None:
+        raise failure

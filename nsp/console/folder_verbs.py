@@ -1,0 +1,79 @@
+"""`nsp convert` makes a checkpoint folder; `nsp inspect` and `nsp doctor` say what there is."""
+
+import shlex
+from pathlib import Path
+
+import click
+
+from nsp.console.command_line import (
+    FILE,
+    FOLDER,
+    Verb,
+    json_option,
+    print_json,
+    print_tables,
+    read_json,
+    verbose_option,
+)
+
+
+@click.command(cls=Verb)
+@click.option("--family", "family_name", required=True, help="Model family of the weights: var.")
+@click.option("--tokenizer", type=FILE, required=True, help="Weights of the image tokenizer.")
+@click.option("--predictor", type=FILE, required=True, help="Weights of the transformer.")
+@click.option(
+    "--config", type=FILE, help="JSON with constructor arguments that shapes do not tell."
+)
+@click.option("--output-dir", type=FOLDER, required=True, help="Checkpoint folder to write.")
+@verbose_option
+def convert(
+    *,
+    family_name: str,
+    tokenizer: Path,
+    predictor: Path,
+    config: Path | None,
+    output_dir: Path,
+) -> None:
+    """Turn published weights into a checkpoint folder."""
+    from nsp.family.registry import family
+    from nsp.paths import check_output
+
+    check_output(output_dir)
+    record = family(family_name)
+    values = None if config is None else read_json(config)
+    record.convert({"tokenizer": tokenizer, "predictor": predictor}, values, output_dir)
+    click.echo(f"checkpoint: {output_dir}")
+    click.echo(f"next: nsp export --checkpoint {shlex.quote(str(output_dir))}")
+
+
+@click.command(cls=Verb)
+@click.argument("folder", type=FOLDER)
+@json_option
+@verbose_option
+def inspect(*, folder: Path, as_json: bool) -> None:
+    """Show what an engine or checkpoint folder says about itself."""
+    from nsp.console.inspection import describe_folder, render_folder
+
+    found = describe_folder(folder)
+    if as_json:
+        print_json(found)
+    else:
+        print_tables(render_folder(found))
+
+
+@click.command(cls=Verb)
+@json_option
+@verbose_option
+def doctor(*, as_json: bool) -> None:
+    """Say what works on this machine and what to install.
+
+    Lists every backend with the reason why it does or does not work, and what optional packages
+    are missing. Changes nothing.
+    """
+    from nsp.console.doctor import examine, render_findings
+
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        print_tables(render_findings(found))

@@ -1,0 +1,221 @@
+"""The options of `python train.py`, how a run ends, and what is said of it."""
+
+import json
+import logging
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nsp.console.command_line import (
+    COUNT,
+    DONE,
+    FOLDER,
+    INTERRUPTED,
+    OneLineErrors,
+    drop_unwritten,
+    explain,
+    open_standard_streams,
+)
+from nsp.console.train_config import configure
+from nsp.errors import ConfigError, one_line
+
+if TYPE_CHECKING:
+    from nsp.family.recipe import RunConfig
+
+SCALE = click.IntRange(min=0)
+
+
+@click.command(
+    cls=OneLineErrors,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
+@click.option(
+    "--preset",
+    help="Named run: emoji, quick, smoke, next-scale, next-scale-sdxl.  [default: emoji]",
+)
+@click.option("--config", type=FOLDER, help="JSON file of a run, instead of a preset.")
+@click.option(
+    "--data", "--data-dir", help="'emoji', a .tar, a folder, hf:NAME_OR_FOLDER, or shards."
+)
+@click.option("--val-dir", help="Pictures to validate on, in place of the held-out ones.")
+@click.option("--num-workers", type=SCALE, help="Processes that read pictures ahead.")
+@click.option("--stream", is_flag=True, help="Read --data (shards, paths or URLs) as it comes.")
+@click.option("--token-cache", help="Tokens of the pictures, made by nsp data cache.")
+@click.option("--text-encoder", help="Pretrained CLIP or pipeline folder to start from.")
+@click.option(
+    "--output-dir",
+    type=FOLDER,
+    help="Run folder, with samples in it.  [default: runs/PRESET or runs/NAME of FILE]",
+)
+@click.option("--checkpoint-dir", help="Folder of saved steps.  [default: in the run folder]")
+@click.option("--log-dir", help="Folder of TensorBoard's files.  [default: in the run folder]")
+@click.option("--vae", "pretrained_vae", help="AutoencoderKL folder to take (next-scale).")
+@click.option("--initial-size", type=COUNT, help="Side of the first latent (next-scale).")
+@click.option("--target-size", type=COUNT, help="Side of the image in pixels (next-scale).")
+@click.option("--scale-factor", type=COUNT, help="From a latent's side to the next (next-scale).")
+@click.option("--batch-size", type=COUNT, help="Pictures of a step, over all devices.")
+@click.option("--learning-rate", type=float, help="Peak of every phase.")
+@click.option("--num-epochs-per-scale", type=COUNT, help="Length of training (next-scale).")
+@click.option("--progressive", is_flag=True, help="One scale after the other (next-scale).")
+@click.option("--start-scale", type=SCALE, help="First scale to train (next-scale).  [default: 0]")
+@click.option("--end-scale", type=SCALE, help="Last scale to train.  [default: the finished one]")
+@click.option("--save-every", type=COUNT, help="Epochs between saved steps.")
+@click.option("--validate-every", type=COUNT, help="Epochs between validations.")
+@click.option("--steps", type=int, help="Steps of every phase, instead of the preset's.")
+@click.option("--phase", help="Stop after this phase.")
+@click.option("--from-phase", help="Leave out the phases before this one (with --start-from).")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of weights, data order and samples."
+)
+@click.option("--precision", help="auto, fp32, bf16 or fp16.")
+@click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU, if any]")
+@click.option("--start-from", help="Checkpoint folder whose weights to start with.")
+@click.option("--parallel", help="How several processes share the work: ddp or fsdp.")
+@click.option("--compile/--no-compile", default=None, help="Use torch.compile.")
+@click.option(
+    "--activation-checkpointing/--no-activation-checkpointing",
+    default=None,
+    help="Compute activations twice to save memory.",
+)
+@click.option("--mlflow", help="Record to MLflow: 'local', a folder, or a server's URI.")
+@click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
+@click.option("--resume-from", type=FOLDER, help="Continue the run this folder is of, or lies in.")
+@click.option(
+    "--accept-changed-data", is_flag=True, help="Resume although the data changed meanwhile."
+)
+@click.option("--skip-bad-files", is_flag=True, help="Leave bad pictures out instead of stopping.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def main(
+    preset: str | None,
+    output_dir: Path | None,
+    phase: str | None,
+    resume: bool,
+    resume_from: Path | None,
+    accept_changed_data: bool,
+    skip_bad_files: bool,
+    verbose: bool,
+    device: str | None,
+    fp16: bool,
+    **changes: Any,
+) -> None:
+    """Train phase after phase; leaves a checkpoint folder that `nsp export` takes."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    config: Path | None = changes["config"]
+    preset = preset and preset.replace("-", "_")  # both spellings name it
+    folder = output_dir or Path("runs") / (config.stem if config else preset or "emoji")
+    try:
+        open_standard_streams()
+        from nsp.training.whole_run import train
+
+        if preset is not None and not resume and resume_from is None:
+            folder = _take_defaults(preset, output_dir, changes) or folder
+        if resume_from is not None:
+            folder, resume = run_of(resume_from, output_dir), True
+        if fp16:
+            if changes["precision"] not in (None, "fp16"):
+                raise ConfigError(f"--fp16 and --precision {changes['precision']}: give one")
+            changes["precision"] = "fp16"
+        run = configure(
+            preset, folder if resume else None, skip_bad_files=skip_bad_files, **changes
+        )
+        result = train(
+            run,
+            folder,
+            last_phase=phase,
+            resume=resume,
+            skip_bad_files=skip_bad_files,
+            device=device,
+            accept_changed_data=accept_changed_data,
+        )
+    except KeyboardInterrupt:  # between steps: in imports, data, checkpoints
+        if (folder / "run.json").is_file():
+            click.echo(_stopped(folder, phase, skip_bad_files), err=True)
+        else:
+            click.echo("stopped before the first step; repeat the command to start again", err=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        message, code = explain(error)
+        if verbose:
+            traceback.print_exc()
+        click.echo("error: " + one_line(" ".join(message.split())), err=True)
+        drop_unwritten()
+        sys.exit(code)
+    if not result.is_main_process:
+        sys.exit(DONE if result.finished else INTERRUPTED)
+    if not result.finished:
+        click.echo(_stopped(folder, phase, skip_bad_files), err=True)
+    for line in summary(run, folder):
+        click.echo(line)
+    click.echo(f"checkpoint: {result.checkpoint}")
+    following = ["nsp", "export", "--checkpoint", str(result.checkpoint)]
+    if phase is not None and phase != run.phases[-1].name:
+        following = ["python", "train.py", "--resume", "--output-dir", str(folder)]
+    click.echo(f"next: {shlex.join(following)}")
+    sys.exit(DONE if result.finished else INTERRUPTED)
+
+
+def _take_defaults(preset: str, output_dir: Path | None, changes: dict[str, Any]) -> Path | None:
+    """Fill in what a preset has for options that are not given; return the run folder, if any."""
+    from nsp.training.presets import option_defaults
+
+    defaults = dict(option_defaults(preset))
+    if not defaults:
+        return output_dir
+    if changes["data"] is None:
+        raise ConfigError(f"--preset {preset} has no pictures of its own: give --data-dir")
+    folder: Path = defaults.pop("output_dir")
+    in_epochs = ("num_epochs_per_scale", "save_every", "validate_every")
+    for name, value in defaults.items():
+        if changes[name] is None and not (changes["stream"] and name in in_epochs):
+            changes[name] = value
+    return output_dir or folder
+
+
+def _stopped(folder: Path, phase: str | None, skip_bad_files: bool) -> str:
+    """Return how a stopped run goes on."""
+    again = ["python", "train.py", "--resume", "--output-dir", str(folder)]
+    again += ["--phase", phase] if phase else []
+    again += ["--skip-bad-files"] if skip_bad_files else []
+    return f"stopped; continue with: {shlex.join(again)}"
+
+
+def run_of(path: Path, output_dir: Path | None) -> Path:
+    """Return the run folder that `path` is or lies in; raise ConfigError when there is none."""
+    if not path.exists():
+        raise ConfigError(f"--resume-from {path}: there is no such folder")
+    found = next((each for each in (path, *path.parents) if (each / "run.json").is_file()), None)
+    found = found or output_dir  # saved steps that lie elsewhere
+    if found is None or (output_dir is not None and found.resolve() != output_dir.resolve()):
+        raise ConfigError(
+            f"--resume-from {path}: no run.json there or above it, or that of another run than "
+            "--output-dir; give the run's folder"
+        )
+    return found
+
+
+def summary(run: "RunConfig", folder: Path) -> list[str]:
+    """Return what each phase reached and where a run's things lie, a line each."""
+    lines = []
+    for phase in run.phases:
+        log = folder / phase.name / "log.jsonl"
+        reports = log.read_text().splitlines() if log.is_file() else []
+        rows = [row for row in map(json.loads, reports) if "loss" in row]
+        if rows:
+            last = rows[-1]
+            lines.append(
+                f"{phase.name}: {last['step']} of {phase.steps} steps, loss {last['loss']:.4g}"
+            )
+            if any((folder / phase.name / "samples").glob("*.png")):
+                lines.append(f"  samples: {folder / phase.name / 'samples'}")
+    logs = run.tracking.tensorboard_dir(folder)
+    if logs.is_dir():
+        lines.append(f"watch: {shlex.join(['tensorboard', '--logdir', str(logs)])}")
+    return lines
