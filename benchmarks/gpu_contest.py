@@ -186,7 +186,7 @@ def part_costs(
     calls = [
         StageCall(stage, 0.0, sizes[-1])
         for stage, each in spans.items()
-        if stage != "select_smooth"
+        if stage == "select" or not stage.startswith("select")
         for sizes in each
     ]
     counted = call_costs(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nsp.families.var.config import TextCondition, VarConfig
+from nsp.families.var.io import needs_nucleus_stages
 from nsp.family.sampling import SamplingConfig
 from nsp.stage.io import Sizes
 
@@ -45,7 +46,8 @@ def stage_profiles(
     Stages of the scale loop have one profile per scale, the others one. Batches of 1 to `max_batch`
     images fit, with guidance (G = 2B rows) or without (G = B); with `static_batch` only full ones
     with guidance do. R goes up to `max_ranks` and is best at what `sampling`, the model's own
-    settings, takes.
+    settings, takes. The selections without sorting for top-p have one profile over all scales:
+    each takes as much room as ten of the others.
     """
     scales = _scale_sizes(config)
     profiles: dict[str, tuple[Sequence[Sizes], ...]] = {}
@@ -63,6 +65,11 @@ def stage_profiles(
         profiles[stage] = tuple(
             [{**bound, **step} for bound in (low, high, best)] for step in steps
         )
+    if needs_nucleus_stages(config, "delta"):
+        lengths = [step["L"] for step in scales]
+        spanned = [{**low, "L": min(lengths)}, {**high, "L": max(lengths)}]
+        spanned.append({**high, "L": max(lengths), "R": 1})
+        profiles |= {"select_nucleus": (spanned,), "select_smooth_nucleus": (spanned,)}
     return profiles
 
 
@@ -80,15 +87,20 @@ def parity_requests(config: VarConfig) -> list[Mapping[str, Any]]:
     """Return what to generate for a reference: arguments of `Pipeline.generate`.
 
     One batch with the model's own settings, one image without guidance and one with `more_smooth`:
-    together they call every stage and both relations of rows to images.
+    together they call every stage and both relations of rows to images. Two more draw by top-p
+    alone where TensorRT has stages of its own for that.
     """
     wanted = -(-_WANTED_TOKENS // config.num_tokens)
     count = min(max(wanted, _FEWEST_IMAGES), _MOST_IMAGES)
-    return [
+    requests: list[Mapping[str, Any]] = [
         _conditions(config, count - 1),
         {**_conditions(config, 1), "guidance_scale": 1.0},
         {**_conditions(config, 1), "more_smooth": True},
     ]
+    if needs_nucleus_stages(config, "delta"):
+        alone = {**_conditions(config, 1), "top_k": 0, "top_p": 0.9}
+        requests += [alone, {**alone, "more_smooth": True}]
+    return requests
 
 
 def _conditions(config: VarConfig, count: int) -> dict[str, Any]:
