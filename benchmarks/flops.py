@@ -80,9 +80,9 @@ def var_work(
             return _condition(config, sizes)
         case "step":
             return _step(config, sizes)
-        case "select":
+        case "select" | "select_nucleus":
             return Work()  # element-wise and sorting
-        case "select_smooth":
+        case "select_smooth" | "select_smooth_nucleus":
             vae = config.vae
             tokens = sizes["B"] * sizes["L"]
             return product(1, tokens, vae.vocab_size, vae.latent_channels)

@@ -72,7 +72,7 @@ def scratch_floats(config: VarConfig, stage: str, sizes: Sizes) -> int:
             # after its activation; or the logits.
             widest = max(3 * vectors * width + scores, 2 * hidden, vectors * codes)
             return 2 * vectors * width + widest
-        case "select" | "select_smooth":
+        case "select" | "select_smooth" | "select_nucleus" | "select_smooth_nucleus":
             # Logits of both conditions, guided, probabilities, running sums.
             return (sizes["G"] + 3 * sizes["B"]) * sizes["L"] * codes
         case "accumulate":

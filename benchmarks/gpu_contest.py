@@ -178,7 +178,7 @@ def part_costs(
     calls = [
         StageCall(name, 0.0, sizes[-1])
         for name, stage in stages.items()
-        if name != "select_smooth"
+        if name == "select" or not name.startswith("select")
         for sizes in stage.profiles(
             max_batch=batch, static_batch=True, best_ranks=1, max_ranks=stage.max_ranks
         )

@@ -263,10 +263,10 @@ def _cdf(logits_V: Floats, sampling: SamplingConfig) -> NDArray[np.float64]:
     """Return the cumulative distribution (V,) that a token is drawn from, filters included."""
     import torch
 
-    from nsp.layers.logits import filter_logits
+    from nsp.layers.logits import filter_by_rank
 
     scaled = torch.from_numpy(logits_V)[None, None] / sampling.temperature
-    ranks = sampling.num_ranks(len(logits_V))
-    filtered = filter_logits(scaled, ranks, torch.tensor(sampling.nucleus))
+    top_p, top_k = torch.tensor([sampling.top_p]), torch.tensor([sampling.top_k])
+    filtered = filter_by_rank(scaled, top_p, top_k, torch.arange(len(logits_V)))
     cumulative: NDArray[np.float64] = filtered[0, 0].double().softmax(-1).cumsum(-1).numpy()
     return cumulative

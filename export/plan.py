@@ -17,11 +17,11 @@ from nsp.export.store import EngineStore
 from nsp.export.targets import Target, gpu_archs, resolve
 from nsp.family.contract import Stage
 from nsp.family.sampling import SamplingConfig
+from nsp.stage.backend import TENSORRT_RANKS
 from nsp.stage.io import StageIO
 
 logger = logging.getLogger(__name__)
 
-MAX_RANKS = 3839  # TensorRT's TopK takes K < 3840
 _GRAPH_BYTES = 1 << 18  # an ONNX graph without weights
 _PROFILE_BYTES = 3 << 20  # kernels and shapes of one engine profile, measured 1 to 3 MB
 
@@ -166,7 +166,7 @@ def _profiles(
             max_batch=plan.options.max_batch,
             static_batch=plan.options.static_batch,
             best_ranks=plan.sampling.num_ranks(stage.max_ranks),
-            max_ranks=MAX_RANKS,
+            max_ranks=TENSORRT_RANKS,
         )
         found[name] = tuple(
             {n: [list(shape) for shape in bounds] for n, bounds in stage.io.profile(sizes).items()}

@@ -16,6 +16,7 @@ from onnx import TensorProto, numpy_helper
 
 from nsp.errors import ExportError
 from nsp.export.plan import PlannedBuild
+from nsp.stage.backend import TENSORRT_RANKS
 from nsp.stage.io import Axes
 
 _DTYPES = {
@@ -33,7 +34,6 @@ _RANDOM = (
     *("RandomUniform", "RandomUniformLike", "RandomNormal", "RandomNormalLike"),
     *("Multinomial", "Bernoulli"),
 )
-MAX_TOPK = 3839
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,10 @@ def _attention(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
 
 
 def _topk(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """TensorRT's TopK takes K < 3840 (its documentation), in every profile."""
+    """TensorRT's TopK takes K < 3840 in every profile.
+
+    It refuses a larger constant, but builds a range of sizes that goes beyond without a word.
+    """
     for node in graph.graph.node:
         if node.op_type != "TopK":
             continue
@@ -235,8 +238,9 @@ def _topk(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
         else:
             yield Finding("topk", node.name, "K is neither a constant nor the size of an input")
             continue
-        if largest > MAX_TOPK:
-            yield Finding("topk", node.name, f"K goes up to {largest}; TensorRT takes {MAX_TOPK}")
+        if largest > TENSORRT_RANKS:
+            message = f"K goes up to {largest}; TensorRT takes {TENSORRT_RANKS}"
+            yield Finding("topk", node.name, message)
 
 
 def _largest(profile: Mapping[str, Any], name: str, axis: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from nsp.export.proof.recorded import Call
-from nsp.layers.logits import filter_logits
+from nsp.layers.logits import filter_by_rank
 from nsp.stage.backend import Backend
 
 _HALF_ULP = 2.0**-24  # the stage sums V probabilities in float32: V roundings of at most this
@@ -91,7 +91,8 @@ def compare_tokens(backend: Backend, select: Call, logits: NDArray[Any]) -> Toke
 
 
 def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # infinite logits become NaN, which passes no gate
+        shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result
 
@@ -102,7 +103,8 @@ def _flips(
     """Return the flips at the positions (B, L) where `differs`."""
     if not differs.any():
         return []
-    reference, found = (_cumulative(select, each)[differs] for each in (expected, guided))
+    images = np.nonzero(differs)[0]
+    reference, found = (_cumulative(select, images, each[differs]) for each in (expected, guided))
     tokens = select.outputs["tokens"][differs][:, None]
     draws = select.feeds["uniforms"].astype(np.float64)[differs][:, None]
     upper = np.take_along_axis(reference, tokens, -1)
@@ -113,11 +115,19 @@ def _flips(
     return [Flip(float(m), float(e)) for m, e in zip(margins, errors, strict=True)]
 
 
-def _cumulative(select: Call, guided: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the cumulative distribution (B, L, V) that is drawn from, in float64."""
-    scaled = torch.from_numpy(guided) / torch.from_numpy(np.asarray(select.feeds["temperature"]))
-    top_p = torch.from_numpy(np.asarray(select.feeds["top_p"]))
-    filtered = filter_logits(scaled, len(select.feeds["ranks"]), top_p)
-    cumulative = filtered.double().softmax(-1).cumsum(-1)
+def _cumulative(
+    select: Call, images: NDArray[np.int64], guided: NDArray[Any]
+) -> NDArray[np.float64]:
+    """Return the cumulative distributions (M, V) of M tokens, in float64, as they are drawn from.
+
+    `images` says whose settings each token has, `guided` holds their logits. All codes are ranked,
+    which fits the settings of every image.
+    """
+    temperature, top_p, top_k = (
+        torch.from_numpy(select.feeds[name][images]) for name in ("temperature", "top_p", "top_k")
+    )
+    scaled = (torch.from_numpy(guided) / temperature[:, None])[:, None]
+    filtered = filter_by_rank(scaled, top_p, top_k, torch.arange(guided.shape[-1]))
+    cumulative = filtered[:, 0].double().softmax(-1).cumsum(-1)
     result: NDArray[np.float64] = (cumulative / cumulative[..., -1:]).numpy()
     return result

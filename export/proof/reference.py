@@ -19,6 +19,7 @@ from nsp.export.proof.recorded import Call, Recording
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from nsp.pipeline.results import GenerateResult
 from nsp.stage.arena import KVArena, KVShape
+from nsp.stage.backend import TENSORRT_RANKS
 
 _CACHE_PREFIX = "past_"
 
@@ -118,6 +119,8 @@ def record_reference(plan: ExportPlan, system: Any) -> Reference:
     pipeline.backend = backend = RecordingBackend(
         stages, pipeline.backend.stages_io, kv_layout="delta", device="cpu"
     )
+    if any(build.profiles for build in plan.builds):  # compiled stages are called as TensorRT would
+        backend.max_ranks = TENSORRT_RANKS
     batches = []
     for seed, request in enumerate(family.examples(plan.config)):
         arguments = {**request, "seed": seed}

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 API = 1  # of this contract; a plugin of another one is left out with a warning
 
+Span: TypeAlias = Mapping[str, int | tuple[int, int]]  # one size, or smallest and largest
 Kind: TypeAlias = Literal["prompt", "class", "none"]
 C = TypeVar("C", bound=Config)  # the configuration of its models
 Y = TypeVar("Y", bound="System[Any]")  # the modules of one model, with torch
@@ -59,8 +60,9 @@ class Stage:
     half: tuple[str, ...] = ()  # take the precision of the export
     int8: tuple[str, ...] = ()  # of `half`: matrices that an int8 export quantizes
     full: tuple[str, ...] = ()  # stay float32
-    # The family's own axes, one engine profile each; an export adds the reserved ones.
-    spans: tuple[Sizes, ...] = ({},)
+    # The family's own axes, one engine profile each, as one size or (smallest, largest); an export
+    # adds the reserved ones.
+    spans: tuple[Span, ...] = ({},)
     max_ranks: int = 1  # largest R: the number of codes
 
     def profiles(
@@ -78,7 +80,13 @@ class Stage:
         if static_batch:
             low |= {"B": high["B"], "G": high["G"]}
         best = {**high, "N": max_batch, "R": min(best_ranks, most_ranks)}
-        return tuple([{**bound, **span} for bound in (low, high, best)] for span in self.spans)
+        found = []
+        for span in self.spans:
+            ends = [
+                {n: s if isinstance(s, int) else s[end] for n, s in span.items()} for end in (0, 1)
+            ]
+            found.append([{**low, **ends[0]}, {**high, **ends[1]}, {**best, **ends[1]}])
+        return tuple(found)
 
 
 def trace_sizes(stages: Mapping[str, Stage]) -> Sizes:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from nsp import values
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.stage.backend import TENSORRT_RANKS
 
 # Bounds far from any use. Beyond them float32 overflows on the way to the logits: noise, no error.
 _LARGE = 1e6
@@ -97,16 +98,25 @@ class SamplingConfig(Config):
         until = min(until, num_scales)
         return [*values[:until], *[1.0] * (num_scales - until)]
 
-    def num_ranks(self, vocab_size: int) -> int:
-        """Return how many of the largest logits must be ranked."""
-        if self.top_k:
-            return min(self.top_k, vocab_size)
-        return vocab_size if self.top_p < 1 else 1
-
     @property
-    def nucleus(self) -> float:
-        """The stage's `top_p`: 2 where neither filter is on, which keeps everything."""
-        return self.top_p if self.top_p < 1 or self.top_k else 2.0
+    def is_nucleus_alone(self) -> bool:
+        """Whether top-p decides among all codes: no top-k bounds what must be sorted for it."""
+        return self.top_p < 1 and not self.top_k
+
+    def num_ranks(self, vocab_size: int) -> int:
+        """Return how many of the largest logits a stage sorts for these settings."""
+        return vocab_size if self.is_nucleus_alone else rank_bucket(self.top_k, vocab_size)
+
+
+def rank_bucket(top_k: int, vocab_size: int) -> int:
+    """Return how many logits are sorted for a top-k: few numbers, so that recordings stay few.
+
+    A power of two, or the most that TensorRT sorts, or all.
+    """
+    power: int = 1 << max(top_k - 1, 0).bit_length()
+    if power > TENSORRT_RANKS >= top_k:
+        power = TENSORRT_RANKS
+    return min(power, vocab_size)
 
 
 def scale_ratios(num_scales: int) -> list[float]:

@@ -1,40 +1,86 @@
 """Guidance, filtering and drawing of tokens as pure tensor functions, in float32.
 
-Axes: B images, G rows (B, or 2B with the null condition last), L tokens, V codes.
+Every setting is one number per image, so images that share a batch need not share settings.
+Axes: B images, G rows (B, or 2B with the null condition last), L tokens, V codes, R ranks.
 """
 
 import torch
 from torch import Tensor
 
+_HALVINGS = 26  # of an interval of at most 104: to its float32 spacing
+_LOWEST = -200.0  # below every threshold
 
-def apply_guidance(logits_GLV: Tensor, batch: int, guidance: Tensor) -> Tensor:
-    """Return guided logits (B, L, V): null + guidance (conditional - null).
 
-    Guidance 1.0 is the conditional output. The first `batch` rows are conditional, the last `batch`
-    null; without null rows (G = B) both are the same. Source: Ho & Salimans 2022, arXiv:2207.12598,
-    with guidance = 1 + w.
+def apply_guidance(found_G: Tensor, guidance_B: Tensor) -> Tensor:
+    """Return the guided output (B, ...): null + guidance (conditional - null), row by row.
+
+    A row of guidance 1 is its conditional output exactly, whatever the other rows ask for. The
+    first B of the G rows are conditional, the last B null; without null rows (G = B) both are the
+    same. Source: Ho & Salimans 2022, arXiv:2207.12598, with guidance = 1 + w.
     """
-    conditional, null = logits_GLV[:batch], logits_GLV[logits_GLV.shape[0] - batch :]
-    return null + guidance * (conditional - null)
+    batch = guidance_B.shape[0]
+    conditional, null = found_G[:batch], found_G[found_G.shape[0] - batch :]
+    guidance = guidance_B.reshape(-1, *[1] * (found_G.dim() - 1))
+    # Without the condition, the sum would round otherwise than the conditional output.
+    return torch.where(guidance == 1, conditional, null + guidance * (conditional - null))
 
 
-def filter_logits(logits_BLV: Tensor, num_ranks: int, top_p: Tensor) -> Tensor:
-    """Return the logits with -inf where top-k, then top-p drops an entry; boundary ties are kept.
+def filter_by_rank(x_BLV: Tensor, top_p_B: Tensor, top_k_B: Tensor, ranks_R: Tensor) -> Tensor:
+    """Return the logits with -inf where a row's top-k, then its top-p drops an entry.
 
-    top-k keeps what is at least the `num_ranks`-th largest. top-p < 1 keeps an entry while the mass
-    strictly above it, of what top-k left, is below `top_p`; the largest always stays. `top_p` = 1
-    leaves top-k alone, `top_p` > 1 keeps everything. The caller chooses the ranks to sort: k, or V
-    for top-p without top-k, or 1 where nothing is filtered.
+    Entries equal to the last one kept are kept. top-k keeps what is at least the k-th largest; 0
+    keeps all. top-p < 1 keeps an entry while the mass strictly above it, of what top-k left, is
+    below it; the largest always stays. `ranks_R` counts from 0: as many of the largest logits are
+    sorted, which must be at least every row's k, V where a row has top-p without top-k, and 1.
     """
-    ranked = logits_BLV.topk(num_ranks, dim=-1).values
-    in_top_k = logits_BLV >= ranked[..., -1:]
+    top_p, top_k = _per_row(top_p_B), _per_row(top_k_B)
+    ranked = x_BLV.topk(ranks_R.shape[0], dim=-1).values
+    in_k = (ranks_R < top_k) | (top_k == 0)
+    in_top_k = (x_BLV >= _least(ranked, in_k)) | (top_k == 0)
     largest = ranked[..., :1]
-    total = torch.where(in_top_k, (logits_BLV - largest).exp(), 0.0).sum(-1, keepdim=True)
+    total = torch.where(in_top_k, (x_BLV - largest).exp(), 0.0).sum(-1, keepdim=True)
     share = (ranked - largest).exp() / total
     above = share.cumsum(-1) - share
-    in_nucleus = (above < top_p) | (top_p >= 1)
-    threshold = torch.where(in_nucleus, ranked, torch.inf).amin(-1, keepdim=True)
-    return torch.where((logits_BLV >= threshold) | (top_p > 1), logits_BLV, -torch.inf)
+    threshold = _least(ranked, ((above < top_p) | (top_p >= 1)) & in_k)
+    keep = (x_BLV >= threshold) | ((top_k == 0) & (top_p >= 1))
+    return torch.where(keep, x_BLV, -torch.inf)
+
+
+def filter_by_mass(x_BLV: Tensor, top_p_B: Tensor, top_k_B: Tensor, ranks_R: Tensor) -> Tensor:
+    """Return what `filter_by_rank` does, without sorting for top-p; `ranks_R` is for top-k alone.
+
+    For runtimes that cannot sort V codes. The threshold of top-p is found by halving the interval
+    it lies in. So the two agree up to rounding, and up to logits that differ by less than 2e-6: an
+    entry on the edge may differ.
+    """
+    top_p, top_k = _per_row(top_p_B), _per_row(top_k_B)
+    ranked = x_BLV.topk(ranks_R.shape[0], dim=-1).values
+    in_top_k = (x_BLV >= _least(ranked, (ranks_R < top_k) | (top_k == 0))) | (top_k == 0)
+    below = x_BLV - ranked[..., :1]
+    mass = torch.where(in_top_k, below.exp(), 0.0)
+    total = mass.sum(-1, keepdim=True)
+    # What lies lower than this weighs less than 1 - p, all V codes together. float32 has no exp
+    # below -104.
+    reach = ((1 - top_p).clamp_min(1e-30) * total / x_BLV.shape[-1]).log() - 0.1
+    low = reach.clamp(-104.0, -0.1)
+    width = -low
+    for halving in range(1, _HALVINGS + 1):
+        middle = low + width * 2.0**-halving
+        above = torch.where(below > middle, mass, 0.0).sum(-1, keepdim=True)
+        # cat and amax, as TensorRT takes over 30 s to fuse 16 steps of two `where`.
+        risen = torch.where(above < top_p * total, _LOWEST, middle)
+        low = torch.cat([low, risen], -1).amax(-1, keepdim=True)
+    keep = in_top_k & ((below > low) | (top_p >= 1))
+    return torch.where(keep, x_BLV, -torch.inf)
+
+
+def _per_row(setting_B: Tensor) -> Tensor:
+    return setting_B.reshape(-1, 1, 1)
+
+
+def _least(ranked_BLR: Tensor, kept_BLR: Tensor) -> Tensor:
+    """Return the smallest kept entry (B, L, 1)."""
+    return torch.where(kept_BLR, ranked_BLR, torch.inf).amin(-1, keepdim=True)
 
 
 def sample_by_inverse_cdf(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:

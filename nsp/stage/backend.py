@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from nsp.stage.arena import ARENAS, Array, KVArena, KVShape
 from nsp.stage.io import Shape, StageIO
 
+TENSORRT_RANKS = 3839  # TensorRT's TopK takes K < 3840 (its documentation)
+
 T = TypeVar("T")
 Loop: TypeAlias = Callable[["Backend", Mapping[str, Array]], Iterator[T]]
 
@@ -25,6 +27,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     kv_layout: str
+    max_ranks: int | None = None  # how many of the largest numbers it can sort; None: any number
 
     def __init__(self, stages_io: Mapping[str, StageIO]) -> None:
         self.stages_io = stages_io

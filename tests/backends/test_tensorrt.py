@@ -199,9 +199,10 @@ def test_tensors_that_are_not_aligned_are_copied(machine: Machine) -> None:
         "logits": rng.standard_normal((1, 1, vocab_size)).astype(np.float32),
         "uniforms": np.array([[0.7]], np.float32),
         "forced": np.array([[-1]]),
-        "guidance": np.array(1, np.float32),
-        "temperature": np.array(1, np.float32),
-        "top_p": np.array(2, np.float32),
+        "guidance": np.ones(1, np.float32),
+        "temperature": np.ones(1, np.float32),
+        "top_p": np.ones(1, np.float32),
+        "top_k": np.zeros(1, np.int64),
         "ranks": np.arange(1),
     }
     expected = machine.modules["select"](*(torch.from_numpy(feed) for feed in feeds.values()))

@@ -106,9 +106,10 @@ def test_compiled_stages_compute_the_same(system: Any) -> None:
         "logits": rng.standard_normal((4, 9, 64)).astype(np.float32),
         "uniforms": rng.random((2, 9), np.float32),
         "forced": np.full((2, 9), -1),
-        "guidance": np.array(2, np.float32),
-        "temperature": np.array(1, np.float32),
-        "top_p": np.array(2, np.float32),
+        "guidance": np.full(2, 2, np.float32),
+        "temperature": np.ones(2, np.float32),
+        "top_p": np.ones(2, np.float32),
+        "top_k": np.zeros(2, np.int64),
         "ranks": np.arange(1),
     }
     uploaded = {name: backend.upload(array) for name, array in feeds.items()}

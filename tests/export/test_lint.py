@@ -8,8 +8,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nsp.errors import ExportError
-from nsp.export.graph.lint import MAX_TOPK, Graph, check_graph, lint
+from nsp.export.graph.lint import Graph, check_graph, lint
 from nsp.export.plan import PlannedBuild
+from nsp.stage.backend import TENSORRT_RANKS
 from nsp.stage.io import Axes, StageIO
 
 _TYPES = {
@@ -168,7 +169,7 @@ def test_attention_with_a_cache_is_fine_for_onnxruntime():
 
 
 def test_a_constant_k_beyond_tensorrts_limit_is_found():
-    for k, expected in ((MAX_TOPK, set()), (MAX_TOPK + 1, {"topk"})):
+    for k, expected in ((TENSORRT_RANKS, set()), (TENSORRT_RANKS + 1, {"topk"})):
         made = graph(
             RANKS,
             [node("TopK", "x,k", "y,i")],
@@ -185,8 +186,8 @@ def test_a_k_that_is_an_inputs_size_is_held_to_the_largest_profile():
         node("TopK", "x,k", "y,i"),
     ]
     made = graph(RANKS, nodes, [numpy_helper.from_array(np.array([1]), "one")])
-    assert rules(made, planned(RANKS, largest=MAX_TOPK)) == set()
-    assert rules(made, planned(RANKS, largest=MAX_TOPK + 1)) == {"topk"}
+    assert rules(made, planned(RANKS, largest=TENSORRT_RANKS)) == set()
+    assert rules(made, planned(RANKS, largest=TENSORRT_RANKS + 1)) == {"topk"}
 
 
 def test_a_k_nobody_knows_is_found():

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsp.errors import ConfigError
-from nsp.family.sampling import SamplingConfig, draw_gumbel, draw_uniforms, scale_ratios
+from nsp.family.sampling import (
+    SamplingConfig,
+    draw_gumbel,
+    draw_uniforms,
+    rank_bucket,
+    scale_ratios,
+)
+from nsp.stage.backend import TENSORRT_RANKS
 
 
 @given(st.integers(0, 2**63), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40))
@@ -77,15 +84,22 @@ def test_a_single_scale_has_ratio_0() -> None:
     assert SamplingConfig(guidance_scale=4.0).guidance_per_scale(1) == [1.0]
 
 
-def test_no_filter_keeps_everything_and_ranks_nothing() -> None:
-    free = SamplingConfig()
-    assert (free.num_ranks(4096), free.nucleus) == (1, 2.0)
-    nucleus = SamplingConfig(top_p=0.9)
-    assert (nucleus.num_ranks(4096), nucleus.nucleus) == (4096, 0.9)
+def test_as_few_logits_are_sorted_as_the_filters_allow_in_few_different_numbers() -> None:
+    assert SamplingConfig().num_ranks(4096) == 1
+    assert SamplingConfig(top_p=0.9).num_ranks(4096) == 4096
     both = SamplingConfig(top_k=900, top_p=0.96)
-    assert (both.num_ranks(4096), both.num_ranks(64), both.nucleus) == (900, 64, 0.96)
-    top_k = SamplingConfig(top_k=1)
-    assert (top_k.num_ranks(4096), top_k.nucleus) == (1, 1.0)
+    assert (both.num_ranks(4096), both.num_ranks(64)) == (1024, 64)
+    assert SamplingConfig(top_k=1).num_ranks(4096) == 1
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 5, 64, 4000, 4096, 16_384]))
+def test_a_bucket_holds_every_rank_and_what_tensorrt_can_sort_stays_so(
+    top_k: int, vocab_size: int
+) -> None:
+    needed = min(max(top_k, 1), vocab_size)
+    bucket = rank_bucket(top_k, vocab_size)
+    assert needed <= bucket <= min(max(2 * needed - 1, 1), vocab_size)
+    assert (bucket <= TENSORRT_RANKS) == (needed <= TENSORRT_RANKS)
 
 
 @pytest.mark.parametrize(

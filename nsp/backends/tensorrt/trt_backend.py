@@ -29,7 +29,7 @@ from nsp.backends.tensorrt.cuda import (
 from nsp.backends.tensorrt.replay import Recorder, Runner
 from nsp.backends.tensorrt.trt_engine import Context, Engine, Runtime
 from nsp.errors import BackendError, FeedError
-from nsp.stage.backend import Loop, T
+from nsp.stage.backend import TENSORRT_RANKS, Loop, T
 from nsp.stage.io import Shape, StageIO
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class StageRunner(Runner):
     """Stages in execution contexts of their own, with outputs from one allocator."""
 
     name: ClassVar[str] = "tensorrt"
+    max_ranks = TENSORRT_RANKS
 
     def __init__(
         self,

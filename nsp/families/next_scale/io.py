@@ -56,7 +56,7 @@ def _base(config: NextScaleConfig) -> StageIO:
         "latent": latent,
         "condition": Axes(f"G {config.generator.condition_width}"),
         "rows": Axes("G", "int64"),  # the image of every row
-        "guidance": Axes(""),
+        "guidance": Axes("B"),  # 1: off
     }
     if config.generator.base == "flow":
         inputs |= {"time": Axes(""), "step_size": Axes("")}

@@ -56,7 +56,7 @@ def loop_inputs(config: NextScaleConfig, request: Request) -> dict[str, NDArray[
         **_condition_inputs(request, guided=guided),
         "latent": request.noise,
         "image_rows": np.tile(images, 2 if guided else 1),
-        "guidance": np.array(request.sampling.guidance_scale, np.float32),
+        "guidance": np.full(batch, request.sampling.guidance_scale, np.float32),
     }
     if generator.base == "flow":
         inputs["step_size"] = np.array(1 / generator.flow_steps, np.float32)

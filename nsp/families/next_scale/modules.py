@@ -64,7 +64,7 @@ class BaseStage(nn.Module):
         latent_BChw: Tensor,
         condition_GD: Tensor,
         rows_G: Tensor,
-        guidance: Tensor,
+        guidance_B: Tensor,
         time: Tensor | None = None,
         step_size: Tensor | None = None,
     ) -> tuple[Tensor]:
@@ -72,9 +72,9 @@ class BaseStage(nn.Module):
         latent_GChw = latent_BChw.index_select(0, rows_G)
         if time is None or step_size is None:
             found = self.base(latent_GChw, condition_GD, None)
-            return (apply_guidance(found, latent_BChw.shape[0], guidance),)
+            return (apply_guidance(found, guidance_B),)
         velocity = self.base(latent_GChw, condition_GD, time.reshape(1))
-        guided = apply_guidance(velocity, latent_BChw.shape[0], guidance)
+        guided = apply_guidance(velocity, guidance_B)
         return (latent_BChw + step_size * guided,)
 
 

@@ -13,8 +13,7 @@ from nsp.families.var.io import stages_io
 from nsp.families.var.loop import Request, ScaleStep, generate, loop_inputs
 from nsp.families.var.precision import stage_weights
 from nsp.families.var.requests import request_arrays
-from nsp.family.contract import Family, Kind, Learner, Stage
-from nsp.stage.io import Sizes
+from nsp.family.contract import Family, Kind, Learner, Span, Stage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from nsp.stage.backend import Backend
 
 _SCALE_STAGES = ("step", "select", "select_smooth", "accumulate")
+_NUCLEUS_STAGES = ("select_nucleus", "select_smooth_nucleus")
 
 
 class Var(Family[VarConfig, "VarSystem"]):
@@ -41,13 +41,17 @@ class Var(Family[VarConfig, "VarSystem"]):
     def stages(self, config: VarConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""
         weights, scales = stage_weights(config), _scale_sizes(config)
+        # Each profile of those takes as much room as ten of the others.
+        lengths = (config.patch_nums[0] ** 2, config.patch_nums[-1] ** 2)
+        spans: dict[str, tuple[Span, ...]] = dict.fromkeys(_SCALE_STAGES, scales)
+        spans |= dict.fromkeys(_NUCLEUS_STAGES, ({"L": lengths},))
         return {
             name: Stage(
                 io=io,
                 half=weights[name].half,
                 int8=weights[name].int8,
                 full=weights[name].full,
-                spans=scales if name in _SCALE_STAGES else ({},),
+                spans=spans.get(name, ({},)),
                 max_ranks=config.vae.vocab_size,
             )
             for name, io in stages_io(config, kv_layout, dtype).items()
@@ -106,7 +110,7 @@ class Var(Family[VarConfig, "VarSystem"]):
         return VarLearner()
 
 
-def _scale_sizes(config: VarConfig) -> tuple[Sizes, ...]:
+def _scale_sizes(config: VarConfig) -> tuple[Span, ...]:
     """Return tokens, past and grids of every scale; the first grid follows the last (loop.py)."""
     sides, sizes, past = config.patch_nums, [], 0
     for side, following in zip(sides, [*sides[1:], sides[0]], strict=True):

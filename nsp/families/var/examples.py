@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nsp.families.var.config import TextCondition, VarConfig
+from nsp.families.var.io import needs_nucleus_stages
 
 # Enough tokens for 99 % to mean something with a small model; few images where each is expensive.
 _WANTED_TOKENS, _FEWEST_IMAGES, _MOST_IMAGES = 1000, 3, 8
@@ -29,11 +30,15 @@ def examples(config: VarConfig) -> list[Mapping[str, Any]]:
     """
     wanted = -(-_WANTED_TOKENS // config.num_tokens)
     count = min(max(wanted, _FEWEST_IMAGES), _MOST_IMAGES)
-    return [
+    requests: list[Mapping[str, Any]] = [
         _conditions(config, count - 1),
         {**_conditions(config, 1), "guidance_scale": 1.0},
         {**_conditions(config, 1), "more_smooth": True},
     ]
+    if needs_nucleus_stages(config, "delta"):  # TensorRT has stages of its own for top-p alone
+        alone = {**_conditions(config, 1), "top_k": 0, "top_p": 0.9}
+        requests += [alone, {**alone, "more_smooth": True}]
+    return requests
 
 
 def _conditions(config: VarConfig, count: int) -> dict[str, Any]:

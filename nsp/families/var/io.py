@@ -1,13 +1,22 @@
 """The stages of the family `var` and their tensors.
 
 Free axes: B images, G transformer rows (B, or 2B with the null condition behind the condition), N
-encoded prompts, L tokens of this scale, P cached tokens, R ranks that top-k keeps, p q this scale's
-grid, r c the next scale's grid. Fixed numbers in the declarations come from the configuration:
-width, heads, blocks, codes, latent channels.
+encoded prompts, L tokens of this scale, P cached tokens, R logits that are sorted for top-k and
+top-p, p q this scale's grid, r c the next scale's grid. Fixed numbers in the declarations come from
+the configuration: width, heads, blocks, codes, latent channels.
 """
 
 from nsp.families.var.config import VarConfig
+from nsp.stage.backend import TENSORRT_RANKS
 from nsp.stage.io import Axes, StageIO
+
+
+def needs_nucleus_stages(config: VarConfig, kv_layout: str) -> bool:
+    """Return whether there are stages that draw by top-p alone without sorting all codes.
+
+    Only TensorRT, which has this layout, cannot sort so many.
+    """
+    return kv_layout == "delta" and config.vae.vocab_size > TENSORRT_RANKS
 
 
 def stages_io(config: VarConfig, kv_layout: str, dtype: str) -> dict[str, StageIO]:
@@ -20,6 +29,7 @@ def stages_io(config: VarConfig, kv_layout: str, dtype: str) -> dict[str, StageI
         "step": _step(config, kv_layout, dtype),
         "select": _select(config, smooth=False),
         "select_smooth": _select(config, smooth=True),
+        **_select_nucleus(config, kv_layout),
         "accumulate": _accumulate(config),
         "decoder": _decoder(config),
     }
@@ -94,15 +104,17 @@ def _select(config: VarConfig, *, smooth: bool) -> StageIO:
     """Logits and one uniform number per token -> tokens and their code vectors.
 
     `forced` holds a token to take instead of the sampled one, or -1; `tokens` are those sampled.
+    Every image has its own settings. `ranks` counts from 0 to what must be sorted for them all.
     """
     codes, channels = config.vae.vocab_size, config.vae.latent_channels
     inputs = {
         "logits": Axes(f"G L {codes}"),
         "uniforms": Axes("B L"),
         "forced": Axes("B L", "int64"),
-        "guidance": Axes(""),
-        "temperature": Axes(""),
-        "top_p": Axes(""),
+        "guidance": Axes("B"),  # 1: off
+        "temperature": Axes("B"),
+        "top_p": Axes("B"),  # 1: off
+        "top_k": Axes("B", "int64"),  # 0: off
         "ranks": Axes("R", "int64"),
     }
     if smooth:
@@ -113,6 +125,16 @@ def _select(config: VarConfig, *, smooth: bool) -> StageIO:
         "guided": Axes(f"B L {codes}"),
     }
     return StageIO(inputs=inputs, outputs=outputs)
+
+
+def _select_nucleus(config: VarConfig, kv_layout: str) -> dict[str, StageIO]:
+    """The selections once more, without sorting for top-p: `ranks` is for top-k alone."""
+    if not needs_nucleus_stages(config, kv_layout):
+        return {}
+    return {
+        "select_nucleus": _select(config, smooth=False),
+        "select_smooth_nucleus": _select(config, smooth=True),
+    }
 
 
 def _accumulate(config: VarConfig) -> StageIO:

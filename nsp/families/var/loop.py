@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nsp.errors import ConfigError
 from nsp.families.var.config import VarConfig
-from nsp.family.sampling import SamplingConfig, scale_ratios
+from nsp.family.sampling import SamplingConfig, rank_bucket, scale_ratios
 from nsp.layers.resample import area_matrix, bicubic_matrix
 from nsp.stage.arena import Array, KVShape
 from nsp.stage.backend import Backend
@@ -20,6 +21,7 @@ from nsp.stage.backend import Backend
 # What is different at every scale and goes to its stages.
 _SELECT = ("uniforms", "forced", "guidance")
 _SMOOTH = ("gumbel", "ratio")
+_SETTINGS = ("temperature", "top_p", "top_k")
 _RESIZE = ("up_rows", "up_cols", "down_rows", "down_cols", "phi")
 
 
@@ -62,13 +64,12 @@ def loop_inputs(config: VarConfig, request: Request) -> dict[str, NDArray[Any]]:
     # Rows of the null condition are left out once nothing is guided any more.
     guided_scales = max((s + 1 for s, value in enumerate(guidance) if value != 1), default=0)
     side = config.latent_side
-    ranks = sampling.num_ranks(config.vae.vocab_size)
     inputs = {
         **_condition_inputs(config, request, guided=guided_scales > 0),
         "latent": np.zeros((batch, config.vae.latent_channels, side, side), np.float32),
-        "temperature": np.array(sampling.temperature, np.float32),
-        "top_p": np.array(sampling.nucleus, np.float32),
-        "ranks": np.arange(ranks, dtype=np.int64),
+        "temperature": np.full(batch, sampling.temperature, np.float32),
+        "top_p": np.full(batch, sampling.top_p, np.float32),
+        **_top_k_inputs(sampling, batch, config.vae.vocab_size),
     }
     forced = request.forced_tokens
     if forced is None:
@@ -82,7 +83,7 @@ def loop_inputs(config: VarConfig, request: Request) -> dict[str, NDArray[Any]]:
             "positions": np.arange(start, stop),
             "uniforms": np.ascontiguousarray(request.uniforms[:, start:stop]),
             "forced": np.ascontiguousarray(forced[:, start:stop]),
-            "guidance": np.array(guidance[scale], np.float32),
+            "guidance": np.full(batch, guidance[scale], np.float32),
             "phi": np.array(phis[scale], np.int64),
             "next_rows": np.tile(images, 2 if following < guided_scales else 1),
             **_resize_inputs(config, scale),
@@ -93,6 +94,24 @@ def loop_inputs(config: VarConfig, request: Request) -> dict[str, NDArray[Any]]:
             here["ratio"] = np.array(ratios[scale], np.float32)
         inputs |= {f"{name}_{scale}": array for name, array in here.items()}
     return inputs
+
+
+def _top_k_inputs(
+    sampling: SamplingConfig, batch: int, vocab_size: int
+) -> dict[str, NDArray[np.int64]]:
+    """Return every image's top-k, and the ranks to sort; 0 is off.
+
+    Where top-p alone takes all codes for ranks, `top_k_ranks` are those of a stage that does
+    without.
+    """
+    top_k = min(sampling.top_k, vocab_size)
+    ranks = {"ranks": sampling.num_ranks(vocab_size)}
+    if sampling.is_nucleus_alone:
+        ranks["top_k_ranks"] = rank_bucket(top_k, vocab_size)
+    return {
+        "top_k": np.full(batch, top_k, np.int64),
+        **{name: np.arange(count, dtype=np.int64) for name, count in ranks.items()},
+    }
 
 
 def _condition_inputs(
@@ -184,11 +203,23 @@ def _of_scale(inputs: Mapping[str, Array], scale: int) -> dict[str, Array]:
 def _select(
     backend: Backend, inputs: Mapping[str, Array], here: Mapping[str, Array], logits: Array
 ) -> dict[str, Array]:
-    """Run the selection stage of one scale: the smooth one where its noise is given."""
+    """Run the selection stage of one scale: the smooth one where its noise is given.
+
+    Where the backend cannot sort as many codes as top-p alone takes, the one that need not.
+    """
     stage = "select_smooth" if "gumbel" in here else "select"
     own = (*_SELECT, *(_SMOOTH if stage == "select_smooth" else ()))
-    settings = {name: inputs[name] for name in ("temperature", "top_p", "ranks")}
-    return backend.run(stage, {"logits": logits, **{n: here[n] for n in own}, **settings})
+    ranks, most = inputs["ranks"], backend.max_ranks
+    if most is not None and ranks.shape[0] > most:
+        stage, ranks = f"{stage}_nucleus", inputs.get("top_k_ranks", ranks)
+        if ranks.shape[0] > most:
+            raise ConfigError(
+                f"top_k above {most} is more than backend {backend.name} can sort; use "
+                f"--top-k {most} or less, 0 for none, or another backend"
+            )
+    settings = {name: inputs[name] for name in _SETTINGS}
+    feeds = {"logits": logits, "ranks": ranks, **{n: here[n] for n in own}, **settings}
+    return backend.run(stage, feeds)
 
 
 def _kv_shape(backend: Backend, config: VarConfig, rows: int) -> KVShape:

@@ -4,18 +4,28 @@ Each takes the tensors its StageIO declares, in order, and returns a tuple in or
 io.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsp.families.var.io import needs_nucleus_stages
 from nsp.families.var.model import Conditioning
 from nsp.families.var.quantizer import Phi
 from nsp.families.var.system import VarSystem
 from nsp.layers.attention import attend_delta, attend_present
-from nsp.layers.logits import apply_guidance, filter_logits, sample_by_inverse_cdf
+from nsp.layers.logits import (
+    apply_guidance,
+    filter_by_mass,
+    filter_by_rank,
+    sample_by_inverse_cdf,
+)
 from nsp.text.encoder import TextEncoderStage
+
+# Scaled logits, top-p, top-k, ranks -> what is kept of the logits.
+Filter: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def build_stages(system: VarSystem, kv_layout: str) -> Mapping[str, nn.Module]:
@@ -33,6 +43,9 @@ def build_stages(system: VarSystem, kv_layout: str) -> Mapping[str, nn.Module]:
         "accumulate": AccumulateStage(system),
         "decoder": DecoderStage(system),
     }
+    if needs_nucleus_stages(system.config, kv_layout):
+        stages["select_nucleus"] = SelectStage(system, filter_by_mass)
+        stages["select_smooth_nucleus"] = SelectSmoothStage(system, filter_by_mass)
     return {name: stage.eval() for name, stage in stages.items()}
 
 
@@ -93,23 +106,25 @@ class StepStage(nn.Module):
 class SelectStage(nn.Module):
     """Guidance, filtering, one draw per token, codebook lookup; all in float32."""
 
-    def __init__(self, system: VarSystem) -> None:
+    def __init__(self, system: VarSystem, keep: Filter = filter_by_rank) -> None:
         super().__init__()
-        self.embedding = system.vae.quantize.embedding
+        self.embedding, self.keep = system.vae.quantize.embedding, keep
 
     def forward(
         self,
         logits_GLV: Tensor,
         uniforms_BL: Tensor,
         forced_BL: Tensor,
-        guidance: Tensor,
-        temperature: Tensor,
-        top_p: Tensor,
+        guidance_B: Tensor,
+        temperature_B: Tensor,
+        top_p_B: Tensor,
+        top_k_B: Tensor,
         ranks_R: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return tokens, codes, guided."""
-        guided = apply_guidance(logits_GLV, uniforms_BL.shape[0], guidance)
-        filtered = filter_logits(guided / temperature, ranks_R.shape[0], top_p)
+        guided = apply_guidance(logits_GLV, guidance_B)
+        scaled = guided / temperature_B.reshape(-1, 1, 1)
+        filtered = self.keep(scaled, top_p_B, top_k_B, ranks_R)
         tokens = sample_by_inverse_cdf(filtered, uniforms_BL)
         taken = torch.where(forced_BL >= 0, forced_BL, tokens)
         return tokens, self.embedding(taken), guided
@@ -122,25 +137,27 @@ class SelectSmoothStage(nn.Module):
     measuring FID.
     """
 
-    def __init__(self, system: VarSystem) -> None:
+    def __init__(self, system: VarSystem, keep: Filter = filter_by_rank) -> None:
         super().__init__()
-        self.embedding = system.vae.quantize.embedding
+        self.embedding, self.keep = system.vae.quantize.embedding, keep
 
     def forward(
         self,
         logits_GLV: Tensor,
         uniforms_BL: Tensor,
         forced_BL: Tensor,
-        guidance: Tensor,
-        temperature: Tensor,
-        top_p: Tensor,
+        guidance_B: Tensor,
+        temperature_B: Tensor,
+        top_p_B: Tensor,
+        top_k_B: Tensor,
         ranks_R: Tensor,
         gumbel_BLV: Tensor,
         ratio: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return tokens, codes, guided."""
-        guided = apply_guidance(logits_GLV, uniforms_BL.shape[0], guidance)
-        filtered = filter_logits(guided / temperature, ranks_R.shape[0], top_p)
+        guided = apply_guidance(logits_GLV, guidance_B)
+        scaled = guided / temperature_B.reshape(-1, 1, 1)
+        filtered = self.keep(scaled, top_p_B, top_k_B, ranks_R)
         tokens = sample_by_inverse_cdf(filtered, uniforms_BL)
         tau = (0.27 * (1 - 0.95 * ratio)).clamp_min(0.005)
         weights = ((filtered * (1 + ratio) + gumbel_BLV) / tau).softmax(-1)

@@ -8,6 +8,7 @@ weights (model.py), so this list is the whole precision map.
 """
 
 from nsp.families.var.config import VarConfig
+from nsp.families.var.io import needs_nucleus_stages
 from nsp.family.stage_weights import StageWeights
 
 _BLOCK = "predictor.blocks.*"
@@ -24,6 +25,8 @@ def stage_weights(config: VarConfig) -> dict[str, StageWeights]:
         "accumulate": StageWeights(full=("predictor.word_embed.*", "vae.quantize.quant_resi.*")),
         "decoder": _decoder(),
     }
+    if needs_nucleus_stages(config, "delta"):
+        stages |= {f"{name}_nucleus": stages[name] for name in ("select", "select_smooth")}
     if config.text is not None:
         stages["text_encoder"] = StageWeights(full=("text_encoder.*",))
     return stages

@@ -16,7 +16,7 @@ from nsp.families.var.model import NextScaleTransformer
 from nsp.families.var.system import VarSystem
 from nsp.family.registry import family
 from nsp.layers.attention import KeyValue, attend_delta, attend_present
-from nsp.layers.logits import filter_logits, sample_by_inverse_cdf
+from nsp.layers.logits import filter_by_rank, sample_by_inverse_cdf
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from tests.goldens.var_tiny.fixtures import document, part, tensors, variant_config
 
@@ -124,7 +124,9 @@ def test_variants_generate_the_recorded_tokens(system: VarSystem, name: str) -> 
 def test_filtered_logits_match(trace: str, top_p: float) -> None:
     io = part(tensors("io"), f"{trace}/")
     for scale in SCALES:
-        filtered = filter_logits(io[f"logits_cfg/{scale}"], 14, torch.tensor(top_p))
+        guided = io[f"logits_cfg/{scale}"]
+        settings = torch.full((len(guided),), top_p), torch.full((len(guided),), 14)
+        filtered = filter_by_rank(guided, *settings, torch.arange(16))
         assert torch.equal(filtered, io[f"logits_filtered/{scale}"])
 
 
