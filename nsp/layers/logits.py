@@ -36,14 +36,15 @@ def filter_by_rank(x_BLV: Tensor, top_p_B: Tensor, top_k_B: Tensor, ranks_R: Ten
     top_p, top_k = _per_row(top_p_B), _per_row(top_k_B)
     ranked = x_BLV.topk(ranks_R.shape[0], dim=-1).values
     in_k = (ranks_R < top_k) | (top_k == 0)
-    in_top_k = (x_BLV >= _least(ranked, in_k)) | (top_k == 0)
+    # Where a filter is off, its threshold says so: over all codes every operation counts.
+    in_top_k = x_BLV >= torch.where(top_k == 0, -torch.inf, _least(ranked, in_k))
     largest = ranked[..., :1]
     total = torch.where(in_top_k, (x_BLV - largest).exp(), 0.0).sum(-1, keepdim=True)
     share = (ranked - largest).exp() / total
     above = share.cumsum(-1) - share
     threshold = _least(ranked, ((above < top_p) | (top_p >= 1)) & in_k)
-    keep = (x_BLV >= threshold) | ((top_k == 0) & (top_p >= 1))
-    return torch.where(keep, x_BLV, -torch.inf)
+    threshold = torch.where((top_k == 0) & (top_p >= 1), -torch.inf, threshold)
+    return torch.where(x_BLV >= threshold, x_BLV, -torch.inf)
 
 
 def filter_by_mass(x_BLV: Tensor, top_p_B: Tensor, top_k_B: Tensor, ranks_R: Tensor) -> Tensor:
@@ -55,7 +56,8 @@ def filter_by_mass(x_BLV: Tensor, top_p_B: Tensor, top_k_B: Tensor, ranks_R: Ten
     """
     top_p, top_k = _per_row(top_p_B), _per_row(top_k_B)
     ranked = x_BLV.topk(ranks_R.shape[0], dim=-1).values
-    in_top_k = (x_BLV >= _least(ranked, (ranks_R < top_k) | (top_k == 0))) | (top_k == 0)
+    least = torch.where(top_k == 0, -torch.inf, _least(ranked, ranks_R < top_k))
+    in_top_k = x_BLV >= least
     below = x_BLV - ranked[..., :1]
     mass = torch.where(in_top_k, below.exp(), 0.0)
     total = mass.sum(-1, keepdim=True)
@@ -70,7 +72,7 @@ def filter_by_mass(x_BLV: Tensor, top_p_B: Tensor, top_k_B: Tensor, ranks_R: Ten
         # cat and amax, as TensorRT takes over 30 s to fuse 16 steps of two `where`.
         risen = torch.where(above < top_p * total, _LOWEST, middle)
         low = torch.cat([low, risen], -1).amax(-1, keepdim=True)
-    keep = in_top_k & ((below > low) | (top_p >= 1))
+    keep = in_top_k & (below > torch.where(top_p >= 1, -torch.inf, low))
     return torch.where(keep, x_BLV, -torch.inf)
 
 
