@@ -162,10 +162,8 @@ def test_an_export_that_cannot_be_is_one_line(tiny_checkpoint, tmp_path, options
 
 
 def test_export_without_a_checkpoint_names_both_places_it_looked(tmp_path, monkeypatch):
-    import nsp as package
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(package, "__file__", str(tmp_path / "nsp/__init__.py"))
+    monkeypatch.setattr("nsp.export.run.DEMO", tmp_path / "nsp/demo")
     result = nsp("export")
     assert result.exit_code == 1
     line = result.stderr.splitlines()[-1]
