@@ -82,6 +82,7 @@ def export_plain(
             name=stage,
             opset=_PLAIN_OPSET,
             trace_sizes=family.get("trace_sizes"),
+            metadata={},
         )
     return files
 

@@ -14,6 +14,7 @@ from torch import nn
 from nsp.artifacts.manifest import Manifest, Variant
 from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
 from nsp.backends.torch import TorchBackend
+from nsp.distribution import version
 from nsp.export.compile.engine import ENGINE_NAME, Engine, build_engine
 from nsp.export.graph.lint import check_graph
 from nsp.export.graph.narrow import at_precision
@@ -101,12 +102,24 @@ class StageBuilder:
             name=build.stage,
             opset=build.opset,
             trace_sizes=self._family.get("trace_sizes"),
+            metadata=self._metadata(build.stage),
         )
         if build.stored_precision == "int8":
             quantize(model)
         self._report(build, "lint", _START["lint"], "checking the graph")
         check_graph(model, build)
         return model
+
+    def _metadata(self, stage: str) -> dict[str, str]:
+        """Return what a graph says about itself."""
+        sides = getattr(self._plan.config, "sides", ())  # of families whose pictures grow in scales
+        return {
+            "family": self._family.name,
+            "stage": stage,
+            "model_hash": self._plan.model_hash,
+            "schedule": " ".join(f"{side}x{side}" for side in sides),
+            "nsp_version": version() or "unknown",
+        }
 
     def _check(self, build: PlannedBuild, model: Path) -> dict[str, Any]:
         """Hold the graph to the reference."""

@@ -74,6 +74,7 @@ def first_wrong_tensor(
             name=stage,
             opset=opset,
             trace_sizes=family.get("trace_sizes"),
+            metadata={},
         )
         both = {name for name, _, _ in _tensors(path)}
         inner = [each for each in _tensors(graph) if each[0] in both]

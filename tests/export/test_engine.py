@@ -214,6 +214,7 @@ def test_steps_build_in_the_other_precisions(tmp_path, precision):
         name="step",
         opset=18,
         trace_sizes=record.get("trace_sizes"),
+        metadata={},
     )
     check_graph(model, replace(planned(io), profiles=(shapes,), precision=precision))
     build = replace(planned(io), profiles=(shapes,), gpu_archs=("120",))
