@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import nsp.export.build
 from nsp.artifacts.manifest import file_sha256, read_manifest, write_manifest
 from nsp.cli import main
 from nsp.errors import CheckpointError, EngineError
+from nsp.export import build
 from nsp.export.proof.recorded import read_recorded
 from nsp.export.proof.verify import verify
 from tests.artifacts.engine_folders import change_manifest, engine_file
@@ -87,7 +87,7 @@ def test_a_wrong_weight_is_found_at_the_operator_that_reads_it(
     engines, small_checkpoint, monkeypatch, stage, precision
 ):
     # The fresh graph is one that was traced for the engines.
-    monkeypatch.setattr("nsp.export.graph.onnx_export.export_stage", nsp.export.build.export_stage)
+    monkeypatch.setattr("nsp.export.graph.onnx_export.export_stage", build.export_stage)
     tensor, op = spoil(engines, stage, precision)
     result = nsp("verify", engines, "--checkpoint", small_checkpoint, f"--{precision}")
     assert result.exit_code == 1
