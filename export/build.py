@@ -22,7 +22,9 @@ from nsp.export.graph.onnx_export import MODEL_NAME, export_stage
 from nsp.export.graph.quantize import quantize
 from nsp.export.plan import ExportPlan, PlannedBuild
 from nsp.export.proof.parity import Subject, check_stage
+from nsp.export.proof.recorded import LIMITS
 from nsp.export.proof.reference import Reference, record_reference
+from nsp.export.proof.repro import reproducible
 from nsp.export.proof.whole_images import check_images
 from nsp.export.store import EngineStore, with_variant
 from nsp.stage.backend import Backend
@@ -125,14 +127,22 @@ class StageBuilder:
         """Hold the graph to the reference."""
         self._report(build, "parity", _START["parity"], "comparing with PyTorch")
         backend, checked = self._checker(build, model)
-        subject = Subject(
-            stage=build.stage,
-            io=build.io,
-            backend=backend,
-            precision=build.stored_precision,
-            label=f"{build.stage} ({build.target} {build.precision})",
-        )
-        return {"checked": checked, **check_stage(subject, self.reference)}
+        with reproducible(
+            backend,
+            build.stage,
+            [call for batch in self.reference.batches for call in batch.calls],
+            limits=LIMITS[build.stored_precision],
+            graph=model if isinstance(backend, OnnxRuntimeBackend) else None,
+            folder=self._store.folder,
+        ) as watched:
+            subject = Subject(
+                stage=build.stage,
+                io=build.io,
+                backend=watched,
+                precision=build.stored_precision,
+                label=f"{build.stage} ({build.target} {build.precision})",
+            )
+            return {"checked": checked, **check_stage(subject, self.reference)}
 
     def _checker(self, build: PlannedBuild, model: Path) -> tuple[Backend, str]:
         """Return what runs the stage for its check, and that in words."""
