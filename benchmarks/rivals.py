@@ -86,6 +86,7 @@ def export_plain(
             name=stage,
             opset=_PLAIN_OPSET,
             trace_sizes=trace_sizes(declared),
+            metadata={},
         )
     return files
 

@@ -14,6 +14,7 @@ from torch import nn
 from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest, Variant
 from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
 from nsp.backends.torch import TorchBackend
+from nsp.distribution import version
 from nsp.export.compile.engine import ENGINE_NAME, Engine, build_engine
 from nsp.export.graph.lint import check_graph
 from nsp.export.graph.narrow import at_precision
@@ -21,7 +22,9 @@ from nsp.export.graph.onnx_export import MODEL_NAME, export_stage
 from nsp.export.graph.quantize import quantize
 from nsp.export.plan import ExportPlan, PlannedBuild
 from nsp.export.proof.parity import Subject, check_stage
+from nsp.export.proof.recorded import LIMITS
 from nsp.export.proof.reference import Reference, record_reference
+from nsp.export.proof.repro import reproducible
 from nsp.export.proof.whole_images import check_images
 from nsp.export.store import EngineStore, with_variant
 from nsp.family.contract import Stage, trace_sizes
@@ -102,6 +105,7 @@ class StageBuilder:
             name=build.stage,
             opset=build.opset,
             trace_sizes=trace_sizes(self._declared(build)),
+            metadata=self._metadata(build.stage),
         )
         if build.stored_precision == "int8":
             quantize(model)
@@ -109,18 +113,37 @@ class StageBuilder:
         check_graph(model, build)
         return model
 
+    def _metadata(self, stage: str) -> dict[str, str]:
+        """Return what a graph says about itself."""
+        sides = getattr(self._plan.config, "sides", ())  # of families whose pictures grow in scales
+        return {
+            "family": self._family.name,
+            "stage": stage,
+            "model_hash": self._plan.model_hash,
+            "schedule": " ".join(f"{side}x{side}" for side in sides),
+            "nsp_version": version() or "unknown",
+        }
+
     def _check(self, build: PlannedBuild, model: Path) -> dict[str, Any]:
         """Hold the graph to the reference."""
         self._report(build, "parity", _START["parity"], "comparing with PyTorch")
         backend, checked = self._checker(build, model)
-        subject = Subject(
-            stage=build.stage,
-            io=build.io,
-            backend=backend,
-            precision=build.stored_precision,
-            label=f"{build.stage} ({build.target} {build.precision})",
-        )
-        return {"checked": checked, **check_stage(subject, self.reference)}
+        with reproducible(
+            backend,
+            build.stage,
+            [call for batch in self.reference.batches for call in batch.calls],
+            limits=LIMITS[build.stored_precision],
+            graph=model if isinstance(backend, OnnxRuntimeBackend) else None,
+            folder=self._store.folder,
+        ) as watched:
+            subject = Subject(
+                stage=build.stage,
+                io=build.io,
+                backend=watched,
+                precision=build.stored_precision,
+                label=f"{build.stage} ({build.target} {build.precision})",
+            )
+            return {"checked": checked, **check_stage(subject, self.reference)}
 
     def _checker(self, build: PlannedBuild, model: Path) -> tuple[Backend, str]:
         """Return what runs the stage for its check, and that in words."""

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 # Raise it whenever the exporter writes other files for the same input.
-EXPORTER_VERSION = 2
+EXPORTER_VERSION = 3
 
 _TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "transformers")
 

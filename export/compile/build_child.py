@@ -21,6 +21,8 @@ def main(job_file: str) -> int:
     job = json.loads(Path(job_file).read_text())
     stop = _stop_request()
     started = time.monotonic()
+    # Polygraphy reads it when it is imported, which compile_engine does.
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(job["module"] == "tensorrt_rtx"))
     try:
         device = compile_engine(
             module=job["module"],

@@ -1,8 +1,14 @@
-"""ONNX graphs to engines with TensorRT or TensorRT for RTX: one code path, two module names.
+"""ONNX graphs to engines with TensorRT or TensorRT for RTX, built by Polygraphy: one code path.
 
-Runs in a child process (build_child.py). TensorRT-RTX builds ahead of time for the architectures
-named, without a GPU; TensorRT builds for the GPU of this machine, trying many kernels: how long
-each took is kept in a timing cache, so that a later or a resumed build need not try them again.
+Runs in a child process (build_child.py), which chooses Polygraphy's flavour before it is imported.
+TensorRT-RTX builds ahead of time for the architectures named, without a GPU; TensorRT builds for
+the GPU of this machine, trying many kernels.
+
+Ours, because Polygraphy cannot do it:
+- progress and a build that stops when asked: it passes a monitor on but has none;
+- the timing cache: it writes one only after success, and uses a damaged one without a word;
+- architectures: its RTX config takes those named or this machine's, never both, and keeps TF32 on;
+- several execution contexts: its runner has one (nsp/backends runs engines without it).
 """
 
 import importlib
@@ -24,7 +30,7 @@ Profile: TypeAlias = Mapping[str, Sequence[Sequence[int]]]  # input -> min, opt,
 
 # What TensorRT says, in one way or another, when the GPU's or the host's memory is exhausted.
 _MEMORY_HINTS = ("out of memory", "outofmemory", "memory allocation", "insufficient memory")
-_EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+_EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt", "polygraphy": "export"}
 
 
 def compile_engine(
@@ -47,29 +53,40 @@ def compile_engine(
     and when `should_stop`, asked at every step, says so.
     """
     trt = _import(module)
-    log = _logger(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(_strongly_typed(trt))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(model)):
-        problems = [_describe(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise ExportError(f"{module} cannot read the graph: {_one_line(problems)}")
-    config = builder.create_builder_config()
-    _set_archs(trt, config, gpu_archs)
-    # On by default, TF32 rounds the inputs of float32 products to 10 bits, fp16's precision; what
-    # is float32 in a graph is so because it decides tokens.
-    config.clear_flag(trt.BuilderFlag.TF32)
-    # TensorRT for RTX can put only such engines into CUDA graphs; full TensorRT needs no flag.
-    if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
-        config.set_flag(flag)
-    inputs = [network.get_input(i).name for i in range(network.num_inputs)]
-    for profile in profiles:
-        config.add_optimization_profile(_profile(builder, profile, inputs))
-    config.progress_monitor = _monitor(trt, on_progress, should_stop)
-    with _timing_cache(config, timing_cache, log):
-        engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise ExportError(_refusal(module, log.errors, stopped=should_stop()))
+    polygraphy = _import("polygraphy.backend.trt")
+    assert polygraphy.tensorrt_module_and_version_string().startswith(f"{module}>")
+    from polygraphy.exception import PolygraphyException
+
+    with _errors() as problems:
+        try:
+            builder, network, _ = parts = polygraphy.network_from_onnx_path(
+                str(model),
+                # TensorRT 10 needs to be told that types are those of the graph.
+                strongly_typed=hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"),
+            )
+        except PolygraphyException as error:
+            told = [each for each in problems if each.startswith("In node")] or problems
+            raise ExportError(f"{module} cannot read the graph: {_one_line(told)}") from error
+        inputs = [network.get_input(i).name for i in range(network.num_inputs)]
+        # TF32, which it clears, rounds the inputs of float32 products to 10 bits, fp16's precision;
+        # what is float32 in a graph is so because it decides tokens.
+        config = polygraphy.create_config(
+            builder,
+            network,
+            profiles=[_profile(polygraphy, sizes, inputs) for sizes in profiles],
+            profiling_verbosity=trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
+            progress_monitor=_monitor(trt, on_progress, should_stop),
+        )
+        _set_archs(trt, config, gpu_archs)
+        # TensorRT for RTX can put only such engines into CUDA graphs; full TensorRT needs no flag.
+        if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+            config.set_flag(flag)
+        with _timing_cache(config, timing_cache, problems):
+            try:
+                engine = polygraphy.engine_bytes_from_network(parts, config=config)
+            except PolygraphyException as error:
+                refusal = _refusal(module, problems, stopped=should_stop())
+                raise ExportError(refusal) from error
     with write_file(plan) as partial:
         partial.write_bytes(engine)
     return {"module": module, "version": str(trt.__version__), **built_for(gpu_archs)}
@@ -79,20 +96,10 @@ def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingExtraError(module, _EXTRAS[module]) from error
+        name = module.partition(".")[0]
+        raise MissingExtraError(name, _EXTRAS[name]) from error
     except ImportError as error:  # a driver or CUDA library is missing
         raise ExportError(f"{module} is installed but does not load: {error}") from error
-
-
-def _describe(error: Any) -> str:
-    """Return a parser's error with its node; the description alone may be a bare word."""
-    return f"node {error.node_name()!r} ({error.node_operator()}): {error.desc()}"
-
-
-def _strongly_typed(trt: Any) -> int:
-    """Return the network flags: types are those of the graph. TensorRT 10 needs to be told."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
 
 
 def _set_archs(trt: Any, config: Any, gpu_archs: Sequence[str]) -> None:
@@ -108,17 +115,16 @@ def _set_archs(trt: Any, config: Any, gpu_archs: Sequence[str]) -> None:
         config.set_compute_capability(capability, index)
 
 
-def _profile(builder: Any, sizes: Profile, inputs: Sequence[str]) -> Any:
+def _profile(polygraphy: ModuleType, sizes: Profile, inputs: Sequence[str]) -> Any:
     """Return one optimization profile; inputs the graph does not need are left out."""
-    profile = builder.create_optimization_profile()
+    profile = polygraphy.Profile()
     for name in inputs:
-        smallest, best, largest = (tuple(shape) for shape in sizes[name])
-        profile.set_shape(name, smallest, best, largest)
+        profile.add(name, *map(tuple, sizes[name]))
     return profile
 
 
 @contextmanager
-def _timing_cache(config: Any, path: Path | None, log: Any) -> Iterator[None]:
+def _timing_cache(config: Any, path: Path | None, problems: list[str]) -> Iterator[None]:
     """Let the builder use the times in the file `path`, and keep there what it measures.
 
     The file is replaced in one move, so that whatever ends the build leaves a whole one.
@@ -131,9 +137,9 @@ def _timing_cache(config: Any, path: Path | None, log: Any) -> Iterator[None]:
         cache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, False):
             break
-    if known and log.errors:
+    if known and problems:
         logger.warning("%s is of another GPU or version, or damaged: started anew", path)
-        log.errors.clear()  # they are not the build's
+        problems.clear()  # they are not the build's
     try:
         yield
     finally:
@@ -159,19 +165,25 @@ def _one_line(problems: Sequence[str]) -> str:
     return " ".join(first.split())[:300]
 
 
-def _logger(trt: Any) -> Any:
-    """Return a logger that keeps errors instead of printing them."""
+@contextmanager
+def _errors() -> Iterator[list[str]]:
+    """Yield a list that gets what TensorRT says is wrong; nothing of its talk is printed."""
+    from polygraphy.logger import G_LOGGER
 
-    class Log(trt.ILogger):  # type: ignore[misc]  # a base known at run time only
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+    problems: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.ERROR:  # graver are Polygraphy's summaries, which say less
+            problems.append(record.getMessage())
+        return False
 
-    return Log()
+    G_LOGGER.use_python_logging_system = True
+    G_LOGGER.colors = G_LOGGER.letter = False
+    G_LOGGER.python_logger.addFilter(keep)
+    try:
+        yield problems
+    finally:
+        G_LOGGER.python_logger.removeFilter(keep)
 
 
 def _monitor(trt: Any, on_progress: OnProgress, should_stop: Callable[[], bool]) -> Any:

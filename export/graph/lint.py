@@ -1,7 +1,8 @@
 """Graph lint: what is refused, crashes or silently computes something else is found before a build.
 
 Every rule is a function (graph, build) -> findings. Sources of the rules are measurements with ONNX
-Runtime 1.31 and TensorRT-RTX 1.7 unless a rule says otherwise.
+Runtime 1.31 and TensorRT-RTX 1.7 unless a rule says otherwise. Shapes are inferred by ONNX's own
+checker; of Polygraphy's loaders those that fold constants or cut graphs need onnx-graphsurgeon.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -48,13 +49,13 @@ class Finding:
 class Graph:
     """A model's graph with the look-ups rules need; large weights stay on disk."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.graph = model, model.graph
+    def __init__(self, model: Any, path: Path | None = None) -> None:
+        self.model, self.graph, self.path = model, model.graph, path
 
     @classmethod
     def load(cls, path: Path) -> "Graph":
         """Return the graph of an ONNX file."""
-        return cls(onnx.load(path, load_external_data=False))
+        return cls(onnx.load(path, load_external_data=False), path)
 
     @cached_property
     def producers(self) -> dict[str, Any]:
@@ -103,9 +104,13 @@ Rule: TypeAlias = Callable[[Graph, PlannedBuild], Iterator[Finding]]
 
 
 def lint(graph: Graph, build: PlannedBuild) -> list[Finding]:
-    """Return everything wrong with a graph for what it is to be built for."""
+    """Return everything wrong with a graph for what it is to be built for.
+
+    ONNX's checker is asked last, about what the other rules, which say more, let pass.
+    """
     rules = [*_EVERYWHERE, *(_COMPILED if build.profiles else _ONNXRUNTIME)]
-    return [finding for rule in rules for finding in rule(graph, build)]
+    found = [finding for rule in rules for finding in rule(graph, build)]
+    return found or list(_checker(graph, build))
 
 
 def check_graph(path: Path, build: PlannedBuild) -> None:
@@ -252,6 +257,14 @@ def _resize(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
     for node in graph.graph.node:
         if node.op_type == "Resize" and any(a.name == "antialias" and a.i for a in node.attribute):
             yield Finding("resize", node.name, "Resize with antialiasing")
+
+
+def _checker(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
+    """What ONNX requires: known operators, types and shapes that fit, files of weights."""
+    try:
+        onnx.checker.check_model(graph.path or graph.model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        yield Finding("checker", build.stage, " ".join(str(error).split())[:300])
 
 
 _EVERYWHERE: tuple[Rule, ...] = (_declared_tensors, _random, _operators, _float64, _half_range)

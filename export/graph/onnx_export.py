@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsp.errors import ExportError
-from nsp.stage.io import Sizes, StageIO, sample_arrays
+from nsp.stage.io import Axes, Sizes, StageIO, sample_arrays
 
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
@@ -35,11 +35,19 @@ class _Positional(nn.Module):
 
 
 def export_stage(
-    stage: nn.Module, io: StageIO, folder: Path, *, name: str, opset: int, trace_sizes: Sizes
+    stage: nn.Module,
+    io: StageIO,
+    folder: Path,
+    *,
+    name: str,
+    opset: int,
+    trace_sizes: Sizes,
+    metadata: Mapping[str, str],
 ) -> Path:
     """Write `stage` as ONNX to `folder` and return the model's path.
 
-    The same model gives the same bytes.
+    The same model gives the same bytes. The graph is called `name`, its free axes as declared, and
+    `metadata` says where it is from.
 
     `trace_sizes` gives every free axis a size of its own, at least 2. Raises ExportError when the
     exporter fails.
@@ -68,7 +76,23 @@ def export_stage(
             f"{name}: torch.onnx.export failed ({type(error).__name__}: {reason})"
         ) from error
     assert program is not None
-    return save(program.model, folder)
+    graph = program.model.graph
+    graph.name = name
+    _name_axes(graph.inputs, io.inputs)
+    _name_axes(graph.outputs, io.outputs)
+    return save(program.model, folder, metadata)
+
+
+def _name_axes(values: Sequence[onnx_ir.Value], declared: Mapping[str, Axes]) -> None:
+    """Spell free axes as declared; one that became a constant stays so, for the lint to find."""
+    for value, spec in zip(values, declared.values(), strict=True):
+        if value.shape is not None and len(value.shape) == len(spec.words):
+            value.shape = onnx_ir.Shape(
+                [
+                    dim if isinstance(dim, int) or word.isdigit() else word
+                    for dim, word in zip(value.shape, spec.words, strict=True)
+                ]
+            )
 
 
 def _tensors(io: StageIO, sizes: Sizes) -> Iterator[Tensor]:
@@ -77,12 +101,13 @@ def _tensors(io: StageIO, sizes: Sizes) -> Iterator[Tensor]:
         yield torch.from_numpy(np.asarray(array)).to(getattr(torch, spec.dtype))
 
 
-def save(model: onnx_ir.Model, folder: Path) -> Path:
-    """Write a model without the exporter's notes, which hold paths and change between runs.
+def save(model: onnx_ir.Model, folder: Path, metadata: Mapping[str, str]) -> Path:
+    """Write a model with `metadata`, without the exporter's notes: paths that differ between runs.
 
     Returns its path.
     """
     _strip(model)
+    model.metadata_props.update(sorted(metadata.items()))
     path = folder / MODEL_NAME
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     external = WEIGHTS_NAME if weights > _INLINE_BYTES else None

@@ -15,6 +15,7 @@ def quantize(path: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    metadata = dict(onnx_ir.load(path).metadata_props)
     narrow = path.with_name("quantized.onnx")
     with quiet("root"):  # a hint to infer shapes first, which the exporter has done
         quantize_dynamic(
@@ -26,6 +27,6 @@ def quantize(path: Path) -> None:
             use_external_data_format=True,
         )
     model = onnx_ir.external_data.load_to_model(onnx_ir.load(narrow))
-    save(model, path.parent)
+    save(model, path.parent, metadata)
     for leftover in path.parent.glob(f"{narrow.name}*"):
         leftover.unlink()

@@ -77,6 +77,7 @@ def first_wrong_tensor(
             name=stage,
             opset=opset,
             trace_sizes=trace_sizes(declared),
+            metadata={},
         )
         both = {name for name, _, _ in _tensors(path)}
         inner = [each for each in _tensors(graph) if each[0] in both]
@@ -98,11 +99,17 @@ def first_wrong_tensor(
 
 
 def _tensors(graph: Path) -> list[tuple[str, str, str]]:
-    """Return (tensor, node, operator) of every node's outputs, in order of computation."""
+    """Return (tensor, node, operator) of what nodes compute, in order of computation."""
     import onnx
 
     nodes = onnx.load(graph, load_external_data=False).graph.node
-    return [(name, node.name, node.op_type) for node in nodes for name in node.output if name]
+    return [
+        (name, node.name, node.op_type)
+        for node in nodes
+        if node.op_type != "Constant"  # which Polygraphy makes no outputs
+        for name in node.output
+        if name
+    ]
 
 
 class _Probe:
@@ -111,6 +118,7 @@ class _Probe:
     def __init__(self, graph: Path, folder: Path, names: Sequence[str], *, optimised: bool) -> None:
         import onnx
         import onnxruntime as ort
+        from polygraphy.backend.onnx import modify_outputs
 
         folder.mkdir(parents=True)
         for path in graph.parent.iterdir():
@@ -118,11 +126,7 @@ class _Probe:
                 _link(path, folder / path.name)
         model = onnx.load(graph, load_external_data=False)
         self.outputs = [output.name for output in model.graph.output]
-        known = set(self.outputs)
-        model.graph.output.extend(
-            onnx.ValueInfoProto(name=name) for name in names if name not in known
-        )
-        onnx.save(model, folder / graph.name)
+        onnx.save(modify_outputs(model, [*self.outputs, *names]), folder / graph.name)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         if not optimised:

@@ -6,6 +6,7 @@ stage that fails on ONNX Runtime is searched for its first wrong tensor (first_w
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ import numpy as np
 from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
 from nsp.artifacts.engine_choice import choose_backend, choose_variants
 from nsp.artifacts.engines import Engines, open_engine_dir
-from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest
+from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest, Variant
 from nsp.artifacts.repair import find_source
 from nsp.config import Config
 from nsp.errors import CheckpointError, EngineError, NspError, ParityError
 from nsp.export.options import ExportOptions
 from nsp.export.proof.first_wrong import NodeError, first_wrong_tensor
 from nsp.export.proof.recorded import LIMITS, Recording, read_recorded, relative_error, replay
+from nsp.export.proof.repro import reproducible
 from nsp.family.sampling import SamplingConfig
+from nsp.stage.backend import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +110,11 @@ def verify(
     )
     used = engines.backend.kv_dtype()
     width = next(name for name, dtype in PRECISION_DTYPES.items() if dtype == used)
+    graphs = _graphs(engine_dir, manifest, engines, width)
     checks = []
     for stage in engines.backend.stages_io:
         logger.info("checking %s", stage)
-        checks.append(_check(engine_dir, manifest, engines, stage, width, truth))
+        checks.append(_check(engine_dir, graphs.get(stage), engines, stage, width, truth))
     return Verification(
         engine_dir=str(engine_dir),
         backend=engines.backend.name,
@@ -182,26 +186,54 @@ def _live_truth(record: CheckpointRecord, limit: int | None) -> _Truth:
     return _Truth("PyTorch float32, now", recordings, reference, system)
 
 
+def _graphs(
+    folder: Path, manifest: Manifest, engines: Engines, precision: str
+) -> Mapping[str, Variant]:
+    """Return the variants whose graphs ONNX Runtime runs; none of another backend."""
+    if engines.backend.name != "onnxruntime":
+        return {}
+    chosen, device = choose_backend(folder, manifest, engines.backend.name, None)
+    found = choose_variants(folder, manifest, chosen, device=device, precision=precision)
+    return found.stages
+
+
 def _check(
-    folder: Path, manifest: Manifest, engines: Engines, stage: str, precision: str, truth: _Truth
+    folder: Path,
+    variant: Variant | None,
+    engines: Engines,
+    stage: str,
+    precision: str,
+    truth: _Truth,
 ) -> StageCheck:
     """Return what one stage showed, with its first wrong tensor where it failed."""
     io = engines.backend.stages_io[stage]
     label = f"{stage} ({engines.backend.name} {precision})"
+    graph = folder / next(iter(variant.files)) if variant is not None else None
+    recorded = [call for each in truth.recordings for call in each.calls]
     try:
-        if truth.live is not None:
-            from nsp.export.proof.parity import Subject, check_stage
+        with reproducible(
+            engines.backend,
+            stage,
+            recorded,
+            limits=LIMITS[precision],
+            graph=graph,
+            folder=folder,
+        ) as backend:
+            if truth.live is not None:
+                from nsp.export.proof.parity import Subject, check_stage
 
-            subject = Subject(
-                stage=stage, io=io, backend=engines.backend, precision=precision, label=label
-            )
-            figures = check_stage(subject, truth.live)
-            errors = [each["relative"] for each in figures["outputs"].values()]
-            calls, worst = figures["calls"], max(errors, default=0.0)
-        else:
-            calls, worst = _check_recorded(engines, stage, precision, truth.recordings, label)
+                subject = Subject(
+                    stage=stage, io=io, backend=backend, precision=precision, label=label
+                )
+                figures = check_stage(subject, truth.live)
+                errors = [each["relative"] for each in figures["outputs"].values()]
+                calls, worst = figures["calls"], max(errors, default=0.0)
+            else:
+                calls, worst = _check_recorded(backend, stage, precision, truth.recordings, label)
     except ParityError as error:
-        wrong = _locate(folder, manifest, engines, stage, precision, truth)
+        wrong = None
+        if variant is not None and graph is not None:
+            wrong = _locate(graph, variant, engines, stage, precision, truth)
         return StageCheck(
             stage=stage,
             passed=False,
@@ -214,13 +246,13 @@ def _check(
 
 
 def _check_recorded(
-    engines: Engines, stage: str, precision: str, recordings: tuple[Recording, ...], label: str
+    backend: Backend, stage: str, precision: str, recordings: tuple[Recording, ...], label: str
 ) -> tuple[int, float]:
     """Return the number of calls and the largest error; raise ParityError at a missed limit."""
     limits, calls, worst = LIMITS[precision], 0, 0.0
-    io = engines.backend.stages_io[stage]
+    io = backend.stages_io[stage]
     for recording in recordings:
-        for call, _, found in replay(stage, io, engines.backend, recording.calls, recording.kv):
+        for call, _, found in replay(stage, io, backend, recording.calls, recording.kv):
             for name, expected in call.outputs.items():
                 relative = relative_error(expected, found[name])
                 limit = limits.logits_error if name == "logits" else limits.relative_error
@@ -241,21 +273,14 @@ def _check_recorded(
 
 
 def _locate(
-    folder: Path, manifest: Manifest, engines: Engines, stage: str, precision: str, truth: _Truth
-) -> str | None:
-    """Return the first wrong tensor of a failed stage in words; None where there are no graphs."""
-    if engines.backend.name != "onnxruntime":
-        return None
-    record = engines.family
-    chosen, device = choose_backend(folder, manifest, engines.backend.name, None)
-    found_variants = choose_variants(folder, manifest, chosen, device=device, precision=precision)
-    variant = found_variants.stages[stage]
-    graph = folder / next(iter(variant.files))
+    graph: Path, variant: Variant, engines: Engines, stage: str, precision: str, truth: _Truth
+) -> str:
+    """Return the first wrong tensor of a failed stage in words."""
     try:
         found = first_wrong_tensor(
             graph,
             truth.system,
-            family=record,
+            family=engines.family,
             stage=stage,
             io=variant.stage_io,
             precision=variant.precision,

@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -48,7 +49,9 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
     folder.mkdir(exist_ok=True)
 
-    def remembered(stage: Any, io: Any, target: Path, **settings: Any) -> Path:
+    def remembered(
+        stage: Any, io: Any, target: Path, *, metadata: Mapping[str, str], **settings: Any
+    ) -> Path:
         digest = hashlib.sha256(json.dumps([io.to_dict(), settings], sort_keys=True).encode())
         for name, tensor in sorted(stage.state_dict().items()):
             digest.update(f"{name} {tensor.dtype}".encode())
@@ -56,8 +59,11 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         known = folder / digest.hexdigest()
         if not known.exists():
             with write_folder(known) as partial:
-                export_stage(stage, io, partial, **settings)
+                export_stage(stage, io, partial, metadata={}, **settings)
         shutil.copytree(known, target, dirs_exist_ok=True)
+        model = onnx.load(target / MODEL_NAME, load_external_data=False)
+        onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
+        onnx.save(model, target / MODEL_NAME)
         return target / MODEL_NAME
 
     with pytest.MonkeyPatch.context() as patch:

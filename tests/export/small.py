@@ -1,6 +1,10 @@
 """Builds models smaller than the tiny size: tracing time goes with the number of operators."""
 
 import dataclasses
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +75,34 @@ def write_model(
     return path
 
 
+@contextmanager
+def polygraphy_for(module: str) -> Iterator[None]:
+    """Let Polygraphy be imported anew for `module`, as in the process of a build."""
+
+    def imported() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == "polygraphy"]
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # Polygraphy always makes a timing cache; TensorRT-RTX has the function, and no use for it.
+        warnings.filterwarnings("ignore", ".*Timing cache operations", DeprecationWarning)
+        patch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", str(int(module == "tensorrt_rtx")))
+        for name in imported():
+            patch.delitem(sys.modules, name)
+        try:
+            yield
+        finally:
+            for name in imported():
+                del sys.modules[name]
+
+
 def compile_for_rtx(folder: Path, **settings: Any) -> None:
     """Compile the model of `write_model` to engine.plan with TensorRT-RTX, without a GPU."""
-    compile_engine(
-        module="tensorrt_rtx",
-        model=write_model(folder),
-        plan=folder / "engine.plan",
-        profiles=[{"x": [[1, 4], [2, 4], [2, 4]]}],
-        gpu_archs=["80"],
-        on_progress=lambda done, phase: None,
-        **settings,
-    )
+    arguments: dict[str, Any] = {
+        "model": write_model(folder),
+        "plan": folder / "engine.plan",
+        "profiles": [{"x": [[1, 4], [2, 4], [2, 4]]}],
+        "gpu_archs": ["80"],
+        "on_progress": lambda done, phase: None,
+    }
+    with polygraphy_for("tensorrt_rtx"):
+        compile_engine(module="tensorrt_rtx", **{**arguments, **settings})

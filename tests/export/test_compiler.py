@@ -10,11 +10,18 @@ import pytest
 from nsp.errors import ExportError
 from nsp.export.compile.trt_builder import compile_engine
 from nsp.export.store import TIMING_CACHE
-from tests.export.small import compile_for_rtx, rtx, write_model
+from tests.export.small import compile_for_rtx, polygraphy_for, rtx, write_model
 
 
 def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
-    """Return a module with the part of TensorRT 10's API that a build uses."""
+    """Return a module with the part of TensorRT 10's API that Polygraphy's build uses."""
+    errors = []
+
+    class Logger:
+        VERBOSE, INFO, WARNING, ERROR, INTERNAL_ERROR = range(5)
+
+        def __init__(self):
+            errors.append(lambda text: self.log(self.ERROR, text))
 
     class Cache:
         def __init__(self, content):
@@ -25,6 +32,7 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
 
     class Config:
         progress_monitor = None
+        DLA_core, default_device_type, num_optimization_profiles = -1, "GPU", 1
 
         def create_timing_cache(self, content):
             return Cache(content)
@@ -34,7 +42,7 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
             fits = cache.content in (b"", b"times+measured")
             self.cache = cache if fits else None
             if not fits:
-                self.log.log("error", "the timing cache is of another GPU")
+                errors[-1]("the timing cache is of another GPU")
             return fits
 
         def get_timing_cache(self):
@@ -49,18 +57,25 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
         def clear_flag(self, flag):
             recorded.append(("no flag", flag))
 
+        def get_flag(self, flag):
+            return False
+
+    class Network(list):
+        num_inputs = 1
+
+        def get_input(self, index):
+            return SimpleNamespace(name="x", is_shape_tensor=False, dtype="float", shape=(-1, 4))
+
     class Builder:
         def __init__(self, log):
-            self.log = log
+            pass
 
         def create_network(self, flags):
             recorded.append(("flags", flags))
-            return SimpleNamespace(num_inputs=1, get_input=lambda i: SimpleNamespace(name="x"))
+            return Network()
 
         def create_builder_config(self):
-            config = Config()
-            config.log = self.log
-            return config
+            return Config()
 
         def create_optimization_profile(self):
             shapes = {}
@@ -73,19 +88,28 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
             config.progress_monitor.step_complete("Building", 0)
             config.progress_monitor.phase_finish("Building")
             if recorded[0][0] == "refuse":
-                self.log.log("error", recorded[0][1])
+                errors[-1](recorded[0][1])
                 return None
             return b"engine"
 
+    def enum(**members: int) -> SimpleNamespace:
+        return SimpleNamespace(**members, __members__=members)
+
     module = ModuleType("tensorrt")
-    logger = type("ILogger", (), {"ERROR": "error", "INTERNAL_ERROR": "internal"})
     vars(module).update(
-        ILogger=logger,
+        Logger=Logger,
+        ILogger=Logger,
         IProgressMonitor=type("IProgressMonitor", (), {}),
-        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
-        BuilderFlag=SimpleNamespace(TF32=8),
+        NetworkDefinitionCreationFlag=enum(STRONGLY_TYPED=1),
+        BuilderFlag=enum(TF32=8),
+        DeviceType=enum(GPU=0, DLA=1),
+        ProfilingVerbosity=enum(LAYER_NAMES_ONLY=0, DETAILED=2),
+        LayerType=enum(SHAPE=1),
         Builder=Builder,
-        OnnxParser=lambda network, log: SimpleNamespace(parse_from_file=lambda path: True),
+        OnnxParser=lambda network, log: SimpleNamespace(
+            parse_from_file=lambda path: True, num_errors=0
+        ),
+        init_libnvinfer_plugins=lambda log, namespace: True,
         __version__="10.13",
     )
     return module
@@ -93,15 +117,16 @@ def fake_tensorrt(recorded: list[tuple[str, object]]) -> ModuleType:
 
 def compile_with_fake(tmp_path: Path, **settings):
     done: list[float] = []
-    device = compile_engine(
-        module="tensorrt",
-        model=write_model(tmp_path),
-        plan=tmp_path / "engine.plan",
-        profiles=[{"x": [[1, 4], [2, 4], [2, 4]], "unused": [[1], [1], [1]]}],
-        gpu_archs=[],
-        on_progress=lambda share, phase: done.append(share),
-        **settings,
-    )
+    with polygraphy_for("tensorrt"):
+        device = compile_engine(
+            module="tensorrt",
+            model=write_model(tmp_path),
+            plan=tmp_path / "engine.plan",
+            profiles=[{"x": [[1, 4], [2, 4], [2, 4]], "unused": [[1], [1], [1]]}],
+            gpu_archs=[],
+            on_progress=lambda share, phase: done.append(share),
+            **settings,
+        )
     return device, done
 
 
@@ -113,7 +138,7 @@ def test_full_tensorrt_takes_the_same_path(tmp_path, monkeypatch):
     assert (device["os"], device["machine"]) == (platform.system().lower(), platform.machine())
     assert done == [0.5]
     profile = ("profile", {"x": ((1, 4), (2, 4), (2, 4))})
-    assert recorded[1:] == [("flags", 2), ("no flag", 8), profile]
+    assert recorded[1:] == [("flags", 2), profile, ("no flag", 8)]
     assert (tmp_path / "engine.plan").read_bytes() == b"engine"
 
 
@@ -190,7 +215,6 @@ def test_kernel_times_are_kept_for_the_next_build(
 
 
 @rtx
-@pytest.mark.filterwarnings("ignore:.*Timing cache operations:DeprecationWarning")
 def test_a_damaged_timing_cache_is_replaced_by_a_whole_one(tmp_path):
     """By the same functions in TensorRT-RTX, where they still are and do nothing else."""
     path = tmp_path / TIMING_CACHE

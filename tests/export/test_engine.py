@@ -21,7 +21,6 @@ from nsp.backends.nvidia import Gpu
 from nsp.distribution import pip_install
 from nsp.errors import BackendError, ConfigError, ExportError
 from nsp.export.compile.engine import build_engine
-from nsp.export.compile.trt_builder import compile_engine
 from nsp.export.graph.lint import check_graph
 from nsp.export.graph.narrow import at_precision
 from nsp.export.graph.onnx_export import export_stage
@@ -97,15 +96,8 @@ def test_an_operator_tensorrt_does_not_know_is_named(tmp_path):
 
 @rtx
 def test_an_architecture_of_another_release_is_refused(tmp_path):
-    arguments = {"module": "tensorrt_rtx", "model": write_model(tmp_path)}
     with pytest.raises(ConfigError, match="cannot build for GPU architecture 999"):
-        compile_engine(
-            **arguments,
-            plan=tmp_path / "engine.plan",
-            profiles=[],
-            gpu_archs=["999"],
-            on_progress=lambda done, phase: None,
-        )
+        compile_for_rtx(tmp_path, gpu_archs=["999"])
 
 
 @pytest.mark.parametrize(
@@ -227,6 +219,7 @@ def test_steps_build_in_the_other_precisions(tmp_path, precision):
         name="step",
         opset=18,
         trace_sizes=trace_sizes(declared),
+        metadata={},
     )
     check_graph(model, replace(planned(io), profiles=(shapes,), precision=precision))
     build = replace(planned(io), profiles=(shapes,), gpu_archs=("120",))

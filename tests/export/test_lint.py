@@ -195,6 +195,36 @@ def test_a_k_nobody_knows_is_found():
     assert rules(graph(RANKS, nodes), planned(RANKS)) == {"topk"}
 
 
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([node("Relux", "x", "y")], "No Op registered for Relux"),
+        ([node("Relu", "nothing", "y")], "nothing"),
+        ([node("Reshape", "x,flat", "y")], "(?i)shape"),
+    ],
+)
+def test_what_onnx_itself_refuses_is_found_and_the_file_stays_as_it_is(nodes, message, tmp_path):
+    made = graph(PLAIN, nodes, [numpy_helper.from_array(np.array([2, 6]), "flat")])
+    path = tmp_path / "model.onnx"
+    onnx.save(made.model, path)
+    before = path.read_bytes()
+    with pytest.raises(ExportError, match=rf"{message}.*\[checker\]") as caught:
+        check_graph(path, planned(PLAIN))
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_weights_that_are_missing_are_found(tmp_path):
+    weight = numpy_helper.from_array(np.ones((1, 1, 4), np.float32), "w")
+    made = graph(PLAIN, [node("Add", "x,w", "y")], [weight])
+    path = tmp_path / "model.onnx"
+    onnx.save(made.model, path, save_as_external_data=True, location="w.data", size_threshold=0)
+    check_graph(path, planned(PLAIN))
+    (tmp_path / "w.data").unlink()
+    with pytest.raises(ExportError, match=r"w\.data.*\[checker\]"):
+        check_graph(path, planned(PLAIN))
+
+
 def test_antialiased_resizing_is_found():
     resize = node("Resize", "x,,s", "y", mode="linear", antialias=1)
     scales = numpy_helper.from_array(np.ones(3, np.float32), "s")

@@ -100,6 +100,7 @@ def test_a_predictor_with_a_past_builds_for_tensorrt_without_a_gpu(
         name=build.stage,
         opset=build.opset,
         trace_sizes=trace_sizes(declared),
+        metadata={},
     )
     check_graph(model, build)
     engine = build_engine(

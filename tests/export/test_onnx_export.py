@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.distribution import version
 from nsp.export.graph.onnx_export import WEIGHTS_NAME, export_stage
 from nsp.export.options import ExportOptions
 from nsp.export.plan import make_plan
@@ -50,8 +51,15 @@ def export_one(stage: str, system, folder: Path, *, opset: int = 18, layout: str
     modules = VAR.learner.modules(system, layout)
     declared = VAR.stages(system.config, kv_layout=layout, dtype="float32")
     folder.mkdir(parents=True)
-    io, sizes = declared[stage].io, trace_sizes(declared)
-    return export_stage(modules[stage], io, folder, name=stage, opset=opset, trace_sizes=sizes)
+    return export_stage(
+        modules[stage],
+        declared[stage].io,
+        folder,
+        name=stage,
+        opset=opset,
+        trace_sizes=trace_sizes(declared),
+        metadata={"stage": stage, "family": "var"},
+    )
 
 
 def test_a_second_export_writes_the_same_bytes_and_no_paths(system, tmp_path):
@@ -75,6 +83,37 @@ def test_names_and_axes_are_the_declared_ones(half_engines):
         io = variants[0].stage_io
         assert [value.name for value in graph.input] == list(io.inputs), stage
         assert [value.name for value in graph.output] == list(io.outputs), stage
+        assert spelled(graph) == [
+            spec.words for spec in (*io.inputs.values(), *io.outputs.values())
+        ]
+
+
+def spelled(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
+    """Return the axes of the inputs and outputs in words."""
+    return [
+        tuple(dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim)
+        for value in (*graph.input, *graph.output)
+    ]
+
+
+def test_sums_of_axes_are_spelled_as_declared(system, tmp_path):
+    path = export_one("step", system, tmp_path / "a", opset=23, layout="present")
+    assert spelled(onnx.load(path).graph)[-1] == ("G", "2", "P+L", "16")
+
+
+def test_a_graph_says_which_model_and_stage_it_is(half_engines, system):
+    folder, manifest = half_engines
+    for stage, variants in manifest.stages.items():
+        for variant in variants:
+            model = onnx.load(folder / next(iter(variant.files)))
+            assert model.graph.name == stage
+            assert {each.key: each.value for each in model.metadata_props} == {
+                "family": "var",
+                "stage": stage,
+                "model_hash": manifest.model_hash,
+                "schedule": "1x1 2x2 3x3",
+                "nsp_version": version(),
+            }
 
 
 def test_trace_sizes_tell_all_axes_of_a_stage_apart(system):

@@ -39,9 +39,10 @@ def variant(manifest: Manifest, stage: str, precision: str) -> Variant:
 
 def test_every_product_with_weights_in_the_step_is_of_integers(int8_engines):
     folder, manifest = int8_engines
-    counts = {}
+    counts, said = {}, {}
     for precision in ("fp32", "int8"):
         model = onnx.load(folder / next(iter(variant(manifest, "step", precision).files)))
+        said[precision] = {each.key: each.value for each in model.metadata_props}
         weights = {tensor.name for tensor in model.graph.initializer}
         nodes = [node for node in model.graph.node if "MatMul" in node.op_type]
         counts[precision] = Counter(
@@ -50,6 +51,8 @@ def test_every_product_with_weights_in_the_step_is_of_integers(int8_engines):
     assert counts["fp32"].keys() == {"MatMul"}
     assert counts["int8"] == {"MatMulInteger": counts["fp32"]["MatMul"]}
     assert not list((folder / "step").rglob("quantized*"))
+    assert said["int8"] == said["fp32"]
+    assert said["int8"]["stage"] == model.graph.name == "step"
 
 
 def test_other_stages_are_those_of_fp32_and_the_figures_are_kept(int8_engines):

@@ -56,6 +56,7 @@ def graph_of(system: Any, stage: str, folder: Path, opset: int) -> Path:
         name=stage,
         opset=opset,
         trace_sizes=trace_sizes(VAR.stages(system.config, kv_layout="delta", dtype="float32")),
+        metadata={},
     )
 
 

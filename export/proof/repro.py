@@ -1,0 +1,160 @@
+"""A parity failure as a folder that shows it again without this package, with Polygraphy alone.
+
+It holds the graph, the inputs of the failing call, cache included, and what PyTorch returned for
+them, in Polygraphy's JSON. The error names the command.
+"""
+
+import logging
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.errors import ParityError
+from nsp.export.proof.recorded import Call, Limits
+from nsp.stage.arena import Array
+from nsp.stage.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@contextmanager
+def reproducible(
+    backend: Backend,
+    stage: str,
+    calls: Sequence[Call],
+    *,
+    limits: Limits,
+    graph: Path | None,
+    folder: Path,
+) -> Iterator[Backend]:
+    """Yield `backend`, watched: a ParityError of the block names a command that shows it again.
+
+    `calls` are those recorded; the block repeats those of `stage`, in order. `graph` is what ONNX
+    Runtime runs, None where another runtime does. The files go to a new folder beside `folder`. An
+    error that no output of its call shows, such as too many other tokens, stays as it is.
+    """
+    watched = _Watched(backend)
+    try:
+        yield watched
+    except ParityError as error:
+        if graph is None or not watched.num_runs:
+            raise
+        expected = [call for call in calls if call.stage == stage][watched.num_runs - 1].outputs
+        allowed = {name: _allowed(name, array, limits) for name, array in expected.items()}
+        if all(_within(watched.results[name], expected[name], allowed[name]) for name in expected):
+            raise
+        try:
+            made = _new_folder(folder, stage)
+            command = write_repro(made, graph, watched.feeds, expected, allowed)
+        except (ImportError, OSError) as problem:
+            logger.warning("the failure is not kept for Polygraphy: %s", problem)
+            raise error from None
+        raise ParityError(f"{error}; to see it again: {command}") from error
+
+
+def write_repro(
+    folder: Path, graph: Path, feeds: Arrays, expected: Arrays, allowed: Mapping[str, float]
+) -> str:
+    """Write one call to `folder` and return the command that runs and compares it.
+
+    `allowed` is the largest absolute error of every output. The command ends with exit code 1 where
+    one is beyond it, with 0 otherwise.
+    """
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import save_json
+    from polygraphy.logger import G_LOGGER
+
+    for path in graph.parent.iterdir():
+        if path.is_file():  # the graph, and weights beside it; to be changed, so no links
+            shutil.copyfile(path, folder / path.name)
+    inputs, outputs = folder / "inputs.json", folder / "outputs.json"
+    results = RunResults()
+    results.add([dict(expected)], runner_name="PyTorch")
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # it would write to standard output
+        save_json([dict(feeds)], str(inputs))
+        results.save(str(outputs))
+    command = ["polygraphy", "run", str(folder / graph.name), "--onnxrt"]
+    command += ["--load-inputs", str(inputs), "--load-outputs", str(outputs)]
+    command += ["--rtol", "0", "--atol", *(f"{name}:{most:.9g}" for name, most in allowed.items())]
+    return shlex.join(command)
+
+
+def _new_folder(beside: Path, stage: str) -> Path:
+    """Return a new empty folder for a failure of `stage`; among temporary files if need be."""
+    target = beside.absolute()
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"{target.name}-parity-{stage}-", dir=target.parent))
+    except OSError:  # engines may lie where nothing can be written
+        return Path(tempfile.mkdtemp(prefix=f"nsp-parity-{stage}-"))
+
+
+def _allowed(name: str, expected: NDArray[Any], limits: Limits) -> float:
+    """Return the largest absolute error that the gates let pass."""
+    if np.issubdtype(expected.dtype, np.integer):
+        return 0.0
+    if name == "image":  # in [0, 1]: an error everywhere at which the PSNR is at its limit
+        return float(10 ** (-limits.psnr_db / 20))
+    limit = limits.logits_error if name == "logits" else limits.relative_error
+    return limit * float(np.ptp(expected)) if expected.size else 0.0
+
+
+def _within(found: NDArray[Any], expected: NDArray[Any], allowed: float) -> bool:
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    return bool((difference <= allowed).all())  # not where one is not a number
+
+
+class _Watched(Backend):
+    """A backend that keeps what its last run took and returned."""
+
+    name = "watched"
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend.stages_io)
+        self.kv_layout, self._backend = backend.kv_layout, backend
+        self.num_runs = 0
+        self._feeds: Mapping[str, Array] = {}
+        self._results: Mapping[str, Array] = {}
+
+    @property
+    def feeds(self) -> dict[str, NDArray[Any]]:
+        """The inputs of the last run."""
+        return {name: self.download(array) for name, array in self._feeds.items()}
+
+    @property
+    def results(self) -> dict[str, NDArray[Any]]:
+        """The outputs of the last run."""
+        return {name: self.download(array) for name, array in self._results.items()}
+
+    def run(
+        self, stage: str, feeds: Mapping[str, Array], outputs: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """Return the outputs of the backend's stage."""
+        results = self._backend.run(stage, feeds, outputs)
+        self.num_runs += 1
+        self._feeds, self._results = feeds, results
+        return results
+
+    def upload(self, array: NDArray[Any]) -> Array:
+        """Return the backend's own array."""
+        return self._backend.upload(array)
+
+    def download(self, array: Array) -> NDArray[Any]:
+        """Return a NumPy copy."""
+        return self._backend.download(array)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Return uninitialised memory of the backend."""
+        return self._backend.allocate(shape, dtype)
+
+    def copy_rows(self, source: Array, target: Array) -> None:
+        """Fill `target` with the first rows of `source`."""
+        self._backend.copy_rows(source, target)
