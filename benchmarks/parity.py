@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nsp.config import Config
 from nsp.errors import ParityError
-from nsp.family.sampling import SamplingConfig, draw_uniforms
+from nsp.families.var.sampling import VarSampling, draw_uniforms
 from nsp.pipeline.pipeline import Pipeline
 from nsp.pipeline.results import Trace
 
@@ -152,7 +152,8 @@ def _trace(
     reference: Pipeline, candidate: Pipeline, conditions: Mapping[str, Sequence[Any]], seed: int
 ) -> _Traces:
     batch = len(next(iter(conditions.values())))
-    uniforms = draw_uniforms(seed, batch, reference.config.num_tokens)
+    length = reference.config.num_tokens
+    uniforms = np.stack([draw_uniforms(seed + image, length) for image in range(batch)])
     settings = {**conditions, "uniforms": uniforms, "trace": True, **candidate.sampling.to_dict()}
     expected = reference.generate(**settings).trace
     assert expected is not None
@@ -234,7 +235,7 @@ def _num_flips(traces: _Traces) -> Iterator[int]:
         yield int(np.count_nonzero(expected != drawn))
 
 
-def _flips(traces: _Traces, sampling: SamplingConfig) -> Iterator[Flip]:
+def _flips(traces: _Traces, sampling: VarSampling) -> Iterator[Flip]:
     """Yield the teacher-forced tokens that differ, with how near to the edge each draw was."""
     start = 0
     for scale, expected in enumerate(traces.reference.tokens):
@@ -259,7 +260,7 @@ def _flips(traces: _Traces, sampling: SamplingConfig) -> Iterator[Flip]:
         start += expected.shape[1]
 
 
-def _cdf(logits_V: Floats, sampling: SamplingConfig) -> NDArray[np.float64]:
+def _cdf(logits_V: Floats, sampling: VarSampling) -> NDArray[np.float64]:
     """Return the cumulative distribution (V,) that a token is drawn from, filters included."""
     import torch
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.config import Config
+from nsp.pipeline.encoding import PromptEncoder
 from nsp.pipeline.pipeline import Pipeline
 from nsp.stage.arena import Array, KVArena, KVShape
 from nsp.stage.backend import Backend
@@ -161,6 +162,8 @@ def with_backend(pipeline: Pipeline, backend: Backend) -> Pipeline:
     """Return a copy of `pipeline` that runs on `backend`."""
     result = copy.copy(pipeline)
     result.backend, result.origin = backend, None
+    if pipeline.tokenizer is not None:
+        result.prompts = PromptEncoder(pipeline.tokenizer, backend, max_batch=pipeline.max_batch)
     return result
 
 
@@ -173,11 +176,17 @@ class Contestant:
         self._timed = TimedBackend(pipeline.backend, self._calls.append)
         self._pipeline = with_backend(pipeline, self._timed)
 
+    def _generate(self, request: Mapping[str, Any]) -> None:
+        """Generate once, from prompts that have not been read before."""
+        if self._pipeline.prompts is not None:
+            self._pipeline.prompts.forget()
+        self._pipeline.generate(**request)
+
     def observe(self, request: Mapping[str, Any], *, number: int, place: int) -> Observation:
         """Return the times of one `generate` call."""
         self._calls.clear()
         start = time.perf_counter()
-        self._pipeline.generate(**request)
+        self._generate(request)
         wall_ms = 1e3 * (time.perf_counter() - start)
         stage_ms: dict[str, tuple[float, ...]] = defaultdict(tuple)
         for call in self._calls:
@@ -195,7 +204,7 @@ class Contestant:
         self._calls.clear()
         self._timed.with_sizes = True
         try:
-            self._pipeline.generate(**request)
+            self._generate(request)
         finally:
             self._timed.with_sizes = False
         return list(self._calls)

@@ -26,8 +26,8 @@ from nsp.artifacts.systems import save_checkpoint
 from nsp.family.objective import Objective, TokenCache
 from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.family.registry import family
+from nsp.training.data_order import Share, StepSampler, sample_keys
 from nsp.training.optimizer import new_optimizer, set_rates
-from nsp.training.order import Share, StepSampler, sample_keys
 from nsp.training.presets import preset as named_run
 from nsp.training.progress import Progress
 from nsp.training.run_pictures import open_pictures

@@ -115,12 +115,12 @@ class StageBuilder:
 
     def _metadata(self, stage: str) -> dict[str, str]:
         """Return what a graph says about itself."""
-        sides = getattr(self._plan.config, "sides", ())  # of families whose pictures grow in scales
+        grids = self._family.grids(self._plan.config)
         return {
             "family": self._family.name,
             "stage": stage,
             "model_hash": self._plan.model_hash,
-            "schedule": " ".join(f"{side}x{side}" for side in sides),
+            "schedule": " ".join(f"{height}x{width}" for height, width in grids),
             "nsp_version": version() or "unknown",
         }
 

@@ -16,7 +16,7 @@ from nsp.export.stage_bytes import stage_bytes
 from nsp.export.store import EngineStore
 from nsp.export.targets import Target, gpu_archs, resolve
 from nsp.family.contract import Stage
-from nsp.family.sampling import SamplingConfig
+from nsp.family.order import Sampling
 from nsp.stage.backend import TENSORRT_RANKS
 from nsp.stage.io import StageIO
 
@@ -66,7 +66,7 @@ class ExportPlan:
     options: ExportOptions
     record: CheckpointRecord
     config: Any
-    sampling: SamplingConfig
+    sampling: Sampling
     model_hash: str
     builds: tuple[PlannedBuild, ...]
 
@@ -84,7 +84,7 @@ def make_plan(options: ExportOptions, store: EngineStore) -> ExportPlan:
         options=options,
         record=record,
         config=config,
-        sampling=SamplingConfig.from_dict(record.sampling),
+        sampling=record.family.sampling.from_dict(record.sampling),
         model_hash=record.weights_hash(),
         builds=(),
     )

@@ -11,8 +11,8 @@ from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.families.next_scale import config as next_scale
 from nsp.families.var import config as var
+from nsp.families.var.sampling import VarSampling
 from nsp.family.registry import family, family_names
-from nsp.family.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def with_value(values: Any, where: tuple[Any, ...], value: Any) -> Any:
 def tiny(name: str) -> dict[str, Any]:
     """Return the tiny configuration of a family, or settings of sampling, as a file has them."""
     if name == "sampling":
-        return SamplingConfig(guidance_schedule="interval", guidance_until=2).to_dict()
+        return VarSampling(guidance_schedule="interval", guidance_until=2).to_dict()
     sizes: Any = {"var": var.SIZES, "next_scale": next_scale.SIZES}[name]
     values: dict[str, Any] = sizes["tiny"].to_dict()
     return values
@@ -123,7 +123,7 @@ def made(record: Any, values: dict[str, Any]) -> tuple[Any, str]:
 
 @pytest.mark.parametrize("name", [*family_names(), "sampling"])
 def test_a_number_is_refused_in_one_line_or_leaves_a_model_that_can_be_described(name: str) -> None:
-    record = SamplingConfig if name == "sampling" else family(name).config
+    record = VarSampling if name == "sampling" else family(name).config
     for place in places_of(tiny(name)):
         for value in ODD:
             config, said = made(record, with_value(tiny(name), place, value))

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from nsp import train, values
 from nsp.cli import main
 from nsp.errors import ConfigError, NspError
-from nsp.family.sampling import SamplingConfig
-from nsp.pipeline.batches import MAX_IMAGES, plan_images
+from nsp.families.var.sampling import VarSampling
+from nsp.pipeline.orders import MAX_IMAGES, make_orders
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
 from tests.artifacts.engine_folders import write_engines
 
@@ -77,24 +77,26 @@ def test_a_path_of_bytes_that_are_not_utf_8_is_one() -> None:
 
 
 def test_guidance_until_beyond_the_scales_is_all_of_them() -> None:
-    everywhere = SamplingConfig().guidance_per_scale(5)
+    everywhere = VarSampling().guidance_per_scale(5)
     for until in (5, 6, 10**30):
-        assert SamplingConfig(guidance_until=until).guidance_per_scale(5) == everywhere
+        assert VarSampling(guidance_until=until).guidance_per_scale(5) == everywhere
 
 
 @pytest.mark.parametrize("name", ["guidance_until", "top_k"])
 def test_integers_of_configurations_have_a_bound(name: str) -> None:
-    assert "bits is too large" in refused(lambda: SamplingConfig.from_dict({name: 10**30}))
+    assert "bits is too large" in refused(lambda: VarSampling.from_dict({name: 10**30}))
 
 
 def test_more_images_than_a_run_makes_are_refused_before_they_are_listed() -> None:
     for count in (10**11, MAX_IMAGES // 2 + 1):
-        message = refused(lambda count=count: plan_images(prompts=["a", "b"], num_images=count))
+        message = refused(
+            lambda count=count: make_orders(VarSampling(), prompts=["a", "b"], num_images=count)
+        )
         assert "num_images is at most" in message or f"at most {MAX_IMAGES}" in message
 
 
 GENERATE = ["prompts", "class_ids", "seed", "trace", "uniforms", "forced_tokens", "gumbel", "noise"]
-GENERATE += [*SamplingConfig().to_dict(), "frob"]
+GENERATE += [*VarSampling().to_dict(), "frob"]
 LOAD = ["path", "backend", "precision", "device", "num_threads", "verify"]
 
 

@@ -5,7 +5,7 @@ gave, and only its key/value cache is its own; where several stages share a cach
 PyTorch's, and what it adds is compared too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from nsp.backends.torch import TorchBackend
 from nsp.export.plan import ExportPlan
 from nsp.export.proof.recorded import Call, Recording
-from nsp.pipeline.pipeline import Pipeline, torch_pipeline
-from nsp.pipeline.results import GenerateResult
+from nsp.family.order import Order
+from nsp.pipeline.pipeline import Pipeline
+from nsp.pipeline.results import Trace
 from nsp.stage.arena import KVArena, KVShape
 from nsp.stage.backend import TENSORRT_RANKS
 
@@ -28,15 +29,10 @@ _CACHE_PREFIX = "past_"
 class Generated:
     """One batch of images and everything that was called to make it."""
 
-    arguments: Mapping[str, Any]  # of Pipeline.generate
+    orders: Sequence[Order[Any]]
     calls: tuple[Call, ...]
     kv: KVShape
-    result: GenerateResult
-
-    @property
-    def is_smooth(self) -> bool:
-        """Whether codes were mixed, so that rounding spreads from scale to scale."""
-        return bool(self.arguments.get("more_smooth"))
+    trace: Trace
 
 
 @dataclass(frozen=True)
@@ -49,17 +45,17 @@ class Reference:
     @property
     def num_images(self) -> int:
         """Images of all batches."""
-        return sum(len(batch.result.images) for batch in self.batches)
+        return sum(len(batch.orders) for batch in self.batches)
 
 
 def smallest_recordings(reference: Reference) -> tuple[Recording, ...]:
     """Return one image's calls, and of the stages it has none, those of another batch."""
-    first, *others = sorted(reference.batches, key=lambda batch: len(batch.result.images))
+    first, *others = sorted(reference.batches, key=lambda batch: len(batch.orders))
     seen = {call.stage for call in first.calls}
     rest = (
         Recording(tuple(call for call in batch.calls if call.stage not in seen), batch.kv)
         for batch in others
-        if len(batch.result.images) == 1
+        if len(batch.orders) == 1
     )
     return (Recording(first.calls, first.kv), *(each for each in rest if each.calls))
 
@@ -114,23 +110,31 @@ def record_reference(plan: ExportPlan, system: Any) -> Reference:
     Where latents grow, the pictures on the way are decoded too: so every size is checked.
     """
     family = plan.record.family
-    pipeline = torch_pipeline(family, system, device="cpu", sampling=plan.sampling.to_dict())
-    stages = family.learner.modules(system, "delta")
-    pipeline.backend = backend = RecordingBackend(
-        stages, pipeline.backend.stages_io, kv_layout="delta", device="cpu"
+    backend = RecordingBackend(
+        family.learner.modules(system, "delta"),
+        family.stages_io(system.config, kv_layout="delta", dtype="float32"),
+        kv_layout="delta",
+        device="cpu",
+    )
+    pipeline = Pipeline(
+        family,
+        system.config,
+        backend,
+        tokenizer=system.prompt_tokenizer,
+        sampling=plan.sampling,
     )
     if any(build.profiles for build in plan.builds):  # compiled stages are called as TensorRT would
         backend.max_ranks = TENSORRT_RANKS
     batches = []
-    for seed, request in enumerate(family.examples(plan.config)):
-        arguments = {**request, "seed": seed}
+    for orders in family.examples(plan.config, plan.sampling):
         backend.calls = []
-        result = pipeline.generate(trace=True, **arguments)
-        assert result.trace is not None  # asked for
-        for latent in result.trace.latents:
-            if latent.shape != result.trace.latents[-1].shape:
+        if pipeline.prompts is not None:
+            pipeline.prompts.forget()  # every batch calls its text encoder
+        trace = pipeline.trace(orders)
+        for latent in trace.latents:
+            if latent.shape != trace.latents[-1].shape:
                 pipeline.decode(backend.upload(latent))
-        batches.append(Generated(arguments, tuple(backend.calls), backend.kv, result))
+        batches.append(Generated(orders, tuple(backend.calls), backend.kv, trace))
     return Reference(pipeline, tuple(batches))
 
 

@@ -24,7 +24,6 @@ from nsp.export.options import ExportOptions
 from nsp.export.proof.first_wrong import NodeError, first_wrong_tensor
 from nsp.export.proof.recorded import LIMITS, Recording, read_recorded, relative_error, replay
 from nsp.export.proof.repro import reproducible
-from nsp.family.sampling import SamplingConfig
 from nsp.stage.backend import Backend
 
 logger = logging.getLogger(__name__)
@@ -174,13 +173,13 @@ def _live_truth(record: CheckpointRecord, limit: int | None) -> _Truth:
         options=ExportOptions(checkpoint=str(record.folder)),
         record=record,
         config=record.family.config.from_dict(record.config),
-        sampling=SamplingConfig.from_dict(record.sampling),
+        sampling=record.family.sampling.from_dict(record.sampling),
         model_hash=record.weights_hash(),
         builds=(),
     )
     system = record.load()
     made = record_reference(plan, system)
-    fitting = tuple(b for b in made.batches if limit is None or len(b.result.images) <= limit)
+    fitting = tuple(b for b in made.batches if limit is None or len(b.orders) <= limit)
     reference = Reference(made.pipeline, fitting)
     recordings = tuple(Recording(batch.calls, batch.kv) for batch in fitting)
     return _Truth("PyTorch float32, now", recordings, reference, system)

@@ -24,7 +24,6 @@ from nsp.cores import usable_cores
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.contract import AnyFamily
 from nsp.family.registry import family
-from nsp.family.sampling import SamplingConfig
 from nsp.files import file_sha256, name_failed_write, write_file, write_folder
 from nsp.paths import describe, wrong_path
 from nsp.sniff import explain, sniff
@@ -221,7 +220,7 @@ def read_checkpoint(folder: Path, *, verify: bool = True) -> CheckpointRecord:
     record = family(values.family)
     try:
         record.config.from_dict(values.config)
-        SamplingConfig.from_dict(values.sampling)
+        record.sampling.from_dict(values.sampling)
     except ConfigError as error:
         raise CheckpointError(
             f"{path} is damaged or of another nsp version ({error}); write the checkpoint again"

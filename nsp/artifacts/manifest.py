@@ -27,14 +27,13 @@ from nsp.config import Config
 from nsp.errors import ConfigError, EngineError
 from nsp.family.contract import AnyFamily
 from nsp.family.registry import family as family_record
-from nsp.family.sampling import SamplingConfig
 from nsp.files import inside, read_json, write_file
 from nsp.paths import NOTHING, describe, wrong_path
 from nsp.sniff import sniff
 from nsp.stage.arena import ARENAS
 from nsp.stage.io import StageIO
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_DIR = "tokenizer"
 RECORDED_DIR = "reference"
@@ -113,7 +112,11 @@ class Manifest(Config):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        SamplingConfig.from_dict(self.sampling)
+        try:
+            record = family_record(self.family)
+        except ConfigError:  # `check_names` tells of it, with the folder
+            return
+        record.sampling.from_dict(self.sampling)
 
     @cached_property
     def family_record(self) -> AnyFamily:

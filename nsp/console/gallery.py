@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from nsp.data.png import slug, write_image, write_png
 from nsp.data.sheet import contact_sheet
 from nsp.distribution import version
-from nsp.family.sampling import SamplingConfig
-from nsp.pipeline.batches import PlannedImage, check_images, cut_batches, stream_batch
+from nsp.family.order import Order
+from nsp.pipeline.orders import cut_batches
 from nsp.pipeline.pipeline import Pipeline
 from nsp.pipeline.results import StreamStep, to_uint8
 
@@ -55,7 +55,7 @@ class GalleryProgress:
 class WrittenImage:
     """One image on disk."""
 
-    planned: PlannedImage
+    order: Order[Any]
     path: Path
     ms: float  # time of its batch divided by the images in it, without writing
     warm: bool  # False in the first batch: its time has what the backend still loads in it
@@ -72,8 +72,8 @@ class Gallery:
         """Return plain values for programs: the images in order, and the contact sheet."""
         images = [
             {
-                **_condition(written.planned),
-                "seed": written.planned.seed,
+                **_condition(written.order),
+                "seed": written.order.seed,
                 "path": str(written.path),
                 "ms": round(written.ms, 3),
                 "warm": written.warm,
@@ -85,56 +85,56 @@ class Gallery:
 
 def generate_gallery(
     pipeline: Pipeline,
-    planned: Sequence[PlannedImage],
+    orders: Sequence[Order[Any]],
     folder: Path,
     *,
     batch_size: int,
     save_intermediates: bool = False,
-    last_scale: int | None = None,
     on_step: Callable[[GalleryProgress], None] | None = None,
-    **sampling: Any,
 ) -> Gallery:
-    """Generate `planned` in batches and write every image as soon as it is done.
+    """Generate all orders in batches and write every image as soon as it is done.
 
-    `sampling` as for `Pipeline.generate`. With `last_scale` the images are what that scale decodes
-    to, and later ones are not made. All conditions and the folder are checked before the
-    first step. Raises ConfigError for a bad request, OSError when the folder cannot be written.
+    All orders and the folder are checked before the first step. Raises ConfigError for a bad order,
+    OSError when the folder cannot be written.
     """
-    settings = pipeline.sampling.changed(sampling)
-    check_images(pipeline, planned)
-    batches = cut_batches(planned, batch_size)
+    for order in orders:
+        pipeline.check_order(order)
+    batches = cut_batches(pipeline, orders, batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(
             errno.EACCES, "is not writable; choose another --output-dir", str(folder)
         )
-    shared = _shared_metadata(pipeline, settings)
-    written: list[WrittenImage] = []
-    shown: list[NDArray[np.uint8]] = []
-    for batch in batches:
-        names = [f"{i.index:03d}_{slug(i.title)}_seed{i.seed}" for i in batch]
+    shared = _shared_metadata(pipeline)
+    written: dict[int, WrittenImage] = {}
+    shown: dict[int, NDArray[np.uint8]] = {}
+    for number, places in enumerate(batches):
+        batch = [orders[place] for place in places]
+        names = [f"{p:03d}_{slug(_title(orders[p]))}_seed{orders[p].seed}" for p in places]
         seconds = 0.0
         last: StreamStep | None = None
         started = time.perf_counter()
-        for last in stream_batch(pipeline, batch, **sampling):
+        for step in pipeline.run(batch):
+            last = StreamStep(step.index, step.total, pipeline, step)
             seconds += time.perf_counter() - started
             if on_step is not None:
-                done, count = last.scale + 1, len(batch)
-                on_step(GalleryProgress(len(written), len(planned), count, done, last.num_scales))
-            if save_intermediates:
+                done, count = step.index + 1, len(batch)
+                on_step(GalleryProgress(len(written), len(orders), count, done, step.total))
+            if save_intermediates and step.latent is not None:
                 _write_scale(folder / "scales", names, last)
             started = time.perf_counter()
-            if last.scale == last_scale:
-                break
-        assert last is not None  # a schedule has at least one scale
+        assert last is not None  # a loop has at least one step
         pictures = to_uint8(last.decode())
         ms = 1e3 * (seconds + time.perf_counter() - started) / len(batch)
-        for image, name, picture in zip(batch, names, pictures, strict=True):
+        for place, name, picture in zip(places, names, pictures, strict=True):
             path = folder / f"{name}.png"
-            write_png(path, picture, {**_metadata(image), **shared})
-            written.append(WrittenImage(image, path, ms, warm=image.index >= batch_size))
-        shown.extend(pictures[: _MAX_SHEET - len(shown)])
-    return Gallery(tuple(written), _write_sheet(folder, planned, shown))
+            write_png(path, picture, {**_metadata(orders[place]), **shared})
+            written[place] = WrittenImage(orders[place], path, ms, warm=number > 0)
+            if place < _MAX_SHEET:
+                shown[place] = picture
+    images = tuple(written[place] for place in range(len(orders)))
+    sheet = _write_sheet(folder, orders, [shown[place] for place in sorted(shown)])
+    return Gallery(images, sheet)
 
 
 def _write_scale(folder: Path, names: Sequence[str], step: StreamStep) -> None:
@@ -144,7 +144,7 @@ def _write_scale(folder: Path, names: Sequence[str], step: StreamStep) -> None:
 
 
 def _write_sheet(
-    folder: Path, planned: Sequence[PlannedImage], pictures: Sequence[NDArray[np.uint8]]
+    folder: Path, planned: Sequence[Order[Any]], pictures: Sequence[NDArray[np.uint8]]
 ) -> Path:
     """Write the contact sheet; seeds are in the titles where they differ."""
     shown = planned[: len(pictures)]
@@ -152,29 +152,39 @@ def _write_sheet(
         logger.warning(
             "the contact sheet shows the first %d of %d images", len(shown), len(planned)
         )
-    several = len({image.seed for image in shown}) > 1
-    titles = [f"{i.title} (seed {i.seed})" if several else i.title for i in shown]
+    several = len({order.seed for order in shown}) > 1
+    titles = [f"{_title(o)} (seed {o.seed})" if several else _title(o) for o in shown]
     path = folder / CONTACT_SHEET_NAME
     write_image(path, contact_sheet(pictures, titles))
     return path
 
 
-def _metadata(image: PlannedImage) -> dict[str, str]:
+def _title(order: Order[Any]) -> str:
+    """Return what an image should show, in words."""
+    if isinstance(order.condition, str):
+        return order.condition or "no prompt"
+    return "image" if order.condition is None else f"class {order.condition}"
+
+
+def _metadata(order: Order[Any]) -> dict[str, str]:
     """Return what one image adds to the metadata."""
-    return {name: str(value) for name, value in {**_condition(image), "seed": image.seed}.items()}
+    settings = {"seed": str(order.seed), "sampling": json.dumps(order.sampling.to_dict())}
+    if order.negative is not None:
+        settings["negative_prompt"] = order.negative
+    return {**{name: str(value) for name, value in _condition(order).items()}, **settings}
 
 
-def _condition(image: PlannedImage) -> dict[str, str | int | None]:
+def _condition(order: Order[Any]) -> dict[str, str | int]:
     """Return what the image should show, by the name of its kind."""
-    if image.prompt is not None:
-        return {"prompt": image.prompt}
-    return {"class_id": image.class_id}
+    if order.condition is None:
+        return {}
+    kind = "prompt" if isinstance(order.condition, str) else "class_id"
+    return {kind: order.condition}
 
 
-def _shared_metadata(pipeline: Pipeline, settings: SamplingConfig) -> dict[str, str]:
+def _shared_metadata(pipeline: Pipeline) -> dict[str, str]:
     """Return the metadata that all images of a run have."""
     return {
-        "sampling": json.dumps(settings.to_dict()),
         "family": pipeline.family.name,
         "model": pipeline.model_hash,
         "backend": pipeline.backend.name,

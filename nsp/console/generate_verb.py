@@ -9,7 +9,6 @@ from nsp.console.command_line import (
     COUNT,
     FILE,
     SEED,
-    Verb,
     backend_option,
     checkpoint_option,
     engine_dir_option,
@@ -23,6 +22,13 @@ from nsp.console.command_line import (
     torch_threads,
     verbose_option,
 )
+from nsp.console.settings import (
+    SamplingVerb,
+    check_conditions,
+    check_settings,
+    planned_orders,
+    setting_names,
+)
 from nsp.errors import ConfigError, NspError
 
 if TYPE_CHECKING:
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
     from nsp.pipeline.pipeline import Pipeline
 
 
-@click.command(cls=Verb)
+@click.command(cls=SamplingVerb)
 @engine_dir_option
 @checkpoint_option("Run this checkpoint folder with PyTorch instead of engines.")
 @click.option(
@@ -40,11 +46,15 @@ if TYPE_CHECKING:
 @click.option(
     "--prompts-file",
     type=FILE,
-    help="Text file with one prompt per line; .csv or .jsonl with prompt or class, and seed.",
+    help="Text file with one prompt per line; .csv or .jsonl with prompt or class, "
+    "seed, negative_prompt and settings such as guidance_scale.",
 )
+@click.option("--negative-prompt", help="What not to show, in place of the null condition.")
 @click.option("--class-id", "class_ids", type=int, multiple=True, help="Class. Repeatable.")
 @click.option(
-    "--num-images", type=COUNT, default=1, show_default=True, help="Images for each prompt."
+    "--num-images",
+    type=COUNT,
+    help="Images for each prompt.  [default: 1; with next-scale what --batch-size says]",
 )
 @click.option(
     "--seed",
@@ -53,35 +63,7 @@ if TYPE_CHECKING:
     "[default: 0; 42 of next-scale]",
 )
 @click.option("--batch-size", type=COUNT, help="Images made at once; changes none of them.")
-@click.option("--initial-size", type=COUNT, help="Side of the first latent the model must have.")
-@click.option(
-    "--target-size", type=COUNT, help="Side of the image in pixels, one of the model's scales."
-)
-@click.option("--scale-factor", type=COUNT, help="From scale to scale, which the model must have.")
 @click.option("--device", help="cpu or cuda.  [default: a GPU if there is one]")
-@click.option("--guidance-scale", type=float, help="Strength of guidance; 1 is off.")
-@click.option(
-    "--guidance-schedule",
-    type=click.Choice(["ramp", "constant", "interval"]),
-    help="How guidance changes over the scales.",
-)
-@click.option(
-    "--guidance-interval",
-    type=float,
-    nargs=2,
-    metavar="FROM TO",
-    help="Where `interval` guides: fractions of the schedule.",
-)
-@click.option(
-    "--guidance-until",
-    type=click.IntRange(0),
-    metavar="SCALES",
-    help="Guide the first SCALES scales only: the last, largest ones then cost half.",
-)
-@click.option("--top-k", type=int, help="Draw from the K likeliest codes; 0 is off, 1 greedy.")
-@click.option("--top-p", type=float, help="Draw from the likeliest codes of mass P; 1 is off.")
-@click.option("--temperature", type=float, help="Divides the logits; below 1 is safer.")
-@click.option("--more-smooth/--no-more-smooth", default=None, help="Mix codes (Gumbel softmax).")
 @backend_option
 @precision_options("Run {} engines instead of what suits the device.")
 @threads_option("CPU threads.")
@@ -97,12 +79,10 @@ def generate(
     prompts: tuple[str, ...],
     prompts_file: Path | None,
     class_ids: tuple[int, ...],
-    num_images: int,
+    negative_prompt: str | None,
+    num_images: int | None,
     seed: int | None,
     batch_size: int | None,
-    initial_size: int | None,
-    target_size: int | None,
-    scale_factor: int | None,
     device: str | None,
     backend: str,
     threads: int | None,
@@ -114,52 +94,48 @@ def generate(
 ) -> None:
     """Make images with exported engines, or with a checkpoint."""
     from nsp.paths import check_output
-    from nsp.pipeline.batches import choose_batch_size, plan_images
 
     check_output(output_dir)
+    precision = one_precision(options)
+    family = _family_of(checkpoint or engine_dir or Path("engines"))
+    given = {name: value for name, value in options.items() if value is not None}
+    if family is not None:
+        check_settings(family, given)
     listed: tuple[ListedImage, ...] = ()
     if prompts_file is not None:
         from nsp.console.prompt_lists import read_list
 
-        listed = read_list(prompts_file)
-    seeds = (*(None for _ in prompts or class_ids), *(row.seed for row in listed))
-    prompts += tuple(row.prompt for row in listed if row.prompt is not None)
-    class_ids += tuple(row.class_id for row in listed if row.class_id is not None)
-    family = _family_of(checkpoint or engine_dir or Path("engines"))
-    if family is not None and family.default_prompt and not prompts and not class_ids:
-        prompts = (family.default_prompt,)
-    if seed is None:
-        seed = family.default_seed if family else 0
-    planned = plan_images(
-        prompts=prompts,
-        class_ids=class_ids,
-        seed=seed,
-        num_images=num_images,
-        seeds=seeds,
-        allow_empty=family is not None and family.takes_no_prompt,
-    )
-    precision = one_precision(options)
-    sampling = {name: value for name, value in options.items() if value is not None}
+        listed = read_list(prompts_file, () if family is None else setting_names(family))
+    check_conditions(family, prompts, class_ids, listed)
     pipeline = _load(
         engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
     )
-    sizes = {"initial_size": initial_size, "target_size": target_size, "scale_factor": scale_factor}
-    last_scale = _scale_of(pipeline, {n: size for n, size in sizes.items() if size is not None})
+    family = pipeline.family
+    if family.default_prompt and not prompts and not class_ids and not listed:
+        prompts = (family.default_prompt,)
+    if num_images is None:  # of some first implementations the batch size is the number of images
+        num_images = (batch_size or 1) if family.batch_is_images else 1
+    orders = planned_orders(
+        pipeline.sampling.changed(given),
+        listed,
+        prompts=prompts,
+        class_ids=class_ids,
+        seed=family.default_seed if seed is None else seed,
+        num_images=num_images,
+        negative=negative_prompt,
+    )
     from nsp.console.gallery import generate_gallery  # while the engines are loading
     from nsp.console.terminal import progress_bar
+    from nsp.pipeline.orders import choose_batch_size
 
     with progress_bar() as show, torch_threads(threads if checkpoint else None):
         gallery = generate_gallery(
             pipeline,
-            planned,
+            orders,
             output_dir,
-            batch_size=choose_batch_size(
-                pipeline, batch_size or pipeline.family.default_batch_size
-            ),
+            batch_size=choose_batch_size(pipeline, batch_size or family.default_batch_size),
             save_intermediates=save_intermediates,
-            last_scale=last_scale,
             on_step=lambda step: show(step.activity, step.scale, step.num_scales),
-            **sampling,
         )
     if as_json:
         print_json({"backend": pipeline.backend.name, **gallery.to_dict()})
@@ -182,13 +158,6 @@ def _family_of(folder: Path) -> "AnyFamily | None":
         return family(read_manifest(folder).family)
     except NspError:
         return None
-
-
-def _scale_of(pipeline: "Pipeline", sizes: dict[str, int]) -> int | None:
-    """Return the scale to stop at for the sizes asked for; None is the last."""
-    if not sizes:
-        return None
-    return pipeline.family.scale_of(pipeline.config, sizes)
 
 
 def _load(

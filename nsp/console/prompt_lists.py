@@ -1,7 +1,8 @@
 """Lists of what to make: a text file of prompts, a CSV table or JSON lines, read as what it is.
 
 prompts.txt    one prompt per line
-images.csv     a header with the columns prompt (or text, caption) or class (or class_id), and seed
+images.csv     a header with the columns prompt (or text, caption) or class (or class_id), seed,
+               negative_prompt and settings of the model, such as guidance_scale
 images.jsonl   one object per line with those keys
 
 A table is never drawn line by line, whatever its file is called: a header or an object at the head
@@ -12,8 +13,8 @@ import codecs
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ _COLUMNS = {
     "class": "class",
     "class_id": "class",
     "seed": "seed",
+    "negative_prompt": "negative_prompt",
 }
-_KNOWN = "prompt (or text, caption), class (or class_id) and seed"
+_KNOWN = "prompt (or text, caption), class (or class_id), seed, negative_prompt"
 _DELIMITERS = (",", ";", "\t", "|")  # as spreadsheets write them, by country
 _MAX_SEED = 2**63 - 1  # as of --seed
 
@@ -42,10 +44,15 @@ class ListedImage:
     prompt: str | None = None
     class_id: int | None = None
     seed: int | None = None  # in place of that of the whole run
+    negative: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # in place of the whole run's
+    where: str = ""  # file and line, for messages
 
 
-def read_list(path: Path) -> tuple[ListedImage, ...]:
+def read_list(path: Path, settings: Sequence[str] = ()) -> tuple[ListedImage, ...]:
     """Return the rows of a list, in order; there is at least one.
+
+    `settings` are names of columns beside the known ones: settings of the model, checked later.
 
     Raises ConfigError naming the file, and the line of what is not allowed there.
     """
@@ -53,7 +60,9 @@ def read_list(path: Path) -> tuple[ListedImage, ...]:
     suffix = path.suffix.lower()
     kind = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix, "text")
     _check_kind(path, kind, content)
-    rows = {"csv": _csv_rows, "jsonl": _json_rows, "text": _text_rows}[kind](path, content)
+    rows = {"csv": _csv_rows, "jsonl": _json_rows, "text": _text_rows}[kind](
+        path, content, settings
+    )
     found = tuple(rows)
     if not found:
         raise ConfigError(f"{path} holds no prompts; write one per line")
@@ -99,7 +108,7 @@ def _delimiter(header: bytes) -> str | None:
     return None
 
 
-def _text_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
+def _text_rows(path: Path, content: bytes, settings: Sequence[str]) -> Iterator[ListedImage]:
     """Yield a prompt per line.
 
     Lines end in a line feed, with a carriage return before it or not; other separators of Unicode
@@ -111,7 +120,7 @@ def _text_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
             yield ListedImage(prompt=prompt)
 
 
-def _csv_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
+def _csv_rows(path: Path, content: bytes, settings: Sequence[str]) -> Iterator[ListedImage]:
     lines = content.replace(b"\r\n", b"\n").split(b"\n")
     texts = [_decoded(path, number, line) for number, line in enumerate(lines, 1)]
     header = next((line for line in lines if line.strip()), b"")
@@ -120,7 +129,7 @@ def _csv_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
     try:
         for number, cells in csv_rows((text + "\n" for text in texts), delimiter):
             if names is None:
-                names = _checked_columns(path, number, cells)
+                names = _checked_columns(path, number, cells, settings)
                 continue
             if len(cells) != len(names):
                 raise ConfigError(
@@ -134,15 +143,22 @@ def _csv_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
 
 
 def _number(name: str, cell: str) -> Any:
-    """Return an integer's cell as one, an empty seed as none, any other cell as it is."""
-    if name == "prompt":
+    """Return what a cell holds: a number, a truth value or a text; an empty one is none."""
+    if name in ("prompt", "negative_prompt"):
         return cell
-    if not cell and name == "seed":
-        return None
-    return int(cell) if cell.isascii() and cell.isdigit() and len(cell) <= 20 else cell
+    if not cell:
+        return None if name != "class" else cell
+    if cell in ("true", "false"):
+        return cell == "true"
+    if cell.isascii() and cell.isdigit() and len(cell) <= 20:
+        return int(cell)
+    try:
+        return float(cell) if name not in ("seed", "class") else cell
+    except ValueError:
+        return cell
 
 
-def _json_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
+def _json_rows(path: Path, content: bytes, settings: Sequence[str]) -> Iterator[ListedImage]:
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -156,7 +172,7 @@ def _json_rows(path: Path, content: bytes) -> Iterator[ListedImage]:
                 f"{path}, line {number}: {values.shown(pairs)} is no object; write "
                 '{"prompt": "…", "seed": 1}'
             )
-        names = _checked_columns(path, number, [name for name, _ in pairs])
+        names = _checked_columns(path, number, [name for name, _ in pairs], settings)
         row = dict(zip(names, (value for _, value in pairs), strict=True))
         yield _row(path, number, row)
 
@@ -165,17 +181,21 @@ class _Pairs(list[tuple[str, Any]]):
     """The keys and values of a JSON object as they stand there: keys may repeat."""
 
 
-def _checked_columns(path: Path, number: int, given: list[str]) -> list[str]:
+def _checked_columns(
+    path: Path, number: int, given: list[str], settings: Sequence[str]
+) -> list[str]:
     """Return what each column is; ConfigError for an unknown or repeated one."""
     names: list[str] = []
     for each in given:
-        name = _COLUMNS.get(each.strip().lower())
+        word = each.strip().lower().replace("-", "_")
+        name = _COLUMNS.get(word, word if word in settings else None)
         if name is None:
             raise ConfigError(
                 f"{path}, line {number}: column {values.shown(each)} is not known; known are "
-                f"{_KNOWN}. Other settings hold for the whole run: give them as options"
+                f"{', '.join((_KNOWN, *settings))}"
             )
-        if name in names or (name != "seed" and {"prompt", "class"} & set(names)):
+        kinds = {"prompt", "class"}
+        if name in names or (name in kinds and kinds & set(names)):
             raise ConfigError(
                 f"{path}, line {number}: column {values.shown(each)} says again what another says; "
                 "keep one of them"
@@ -190,17 +210,25 @@ def _checked_columns(path: Path, number: int, given: list[str]) -> list[str]:
 
 def _row(path: Path, number: int, given: Mapping[str, Any]) -> ListedImage:
     """Return one row; ConfigError naming its line for a value of the wrong kind."""
-    where = f"{path}, line {number}: "
-    seed = given.get("seed")
+    line = f"{path}, line {number}"
+    seed, negative = given.get("seed"), given.get("negative_prompt") or None
     if seed is not None:
-        seed = values.integer(f"{where}seed", seed, least=0, most=_MAX_SEED)
+        seed = values.integer(f"{line}: seed", seed, least=0, most=_MAX_SEED)
+    if negative is not None and not isinstance(negative, str):
+        raise ConfigError(f"{line}: negative_prompt is {values.shown(negative)}, not a text")
+    others = {
+        name: value
+        for name, value in given.items()
+        if name not in _COLUMNS.values() and value is not None
+    }
+    row = ListedImage(seed=seed, negative=negative, settings=others, where=line)
     if "class" in given:
-        class_id = values.integer(f"{where}class", given["class"], least=0)
-        return ListedImage(class_id=class_id, seed=seed)
+        class_id = values.integer(f"{line}: class", given["class"], least=0)
+        return replace(row, class_id=class_id)
     prompt = given["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ConfigError(f"{where}prompt is {values.shown(prompt)}; write what is to be shown")
-    return ListedImage(prompt=_checked_text(path, number, prompt.strip()), seed=seed)
+        raise ConfigError(f"{line}: prompt is {values.shown(prompt)}; write what is to be shown")
+    return replace(row, prompt=_checked_text(path, number, prompt.strip()))
 
 
 def _decoded(path: Path, number: int, line: bytes) -> str:

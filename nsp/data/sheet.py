@@ -1,8 +1,9 @@
 """Contact sheets: pictures in a grid with a title under each."""
 
+import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +46,18 @@ def contact_sheet(
         for number, line in enumerate(wrapped):
             draw.text((x, y + cell + 2 + number * _LINE_PX), line, fill="black", font=font)
     return sheet
+
+
+def side_by_side(pictures: Iterable[object]) -> bytes | None:
+    """Return Pillow pictures beside each other as a PNG, for notebooks; None for anything else."""
+    shown = [each for each in pictures if isinstance(each, Image.Image)]
+    if not shown:
+        return None
+    strip = Image.new("RGB", (sum(each.width for each in shown), max(e.height for e in shown)))
+    left = 0
+    for each in shown:
+        strip.paste(each, (left, 0))
+        left += each.width
+    file = io.BytesIO()
+    strip.save(file, format="PNG")
+    return file.getvalue()

@@ -6,13 +6,14 @@ torch. The rest of the house knows families only through this file.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.family.order import Encoded, Given, Order, S, Step
 from nsp.stage.io import Sizes, StageIO
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from nsp.data.stream import ShardStream
     from nsp.family.objective import Objective, TokenCache
     from nsp.family.recipe import PhaseConfig, RunConfig
-    from nsp.family.sampling import SamplingConfig
     from nsp.family.system import System
     from nsp.stage.arena import Array
     from nsp.stage.backend import Backend
@@ -142,7 +142,7 @@ class Learner(ABC, Generic[C, Y]):
         """Write what the tokenizer of images makes of the pictures, for later runs."""
 
 
-class Family(ABC, Generic[C, Y]):
+class Family(ABC, Generic[C, S, Y]):
     """One model family; an instance holds nothing."""
 
     api: ClassVar[int] = API
@@ -153,8 +153,10 @@ class Family(ABC, Generic[C, Y]):
     default_seed: ClassVar[int] = 0
     default_batch_size: ClassVar[int | None] = None  # None: as many as are made best at once
     takes_no_prompt: ClassVar[bool] = False  # "" stands for no prompt
+    # `--batch-size N` without `--num-images` makes N images, as its first implementation does.
+    batch_is_images: ClassVar[bool] = False
     config: type[C]
-    request: type[Any]  # record of one batch
+    sampling: type[S]
 
     @property
     @abstractmethod
@@ -164,6 +166,10 @@ class Family(ABC, Generic[C, Y]):
     @abstractmethod
     def condition(self, config: C) -> Kind:
         """Return what a picture is asked for by."""
+
+    @abstractmethod
+    def grids(self, config: C) -> Sequence[tuple[int, int]]:
+        """Return the (h, w) grids of the latent on its way, the finished one last."""
 
     @abstractmethod
     def stages(self, config: C, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
@@ -178,29 +184,41 @@ class Family(ABC, Generic[C, Y]):
         """Return the cache layout `wanted`, or the family's best where it has not that one."""
         return wanted if wanted in self.kv_layouts else self.kv_layouts[0]
 
+    def given(self, config: C) -> Mapping[str, Given]:
+        """Return the arrays that an order may carry beside its condition."""
+        return {}
+
+    def null_prompt(self, config: C, order: Order[S]) -> str | None:
+        """Return the prompt that stands for an order's null condition; None: a learned one."""
+        return order.negative
+
     @abstractmethod
-    def request_arrays(
-        self,
-        config: C,
-        sampling: "SamplingConfig",
-        *,
-        seed: int,
-        batch: int,
-        given: Mapping[str, Any],
+    def batch_key(self, config: C, order: Order[S]) -> Hashable:
+        """Return what decides shapes and control flow: orders of equal keys may share a batch.
+
+        Names and shapes of what orders carry belong to it, too. Raises ConfigError for settings
+        that this model does not have.
+        """
+
+    @abstractmethod
+    def inputs(
+        self, config: C, orders: Sequence[Order[S]], text: Encoded | None
     ) -> "dict[str, NDArray[Any]]":
-        """Return the loop's arrays: those `given`, checked, or random numbers from `seed`."""
+        """Return all that the loop takes from the host for a batch of orders of equal keys.
+
+        What the loop does follows from the names and shapes alone, so that it can be recorded.
+        """
 
     @abstractmethod
-    def inputs(self, config: C, request: Any) -> "dict[str, NDArray[Any]]":
-        """Return all that the loop takes from the host."""
-
-    @abstractmethod
-    def loop(self, backend: "Backend", config: C, inputs: "Mapping[str, Array]") -> Iterator[Any]:
+    def loop(self, backend: "Backend", config: C, inputs: "Mapping[str, Array]") -> Iterator[Step]:
         """Yield the steps of one batch."""
 
     @abstractmethod
-    def examples(self, config: C) -> Sequence[Mapping[str, Any]]:
-        """Return arguments of `Pipeline.generate` that together call every stage."""
+    def examples(self, config: C, sampling: S) -> Sequence[Sequence[Order[S]]]:
+        """Return batches of orders that together call every stage, for parity and tests.
+
+        `sampling` are the model's own settings.
+        """
 
     @property
     @abstractmethod
@@ -228,11 +246,6 @@ class Family(ABC, Generic[C, Y]):
         """Return `config` with what follows from trained parts, such as a text encoder's width."""
         return config
 
-    def scale_of(self, config: C, sizes: Sizes) -> int:
-        """Return the scale whose image has the sizes asked for; ConfigError where none has."""
-        name = next(iter(sizes)).replace("_", "-")
-        raise ConfigError(f"--{name}: a model of family {self.name} has one size")
-
     def convert(
         self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
     ) -> None:
@@ -246,4 +259,4 @@ class Family(ABC, Generic[C, Y]):
 
 
 # The one alias: a caller that holds some family's name cannot know its configuration.
-AnyFamily: TypeAlias = Family[Any, Any]
+AnyFamily: TypeAlias = Family[Any, Any, Any]

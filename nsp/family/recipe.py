@@ -207,7 +207,7 @@ class RunConfig(Config):
     text_encoder: dict[str, Any] = field(default_factory=dict)  # of a new text encoder
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[PhaseConfig, ...]
-    sampling: dict[str, Any] = field(default_factory=dict)  # SamplingConfig that suits the model
+    sampling: dict[str, Any] = field(default_factory=dict)  # VarSampling that suits the model
     checkpoint_dir: str | None = None  # of saved steps; None: in the run folder
     start_from: str | None = None  # checkpoint folder whose weights the run starts with
     seed: int = 0

@@ -8,10 +8,13 @@ A package of somebody else's declares its family so, and nothing here changes:
 
 from collections.abc import Mapping
 from functools import cache
+from typing import TYPE_CHECKING
 
 from nsp.errors import ConfigError
-from nsp.family.contract import API, AnyFamily, Family
 from nsp.plugins import Plugins
+
+if TYPE_CHECKING:
+    from nsp.family.contract import AnyFamily
 
 # Reading entry points takes 15 to 25 ms of a start, and they are stale in a checkout.
 BUILT_IN: Mapping[str, str] = {
@@ -22,7 +25,7 @@ _PLUGINS = Plugins("nsp.families", BUILT_IN)
 
 
 @cache
-def family(name: str) -> AnyFamily:
+def family(name: str) -> "AnyFamily":
     """Return the family called `name`; raise ConfigError naming the known ones."""
     found = _PLUGINS.load(name)
     if found is None:
@@ -30,8 +33,10 @@ def family(name: str) -> AnyFamily:
     return _checked(name, found)
 
 
-def _checked(name: str, found: object) -> AnyFamily:
+def _checked(name: str, found: object) -> "AnyFamily":
     """Return an instance of what a name stands for; ConfigError where it is no family of ours."""
+    from nsp.family.contract import API, Family  # numpy, which help texts do without
+
     if not (isinstance(found, type) and issubclass(found, Family)):
         raise ConfigError(f"family {name!r}: {found!r} is not a subclass of nsp's Family")
     if found.api != API:

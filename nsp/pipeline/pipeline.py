@@ -1,14 +1,16 @@
-"""The pipeline: prompts or class ids in, images out, from engines or from a checkpoint."""
+"""The pipeline: orders in, images out, from engines or from a checkpoint.
+
+    pipe = nsp.Pipeline.from_pretrained("engines/")
+    pipe("red apple", seed=3).images[0].save("apple.png")
+
+`run` is all there is; `generate`, `stream` and the call make orders for it.
+"""
 
 import logging
-import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nsp import values
 from nsp.artifacts.checkpoint import read_checkpoint
@@ -16,18 +18,20 @@ from nsp.artifacts.engines import open_engine_dir
 from nsp.cores import num_threads
 from nsp.errors import CheckpointError, ConfigError, EngineError
 from nsp.family.contract import AnyFamily
-from nsp.family.sampling import SamplingConfig
+from nsp.family.order import Order
 from nsp.paths import NOTHING, describe, wrong_path
-from nsp.pipeline.requests import class_numbers, prompt_texts
-from nsp.pipeline.results import GenerateResult, StreamStep, Trace, to_uint8
-from nsp.stage.arena import Array
-from nsp.stage.backend import Backend
-from nsp.text.tokenizer import PromptTokenizer
+from nsp.pipeline.call import CALL_ARGUMENTS, OUTPUT_TYPES, OnStepEnd, call
+from nsp.pipeline.orders import make_orders
+from nsp.pipeline.results import GenerateResult, PipelineOutput, StreamStep, to_uint8
+from nsp.pipeline.runner import OrderRunner, Steps
+
+if TYPE_CHECKING:
+    pass
 
 logger = logging.getLogger(__name__)
 
-# Fields of a family's request that are not given by the caller as arrays.
-_NO_ARRAYS = ("sampling", "class_ids", "token_ids", "null_token_ids")
+T = TypeVar("T")
+
 _ENGINE_OPTIONS = ("precision", "device", "num_threads", "verify")
 
 
@@ -40,51 +44,38 @@ class Origin:
     options: Mapping[str, Any]
 
 
-class _Steps(Iterator[StreamStep]):
-    """The scale steps of one request, each made when it is asked for, one at a time."""
+class Pipeline(OrderRunner):
+    """A loaded model that takes prompts or class ids; `run` takes orders.
 
-    def __init__(self, pipeline: "Pipeline", request: Any) -> None:
-        self._pipeline, self._made = pipeline, pipeline.play_scales(request)
-
-    def __next__(self) -> StreamStep:
-        """Return the next scale step."""
-        with self._pipeline.turn:
-            return next(self._made)
-
-    def close(self) -> None:
-        """Make no further step; what the backend lent goes back."""
-        with self._pipeline.turn:
-            self._made.close()
-
-
-class Pipeline:
-    """A loaded model.
-
-    Threads may share one: they take turns, a picture or a scale step at a time, and what each makes
-    is what it would make alone. Pickled (sent to another process, copied) it is the path it was
-    loaded from with its options, and loads again on the other side.
+    Threads may share one. Pickled (sent to another process, copied) it is the path it was loaded
+    from with its options, and loads again on the other side.
     """
 
-    def __init__(
-        self,
-        family: AnyFamily,
-        config: Any,
-        backend: Backend,
+    origin: Origin | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
         *,
-        tokenizer: PromptTokenizer | None = None,
-        sampling: SamplingConfig | None = None,
-        model_hash: str = "",
-        max_batch: int | None = None,
-        precision: str = "fp32",
-    ) -> None:
-        self.family, self.config, self.backend = family, config, backend
-        self.tokenizer = tokenizer
-        self.sampling = sampling or SamplingConfig()
-        self.model_hash, self.max_batch, self.precision = model_hash, max_batch, precision
-        self.turn = threading.RLock()  # held by the thread whose step the backend computes
-        self.origin: Origin | None = None
-        names = [each.name for each in fields(family.request)]
-        self._array_names = [name for name in names if name not in _NO_ARRAYS]
+        backend: str = "auto",
+        precision: str | None = None,
+        device: str | None = None,
+        num_threads: int | None = None,
+        verify: bool = True,
+    ) -> "Pipeline":
+        """Return the model in `path`, an engine or a checkpoint folder, as `load_pipeline` does."""
+        given = {"precision": precision, "device": device, "num_threads": num_threads}
+        options = {name: value for name, value in given.items() if value is not None}
+        return load_pipeline(path, backend, **options, **({} if verify else {"verify": False}))
+
+    def __repr__(self) -> str:
+        """Return what the model is and what runs it."""
+        model = self.model_hash[:12] or "in memory"
+        limit = "any batch" if self.max_batch is None else f"batches of 1 to {self.max_batch}"
+        return (
+            f"Pipeline({self.family.name} {model}, {self.backend.name} {self.precision}, {limit})"
+        )
 
     def __copy__(self) -> "Pipeline":
         """Return another pipeline of the same backend, which both use in turns."""
@@ -107,35 +98,31 @@ class Pipeline:
         *,
         prompts: Iterable[str] | None = None,
         class_ids: Iterable[int] | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        negative_prompt: str | Sequence[str | None] | None = None,
         trace: bool = False,
         **options: Any,
     ) -> GenerateResult:
         """Return one image per prompt or class id.
 
-        `options` override the model's SamplingConfig (guidance_scale, top_k, top_p, temperature,
-        ...) or are arrays of the family's request, in place of those drawn from `seed`: for `var`
-        `uniforms` (B, L of all scales), `forced_tokens` (same shape, -1 = free), which replace
-        sampled tokens, and `gumbel`; for `next_scale` `noise`. Raises ConfigError for a bad
-        request.
+        The k-th image of the same condition has seed `seed` + k; a list gives each its own.
+        `options` override the model's settings (guidance_scale, top_k, ...) or are arrays that
+        orders carry, one row per image: for `var` `uniforms` (B, L of all scales),
+        `forced_tokens` (same shape, -1 = free), which replace sampled tokens, and `gumbel`; for
+        `next_scale` `noise`. Raises ConfigError for a bad request.
         """
-        prompts = list(prompts) if isinstance(prompts, Iterator) else prompts  # read twice
-        class_ids = list(class_ids) if isinstance(class_ids, Iterator) else class_ids
         trace = values.flag("trace", trace)
-        request = self._checked_request(
-            prompts=prompts,
-            class_ids=class_ids,
-            seed=seed,
-            **options,
-        )
-        traced = self._trace(request) if trace else None
-        image = self._picture(request) if traced is None else traced.image
+        orders = self._batch(prompts, class_ids, seed, negative_prompt, options)
+        traced = self.trace(orders) if trace else None
+        image = self.images(orders) if traced is None else traced.image
+        kinds = [order.condition for order in orders]
         return GenerateResult(
             images=to_uint8(image),
-            seed=values.seed(seed),
-            prompts=() if prompts is None else self._texts(prompts),
-            class_ids=tuple(int(c) for c in (() if class_ids is None else class_ids)),
+            seed=orders[0].seed,
+            prompts=tuple(each for each in kinds if isinstance(each, str)),
+            class_ids=tuple(each for each in kinds if isinstance(each, int)),
             trace=traced,
+            seeds=tuple(order.seed for order in orders),
         )
 
     def stream(
@@ -143,128 +130,91 @@ class Pipeline:
         *,
         prompts: Iterable[str] | None = None,
         class_ids: Iterable[int] | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        negative_prompt: str | Sequence[str | None] | None = None,
         **options: Any,
     ) -> Iterator[StreamStep]:
-        """Return an iterator that makes one scale step at a time and gives its StreamStep.
+        """Return an iterator that makes one step at a time and gives its StreamStep.
 
         Arguments are those of `generate`, checked before the first step.
         """
-        request = self._checked_request(prompts=prompts, class_ids=class_ids, seed=seed, **options)
-        return _Steps(self, request)
+        orders = self._batch(prompts, class_ids, seed, negative_prompt, options)
+        self.check(orders)
+        inputs = self._inputs(orders)
 
-    def _checked_request(
+        def steps() -> Generator[StreamStep]:
+            for step in self._play(inputs, trace=True):
+                yield StreamStep(step.index, step.total, self, step)
+
+        return Steps(self, steps())
+
+    def __call__(
         self,
+        prompt: str | Sequence[str] | None = None,
         *,
+        class_id: int | Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] = 0,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        output_type: Literal["pil", "np", "latent"] = "pil",
+        callback_on_step_end: "OnStepEnd | None" = None,
+        **settings: Any,
+    ) -> PipelineOutput:
+        """Return images as diffusers' pipelines do: pipe("red apple").images[0].save("x.png").
+
+        Arguments:
+            prompt, class_id: one or several, of the kind this model takes.
+            num_images_per_prompt: images of each; the k-th has seed `seed` + k.
+            seed: of every condition, or a list with one for each image.
+            negative_prompt: in place of the null condition of guidance; one, or one per prompt.
+            output_type: "pil" pictures, "np" (B, H, W, 3) float32 in [0, 1], or "latent".
+            callback_on_step_end: called as callback(pipe, step, timestep, callback_kwargs) with
+                the step's number twice; `callback_kwargs` holds "latents".
+            settings: of the model's sampling, such as guidance_scale; `pipe.sampling` has them.
+
+        Raises ConfigError for a bad request.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ConfigError(
+                f"output_type {values.shown(output_type)} is not one of {', '.join(OUTPUT_TYPES)}"
+            )
+        sampling = self.sampling.changed(settings, beside=CALL_ARGUMENTS)
+        orders = make_orders(
+            sampling,
+            prompts=_several(prompt),
+            class_ids=_several(class_id),
+            seed=seed,
+            num_images=num_images_per_prompt,
+            negative=negative_prompt,
+            given={},
+        )
+        return call(self, orders, output_type, callback_on_step_end)
+
+    def _batch(
+        self,
         prompts: Iterable[str] | None,
         class_ids: Iterable[int] | None,
-        seed: int,
-        **options: Any,
-    ) -> Any:
-        """Return the family's Request; raise ConfigError for what this model does not take."""
-        given = {name: options.pop(name) for name in self._array_names if name in options}
-        settings, seed = self.sampling.changed(options), values.seed(seed)
-        conditions = self._conditions(prompts, class_ids)
-        batch = len(next(iter(conditions.values())))
-        if self.max_batch is not None and batch > self.max_batch:
-            raise ConfigError(
-                f"batch of {batch} is outside the engine's 1..{self.max_batch}; "
-                f"generate fewer at once or rebuild with --max-batch {batch}"
-            )
-        arrays = self.random_arrays(settings, seed=seed, batch=batch, given=given)
-        return self.family.request(
-            sampling=settings, null_token_ids=self._null_prompt(), **conditions, **arrays
+        seed: int | Sequence[int],
+        negative: str | Sequence[str | None] | None,
+        options: dict[str, Any],
+    ) -> list[Order[Any]]:
+        """Return the orders of one `generate` or `stream`."""
+        declared = self.family.given(self.config)
+        given = {name: options.pop(name) for name in declared if name in options}
+        beside = ("prompts", "class_ids", "seed", "negative_prompt", "trace", *declared)
+        return make_orders(
+            self.sampling.changed(options, beside=beside),
+            prompts=prompts,
+            class_ids=class_ids,
+            seed=seed,
+            negative=negative,
+            given={name: array for name, array in given.items() if array is not None},
         )
 
-    def random_arrays(
-        self, settings: SamplingConfig, *, seed: int, batch: int, given: Mapping[str, Any]
-    ) -> dict[str, NDArray[Any]]:
-        """Return all random numbers of a batch: `given` ones, checked, others drawn from `seed`."""
-        chosen = {name: array for name, array in given.items() if array is not None}
-        return self.family.request_arrays(
-            self.config, settings, seed=seed, batch=batch, given=chosen
-        )
 
-    def _texts(self, prompts: Iterable[str]) -> tuple[str, ...]:
-        return prompt_texts(prompts, allow_empty=self.family.takes_no_prompt)
-
-    def play_scales(self, request: Any) -> Generator[StreamStep]:
-        """Yield the scale steps of a checked request; whoever asks for one holds `turn`."""
-        for step in self.backend.play("scales", self._host(request), self._scales):
-            tokens = None if step.tokens is None else self.backend.download(step.tokens)
-            yield StreamStep(step.scale, step.num_scales, tokens, self, step)
-
-    def _picture(self, request: Any) -> NDArray[np.float32]:
-        """Return the picture alone: from condition to decoder in one piece, nothing in between."""
-        with self.turn:
-            (image,) = self.backend.play("picture", self._host(request), self._scales_and_decoder)
-            return self.backend.download(image)
-
-    def _trace(self, request: Any) -> Trace:
-        tokens, logits, latents, last = [], [], [], None
-        for last in _Steps(self, request):
-            latents.append(last.latent)
-            if last.has_tokens:
-                tokens.append(last.tokens)
-                logits.append(last.logits)
-        assert last is not None  # a schedule has at least one scale
-        return Trace(tokens, logits, latents, last.decode())
-
-    def _host(self, request: Any) -> dict[str, NDArray[Any]]:
-        return self.family.inputs(self.config, request)
-
-    def _scales(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Any]:
-        return self.family.loop(backend, self.config, inputs)
-
-    def _scales_and_decoder(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Array]:
-        last: Any = None
-        for step in self.family.loop(backend, self.config, inputs):
-            last = step
-        yield backend.run("decoder", {"latent": last.latent})["image"]
-
-    def _conditions(
-        self, prompts: Iterable[str] | None, class_ids: Iterable[int] | None
-    ) -> dict[str, NDArray[np.int64]]:
-        """Return the request's condition arrays.
-
-        Raises ConfigError for what this model does not take.
-        """
-        if self.tokenizer is not None:
-            texts = () if prompts is None else self._texts(prompts)
-            if class_ids is not None:
-                raise ConfigError("this model is text-conditional: it takes prompts, no class ids")
-            if not texts:
-                raise ConfigError("this model is text-conditional: give one or more prompts")
-            with self.turn:
-                return {"token_ids": self.tokenizer.encode(texts)}
-        ids = class_numbers(() if class_ids is None else class_ids)
-        if prompts is not None:
-            raise ConfigError("this model is class-conditional: it takes class ids, no prompts")
-        if not len(ids):
-            raise ConfigError("this model is class-conditional: give one or more class ids")
-        count = self.config.num_classes
-        if bad := [int(i) for i in ids if not 0 <= i <= count]:
-            raise ConfigError(
-                f"class id {bad[0]} is outside 0..{count - 1} ({count} is the null class)"
-            )
-        return {"class_ids": ids}
-
-    def _null_prompt(self) -> NDArray[np.int64] | None:
-        if self.tokenizer is None:
-            return None
-        with self.turn:
-            return self.tokenizer.encode([""])
-
-    def decode(self, latent: Any) -> NDArray[np.float32]:
-        """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
-        with self.turn:
-            image = self.backend.run("decoder", {"latent": latent})["image"]
-            return self.backend.download(image)
-
-    def download(self, array: Any) -> NDArray[Any]:
-        """Return a NumPy copy of an array of the backend."""
-        with self.turn:
-            return self.backend.download(array)
+def _several(value: Any) -> Any:
+    """Return one condition as a list of one; a list, or nothing, as it is."""
+    return [value] if isinstance(value, str | int) else value
 
 
 def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pipeline:
@@ -338,10 +288,10 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
     record = engines.family
     return Pipeline(
         record,
-        record.config.from_dict(manifest.config),
+        manifest.model_config,
         engines.backend,
         tokenizer=engines.tokenizer,
-        sampling=SamplingConfig.from_dict(manifest.sampling),
+        sampling=record.sampling.from_dict(manifest.sampling),
         model_hash=manifest.model_hash,
         max_batch=engines.max_batch,
         precision=engines.precision,
@@ -383,5 +333,5 @@ def torch_pipeline(
         system.config,
         backend,
         tokenizer=system.prompt_tokenizer,
-        sampling=SamplingConfig.from_dict(sampling or {}),
+        sampling=family.sampling.from_dict(sampling or {}),
     )

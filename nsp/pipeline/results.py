@@ -1,84 +1,116 @@
-"""What a pipeline gives back: images, what happened on the way, and the state after a scale."""
+"""What a pipeline gives back: images, what happened on the way, and the state after a step."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsp.errors import ConfigError
 from nsp.family.contract import AnyFamily
-from nsp.stage.arena import Array
+from nsp.family.order import Step
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
-class Source(Protocol):
-    """The pipeline of a step, which turns what lies on its device into arrays."""
+class Decoder(Protocol):
+    """What a step needs to show itself: the model it was made with."""
 
     family: AnyFamily
 
-    def download(self, array: Array) -> NDArray[Any]:
-        """Return a NumPy copy."""
+    def decode(self, latent: Any) -> NDArray[np.float32]:
+        """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
 
-    def decode(self, latent: Array) -> NDArray[np.float32]:
-        """Return the picture (B, 3, H, W) in [0, 1] of a latent."""
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return a NumPy copy of an array of the backend."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened on the way: one entry per scale; no tokens of families that draw none."""
+    """What happened on the way: one entry per step; no tokens of families that draw none."""
 
     tokens: list[NDArray[np.int64]]  # (B, L_s) sampled
     logits: list[NDArray[np.float32]]  # (B, L_s, V) guided, before temperature and filters
-    latents: list[NDArray[np.float32]]  # (B, C, h, w) after the scale
+    latents: list[NDArray[np.float32]]  # (B, C, h, w) after the step
     image: NDArray[np.float32]  # (B, 3, H, W) in [0, 1]
 
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """Images of one call."""
+    """Images of one `Pipeline.generate`."""
 
     images: NDArray[np.uint8]  # (B, H, W, 3)
-    seed: int
+    seed: int  # of the first image
     prompts: tuple[str, ...] = ()
     class_ids: tuple[int, ...] = ()
     trace: Trace | None = None
+    seeds: tuple[int, ...] = ()  # of every image: with it alone the image can be made again
+
+
+@dataclass(frozen=True, repr=False)
+class PipelineOutput:
+    """Images of one call of a pipeline."""
+
+    images: "list[Image] | NDArray[np.uint8] | NDArray[np.float32]"  # by `output_type`
+    seeds: tuple[int, ...]  # of every image: with it alone the image can be made again
+
+    def __repr__(self) -> str:
+        """Return what it is, without the pixels."""
+        return f"PipelineOutput({len(self.images)} images, seeds={list(self.seeds)})"
+
+    def _repr_png_(self) -> bytes | None:
+        """Return all pictures side by side, for notebooks; None for latents."""
+        from nsp.data.sheet import side_by_side
+
+        return side_by_side(self.images)
 
 
 @dataclass(frozen=True)
 class StreamStep:
-    """State after one scale step; `decode` turns its latent into pictures."""
+    """State after one step; `decode` turns its latent into pictures."""
 
-    scale: int
-    num_scales: int
-    _tokens: NDArray[np.int64] | None
-    _pipeline: Source = field(repr=False)
-    _step: Any = field(repr=False)
+    scale: int  # number of the step
+    num_scales: int  # steps of the whole loop
+    _pipeline: Decoder = field(repr=False)
+    _step: Step = field(repr=False)
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the scale was drawn as tokens from a codebook."""
-        return self._tokens is not None
+        """Whether the step was drawn as tokens from a codebook."""
+        return "tokens" in self._step.drawn
 
     @property
     def tokens(self) -> NDArray[np.int64]:
         """Sampled tokens (B, L_s); ConfigError for a family that draws none."""
-        if self._tokens is None:
-            raise ConfigError(f"family {self._pipeline.family.name} draws no tokens; see `latent`")
-        return self._tokens
+        return self._drawn("tokens")
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """Guided logits (B, L_s, V); ConfigError for a family that draws no tokens."""
+        return self._drawn("logits")
 
     @property
     def latent(self) -> NDArray[np.float32]:
         """The latent so far, (B, C, h, w)."""
-        return self._pipeline.download(self._step.latent)
-
-    @property
-    def logits(self) -> NDArray[np.float32]:
-        """Guided logits (B, L_s, V)."""
-        return self._pipeline.download(self._step.guided)
+        return self._pipeline.download(self._whole())
 
     def decode(self) -> NDArray[np.float32]:
         """Return the picture of the latent so far, (B, 3, H, W) in [0, 1]."""
-        return self._pipeline.decode(self._step.latent)
+        return self._pipeline.decode(self._whole())
+
+    def _drawn(self, name: str) -> NDArray[Any]:
+        if name not in self._step.drawn:
+            raise ConfigError(
+                f"family {self._pipeline.family.name} draws no {name} in this step; see `latent`"
+            )
+        return self._pipeline.download(self._step.drawn[name])
+
+    def _whole(self) -> Any:
+        """Return the latent on the backend."""
+        if self._step.latent is None:
+            raise ConfigError(f"step {self.scale} ends in the middle of a picture: no latent yet")
+        return self._step.latent
 
 
 def to_uint8(image_B3HW: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsp.family.objective import Objective
-from nsp.training.order import Share, sample_keys
+from nsp.training.data_order import Share, sample_keys
 
 _BACKWARD = 2  # a backward pass is about two forward ones
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nsp.data.stream import ShardStream
-from nsp.training.order import Share, StepSampler
+from nsp.training.data_order import Share, StepSampler
 
 Batch = Mapping[str, Any]
 

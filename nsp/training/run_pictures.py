@@ -11,7 +11,7 @@ from nsp.data.sources import ImageSource, open_source, readable, survey
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError, DataError
 from nsp.family.recipe import DataConfig, RunConfig
-from nsp.training.order import Share
+from nsp.training.data_order import Share
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from nsp.family.recipe import FREE_OF_PHASE, PhaseConfig, RunConfig
 from nsp.files import write_file
 from nsp.training.average import full
 from nsp.training.checkpoints import CheckpointStore
+from nsp.training.data_order import Share, sample_keys, step_seed
 from nsp.training.flops import flops_per_image
 from nsp.training.folder import steps_folder
 from nsp.training.loading import Batch, training_loader, validation_loader
 from nsp.training.optimizer import add_adapters, new_optimizer, set_rates
-from nsp.training.order import Share, sample_keys, step_seed
 from nsp.training.parallel import accumulating, on_main, prepare, shard_again, whole
 from nsp.training.progress import Progress
 from nsp.training.state import TrainingState

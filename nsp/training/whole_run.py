@@ -29,6 +29,7 @@ from nsp.family.registry import family
 from nsp.family.system import System
 from nsp.files import write_file
 from nsp.paths import wrong_path
+from nsp.training.data_order import StepSampler
 from nsp.training.data_record import DataRecord
 from nsp.training.folder import (
     CHECKPOINT_NAME,
@@ -44,7 +45,6 @@ from nsp.training.folder import (
 )
 from nsp.training.leftovers import refuse_links, remove_leftovers
 from nsp.training.optimizer import check_targets, merge_adapters
-from nsp.training.order import StepSampler
 from nsp.training.parallel import gathered, on_main
 from nsp.training.run_pictures import Pictures, open_pictures
 from nsp.training.stopping import StopRequest

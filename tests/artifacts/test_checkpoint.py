@@ -112,7 +112,7 @@ def test_settings_that_are_not_allowed_are_named_with_their_folder(copy: Path) -
     changed = {**values, "sampling": {"top_k": "many"}}
     (copy / "config.json").write_text(json.dumps(changed))
     write_digests(copy)
-    with pytest.raises(CheckpointError, match=r"config\.json .*SamplingConfig\.top_k"):
+    with pytest.raises(CheckpointError, match=r"config\.json .*VarSampling\.top_k"):
         read_checkpoint(copy)
 
 

@@ -120,7 +120,7 @@ def test_a_folder_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     assert f"nsp export --engine-dir {tmp_path / 'nowhere'}" in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 2}', "\x00", "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 3}', "\x00", "null"])
 def test_a_damaged_manifest_is_refused(engines: Path, text: str) -> None:
     (engines / MANIFEST_NAME).write_text(text)
     message = refusal(engines)
@@ -137,7 +137,7 @@ def test_a_manifest_cut_off_anywhere_is_refused(engines: Path) -> None:
 
 def test_a_manifest_of_another_schema_is_refused(engines: Path) -> None:
     change_manifest(engines, schema=99)
-    assert "has schema 99, this nsp reads 2" in refusal(engines)
+    assert "has schema 99, this nsp reads 3" in refusal(engines)
 
 
 def test_a_family_from_the_future_is_refused(engines: Path) -> None:

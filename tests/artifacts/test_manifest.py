@@ -24,7 +24,7 @@ def write_manifest(folder: Path, stage: dict[str, Any] | None = None, **changes:
         "fingerprint": "",
     }
     manifest = {
-        "schema": 2,
+        "schema": 3,
         "family": "var",
         "config": CLASSES.to_dict(),
         "model_hash": "",
@@ -109,7 +109,7 @@ def test_engines_of_the_first_schema_are_refused_with_the_command_that_rebuilds_
     (tmp_path / "engines/manifest.json").write_text(json.dumps(values))
     (tmp_path / "models/red/config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EngineError, match="has schema 1, this nsp reads 2; run: nsp") as caught:
+    with pytest.raises(EngineError, match="has schema 1, this nsp reads 3; run: nsp") as caught:
         read_manifest(Path("engines"))
     assert str(caught.value).endswith("--engine-dir engines --checkpoint models/red --fp16")
 
@@ -148,7 +148,7 @@ def test_a_damaged_variant_is_named(stage: dict[str, Any], words: str, tmp_path:
     [
         ({"schema": "1"}, "Manifest.schema: '1' is not allowed; expected an integer"),
         ({"schema": True}, "Manifest.schema: True is not allowed"),
-        ({"sampling": {"top_k": "9"}}, "SamplingConfig.top_k: '9' is not allowed"),
+        ({"sampling": {"top_k": "9"}}, "VarSampling.top_k: '9' is not allowed"),
         ({"sampling": {"top_p": 7}}, "top_p=7"),
         ({"sampling": []}, "Manifest.sampling"),
         ({"stages": {"step": {}}}, "Manifest.stages.step"),

@@ -131,10 +131,10 @@ def test_a_contestant_that_fails_late_does_not_end_the_others(
     def diverges(place: Place) -> Pipeline:
         pipeline = ENTRIES["torch eager"].load(place)
 
-        def stream(request: object) -> object:
+        def play(inputs: object, *, trace: bool) -> object:
             raise KeyError("not finite")
 
-        monkeypatch.setattr(pipeline, "play_scales", stream)
+        monkeypatch.setattr(pipeline, "_play", play)
         return pipeline
 
     entries = {**ENTRIES, "late": Entry(name="late", load=diverges)}

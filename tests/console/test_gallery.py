@@ -8,7 +8,7 @@ from PIL import Image
 from nsp.console.gallery import generate_gallery
 from nsp.data.png import read_metadata
 from nsp.errors import ConfigError
-from nsp.pipeline.batches import plan_images
+from nsp.pipeline.orders import make_orders
 from nsp.pipeline.pipeline import load_pipeline
 
 PROMPTS = ("red apple", "green apple", "smiling cat")
@@ -25,8 +25,10 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def make(pipeline, folder, *, batch_size=4, seed=3, prompts=PROMPTS, num_images=1, **options):
-    planned = plan_images(prompts=prompts, seed=seed, num_images=num_images)
-    return generate_gallery(pipeline, planned, folder, batch_size=batch_size, **options)
+    shown = {n: options.pop(n) for n in ("save_intermediates", "on_step") if n in options}
+    settings = pipeline.sampling.changed(options)
+    orders = make_orders(settings, prompts=prompts, seed=seed, num_images=num_images)
+    return generate_gallery(pipeline, orders, folder, batch_size=batch_size, **shown)
 
 
 @pytest.mark.parametrize("more_smooth", [False, True])
@@ -92,7 +94,7 @@ def test_a_bad_condition_at_the_end_is_found_before_anything_is_written(
     tiny_class_checkpoint, tmp_path
 ):
     pipeline = load_pipeline(tiny_class_checkpoint)
-    planned = plan_images(class_ids=[1, 2, 999])
+    planned = make_orders(pipeline.sampling, class_ids=[1, 2, 999])
     with pytest.raises(ConfigError, match="class id 999"):
         generate_gallery(pipeline, planned, tmp_path / "out", batch_size=1)
     assert not (tmp_path / "out").exists()

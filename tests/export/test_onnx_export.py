@@ -143,7 +143,7 @@ def test_profiles_hold_every_size_of_the_schedule(small_checkpoint, tmp_path, st
     builds = {build.stage: build for build in plan.builds}
     reference = record_reference(plan, read_checkpoint(small_checkpoint).load())
     guided, *others = reference.batches
-    assert len(guided.result.images) == 7  # a full batch
+    assert len(guided.orders) == 7  # a full batch
     for batch in (guided,) if static else (guided, *others):
         seen: dict[str, int] = {}
         for call in batch.calls:

@@ -15,9 +15,9 @@ from nsp.export.compile.engine import build_engine
 from nsp.export.graph.lint import check_graph
 from nsp.export.graph.onnx_export import export_stage
 from nsp.families.var.config import ClassCondition, with_condition
+from nsp.families.var.sampling import VarSampling
 from nsp.family.contract import trace_sizes
 from nsp.family.registry import family
-from nsp.family.sampling import SamplingConfig
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from nsp.stage.backend import TENSORRT_RANKS, Backend
 from nsp.stage.io import StageIO
@@ -93,7 +93,7 @@ def test_an_image_is_drawn_as_it_is_alone(wide_system: Any, stage: str) -> None:
         alone = {name: each[i : i + 1] for name, each in arrays.items() if each.ndim}
         rows = [i] if guidance == 1 else [i, len(ROWS) + i]
         alone["logits"] = arrays["logits"][rows]
-        settings = SamplingConfig(top_p=top_p, top_k=top_k)
+        settings = VarSampling(top_p=top_p, top_k=top_k)
         ranks = max(top_k, 1) if stage.endswith("nucleus") else settings.num_ranks(CODES)
         alone["ranks"] = np.arange(ranks)
         if "smooth" in stage:

@@ -30,8 +30,8 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({}, "text-conditional: give one or more prompts"),
     ({"prompts": []}, "give one or more prompts"),
     ({"class_ids": [1]}, "takes prompts, no class ids"),
-    ({"prompts": ["cat"], "class_ids": [1]}, "takes prompts, no class ids"),
-    ({"prompts": ["cat", " \t"]}, "prompt 2 is empty"),
+    ({"prompts": ["cat"], "class_ids": [1]}, "prompts and class ids are both given"),
+    ({"prompts": ["cat", " \t"]}, "a prompt is empty"),
     ({"prompts": "red apple"}, r"prompts=\['red apple'\]"),
     ({"prompts": b"cat"}, r"prompts=\[b'cat'\]"),
     ({"prompts": [None]}, "prompt 1 is None, not a text"),
@@ -45,14 +45,20 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompts": ["cat"], "seed": True}, "seed=True must be an integer"),
     ({"prompts": ["cat"], "top_p": 2.0}, "top_p=2.0"),
     ({"prompts": ["cat"], "top_k": 2.5}, "top_k"),
-    ({"prompts": ["cat"], "cfg": 3.0}, "unknown key 'cfg'"),
+    ({"prompts": ["cat"], "cfg": 3.0}, "unknown argument 'cfg'; known: prompts, class_ids"),
     ({"prompts": ["cat"], "uniforms": np.zeros((2, 30), "float32")}, r"uniforms .* expected"),
     ({"prompts": ["cat"], "uniforms": np.zeros((1, 30))}, "uniforms is float64"),
     ({"prompts": ["cat"], "forced_tokens": np.zeros((1, 29), "int64")}, "forced_tokens"),
-    ({"prompts": ["cat"], "forced_tokens": np.full((1, 30), 64)}, r"-1 \(free\) or in 0\.\.63"),
+    (
+        {"prompts": ["cat"], "forced_tokens": np.full((1, 30), 64)},
+        r"must be in \[-1, 64\)",
+    ),
     ({"prompts": ["cat"], "forced_tokens": np.full((1, 30), -2)}, "forced_tokens must be"),
-    ({"prompts": ["cat"], "forced_tokens": [[1]]}, "forced_tokens is a list; expected"),
-    ({"prompts": ["cat"], "uniforms": [[0.5]]}, r"uniforms is a list; expected .*\(1, 30\)"),
+    (
+        {"prompts": ["cat"], "forced_tokens": [[1]]},
+        "forced_tokens is a list",
+    ),
+    ({"prompts": ["cat"], "uniforms": [[0.5]]}, "uniforms is a list; expected"),
     *(
         ({"prompts": ["cat"], "uniforms": np.full((1, 30), value, "float32")}, r"in \[0, 1\)")
         for value in (np.nan, 1.0, -0.1)

@@ -15,8 +15,8 @@ from nsp.data.sources import open_source
 from nsp.errors import ConfigError
 from nsp.families.var.tokens import TokenDataset
 from nsp.family.recipe import RunConfig
+from nsp.training.data_order import Share
 from nsp.training.loading import training_loader
-from nsp.training.order import Share
 from nsp.training.whole_run import train
 from tests.data.picture_files import encoded, write_files
 from tests.models import new_tiny_checkpoint

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsp.errors import ConfigError
-from nsp.training.order import Share, StepSampler, sample_keys, sample_uniforms
+from nsp.training.data_order import Share, StepSampler, sample_keys, sample_uniforms
 
 
 def test_batch_larger_than_the_data_is_refused() -> None:

@@ -19,7 +19,7 @@ from nsp.errors import ConfigError
 from nsp.family import registry
 from nsp.family.recipe import LoraConfig, RunConfig
 from nsp.pipeline.pipeline import load_pipeline
-from nsp.training.order import Share
+from nsp.training.data_order import Share
 from nsp.training.state import TrainingState
 from nsp.training.trainer import Phase
 from nsp.training.whole_run import speak_less, train

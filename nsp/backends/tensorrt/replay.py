@@ -218,12 +218,13 @@ class Recorder:
 
 
 def copied(result: T, stream: Stream) -> T:
-    """Return a result, an array or a dataclass with arrays, with its arrays copied."""
+    """Return a result with its arrays copied: an array, a mapping or a dataclass with arrays."""
     found: Any = result
     if isinstance(found, DeviceArray):
         found = stream.copy(found)
-    else:
+    elif isinstance(found, Mapping):
+        found = {name: copied(each, stream) for name, each in found.items()}
+    elif dataclasses.is_dataclass(found) and not isinstance(found, type):
         fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-        copies = {n: stream.copy(a) for n, a in fields.items() if isinstance(a, DeviceArray)}
-        found = dataclasses.replace(found, **copies)
+        found = dataclasses.replace(found, **{n: copied(a, stream) for n, a in fields.items()})
     return found  # type: ignore[no-any-return]

@@ -1,15 +1,16 @@
 """The family `next_scale`: latents that grow scale by scale, each a residual over the last one."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nsp.families.next_scale.config import SIZES, NextScaleConfig, scale_of
+from nsp.families.next_scale.config import SIZES, NextScaleConfig
 from nsp.families.next_scale.examples import examples
 from nsp.families.next_scale.io import stages_io
-from nsp.families.next_scale.loop import Request, ScaleStep, generate, loop_inputs
+from nsp.families.next_scale.loop import batch_key, generate, given, loop_inputs
 from nsp.families.next_scale.precision import stage_weights
-from nsp.families.next_scale.requests import request_arrays
+from nsp.families.next_scale.sampling import NextScaleSampling
 from nsp.family.contract import Family, Kind, Learner, Stage
+from nsp.family.order import Encoded, Given, Order, Step
 from nsp.stage.io import Sizes
 
 if TYPE_CHECKING:
@@ -17,12 +18,11 @@ if TYPE_CHECKING:
 
     from nsp.families.next_scale.system import NextScaleSystem
     from nsp.family.recipe import PhaseConfig, RunConfig
-    from nsp.family.sampling import SamplingConfig
     from nsp.stage.arena import Array
     from nsp.stage.backend import Backend
 
 
-class NextScale(Family[NextScaleConfig, "NextScaleSystem"]):
+class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
     """Continuous latents from a small flow, enlarged by predictors that share a cache."""
 
     name: ClassVar[str] = "next_scale"
@@ -32,11 +32,16 @@ class NextScale(Family[NextScaleConfig, "NextScaleSystem"]):
     default_seed: ClassVar[int] = 42
     default_batch_size: ClassVar[int | None] = 1
     takes_no_prompt: ClassVar[bool] = True
-    config, request, sizes = NextScaleConfig, Request, SIZES
+    batch_is_images: ClassVar[bool] = True
+    config, sampling, sizes = NextScaleConfig, NextScaleSampling, SIZES
 
     def condition(self, config: NextScaleConfig) -> Kind:
         """Return what a picture is asked for by."""
         return "prompt"
+
+    def grids(self, config: NextScaleConfig) -> Sequence[tuple[int, int]]:
+        """Return the grid of every latent."""
+        return [(side, side) for side in config.sides]
 
     def stages(self, config: NextScaleConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order; the decoder has one profile per scale."""
@@ -52,31 +57,35 @@ class NextScale(Family[NextScaleConfig, "NextScaleSystem"]):
             for name, io in stages_io(config, kv_layout, dtype).items()
         }
 
-    def request_arrays(
+    def given(self, config: NextScaleConfig) -> Mapping[str, Given]:
+        """Return what an order may carry: the noise of the first latent."""
+        return given(config)
+
+    def batch_key(self, config: NextScaleConfig, order: Order[NextScaleSampling]) -> Hashable:
+        """Return what decides shapes and control flow."""
+        return batch_key(config, order)
+
+    def inputs(
         self,
         config: NextScaleConfig,
-        sampling: "SamplingConfig",
-        *,
-        seed: int,
-        batch: int,
-        given: Mapping[str, Any],
+        orders: Sequence[Order[NextScaleSampling]],
+        text: Encoded | None,
     ) -> "dict[str, NDArray[Any]]":
-        """Return the loop's noise: that `given`, checked, or drawn from `seed`."""
-        return request_arrays(config, sampling, seed=seed, batch=batch, given=given)
-
-    def inputs(self, config: NextScaleConfig, request: Request) -> "dict[str, NDArray[Any]]":
         """Return all that the loop takes from the host."""
-        return loop_inputs(config, request)
+        assert text is not None  # its models read prompts
+        return loop_inputs(config, orders, text)
 
     def loop(
         self, backend: "Backend", config: NextScaleConfig, inputs: "Mapping[str, Array]"
-    ) -> Iterator[ScaleStep]:
-        """Yield one ScaleStep per scale."""
+    ) -> Iterator[Step]:
+        """Yield one Step per scale."""
         return generate(backend, config, inputs)
 
-    def examples(self, config: NextScaleConfig) -> Sequence[Mapping[str, Any]]:
-        """Return arguments of `Pipeline.generate` that together call every stage."""
-        return examples(config)
+    def examples(
+        self, config: NextScaleConfig, sampling: NextScaleSampling
+    ) -> Sequence[Sequence[Order[NextScaleSampling]]]:
+        """Return batches of orders that together call every stage."""
+        return examples(sampling)
 
     @property
     def recipes(self) -> "Mapping[str, Callable[[], RunConfig]]":
@@ -110,10 +119,6 @@ class NextScale(Family[NextScaleConfig, "NextScaleSystem"]):
     def adopt(self, config: NextScaleConfig, trained: NextScaleConfig) -> NextScaleConfig:
         """Return `config` with the autoencoder and the text encoder of the trained model."""
         return config.with_parts_of(trained)
-
-    def scale_of(self, config: NextScaleConfig, sizes: Sizes) -> int:
-        """Return the scale whose image has the `target_size` asked for."""
-        return scale_of(config, sizes)
 
     @property
     def learner(self) -> "Learner[NextScaleConfig, NextScaleSystem]":

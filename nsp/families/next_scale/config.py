@@ -203,28 +203,6 @@ class NextScaleConfig(Config):
         return self.past_tokens(self.num_predictors)
 
 
-def scale_of(config: NextScaleConfig, sizes: Mapping[str, int]) -> int:
-    """Return the scale whose image has the `target_size` asked for; the last without one.
-
-    Raises ConfigError for sizes that this model has not.
-    """
-    for name in ("initial_size", "scale_factor"):
-        if sizes.get(name, getattr(config, name)) != getattr(config, name):
-            raise ConfigError(
-                f"{name}={sizes[name]} is asked for, and this model has "
-                f"{getattr(config, name)}; leave it out, or train another model"
-            )
-    images = [side * config.vae.downsampling for side in config.sides]
-    wanted = sizes.get("target_size", images[-1])
-    if wanted not in images:
-        nearest = sorted(images, key=lambda size: abs(math.log(size / max(wanted, 1))))[:2]
-        raise ConfigError(
-            f"target_size={wanted} is asked for, and this model makes images of "
-            f"{', '.join(map(str, images))} px; nearest: {_either(nearest)}"
-        )
-    return images.index(wanted)
-
-
 def _either(sizes: list[int]) -> str:
     return " or ".join(map(str, sizes))
 

@@ -1,9 +1,9 @@
 """What to generate for a reference: prompts that together call every stage of `next_scale`."""
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.sampling import NextScaleSampling
+from nsp.family.order import Order
 
 PARITY_PROMPTS = (
     "red apple",
@@ -13,9 +13,10 @@ PARITY_PROMPTS = (
 )
 
 
-def examples(config: NextScaleConfig) -> list[Mapping[str, Any]]:
-    """Return what to generate for a reference: guided and unguided, with and without a prompt."""
+def examples(sampling: NextScaleSampling) -> list[list[Order[NextScaleSampling]]]:
+    """Return batches of orders: guided and unguided, with and without a prompt."""
+    plain = replace(sampling, guidance_scale=1.0)
     return [
-        {"prompts": list(PARITY_PROMPTS[:2])},
-        {"prompts": [PARITY_PROMPTS[2], ""], "guidance_scale": 1.0},
+        [Order(each, seed, sampling) for seed, each in enumerate(PARITY_PROMPTS[:2])],
+        [Order(prompt, 1, plain) for prompt in (PARITY_PROMPTS[2], "")],
     ]

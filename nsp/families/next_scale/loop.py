@@ -4,8 +4,7 @@ It does no arithmetic on tensors: it hands over views and advances counters. It 
 yields after every scale, so the caller owns progress, previews and early stop.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,50 +12,53 @@ from numpy.typing import NDArray
 
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.families.next_scale.io import predictor_stage
-from nsp.family.sampling import SamplingConfig
+from nsp.families.next_scale.sampling import NextScaleSampling
+from nsp.family.order import Encoded, Given, Order, Step, stacked, stream
 from nsp.stage.arena import Array, KVShape
 from nsp.stage.backend import Backend
+from nsp.stage.io import Shape
+
+Orders = Sequence[Order[NextScaleSampling]]
+_LAST = "last_scale"  # its length is the number of scales that are made
 
 
-@dataclass(frozen=True)
-class Request:
-    """One batch of B images to generate."""
-
-    sampling: SamplingConfig
-    noise: NDArray[np.float32]  # (B, C, s_0, s_0), standard normal
-    token_ids: NDArray[np.int64]  # (B, T) prompts from the model's own tokenizer
-    null_token_ids: NDArray[np.int64]  # (1, T) the prompt "", which is no prompt
-
-    @property
-    def batch(self) -> int:
-        """B, the number of images."""
-        return int(self.noise.shape[0])
+def given(config: NextScaleConfig) -> Mapping[str, Given]:
+    """Return what an order may carry: the standard-normal noise of the first latent."""
+    return {"noise": Given(_noise_shape(config), "float32")}
 
 
-@dataclass(frozen=True)
-class ScaleStep:
-    """What is known after one scale; arrays are the backend's."""
-
-    scale: int
-    num_scales: int
-    latent: Array  # (B, C, s, s), of this scale's side
-    tokens: None = None  # nothing is drawn from a codebook
-    guided: None = None
+def _noise_shape(config: NextScaleConfig) -> Shape:
+    return (config.vae.latent_channels, config.initial_size, config.initial_size)
 
 
-def loop_inputs(config: NextScaleConfig, request: Request) -> dict[str, NDArray[Any]]:
+def batch_key(config: NextScaleConfig, order: Order[NextScaleSampling]) -> Hashable:
+    """Return whether an order is guided, and the scale it ends at."""
+    return (_is_guided(order), order.sampling.last_scale(config))
+
+
+def _is_guided(order: Order[NextScaleSampling]) -> bool:
+    return order.sampling.guidance_scale != 1
+
+
+def loop_inputs(config: NextScaleConfig, orders: Orders, text: Encoded) -> dict[str, NDArray[Any]]:
     """Return all that the loop takes from the host; `time_i` is that of Euler step i.
 
     What the loop does follows from the names and shapes alone, so it can be recorded.
     """
-    generator, batch = config.generator, request.batch
-    guided = request.sampling.guidance_scale != 1
+    generator, batch = config.generator, len(orders)
     images = np.arange(batch, dtype=np.int64)
+    rows = np.where(text.empty, np.int64(text.num_prompts), images)  # row N: no prompt
+    guided, last = _is_guided(orders[0]), orders[0].sampling.last_scale(config)
+    shape = _noise_shape(config)
     inputs: dict[str, NDArray[Any]] = {
-        **_condition_inputs(request, guided=guided),
-        "latent": request.noise,
+        **text.states,
+        "rows": np.concatenate([rows, text.null_rows()]) if guided else rows,
+        "latent": stacked(
+            orders, "noise", lambda o: stream(o.seed).standard_normal(shape, np.float32)
+        ),
         "image_rows": np.tile(images, 2 if guided else 1),
-        "guidance": np.full(batch, request.sampling.guidance_scale, np.float32),
+        "guidance": np.array([o.sampling.guidance_scale for o in orders], np.float32),
+        _LAST: np.zeros(last + 1, np.int64),
     }
     if generator.base == "flow":
         inputs["step_size"] = np.array(1 / generator.flow_steps, np.float32)
@@ -65,35 +67,22 @@ def loop_inputs(config: NextScaleConfig, request: Request) -> dict[str, NDArray[
     return inputs
 
 
-def _condition_inputs(request: Request, *, guided: bool) -> dict[str, NDArray[np.int64]]:
-    """Return distinct prompts and the prompt of every row; null rows are last when guided.
-
-    Row N is no prompt, which the prompt "" stands for.
-    """
-    prompts, found = np.unique(request.token_ids, axis=0, return_inverse=True)
-    rows, none = found.reshape(-1).astype(np.int64), len(prompts)
-    rows = np.where((prompts == request.null_token_ids).all(1)[rows], none, rows)
-    if guided:
-        rows = np.concatenate([rows, np.full(request.batch, none, np.int64)])
-    return {"token_ids": prompts, "rows": rows}
-
-
 def generate(
     backend: Backend, config: NextScaleConfig, inputs: Mapping[str, Array]
-) -> Iterator[ScaleStep]:
-    """Yield one ScaleStep per scale of `loop_inputs`.
+) -> Iterator[Step]:
+    """Yield one Step per scale of `loop_inputs`.
 
     Any latent is the decoder's input; the last one is refined. Guidance steers the base, where all
     that is random is decided; the predictors run once per image under the condition.
     """
-    batch = inputs["latent"].shape[0]
-    encoded = backend.run("text_encoder", {"token_ids": inputs["token_ids"]})
-    condition = backend.run("condition", {**encoded, "rows": inputs["rows"]})["condition"]
+    batch, total = inputs["latent"].shape[0], inputs[_LAST].shape[0]
+    prompts = {"text_mean": inputs["text_mean"], "rows": inputs["rows"]}
+    condition = backend.run("condition", prompts)["condition"]
     latent = _base(backend, config, inputs, condition)
-    yield ScaleStep(0, config.num_scales, latent)
+    yield Step(0, total, "scale", latent)
     condition = condition[:batch]
     with backend.arena(_kv_shape(backend, config, batch)) as arena:
-        for k in range(config.num_predictors):
+        for k in range(total - 1):
             past = arena.past() if config.past_tokens(k) else {}
             num_new = config.sides[k] ** 2 if config.has_keys(k) else 0
             grown = backend.run(
@@ -105,7 +94,7 @@ def generate(
             latent = grown["new_latent"]
             if k == config.num_predictors - 1:
                 latent = backend.run("refine", {"latent": latent})["new_latent"]
-            yield ScaleStep(k + 1, config.num_scales, latent)
+            yield Step(k + 1, total, "scale", latent)
 
 
 def _base(

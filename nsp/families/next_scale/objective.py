@@ -28,7 +28,7 @@ from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import Vae, decode
 from nsp.family.objective import Objective, TokenCache
 from nsp.layers.attention import KeyValue
-from nsp.training.order import sample_normals, sample_uniforms
+from nsp.training.data_order import sample_normals, sample_uniforms
 from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 
 

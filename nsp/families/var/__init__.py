@@ -3,24 +3,24 @@
 Source: Tian et al. 2024, arXiv:2404.02905, and github.com/FoundationVision/VAR.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nsp.families.var.config import SIZES, VarConfig, with_condition
 from nsp.families.var.examples import examples
 from nsp.families.var.io import stages_io
-from nsp.families.var.loop import Request, ScaleStep, generate, loop_inputs
+from nsp.families.var.loop import batch_key, generate, given, loop_inputs
 from nsp.families.var.precision import stage_weights
-from nsp.families.var.requests import request_arrays
+from nsp.families.var.sampling import VarSampling
 from nsp.family.contract import Family, Kind, Learner, Span, Stage
+from nsp.family.order import Encoded, Given, Order, Step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nsp.families.var.system import VarSystem
     from nsp.family.recipe import RunConfig
-    from nsp.family.sampling import SamplingConfig
     from nsp.stage.arena import Array
     from nsp.stage.backend import Backend
 
@@ -28,15 +28,19 @@ _SCALE_STAGES = ("step", "select", "select_smooth", "accumulate")
 _NUCLEUS_STAGES = ("select_nucleus", "select_smooth_nucleus")
 
 
-class Var(Family[VarConfig, "VarSystem"]):
+class Var(Family[VarConfig, VarSampling, "VarSystem"]):
     """VAR and models of its kind, on classes or prompts."""
 
     name: ClassVar[str] = "var"
-    config, request, sizes = VarConfig, Request, SIZES
+    config, sampling, sizes = VarConfig, VarSampling, SIZES
 
     def condition(self, config: VarConfig) -> Kind:
         """Return what a picture is asked for by."""
         return "class" if config.text is None else "prompt"
+
+    def grids(self, config: VarConfig) -> Sequence[tuple[int, int]]:
+        """Return the grid of every scale."""
+        return [(side, side) for side in config.patch_nums]
 
     def stages(self, config: VarConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""
@@ -57,31 +61,36 @@ class Var(Family[VarConfig, "VarSystem"]):
             for name, io in stages_io(config, kv_layout, dtype).items()
         }
 
-    def request_arrays(
-        self,
-        config: VarConfig,
-        sampling: "SamplingConfig",
-        *,
-        seed: int,
-        batch: int,
-        given: Mapping[str, Any],
-    ) -> "dict[str, NDArray[Any]]":
-        """Return the loop's arrays: those `given`, checked, or random numbers from `seed`."""
-        return request_arrays(config, sampling, seed=seed, batch=batch, given=given)
+    def given(self, config: VarConfig) -> Mapping[str, Given]:
+        """Return what an order may carry: random numbers and tokens of all scales."""
+        return given(config)
 
-    def inputs(self, config: VarConfig, request: Request) -> "dict[str, NDArray[Any]]":
+    def null_prompt(self, config: VarConfig, order: Order[VarSampling]) -> str | None:
+        """Return an order's null prompt: its own, or "" where the null condition is that."""
+        empty = config.text is not None and config.text.null == "empty_prompt"
+        return "" if order.negative is None and empty else order.negative
+
+    def batch_key(self, config: VarConfig, order: Order[VarSampling]) -> Hashable:
+        """Return what decides shapes and control flow."""
+        return batch_key(config, order)
+
+    def inputs(
+        self, config: VarConfig, orders: Sequence[Order[VarSampling]], text: Encoded | None
+    ) -> "dict[str, NDArray[Any]]":
         """Return all that the loop takes from the host."""
-        return loop_inputs(config, request)
+        return loop_inputs(config, orders, text)
 
     def loop(
         self, backend: "Backend", config: VarConfig, inputs: "Mapping[str, Array]"
-    ) -> Iterator[ScaleStep]:
-        """Yield one ScaleStep per scale."""
+    ) -> Iterator[Step]:
+        """Yield one Step per scale."""
         return generate(backend, config, inputs)
 
-    def examples(self, config: VarConfig) -> Sequence[Mapping[str, Any]]:
-        """Return arguments of `Pipeline.generate` that together call every stage."""
-        return examples(config)
+    def examples(
+        self, config: VarConfig, sampling: VarSampling
+    ) -> Sequence[Sequence[Order[VarSampling]]]:
+        """Return batches of orders that together call every stage."""
+        return examples(config, sampling)
 
     @property
     def recipes(self) -> "Mapping[str, Callable[[], RunConfig]]":

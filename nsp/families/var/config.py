@@ -196,11 +196,6 @@ class VarConfig(Config):
         return self.patch_nums[-1]
 
     @property
-    def sides(self) -> tuple[int, ...]:
-        """The sides of the token maps, as every family of scales names them."""
-        return self.patch_nums
-
-    @property
     def image_size_px(self) -> int:
         """Side of the square image."""
         return self.latent_side * self.vae.downsampling

@@ -1,10 +1,11 @@
 """What to generate for a reference: real conditions that together call every stage of `var`."""
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from nsp.families.var.config import TextCondition, VarConfig
 from nsp.families.var.io import needs_nucleus_stages
+from nsp.families.var.sampling import VarSampling
+from nsp.family.order import Order
 
 # Enough tokens for 99 % to mean something with a small model; few images where each is expensive.
 _WANTED_TOKENS, _FEWEST_IMAGES, _MOST_IMAGES = 1000, 3, 8
@@ -22,29 +23,30 @@ PARITY_PROMPTS = (
 )
 
 
-def examples(config: VarConfig) -> list[Mapping[str, Any]]:
-    """Return what to generate for a reference: arguments of `Pipeline.generate`.
+def examples(config: VarConfig, sampling: VarSampling) -> list[list[Order[VarSampling]]]:
+    """Return batches of orders that call every stage, with both relations of rows to images.
 
-    One batch with the model's own settings, one image without guidance and one with `more_smooth`:
-    together they call every stage and both relations of rows to images.
+    One batch with the model's own settings, one image without guidance and one with `more_smooth`;
+    two more draw by top-p alone where TensorRT has stages of its own for that.
     """
     wanted = -(-_WANTED_TOKENS // config.num_tokens)
     count = min(max(wanted, _FEWEST_IMAGES), _MOST_IMAGES)
-    requests: list[Mapping[str, Any]] = [
-        _conditions(config, count - 1),
-        {**_conditions(config, 1), "guidance_scale": 1.0},
-        {**_conditions(config, 1), "more_smooth": True},
+    settings = [
+        replace(sampling, guidance_scale=1.0),
+        replace(sampling, more_smooth=True),
     ]
-    if needs_nucleus_stages(config, "delta"):  # TensorRT has stages of its own for top-p alone
-        alone = {**_conditions(config, 1), "top_k": 0, "top_p": 0.9}
-        requests += [alone, {**alone, "more_smooth": True}]
-    return requests
+    if needs_nucleus_stages(config, "delta"):
+        alone = replace(sampling, top_k=0, top_p=0.9)
+        settings += [alone, replace(alone, more_smooth=True)]
+    conditions = _conditions(config, count - 1)
+    return [
+        [Order(each, seed, sampling) for seed, each in enumerate(conditions)],
+        *([Order(conditions[0], seed, each)] for seed, each in enumerate(settings)),
+    ]
 
 
-def _conditions(config: VarConfig, count: int) -> dict[str, Any]:
+def _conditions(config: VarConfig, count: int) -> list[str | int]:
     """Return `count` real conditions: captions, or spread-out classes."""
     if isinstance(config.condition, TextCondition):
-        prompts = [PARITY_PROMPTS[i % len(PARITY_PROMPTS)] for i in range(count)]
-        return {"prompts": prompts}
-    classes = config.num_classes
-    return {"class_ids": [(i * classes) // count for i in range(count)]}
+        return [PARITY_PROMPTS[i % len(PARITY_PROMPTS)] for i in range(count)]
+    return [(i * config.num_classes) // count for i in range(count)]

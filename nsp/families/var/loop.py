@@ -4,8 +4,7 @@ It does no arithmetic on tensors: it hands over views and advances counters. It 
 yields after every scale step, so the caller owns progress, previews and early stop.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,14 @@ from numpy.typing import NDArray
 
 from nsp.errors import ConfigError
 from nsp.families.var.config import VarConfig
-from nsp.family.sampling import SamplingConfig, rank_bucket, scale_ratios
+from nsp.families.var.sampling import (
+    VarSampling,
+    draw_gumbel,
+    draw_uniforms,
+    rank_bucket,
+    scale_ratios,
+)
+from nsp.family.order import Encoded, Given, Order, Step, stacked
 from nsp.layers.resample import area_matrix, bicubic_matrix
 from nsp.stage.arena import Array, KVShape
 from nsp.stage.backend import Backend
@@ -23,119 +29,106 @@ _SELECT = ("uniforms", "forced", "guidance")
 _SMOOTH = ("gumbel", "ratio")
 _SETTINGS = ("temperature", "top_p", "top_k")
 _RESIZE = ("up_rows", "up_cols", "down_rows", "down_cols", "phi")
+_TEXT = ("text_states", "text_pooled")
+
+Orders = Sequence[Order[VarSampling]]
 
 
-@dataclass(frozen=True)
-class Request:
-    """One batch of B images to generate. Exactly one of `class_ids` and `token_ids` is given."""
-
-    sampling: SamplingConfig
-    uniforms: NDArray[np.float32]  # (B, L of all scales)
-    class_ids: NDArray[np.int64] | None = None  # (B,)
-    token_ids: NDArray[np.int64] | None = None  # (B, T) prompts from the model's own tokenizer
-    null_token_ids: NDArray[np.int64] | None = None  # (1, T) the prompt ""
-    forced_tokens: NDArray[np.int64] | None = None  # (B, L of all scales); -1: sample
-    gumbel: NDArray[np.float32] | None = None  # (B, L of all scales, V), for more_smooth
-
-    @property
-    def batch(self) -> int:
-        """B, the number of images."""
-        return int(self.uniforms.shape[0])
-
-
-@dataclass(frozen=True)
-class ScaleStep:
-    """What is known after one scale step; arrays are the backend's."""
-
-    scale: int
-    num_scales: int
-    tokens: Array  # (B, L) sampled
-    guided: Array  # (B, L, V) guided logits, before temperature and filters
-    latent: Array  # (B, C, h, w) f_hat so far
-
-
-def loop_inputs(config: VarConfig, request: Request) -> dict[str, NDArray[Any]]:
-    """Return all that the loop takes from the host; what is for scale s is named `..._s`.
-
-    What the loop does follows from the names and shapes alone, so it can be recorded.
-    """
-    sampling, batch = request.sampling, request.batch
-    guidance = sampling.guidance_per_scale(config.num_scales)
-    # Rows of the null condition are left out once nothing is guided any more.
-    guided_scales = max((s + 1 for s, value in enumerate(guidance) if value != 1), default=0)
-    side = config.latent_side
-    inputs = {
-        **_condition_inputs(config, request, guided=guided_scales > 0),
-        "latent": np.zeros((batch, config.vae.latent_channels, side, side), np.float32),
-        "temperature": np.full(batch, sampling.temperature, np.float32),
-        "top_p": np.full(batch, sampling.top_p, np.float32),
-        **_top_k_inputs(sampling, batch, config.vae.vocab_size),
+def given(config: VarConfig) -> Mapping[str, Given]:
+    """Return what an order may carry: random numbers and tokens of all scales, scale by scale."""
+    length, codes = config.num_tokens, config.vae.vocab_size
+    return {
+        "uniforms": Given((length,), "float32", least=0, below=1),
+        "forced_tokens": Given((length,), "int64", least=-1, below=codes),  # -1: sample
+        "gumbel": Given((length, codes), "float32"),  # for more_smooth
     }
-    forced = request.forced_tokens
-    if forced is None:
-        forced = np.full(request.uniforms.shape, -1, np.int64)
+
+
+def batch_key(config: VarConfig, order: Order[VarSampling]) -> Hashable:
+    """Return how far an order is guided, how its codes are drawn and what is sorted for that."""
+    sampling = order.sampling
+    if "gumbel" in order.given and not sampling.more_smooth:
+        raise ConfigError("gumbel has no effect without more_smooth=True; leave one out")
+    ranks = sampling.num_ranks(config.vae.vocab_size)
+    return (_guided_scales(config, order), sampling.more_smooth, ranks)
+
+
+def _guided_scales(config: VarConfig, order: Order[VarSampling]) -> int:
+    """Return how many scales have null rows: those up to the last one that is guided."""
+    guidance = order.sampling.guidance_per_scale(config.num_scales)
+    return max((s + 1 for s, value in enumerate(guidance) if value != 1), default=0)
+
+
+def loop_inputs(config: VarConfig, orders: Orders, text: Encoded | None) -> dict[str, NDArray[Any]]:
+    """Return all that the loop takes from the host; what is for scale s is named `..._s`."""
+    batch, side, first = len(orders), config.latent_side, orders[0]
+    smooth, guided_scales = first.sampling.more_smooth, _guided_scales(config, first)
+    inputs = {
+        **_condition_inputs(config, orders, text, guided=guided_scales > 0),
+        "latent": np.zeros((batch, config.vae.latent_channels, side, side), np.float32),
+        "temperature": np.array([o.sampling.temperature for o in orders], np.float32),
+        "top_p": np.array([o.sampling.top_p for o in orders], np.float32),
+        **_top_k_inputs(orders, config.vae.vocab_size),
+    }
+    length, codes = config.num_tokens, config.vae.vocab_size
+    free = np.full(length, -1, np.int64)
+    by_scale = {
+        "uniforms": stacked(orders, "uniforms", lambda o: draw_uniforms(o.seed, length)),
+        "forced": stacked(orders, "forced_tokens", lambda o: free),
+    }
+    if smooth:
+        by_scale["gumbel"] = stacked(orders, "gumbel", lambda o: draw_gumbel(o.seed, length, codes))
+    guidance = np.array([o.sampling.guidance_per_scale(config.num_scales) for o in orders])
     ratios, phis = scale_ratios(config.num_scales), config.vae.phi_indices(config.num_scales)
     images, stop = np.arange(batch, dtype=np.int64), 0
     for scale, grid in enumerate(config.patch_nums):
         start, stop = stop, stop + grid**2
         following = min(scale + 1, config.num_scales - 1)  # nothing follows the last one
         here: dict[str, NDArray[Any]] = {
+            **{n: np.ascontiguousarray(a[:, start:stop]) for n, a in by_scale.items()},
             "positions": np.arange(start, stop),
-            "uniforms": np.ascontiguousarray(request.uniforms[:, start:stop]),
-            "forced": np.ascontiguousarray(forced[:, start:stop]),
-            "guidance": np.full(batch, guidance[scale], np.float32),
+            "guidance": guidance[:, scale].astype(np.float32),
             "phi": np.array(phis[scale], np.int64),
             "next_rows": np.tile(images, 2 if following < guided_scales else 1),
             **_resize_inputs(config, scale),
         }
-        if sampling.more_smooth:
-            assert request.gumbel is not None
-            here["gumbel"] = np.ascontiguousarray(request.gumbel[:, start:stop])
+        if smooth:
             here["ratio"] = np.array(ratios[scale], np.float32)
         inputs |= {f"{name}_{scale}": array for name, array in here.items()}
     return inputs
 
 
-def _top_k_inputs(
-    sampling: SamplingConfig, batch: int, vocab_size: int
-) -> dict[str, NDArray[np.int64]]:
+def _top_k_inputs(orders: Orders, vocab_size: int) -> dict[str, NDArray[np.int64]]:
     """Return every image's top-k, and the ranks to sort; 0 is off.
 
     Where top-p alone takes all codes for ranks, `top_k_ranks` are those of a stage that does
     without.
     """
-    top_k = min(sampling.top_k, vocab_size)
-    ranks = {"ranks": sampling.num_ranks(vocab_size)}
-    if sampling.is_nucleus_alone:
-        ranks["top_k_ranks"] = rank_bucket(top_k, vocab_size)
+    top_k = [min(order.sampling.top_k, vocab_size) for order in orders]
+    ranks = {"ranks": orders[0].sampling.num_ranks(vocab_size)}
+    if any(order.sampling.is_nucleus_alone for order in orders):
+        ranks["top_k_ranks"] = rank_bucket(max(top_k), vocab_size)
     return {
-        "top_k": np.full(batch, top_k, np.int64),
+        "top_k": np.array(top_k, np.int64),
         **{name: np.arange(count, dtype=np.int64) for name, count in ranks.items()},
     }
 
 
 def _condition_inputs(
-    config: VarConfig, request: Request, *, guided: bool
+    config: VarConfig, orders: Orders, text: Encoded | None, *, guided: bool
 ) -> dict[str, NDArray[Any]]:
-    """Return class ids (G,), or distinct prompts and the prompt of every row; null rows are last.
+    """Return class ids (G,), or the encoded prompts and the one of every row; null rows are last.
 
-    Row N is the null condition: a learned one inside the stage, else "" encoded as the last prompt.
-    `rows_alone` are the rows without null rows.
+    Row N is the learned null condition, inside the stage. `rows_alone` are the rows without null
+    rows.
     """
-    if config.text is None:
-        ids = request.class_ids
-        assert ids is not None
+    if text is None:
+        ids = np.array([order.condition for order in orders], np.int64)
         null = np.full_like(ids, config.num_classes)
         return {"rows": np.concatenate([ids, null]) if guided else ids, "rows_alone": ids}
-    assert request.token_ids is not None
-    prompts, alone = np.unique(request.token_ids, axis=0, return_inverse=True)
-    rows = alone = alone.reshape(-1).astype(np.int64)
-    if guided:
-        rows = np.concatenate([alone, np.full(request.batch, len(prompts), np.int64)])
-        if config.text.null == "empty_prompt":
-            assert request.null_token_ids is not None
-            prompts = np.concatenate([prompts, request.null_token_ids])
-    return {"token_ids": prompts, "rows": rows, "rows_alone": alone}
+    alone = np.arange(len(orders), dtype=np.int64)
+    rows = np.concatenate([alone, text.null_rows()]) if guided else alone
+    return {**text.states, "rows": rows, "rows_alone": alone}
 
 
 def _resize_inputs(config: VarConfig, scale: int) -> dict[str, NDArray[np.float32]]:
@@ -149,12 +142,10 @@ def _resize_inputs(config: VarConfig, scale: int) -> dict[str, NDArray[np.float3
     return {"up_rows": up, "up_cols": up, "down_rows": down, "down_cols": down}
 
 
-def generate(
-    backend: Backend, config: VarConfig, inputs: Mapping[str, Array]
-) -> Iterator[ScaleStep]:
-    """Yield one ScaleStep per scale of `loop_inputs`; the last latent is the decoder's input."""
+def generate(backend: Backend, config: VarConfig, inputs: Mapping[str, Array]) -> Iterator[Step]:
+    """Yield one Step per scale of `loop_inputs`; the last latent is the decoder's input."""
     batch, rows = inputs["uniforms_0"].shape[0], inputs["rows"].shape[0]
-    encoded = _encoded(backend, inputs)
+    encoded = {name: inputs[name] for name in _TEXT if name in inputs}
     conditioning = _condition(backend, encoded, inputs["rows"])
     x, latent = conditioning.pop("x"), inputs["latent"]
     with backend.arena(_kv_shape(backend, config, rows)) as arena:
@@ -171,20 +162,13 @@ def generate(
             )
             arena.advance(grid**2)
             selected = _select(backend, inputs, here, stepped["logits"])
-            tokens, guided = selected["tokens"], selected["guided"]
+            drawn = {"tokens": selected["tokens"], "logits": selected["guided"]}
             codes = selected["codes"].reshape((batch, grid, grid, config.vae.latent_channels))
             added = {"codes": codes, "latent": latent, "rows": here["next_rows"]}
             resize = {name: here[name] for name in _RESIZE}
             grown = backend.run("accumulate", {**added, **resize})
             latent, x = grown["new_latent"], grown["x"]
-            yield ScaleStep(scale, config.num_scales, tokens, guided, latent)
-
-
-def _encoded(backend: Backend, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the encoded prompts; nothing for a class-conditional model."""
-    if "token_ids" not in inputs:
-        return {}
-    return backend.run("text_encoder", {"token_ids": inputs["token_ids"]})
+            yield Step(scale, config.num_scales, "scale", latent, drawn)
 
 
 def _condition(backend: Backend, encoded: Mapping[str, Array], rows: Array) -> dict[str, Array]:

@@ -26,7 +26,7 @@ from nsp.families.var.system import VarSystem
 from nsp.families.var.tokens import TokenDataset, check_classes
 from nsp.family.objective import Objective, TokenCache
 from nsp.text.parts import without_tokens
-from nsp.training.order import sample_uniforms
+from nsp.training.data_order import sample_uniforms
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 

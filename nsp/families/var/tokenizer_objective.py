@@ -21,7 +21,7 @@ from nsp.errors import ConfigError
 from nsp.families.var.system import VarSystem
 from nsp.families.var.vqvae import VQVAE
 from nsp.training.average import write_rows
-from nsp.training.order import sample_uniforms
+from nsp.training.data_order import sample_uniforms
 from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 
 

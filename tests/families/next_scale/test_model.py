@@ -143,12 +143,12 @@ def test_a_regression_base_makes_the_first_latent_in_one_step() -> None:
 
 
 def test_an_image_does_not_depend_on_its_batch(pipe: Pipeline) -> None:
-    from nsp.pipeline.batches import plan_images, stream_batch
+    from nsp.pipeline.orders import make_orders
 
-    planned = plan_images(prompts=["red apple", ""], num_images=2, allow_empty=True)
-    together = list(stream_batch(pipe, planned))[-1].latent
-    for index, image in enumerate(planned):
-        alone = list(stream_batch(pipe, [image]))[-1].latent
+    orders = make_orders(pipe.sampling, prompts=["red apple", ""], num_images=2)
+    together = pipe.trace(orders).latents[-1]
+    for index, order in enumerate(orders):
+        alone = pipe.trace([order]).latents[-1]
         np.testing.assert_allclose(alone[0], together[index], rtol=1e-4, atol=1e-4)
 
 

@@ -1,69 +1,30 @@
+"""Lists of what to make are read as what they are, and what is wrong is named with its line."""
+
 from pathlib import Path
 
 import pytest
 
 from nsp.console.prompt_lists import ListedImage, read_list
 from nsp.errors import ConfigError
-from nsp.pipeline.batches import cut_batches, plan_images
 
 
 def prompts_of(path):
     return tuple(row.prompt for row in read_list(path))
 
 
-def test_the_kth_image_of_a_condition_has_seed_plus_k():
-    planned = plan_images(prompts=["a", "b", "a"], seed=5, num_images=2)
-    assert [(p.prompt, p.seed) for p in planned] == [
-        ("a", 5),
-        ("a", 6),
-        ("b", 5),
-        ("b", 6),
-        ("a", 7),
-        ("a", 8),
-    ]
-    assert [p.index for p in planned] == list(range(6))
+def plain(rows):
+    return [(row.prompt, row.class_id, row.seed) for row in rows]
 
 
-def test_cutting_keeps_every_image_and_the_order():
-    planned = plan_images(class_ids=range(7))
-    batches = list(cut_batches(planned, 3))
-    assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert [image for batch in batches for image in batch] == planned
-
-
-@pytest.mark.parametrize(
-    ("prompts", "class_ids", "words"),
-    [
-        ((), (), "nothing to generate"),
-        (("a",), (1,), "both"),
-        (("a", " \t"), (), "prompt 2 is empty"),
-    ],
-)
-def test_a_plan_needs_one_kind_of_condition(prompts, class_ids, words):
-    with pytest.raises(ConfigError, match=words):
-        plan_images(prompts=prompts, class_ids=class_ids)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"num_images": 0}, "num_images is an integer of at least 1, not 0"),
-        ({"num_images": 1.5}, "num_images"),
-        ({"seed": None}, "seed=None"),
-        ({"seed": 2**64 - 1, "num_images": 2}, "seed=18446744073709551616"),
-        ({"prompts": "cat"}, "prompts is a list of texts"),
-        ({"prompts": [None]}, "prompt 1 is None"),
-        ({"prompts": (), "class_ids": [1.5]}, "list of integers"),
-    ],
-)
-def test_a_plan_of_something_else_is_refused(options, words):
-    with pytest.raises(ConfigError, match=words):
-        plan_images(**{"prompts": ["cat"], **options})
-
-
-def test_no_batch_is_empty():
-    with pytest.raises(ConfigError, match="batch_size"):
-        cut_batches(plan_images(class_ids=[1]), 0)
+def test_columns_of_settings_are_read_where_the_model_has_them(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,guidance-scale,more_smooth,negative_prompt\ncat,2.5,true,dog\nowl,,,\n")
+    first, second = read_list(path, ("guidance_scale", "more_smooth"))
+    assert first.settings == {"guidance_scale": 2.5, "more_smooth": True}
+    assert (first.negative, second.negative, second.settings) == ("dog", None, {})
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "cat", "top_k": 3}\n')
+    assert read_list(path, ("top_k",))[0].settings == {"top_k": 3}
 
 
 def test_prompts_files_may_have_a_byte_order_mark_blank_lines_and_windows_line_ends(tmp_path):
@@ -107,13 +68,6 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(content, words, tmp_path):
         read_list(path)
 
 
-def test_a_seed_of_its_own_takes_the_place_of_the_runs():
-    planned = plan_images(prompts=["a", "b", "a"], seed=5, num_images=2, seeds=[None, 40])
-    assert [image.seed for image in planned] == [5, 6, 40, 41, 7, 8]
-    with pytest.raises(ConfigError, match="seed=-1 must be"):
-        plan_images(class_ids=[1], seeds=[-1])
-
-
 APPLE, CAT = ListedImage(prompt="red apple", seed=7), ListedImage(prompt="cat, asleep")
 
 
@@ -149,7 +103,7 @@ def test_a_list_is_read_as_what_it_is(tmp_path, name, content, rows):
     path.write_text(content, newline="")
     if rows is None:  # plain lines
         rows = [ListedImage(prompt=line) for line in content.splitlines()]
-    assert list(read_list(path)) == rows
+    assert plain(read_list(path)) == plain(rows)
 
 
 @pytest.mark.parametrize(

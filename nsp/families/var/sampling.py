@@ -1,19 +1,19 @@
-"""How tokens are drawn: settings, guidance over the scales, and all random numbers of an image.
+"""How tokens of the family `var` are drawn: settings, guidance over the scales, random numbers.
 
-Every random number comes from a NumPy Philox stream keyed by (seed, image number), so an image does
+Every random number comes from a NumPy Philox stream keyed by the image's own seed, so an image does
 not depend on the batch it is generated in or on the backend.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsp import values
-from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.family.order import Sampling, stream
 from nsp.stage.backend import TENSORRT_RANKS
 
 # Bounds far from any use. Beyond them float32 overflows on the way to the logits: noise, no error.
@@ -21,17 +21,33 @@ _LARGE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Config):
-    """Settings of one generate call."""
+class VarSampling(Sampling):
+    """Settings of one image."""
 
-    guidance_scale: float = 2.0  # 1.0: off. The published code's cfg c is 1 + c here
-    guidance_schedule: Literal["ramp", "constant", "interval"] = "ramp"
-    guidance_interval: tuple[float, ...] = (0.0, 1.0)  # of the schedule, for "interval"
-    guidance_until: int | None = None  # scales with guidance, of any schedule; None: all
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1.0: off
-    temperature: float = 1.0
-    more_smooth: bool = False  # Gumbel-softmax mix of codes instead of one code
+    guidance_scale: float = field(
+        default=2.0, metadata={"help": "Strength of guidance; 1 is off."}
+    )  # the published code's cfg c is 1 + c here
+    guidance_schedule: Literal["ramp", "constant", "interval"] = field(
+        default="ramp", metadata={"help": "How guidance changes over the scales."}
+    )
+    guidance_interval: tuple[float, ...] = field(
+        default=(0.0, 1.0),
+        metadata={"help": "Where `interval` guides: fractions of the schedule."},
+    )
+    guidance_until: int | None = field(
+        default=None,
+        metadata={"help": "Guide so many scales only: the last, largest ones then cost half."},
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "Draw from the K likeliest codes; 0 is off, 1 greedy."}
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Draw from the likeliest codes of mass P; 1 is off."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits; below 1 is safer."}
+    )
+    more_smooth: bool = field(default=False, metadata={"help": "Mix codes (Gumbel softmax)."})
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -66,16 +82,15 @@ class SamplingConfig(Config):
                 f"{self.guidance_schedule}; choose the schedule interval, or leave it out"
             )
 
-    def changed(self, settings: Mapping[str, Any]) -> Self:
+    def changed(self, settings: Mapping[str, Any], *, beside: tuple[str, ...] = ()) -> Self:
         """Return these settings with others in their place; ConfigError for a wrong one.
 
         An interval of these settings goes with their schedule, when another one is chosen.
         """
-        changed = {**self.to_dict(), **settings}
         schedule = settings.get("guidance_schedule")
         if isinstance(schedule, str) and schedule != "interval":
-            changed["guidance_interval"] = settings.get("guidance_interval", (0.0, 1.0))
-        return self.from_dict(changed)
+            settings = {"guidance_interval": (0.0, 1.0), **settings}
+        return super().changed(settings, beside=beside)
 
     def guidance_per_scale(self, num_scales: int) -> list[float]:
         """Return the guidance of every scale.
@@ -124,26 +139,14 @@ def scale_ratios(num_scales: int) -> list[float]:
     return [scale / max(num_scales - 1, 1) for scale in range(num_scales)]
 
 
-def draw_uniforms(seed: int, batch: int, num_tokens: int) -> NDArray[np.float32]:
-    """Return uniform numbers (B, L) in [0, 1): image i of the batch has the stream (seed, i)."""
-    rows = [stream(seed, image).random(num_tokens, np.float32) for image in range(batch)]
-    return np.stack(rows)
+def draw_uniforms(seed: int, num_tokens: int) -> NDArray[np.float32]:
+    """Return the uniform numbers (L,) in [0, 1) of one image."""
+    return stream(seed).random(num_tokens, np.float32)
 
 
-def draw_gumbel(seed: int, batch: int, num_tokens: int, vocab_size: int) -> NDArray[np.float32]:
-    """Return standard Gumbel noise (B, L, V), from streams apart from those of the uniforms."""
-    tiny = np.finfo(np.float32).tiny
-    rows = [
-        stream(seed, image, purpose=1).random((num_tokens, vocab_size), np.float32)
-        for image in range(batch)
-    ]
-    uniform = np.maximum(np.stack(rows), tiny)
+def draw_gumbel(seed: int, num_tokens: int, vocab_size: int) -> NDArray[np.float32]:
+    """Return standard Gumbel noise (L, V) of one image, from a stream apart from the uniforms'."""
+    uniform = stream(seed, purpose=1).random((num_tokens, vocab_size), np.float32)
+    uniform = np.maximum(uniform, np.finfo(np.float32).tiny)
     noise: NDArray[np.float32] = np.minimum(-np.log(-np.log(uniform)), np.float32(50))
     return noise
-
-
-def stream(seed: int, image: int, purpose: int = 0) -> np.random.Generator:
-    """Return the generator of one image's random numbers, and of one kind of them."""
-    key = np.array([values.seed(seed), image], np.uint64)
-    counter = np.array([0, 0, 0, purpose], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -1,0 +1,166 @@
+"""Settings of an image on the command line: the fields of the families' own sampling records."""
+
+import dataclasses
+import logging
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nsp import values
+from nsp.console.command_line import Verb
+from nsp.errors import ConfigError
+from nsp.family.registry import family, family_names
+
+if TYPE_CHECKING:
+    from nsp.console.prompt_lists import ListedImage
+    from nsp.family.contract import AnyFamily
+    from nsp.family.order import Order, S
+
+logger = logging.getLogger(__name__)
+
+
+class SamplingVerb(Verb):
+    """A verb with an option for every setting of every family, made when they are asked for."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the verb's own parameters, and the settings."""
+        return [*super().get_params(ctx), *self._settings]
+
+    @cached_property
+    def _settings(self) -> list[click.Option]:
+        return list(sampling_options())
+
+
+def sampling_options() -> Iterator[click.Option]:
+    """Yield an option for every setting of every family; its help names the families that have it.
+
+    One name may be two families' only with one type: another one of a plugin is left out.
+    """
+    owners: dict[str, list[str]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    known = family_names()
+    for name in known:
+        try:
+            sampling = family(name).sampling
+        except ConfigError as error:
+            logger.warning("%s", error)
+            continue
+        hints = typing.get_type_hints(sampling)
+        for each in dataclasses.fields(sampling):
+            made = _option(hints[each.name], each.metadata.get("help", ""))
+            if options.setdefault(each.name, made)["type"] != made["type"]:
+                logger.warning(
+                    "the setting %s of family %s has another type than that of %s and is left out",
+                    *(each.name, name, owners[each.name][0]),
+                )
+                continue
+            owners.setdefault(each.name, []).append(name)
+    for name, option in options.items():
+        only = "" if len(owners[name]) == len(known) else f" ({', '.join(owners[name])})"
+        words = name.replace("_", "-")
+        spelled = f"--{words}/--no-{words}" if option["type"] is bool else f"--{words}"
+        yield click.Option([spelled], **{**option, "help": f"{option['help']}{only}"})
+
+
+def _option(hint: Any, help_text: str) -> dict[str, Any]:
+    """Return what click is told about a field of this type."""
+    arguments = [each for each in typing.get_args(hint) if each is not types.NoneType]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return _option(arguments[0], help_text)
+    common = {"default": None, "help": help_text}
+    if typing.get_origin(hint) is typing.Literal:
+        return {"type": click.Choice(arguments), **common}
+    if typing.get_origin(hint) is tuple:
+        return {"type": arguments[0], "nargs": 2, "metavar": "FROM TO", **common}
+    return {"type": hint, **common}
+
+
+def setting_names(owner: "AnyFamily") -> tuple[str, ...]:
+    """Return the names of a family's settings."""
+    return tuple(each.name for each in dataclasses.fields(owner.sampling))
+
+
+def check_settings(owner: "AnyFamily", given: Iterable[str]) -> None:
+    """Raise ConfigError for an option that is another family's."""
+    known = setting_names(owner)
+    if foreign := [name for name in given if name not in known]:
+        raise ConfigError(
+            f"--{foreign[0].replace('_', '-')} is not a setting of family {owner.name}, which has "
+            f"{', '.join('--' + name.replace('_', '-') for name in known)}"
+        )
+
+
+def check_conditions(
+    owner: "AnyFamily | None",
+    prompts: Sequence[str],
+    class_ids: Sequence[int],
+    listed: Sequence["ListedImage"],
+) -> None:
+    """Raise ConfigError for conditions that no model of the family takes, before one is loaded.
+
+    None is a family that is not known yet: loading will say why.
+    """
+    texts = [*prompts, *(row.prompt for row in listed if row.prompt is not None)]
+    has_classes = bool(class_ids) or any(row.class_id is not None for row in listed)
+    if texts and has_classes:
+        raise ConfigError("prompts and class ids are both given; a model takes one kind: choose")
+    if owner is None and not texts and not has_classes:
+        raise ConfigError("nothing to generate: give at least one prompt or class id")
+    if owner is None or not owner.takes_no_prompt:
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                raise ConfigError(f"prompt {number} is empty; write what the image should show")
+
+
+def planned_orders(
+    sampling: "S",
+    listed: Sequence["ListedImage"],
+    *,
+    prompts: Sequence[str],
+    class_ids: Sequence[int],
+    seed: int,
+    num_images: int,
+    negative: str | None,
+) -> "list[Order[S]]":
+    """Return the orders of a command line: its own conditions, then those of a list.
+
+    The k-th image of the same condition has `seed` + k, wherever it stands; a row of a list may
+    have a seed, a negative prompt and settings of its own.
+    """
+    from nsp.pipeline.orders import make_orders
+
+    texts = [*prompts, *(row.prompt for row in listed if row.prompt is not None)]
+    numbers = [*class_ids, *(row.class_id for row in listed if row.class_id is not None)]
+    if not texts and not numbers:
+        return make_orders(sampling, seed=seed, num_images=num_images, negative=negative)
+    orders = make_orders(
+        sampling,
+        prompts=texts or None,
+        class_ids=numbers or None,
+        seed=seed,
+        num_images=num_images,
+        negative=negative,
+    )
+    first = (len(texts) + len(numbers) - len(listed)) * num_images
+    made: dict[str | int | None, int] = {}
+    planned = []
+    for place, order in enumerate(orders):
+        row = listed[(place - first) // num_images] if place >= first else None
+        if row is not None and row.seed is not None:
+            number = values.seed(row.seed + (place - first) % num_images)
+        else:
+            number = values.seed(seed + made.get(order.condition, 0))
+            made[order.condition] = made.get(order.condition, 0) + 1
+        changed = order.sampling
+        if row is not None and row.settings:
+            try:
+                changed = sampling.changed(row.settings)
+            except ConfigError as error:
+                raise ConfigError(f"{row.where}: {error}") from error
+        null = order.negative if row is None or row.negative is None else row.negative
+        planned.append(dataclasses.replace(order, seed=number, sampling=changed, negative=null))
+    return planned

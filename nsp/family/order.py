@@ -1,0 +1,126 @@
+"""An order is one image to make, a step is what is known after a part of the work. No torch."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp import values
+from nsp.config import Config
+from nsp.errors import ConfigError
+from nsp.stage.arena import Array
+from nsp.stage.io import Shape
+
+Unit: TypeAlias = Literal["scale", "tokens", "timestep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Config):
+    """Base of a family's settings of one image; every field has a default."""
+
+    def changed(self, settings: Mapping[str, Any], *, beside: tuple[str, ...] = ()) -> Self:
+        """Return these settings with others in their place; ConfigError for a wrong one.
+
+        `beside` names what else the caller takes, for the message about an unknown name.
+        """
+        known = [*beside, *(each.name for each in fields(self))]
+        if unknown := [name for name in settings if name not in known]:
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f", nearest is {near[0]}" if near else ""
+            raise ConfigError(f"unknown argument {unknown[0]!r}{hint}; known: {', '.join(known)}")
+        return self.from_dict({**self.to_dict(), **settings})
+
+    def num_ranks(self, num_codes: int) -> int:
+        """Return how many of the largest of `num_codes` logits must be ranked; 1 for none."""
+        return 1
+
+
+S = TypeVar("S", bound=Sampling)
+
+
+@dataclass(frozen=True, eq=False)
+class Order(Generic[S]):
+    """One image. What it shows depends on nothing else, whatever it shares a batch with."""
+
+    condition: str | int | None  # a prompt, a class, or nothing
+    seed: int
+    sampling: S
+    negative: str | None = None  # a prompt in place of the null condition of guidance
+    given: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # for one image, without B
+
+
+@dataclass(frozen=True)
+class Given:
+    """An array that an order may carry in place of a random or a sampled one."""
+
+    shape: Shape  # of one image
+    dtype: str
+    least: float | None = None  # smallest value; None: any finite one
+    below: float | None = None  # all values are smaller
+
+    def check(self, name: str, array: Any) -> None:
+        """Raise ConfigError unless `array` is what an order may carry under this name."""
+        expected = f"expected a NumPy array, {self.dtype} {self.shape}"
+        if not isinstance(array, np.ndarray):
+            raise ConfigError(f"{name} is a {type(array).__name__}; {expected}")
+        if array.shape != self.shape or array.dtype != np.dtype(self.dtype):
+            raise ConfigError(f"{name} is {array.dtype} {array.shape}; {expected}")
+        if self.least is None or self.below is None:
+            if not bool(np.isfinite(array).all()):
+                raise ConfigError(f"{name} must be finite: it holds NaN or infinity")
+        elif not bool(((array >= self.least) & (array < self.below)).all()):  # NaN, too
+            raise ConfigError(f"{name} must be in [{self.least:g}, {self.below:g}): others are not")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The prompts of a batch as the text encoder reads them, made outside the recorded loop."""
+
+    # Outputs of the stage text_encoder, rows first: row i is the prompt of image i; where any
+    # image has a null prompt of its own, row B + i is that of image i, and N is 2B.
+    states: Mapping[str, NDArray[Any]]
+    empty: NDArray[np.bool_]  # (B,) prompts that read as "" does
+    has_null: NDArray[np.bool_]  # (B,) whether row B + i is meant
+
+    @property
+    def num_prompts(self) -> int:
+        """N; a learned null condition is row N of the stage that reads the prompts."""
+        return int(next(iter(self.states.values())).shape[0])
+
+    def null_rows(self) -> NDArray[np.int64]:
+        """Return the row of every image's null condition: its own prompt, or the learned one."""
+        batch = len(self.empty)
+        own = np.arange(batch, 2 * batch, dtype=np.int64)
+        return np.where(self.has_null, own, np.int64(self.num_prompts))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known after one step of a loop; arrays are the backend's."""
+
+    index: int
+    total: int
+    unit: Unit
+    latent: Array | None  # decodes to a picture; None in the middle of one
+    drawn: Mapping[str, Array] = field(default_factory=dict)  # "tokens", and "logits" for a trace
+
+
+def stacked(
+    orders: Sequence[Order[S]],
+    name: str,
+    drawn: Callable[[Order[S]], NDArray[Any]],
+) -> NDArray[Any]:
+    """Return one array of every order, (B, ...): what it carries under `name`, or what is drawn."""
+    return np.stack(
+        [order.given[name] if name in order.given else drawn(order) for order in orders]
+    )
+
+
+def stream(seed: int, purpose: int = 0) -> np.random.Generator:
+    """Return the generator of one image's random numbers of one kind."""
+    key = np.array([values.seed(seed), 0], np.uint64)
+    counter = np.array([0, 0, 0, purpose], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -1,0 +1,206 @@
+"""Orders made from what users give, and cut into batches; every value is checked here.
+
+The rule of seeds, everywhere: the k-th image of the same condition has seed + k; two prompts share
+the seed; a list gives each image its own. So an image can be made again alone, and does not change
+when others join it.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp import values
+from nsp.errors import ConfigError
+from nsp.family.contract import AnyFamily
+from nsp.family.order import Order, S
+
+DEFAULT_BATCH_SIZE = 8
+MAX_IMAGES = 1_000_000  # of one run: its list is held in memory, 250 MB then
+
+
+def make_orders(
+    sampling: S,
+    *,
+    prompts: Iterable[str] | None = None,
+    class_ids: Iterable[int] | None = None,
+    seed: int | Sequence[int] = 0,
+    num_images: int = 1,
+    negative: str | Sequence[str | None] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> list[Order[S]]:
+    """Return `num_images` orders for every prompt, or class id, or one condition of no kind.
+
+    `negative` is one prompt for all, or one per condition; `given` are arrays with a row per image.
+    Raises ConfigError for values of a wrong kind; whether they suit a model is checked later.
+    """
+    texts = None if prompts is None else prompt_texts(prompts)
+    numbers = None if class_ids is None else class_numbers(class_ids).tolist()
+    if texts and numbers:
+        raise ConfigError("prompts and class ids are both given; a model takes one kind: choose")
+    if texts == () or numbers == []:
+        kind = "prompts" if numbers is None else "class ids"
+        raise ConfigError(f"nothing to generate: give one or more {kind}")
+    conditions: list[str | int | None] = [*(texts or ()), *(numbers or ())] or [None]
+    num_images = values.count("num_images", num_images)
+    total = num_images * len(conditions)
+    if total > MAX_IMAGES:
+        raise ConfigError(
+            f"{total} images are planned; one run makes at most {MAX_IMAGES}: make several, each "
+            "with another seed"
+        )
+    whole = [condition for condition in conditions for _ in range(num_images)]
+    nulls = [each for each in _nulls(negative, len(conditions)) for _ in range(num_images)]
+    arrays = _rows(given or {}, total)
+    return [
+        Order(condition, number, sampling, null, carried)
+        for condition, number, null, carried in zip(
+            whole, _seeds(seed, whole), nulls, arrays, strict=True
+        )
+    ]
+
+
+def _seeds(seed: int | Sequence[int], conditions: Sequence[Hashable]) -> list[int]:
+    """Return the seed of every image."""
+    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
+        if len(seed) != len(conditions):
+            raise ConfigError(
+                f"seed has {len(seed)} numbers for {len(conditions)} images; give one for each, "
+                "or one number for all"
+            )
+        return [values.seed(each) for each in seed]
+    first, made = values.seed(seed), Counter[Hashable]()
+    found = []
+    for condition in conditions:
+        found.append(values.seed(first + made[condition]))
+        made[condition] += 1
+    return found
+
+
+def _nulls(negative: Any, count: int) -> list[str | None]:
+    """Return the negative prompt of every condition."""
+    if negative is None or isinstance(negative, str):
+        return [negative] * count
+    found = list(negative)
+    if len(found) != count:
+        raise ConfigError(
+            f"negative_prompt has {len(found)} texts for {count} prompts; give one for each, or one"
+        )
+    if wrong := [each for each in found if each is not None and not isinstance(each, str)]:
+        raise ConfigError(f"negative_prompt {values.shown(wrong[0])} is not a text")
+    return found
+
+
+def _rows(given: Mapping[str, Any], count: int) -> list[dict[str, NDArray[Any]]]:
+    """Return what every order carries, of arrays with a row per image."""
+    for name, array in given.items():
+        if not isinstance(array, np.ndarray):
+            raise ConfigError(f"{name} is a {type(array).__name__}; expected a NumPy array")
+        if array.ndim == 0 or len(array) != count:
+            raise ConfigError(f"{name} is {array.dtype} {array.shape}; expected a row per image")
+    return [{name: array[row] for name, array in given.items()} for row in range(count)]
+
+
+def prompt_texts(prompts: Any) -> tuple[str, ...]:
+    """Return the prompts of a list, an iterator or a NumPy array of texts; there may be none.
+
+    Raises ConfigError naming the first that is no text.
+    """
+    if isinstance(prompts, str | bytes):
+        raise ConfigError(f"prompts is a list of texts: prompts=[{values.shown(prompts)}]")
+    ordered = not isinstance(prompts, Mapping | Set)
+    try:
+        texts = list(prompts) if ordered else None
+    except TypeError:
+        texts = None
+    if texts is None:
+        raise ConfigError(f"prompts is a list of texts, not {values.shown(prompts)}")
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ConfigError(f"prompt {number} is {values.shown(text)}, not a text")
+    return tuple(_text(str(text)) for text in texts)
+
+
+def _text(prompt: str) -> str:
+    """Return `prompt` with half surrogates (bad bytes of a command line) as U+FFFD, to be UTF-8."""
+    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def class_numbers(class_ids: Any) -> NDArray[np.int64]:
+    """Return the class ids (B,) of a list or array of integers; there may be none."""
+    if hasattr(class_ids, "__next__"):
+        class_ids = list(class_ids)
+    try:
+        ids = np.asarray(class_ids)
+    except (TypeError, ValueError):  # rows of different lengths
+        ids = np.array(None)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ConfigError(f"class_ids is a list of integers, not {values.shown(class_ids)}")
+    return ids.astype(np.int64)
+
+
+def check_condition(family: AnyFamily, config: Any, order: Order[Any]) -> None:
+    """Raise ConfigError unless an order asks for what this model takes."""
+    kind, condition = family.condition(config), order.condition
+    if kind == "none":
+        if condition is not None:
+            raise ConfigError("this model is unconditional: it takes no prompts and no class ids")
+    elif kind == "prompt":
+        if isinstance(condition, int):
+            raise ConfigError("this model is text-conditional: it takes prompts, no class ids")
+        if condition is None:
+            raise ConfigError("this model is text-conditional: give one or more prompts")
+        if not condition.strip() and not family.takes_no_prompt:
+            raise ConfigError("a prompt is empty; write what the image should show")
+        return
+    elif isinstance(condition, str):
+        raise ConfigError("this model is class-conditional: it takes class ids, no prompts")
+    elif condition is None:
+        raise ConfigError("this model is class-conditional: give one or more class ids")
+    elif not 0 <= condition <= config.num_classes:
+        count = config.num_classes
+        raise ConfigError(
+            f"class id {condition} is outside 0..{count - 1} ({count} is the null class)"
+        )
+    if order.negative is not None:
+        raise ConfigError("negative_prompt: this model takes no prompts")
+
+
+class Takes(Protocol):
+    """What cutting batches needs of a pipeline."""
+
+    family: AnyFamily
+    config: Any
+    max_batch: int | None
+
+
+def cut_batches(
+    pipeline: Takes, orders: Sequence[Order[Any]], batch_size: int | None = None
+) -> list[list[int]]:
+    """Return the orders' places batch by batch; those of equal keys share batches, in order."""
+    size = choose_batch_size(pipeline, batch_size)
+    groups: dict[Hashable, list[int]] = {}
+    for place, order in enumerate(orders):
+        groups.setdefault(pipeline.family.batch_key(pipeline.config, order), []).append(place)
+    cut = [
+        group[start : start + size]
+        for group in groups.values()
+        for start in range(0, len(group), size)
+    ]
+    return sorted(cut)
+
+
+def choose_batch_size(pipeline: Takes, requested: int | None) -> int:
+    """Return how many images to make at once; raise ConfigError for more than the engines take."""
+    limit = pipeline.max_batch
+    if requested is None:
+        return DEFAULT_BATCH_SIZE if limit is None else min(DEFAULT_BATCH_SIZE, limit)
+    requested = values.count("batch_size", requested)
+    if limit is not None and requested > limit:
+        raise ConfigError(
+            f"batch size {requested} is outside the engine's 1..{limit}; "
+            f"use --batch-size {limit} or export again with --max-batch {requested}"
+        )
+    return requested

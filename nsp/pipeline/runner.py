@@ -1,0 +1,175 @@
+"""Runs batches of orders on a backend: the engine room of a pipeline."""
+
+import threading
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.errors import ConfigError
+from nsp.family.contract import AnyFamily
+from nsp.family.order import Order, Sampling, Step
+from nsp.pipeline.encoding import PromptEncoder
+from nsp.pipeline.orders import check_condition
+from nsp.pipeline.results import StreamStep, Trace
+from nsp.stage.arena import Array
+from nsp.stage.backend import Backend
+
+if TYPE_CHECKING:
+    from nsp.text.tokenizer import PromptTokenizer
+
+T = TypeVar("T")
+
+
+class Steps(Iterator[T]):
+    """The steps of one batch, each made when it is asked for, one at a time."""
+
+    def __init__(self, pipeline: "OrderRunner", made: Generator[T]) -> None:
+        self._pipeline, self._made = pipeline, made
+
+    def __next__(self) -> T:
+        """Return the next step."""
+        with self._pipeline.turn:
+            return next(self._made)
+
+    def close(self) -> None:
+        """Make no further step; what the backend lent goes back."""
+        with self._pipeline.turn:
+            self._made.close()
+
+
+class OrderRunner:
+    """A model on a backend: orders in, steps and images out.
+
+    Threads may share one: they take turns, a picture or a step at a time, and what each makes is
+    what it would make alone.
+    """
+
+    def __init__(
+        self,
+        family: AnyFamily,
+        config: Any,
+        backend: Backend,
+        *,
+        tokenizer: "PromptTokenizer | None" = None,
+        sampling: Sampling | None = None,
+        model_hash: str = "",
+        max_batch: int | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        self.family, self.config, self.backend = family, config, backend
+        self.tokenizer = tokenizer
+        self.sampling: Any = family.sampling() if sampling is None else sampling
+        self.model_hash, self.max_batch, self.precision = model_hash, max_batch, precision
+        self.turn = threading.RLock()  # held by the thread whose step the backend computes
+        self.prompts = (
+            None if tokenizer is None else PromptEncoder(tokenizer, backend, max_batch=max_batch)
+        )
+
+    def run(self, orders: Sequence[Order[Any]], *, trace: bool = False) -> Iterator[Step]:
+        """Return an iterator over the steps of one batch; all else is sugar over this.
+
+        Orders whose `batch_key` is the same may share a batch, whatever else they ask for, and
+        none changes another's image. With `trace` the logits are among what a step has drawn. All
+        is checked before the first step; raises ConfigError.
+        """
+        self.check(orders)
+        inputs = self._inputs(orders)
+        return Steps(self, self._play(inputs, trace=trace))
+
+    def images(self, orders: Sequence[Order[Any]]) -> NDArray[np.float32]:
+        """Return the images (B, 3, H, W) in [0, 1] of one batch, with no stop on the way."""
+        self.check(orders)
+        inputs = self._inputs(orders)
+        with self.turn:
+            (image,) = self.backend.play("picture", inputs, self._loop_and_decoder)
+            return self.backend.download(image)
+
+    def trace(self, orders: Sequence[Order[Any]]) -> Trace:
+        """Return everything that happens while one batch is made."""
+        tokens, logits, latents, last = [], [], [], None
+        for step in self.run(orders, trace=True):
+            last = StreamStep(step.index, step.total, self, step)
+            if step.latent is not None:
+                latents.append(last.latent)
+            if last.has_tokens:
+                tokens.append(last.tokens)
+                logits.append(last.logits)
+        assert last is not None  # a loop has at least one step
+        return Trace(tokens, logits, latents, last.decode())
+
+    def check(self, orders: Sequence[Order[Any]]) -> None:
+        """Raise ConfigError unless these orders can be one batch of this model."""
+        if not orders:
+            raise ConfigError("nothing to generate: give at least one order")
+        if self.max_batch is not None and len(orders) > self.max_batch:
+            raise ConfigError(
+                f"batch of {len(orders)} is outside the engine's 1..{self.max_batch}; "
+                f"generate fewer at once or rebuild with --max-batch {len(orders)}"
+            )
+        keys = {self.check_order(order) for order in orders}
+        if len(keys) > 1:
+            raise ConfigError(
+                "these orders cannot share a batch: their settings decide shapes or the number of "
+                "steps; put together those of which family.batch_key is the same"
+            )
+
+    def check_order(self, order: Order[Any]) -> Hashable:
+        """Return an order's batch key; ConfigError for what this model does not take."""
+        check_condition(self.family, self.config, order)
+        declared = self.family.given(self.config)
+        for name, array in order.given.items():
+            if name not in declared:
+                known = ", ".join(declared) or "nothing"
+                raise ConfigError(f"an order of this model carries {known}, no {name!r}")
+            declared[name].check(name, array)
+        if not isinstance(order.sampling, self.family.sampling):
+            raise ConfigError(
+                f"sampling is a {type(order.sampling).__name__}; family {self.family.name} takes a "
+                f"{self.family.sampling.__name__}"
+            )
+        return self.family.batch_key(self.config, order)
+
+    def _inputs(self, orders: Sequence[Order[Any]]) -> dict[str, NDArray[Any]]:
+        """Return what the loop takes from the host for checked orders, prompts read."""
+        text = None
+        if self.prompts is not None:
+            nulls = [self.family.null_prompt(self.config, order) for order in orders]
+            with self.turn:
+                text = self.prompts.encode([str(order.condition) for order in orders], nulls)
+        return self.family.inputs(self.config, orders, text)
+
+    def _play(self, inputs: Mapping[str, NDArray[Any]], *, trace: bool) -> Generator[Step]:
+        """Yield the steps of a batch; whoever asks for one holds `turn`."""
+        if trace:
+            yield from self.backend.play("traced", inputs, self._loop)
+        else:
+            yield from self.backend.play("steps", inputs, self._loop_without_logits)
+
+    def _loop(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Step]:
+        return self.family.loop(backend, self.config, inputs)
+
+    def _loop_without_logits(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Step]:
+        for step in self._loop(backend, inputs):
+            drawn = {name: array for name, array in step.drawn.items() if name != "logits"}
+            yield replace(step, drawn=drawn)
+
+    def _loop_and_decoder(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Array]:
+        latent: Array | None = None
+        for step in self._loop(backend, inputs):
+            latent = step.latent
+        assert latent is not None  # the last step ends with a picture
+        yield backend.run("decoder", {"latent": latent})["image"]
+
+    def decode(self, latent: Any) -> NDArray[np.float32]:
+        """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
+        with self.turn:
+            image = self.backend.run("decoder", {"latent": latent})["image"]
+            return self.backend.download(image)
+
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return a NumPy copy of an array of the backend."""
+        with self.turn:
+            return self.backend.download(array)

@@ -1,0 +1,90 @@
+"""Orders made from what users give: seeds, kinds of conditions, and batches of equal keys."""
+
+import numpy as np
+import pytest
+
+from nsp.console.prompt_lists import ListedImage
+from nsp.console.settings import planned_orders
+from nsp.errors import ConfigError
+from nsp.families.var.sampling import VarSampling
+from nsp.pipeline.orders import cut_batches, make_orders
+from nsp.pipeline.pipeline import Pipeline, load_pipeline
+
+SETTINGS = VarSampling()
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_class_checkpoint) -> Pipeline:
+    return load_pipeline(tiny_class_checkpoint, device="cpu")
+
+
+def seeds(**given):
+    return [(order.condition, order.seed) for order in make_orders(SETTINGS, **given)]
+
+
+def test_the_kth_image_of_a_condition_has_seed_plus_k():
+    expected = [("a", 5), ("a", 6), ("b", 5), ("b", 6), ("a", 7), ("a", 8)]
+    assert seeds(prompts=["a", "b", "a"], seed=5, num_images=2) == expected
+
+
+def test_a_list_of_seeds_gives_each_image_its_own_and_fits():
+    assert seeds(prompts=["a", "b"], seed=[9, 3]) == [("a", 9), ("b", 3)]
+    assert seeds(class_ids=[4], seed=np.array([9, 3]), num_images=2) == [(4, 9), (4, 3)]
+    with pytest.raises(ConfigError, match="seed has 3 numbers for 2 images"):
+        seeds(prompts=["a", "b"], seed=[1, 2, 3])
+
+
+def test_cutting_keeps_every_image_and_equal_keys_together(pipe):
+    plain = make_orders(pipe.sampling, class_ids=range(5))
+    smooth = make_orders(pipe.sampling.changed({"more_smooth": True}), class_ids=range(2))
+    mixed = [plain[0], smooth[0], *plain[1:], smooth[1]]
+    assert cut_batches(pipe, mixed, 3) == [[0, 2, 3], [1, 6], [4, 5]]
+    with pytest.raises(ConfigError, match="cannot share a batch"):
+        pipe.run(mixed[:2])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"prompts": (), "class_ids": ()}, "nothing to generate"),
+        ({"prompts": ("a",), "class_ids": (1,)}, "both"),
+        ({"num_images": 0}, "num_images is an integer of at least 1, not 0"),
+        ({"num_images": 1.5}, "num_images"),
+        ({"seed": None}, "seed=None"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "seed=18446744073709551616"),
+        ({"prompts": "cat"}, "prompts is a list of texts"),
+        ({"prompts": [None]}, "prompt 1 is None"),
+        ({"prompts": None, "class_ids": [1.5]}, "list of integers"),
+        ({"negative": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
+        ({"negative": [3]}, "negative_prompt 3 is not a text"),
+    ],
+)
+def test_orders_of_something_else_are_refused(given, words):
+    with pytest.raises(ConfigError, match=words):
+        make_orders(SETTINGS, **{"prompts": ["cat"], **given})
+
+
+def test_no_batch_is_empty(pipe):
+    with pytest.raises(ConfigError, match="batch_size"):
+        cut_batches(pipe, make_orders(SETTINGS, class_ids=[1]), 0)
+    with pytest.raises(ConfigError, match="nothing to generate"):
+        pipe.run([])
+
+
+def test_a_row_of_a_list_may_have_its_own_seed_settings_and_negative_prompt():
+    rows = [
+        ListedImage(prompt="b", seed=40, settings={"top_k": 3}, negative="blurry"),
+        ListedImage(prompt="a", where="list.csv, line 3", settings={"guidance_scale": 4}),
+    ]
+    orders = planned_orders(
+        SETTINGS, rows, prompts=["a"], class_ids=[], seed=5, num_images=2, negative=None
+    )
+    assert [order.seed for order in orders] == [5, 6, 40, 41, 7, 8]
+    assert [order.sampling.top_k for order in orders] == [0, 0, 3, 3, 0, 0]
+    assert [order.sampling.guidance_scale for order in orders] == [2, 2, 2, 2, 4, 4]
+    assert [order.negative for order in orders] == [None, None, "blurry", "blurry", None, None]
+    wrong = [ListedImage(prompt="a", where="list.csv, line 3", settings={"top_p": 7})]
+    with pytest.raises(ConfigError, match=r"list\.csv, line 3: top_p=7"):
+        planned_orders(
+            SETTINGS, wrong, prompts=[], class_ids=[], seed=0, num_images=1, negative=None
+        )
