@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from nsp.families.var.config import VarConfig
+from nsp.families.var.stages import stages
+from nsp.stage.io import StageIO
+
 CAPTIONS = (
     "red apple",
     "green apple",
@@ -40,3 +44,8 @@ def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -
             block.ada_lin[1].weight.mul_(10)
     save_checkpoint(folder, system, notes={"made_by": "tests"})
     return folder
+
+
+def stages_io(config: VarConfig, kv_layout: str, dtype: str) -> dict[str, StageIO]:
+    """Return the tensors of every stage of a `var` model."""
+    return {name: stage.io for name, stage in stages(config, kv_layout, dtype).items()}

@@ -17,12 +17,11 @@ from nsp.artifacts.manifest import (
     write_manifest,
 )
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
-from nsp.families.var.io import stages_io
 from nsp.files import file_sha256
 from nsp.stage.io import StageIO
 from nsp.text.tokenizer import train_tokenizer
 from tests.backends.onnx_stages import write_hollow_model
-from tests.models import CAPTIONS
+from tests.models import CAPTIONS, stages_io
 
 TEXT = SIZES["tiny"]
 CLASSES = with_condition(TEXT, ClassCondition(num_classes=10))

@@ -15,7 +15,6 @@ from nsp.backends.available import BACKENDS, Availability, BackendRecord
 from nsp.backends.nvidia import Gpu
 from nsp.backends.onnxruntime.ort_backend import OnnxRuntimeBackend
 from nsp.errors import BackendError, ConfigError, EngineError, NspError
-from nsp.families.var.io import stages_io
 from nsp.pipeline.pipeline import load_pipeline
 from tests.artifacts.engine_folders import (
     CLASSES,
@@ -24,6 +23,7 @@ from tests.artifacts.engine_folders import (
     engine_file,
     write_engines,
 )
+from tests.models import stages_io
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from nsp.artifacts.manifest import SCHEMA, Manifest, Variant, write_manifest
 from nsp.cli import main
 from nsp.families.var.config import SIZES
-from nsp.families.var.io import stages_io
+from tests.models import stages_io
 
 NAME = "decoder/onnxruntime-fp16-0123456789abcdef/model.onnx"
 

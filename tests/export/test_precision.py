@@ -11,7 +11,7 @@ from nsp.export.graph.dtypes import matches, precision_map, stored_precision
 from nsp.export.graph.narrow import at_precision
 from nsp.export.stage_bytes import stage_bytes
 from nsp.families.var.config import ClassCondition, with_condition
-from nsp.families.var.precision import stage_weights
+from nsp.families.var.stages import stages
 from nsp.families.var.system import VarSystem
 from nsp.family.registry import family
 from tests.export.small import small_config
@@ -36,7 +36,7 @@ def configs():
 @pytest.mark.parametrize("name", ["text", "class", "shared", "unnormalised"])
 def test_every_weight_an_engine_holds_has_exactly_one_declared_dtype(name, system):
     model = system if name == "text" else VarSystem(configs()[name])
-    weights = stage_weights(model.config)
+    weights = stages(model.config, "delta", "float32")
     half = [p for each in weights.values() for p in each.half]
     full = [p for each in weights.values() for p in each.full]
     for parameter, _ in model.named_parameters():
@@ -46,7 +46,7 @@ def test_every_weight_an_engine_holds_has_exactly_one_declared_dtype(name, syste
 
 
 def test_only_declared_weights_become_narrow(system):
-    weights = stage_weights(system.config)
+    weights = stages(system.config, "delta", "float32")
     narrowed = at_precision(system, weights, "fp16")
     half = [p for each in weights.values() for p in each.half]
     dtypes = {name: str(p.dtype) for name, p in narrowed.named_parameters()}
@@ -57,7 +57,7 @@ def test_only_declared_weights_become_narrow(system):
 
 
 def test_fp32_is_the_model_itself(system):
-    assert at_precision(system, stage_weights(system.config), "fp32") is system
+    assert at_precision(system, stages(system.config, "delta", "float32"), "fp32") is system
 
 
 def test_an_fp16_step_keeps_its_cache_and_matrices_narrow_and_its_logits_wide(half_engines):
@@ -88,7 +88,7 @@ def test_the_manifest_records_the_map(half_engines):
 
 
 def test_a_stage_without_narrow_weights_is_fp32_in_every_precision():
-    weights = stage_weights(small_config())
+    weights = stages(small_config(), "delta", "float32")
     assert stored_precision(weights["select"], "fp16") == "fp32"
     assert stored_precision(weights["step"], "bf16") == "bf16"
     assert precision_map(weights["step"], "bf16")["predictor.head.*"] == "bfloat16"
@@ -96,7 +96,7 @@ def test_a_stage_without_narrow_weights_is_fp32_in_every_precision():
 
 def test_planned_bytes_are_those_of_the_weights(small_checkpoint, half_engines):
     folder, manifest = half_engines
-    sizes = stage_bytes(small_checkpoint, stage_weights(small_config()), "fp16")
+    sizes = stage_bytes(small_checkpoint, stages(small_config(), "delta", "float32"), "fp16")
     for stage in ("step", "decoder"):
         path = folder / next(iter(manifest.stages[stage][1].files))
         tensors = onnx.load(path).graph.initializer

@@ -28,9 +28,9 @@ from nsp.artifacts.manifest import (
 from nsp.backends.onnxruntime.ort_backend import OnnxRuntimeBackend
 from nsp.errors import ConfigError, EngineError, ExportError
 from nsp.export.store import EngineStore, with_variant
-from nsp.families.var.io import stages_io
 from tests.artifacts.engine_folders import CLASSES, engine_file
 from tests.backends.onnx_stages import write_hollow_model
+from tests.models import stages_io
 
 RED, BLUE, GREEN = "red", "blue", "green"
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from nsp.errors import ConfigError, FeedError
 from nsp.families.var.config import SIZES, VarConfig
-from nsp.families.var.io import stages_io
 from nsp.stage.io import Axes, StageIO, sample_arrays
+from tests.models import stages_io
 
 STEP = StageIO(
     inputs={

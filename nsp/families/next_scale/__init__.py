@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
 from nsp.families.next_scale.examples import examples
-from nsp.families.next_scale.io import stages_io
 from nsp.families.next_scale.loop import batch_key, generate, given, loop_inputs
-from nsp.families.next_scale.precision import stage_weights
 from nsp.families.next_scale.sampling import NextScaleSampling
+from nsp.families.next_scale.stages import stages
 from nsp.family.contract import Family, Kind, Learner, Stage
 from nsp.family.order import Encoded, Given, Order, Step
-from nsp.stage.io import Sizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,17 +43,7 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
 
     def stages(self, config: NextScaleConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order; the decoder has one profile per scale."""
-        weights = stage_weights(config)
-        sides: tuple[Sizes, ...] = tuple({"h": side, "w": side} for side in config.sides)
-        return {
-            name: Stage(
-                io=io,
-                half=weights[name].half,
-                full=weights[name].full,
-                spans=sides if name == "decoder" else ({},),
-            )
-            for name, io in stages_io(config, kv_layout, dtype).items()
-        }
+        return stages(config, kv_layout, dtype)
 
     def given(self, config: NextScaleConfig) -> Mapping[str, Given]:
         """Return what an order may carry: the noise of the first latent."""

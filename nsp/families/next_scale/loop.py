@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.families.next_scale.config import NextScaleConfig
-from nsp.families.next_scale.io import predictor_stage
 from nsp.families.next_scale.sampling import NextScaleSampling
+from nsp.families.next_scale.stages import predictor_stage
 from nsp.family.order import Encoded, Given, Order, Step, stacked, stream
 from nsp.stage.arena import Array, KVShape
 from nsp.stage.backend import Backend

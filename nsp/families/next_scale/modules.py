@@ -1,14 +1,14 @@
 """The stages of the family `next_scale` as torch modules: what is exported and what PyTorch runs.
 
 Each takes the tensors its StageIO declares, in order, and returns a tuple in order; axes as in
-io.py.
+stages.py.
 """
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from nsp.families.next_scale.io import predictor_stage
+from nsp.families.next_scale.stages import predictor_stage
 from nsp.families.next_scale.system import NextScaleSystem, TextMeanStage
 from nsp.layers.logits import apply_guidance
 

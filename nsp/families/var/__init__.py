@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nsp.families.var.config import SIZES, VarConfig, with_condition
 from nsp.families.var.examples import examples
-from nsp.families.var.io import stages_io
 from nsp.families.var.loop import batch_key, generate, given, loop_inputs
-from nsp.families.var.precision import stage_weights
 from nsp.families.var.sampling import VarSampling
-from nsp.family.contract import Family, Kind, Learner, Span, Stage
+from nsp.families.var.stages import stages
+from nsp.family.contract import Family, Kind, Learner, Stage
 from nsp.family.order import Encoded, Given, Order, Step
 
 if TYPE_CHECKING:
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from nsp.family.recipe import RunConfig
     from nsp.stage.arena import Array
     from nsp.stage.backend import Backend
-
-_SCALE_STAGES = ("step", "select", "select_smooth", "accumulate")
-_NUCLEUS_STAGES = ("select_nucleus", "select_smooth_nucleus")
 
 
 class Var(Family[VarConfig, VarSampling, "VarSystem"]):
@@ -44,22 +40,7 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
 
     def stages(self, config: VarConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""
-        weights, scales = stage_weights(config), _scale_sizes(config)
-        # Each profile of those takes as much room as ten of the others.
-        lengths = (config.patch_nums[0] ** 2, config.patch_nums[-1] ** 2)
-        spans: dict[str, tuple[Span, ...]] = dict.fromkeys(_SCALE_STAGES, scales)
-        spans |= dict.fromkeys(_NUCLEUS_STAGES, ({"L": lengths},))
-        return {
-            name: Stage(
-                io=io,
-                half=weights[name].half,
-                int8=weights[name].int8,
-                full=weights[name].full,
-                spans=spans.get(name, ({},)),
-                max_ranks=config.vae.vocab_size,
-            )
-            for name, io in stages_io(config, kv_layout, dtype).items()
-        }
+        return stages(config, kv_layout, dtype)
 
     def given(self, config: VarConfig) -> Mapping[str, Given]:
         """Return what an order may carry: random numbers and tokens of all scales."""
@@ -117,13 +98,3 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
         from nsp.families.var.learn import VarLearner
 
         return VarLearner()
-
-
-def _scale_sizes(config: VarConfig) -> tuple[Span, ...]:
-    """Return tokens, past and grids of every scale; the first grid follows the last (loop.py)."""
-    sides, sizes, past = config.patch_nums, [], 0
-    for side, following in zip(sides, [*sides[1:], sides[0]], strict=True):
-        grids = {"p": side, "q": side, "r": following, "c": following}
-        sizes.append({"L": side**2, "P": past, **grids})
-        past += side**2
-    return tuple(sizes)

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from nsp.families.var.config import TextCondition, VarConfig
-from nsp.families.var.io import needs_nucleus_stages
 from nsp.families.var.sampling import VarSampling
+from nsp.families.var.stages import needs_nucleus_stages
 from nsp.family.order import Order
 
 # Enough tokens for 99 % to mean something with a small model; few images where each is expensive.

@@ -1,7 +1,7 @@
 """The stages of the family `var` as torch modules: what is exported and what backend `torch` runs.
 
 Each takes the tensors its StageIO declares, in order, and returns a tuple in order; axes as in
-io.py.
+stages.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsp.families.var.io import needs_nucleus_stages
 from nsp.families.var.model import Conditioning
 from nsp.families.var.quantizer import Phi
+from nsp.families.var.stages import needs_nucleus_stages
 from nsp.families.var.system import VarSystem
 from nsp.layers.attention import attend_delta, attend_present
 from nsp.layers.logits import (

@@ -12,7 +12,7 @@ from torch import nn
 
 from nsp.errors import CheckpointError, NspError
 from nsp.families.next_scale.config import SDXL_VAE, SIZES
-from nsp.families.next_scale.precision import stage_weights
+from nsp.families.next_scale.stages import stages
 from nsp.families.next_scale.vae import (
     Vae,
     decode,
@@ -63,7 +63,9 @@ def test_a_decoder_that_leaves_float16_fits_it_after_rescaling() -> None:
 
     def narrowed(model: nn.Module) -> torch.Tensor:
         system = nn.ModuleDict({"vae": nn.ModuleDict({"autoencoder": model})})
-        half = at_precision(system, {"decoder": stage_weights(SIZES["tiny"])["decoder"]}, "fp16")
+        half = at_precision(
+            system, {"decoder": stages(SIZES["tiny"], "delta", "float32")["decoder"]}, "fp16"
+        )
         return decode(half["vae"]["autoencoder"], LATENTS)
 
     model = _loud_autoencoder(1e6)

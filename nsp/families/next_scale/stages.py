@@ -1,16 +1,29 @@
-"""The stages of the family `next_scale` and their tensors.
+"""The stages of the family `next_scale`: their tensors and which weights may be narrow.
 
 Free axes: B images, G rows of the base (B, or 2B with the null condition behind the condition), N
 encoded prompts, h w a latent's grid. A predictor is a stage of its own with its side fixed, and so
 is the number of tokens it finds cached.
+
+An fp16 or bf16 export narrows convolutions and matrix products, and with them features, keys,
+values and the attention between. What sums or steers stays float32: norms, the latent from scale to
+scale, the Euler steps and guidance, the prompt's encoder and projection. The modules follow the
+dtype of their weights (model.py, vae.py), so the patterns here are the whole precision map. The
+decoder's activations fit float16 as its weights are divided beforehand (`vae.rescale_decoder`).
 """
 
 from nsp.families.next_scale.config import NextScaleConfig
+from nsp.family.contract import Stage
 from nsp.stage.io import Axes, StageIO
 
+_DECODER = "vae.autoencoder.decoder"
+_DECODER_HALF = (
+    *("*.conv1.*", "*.conv2.*", "*.conv_shortcut.*", "*.upsamplers.*.conv.*"),
+    *("*.attentions.*.to_*", ".conv_in.*", ".conv_out.*"),
+)
 
-def stages_io(config: NextScaleConfig, kv_layout: str, dtype: str) -> dict[str, StageIO]:
-    """Return the declaration of every stage, in data-path order.
+
+def stages(config: NextScaleConfig, kv_layout: str, dtype: str) -> dict[str, Stage]:
+    """Return every stage, in data-path order.
 
     `dtype` is that of keys and values, `kv_layout` always "delta".
     """
@@ -19,25 +32,45 @@ def stages_io(config: NextScaleConfig, kv_layout: str, dtype: str) -> dict[str, 
     condition = config.generator.condition_width
     channels, side = config.vae.latent_channels, config.latent_side
     latent = Axes(f"B {channels} {side} {side}")
-    pixels = config.vae.downsampling
-    return {
-        "text_encoder": StageIO(
-            inputs={"token_ids": Axes(f"N {tokens}", "int64")},
-            outputs={"text_mean": Axes(f"N {width}")},
-        ),
-        # Row N is the learned null condition.
-        "condition": StageIO(
-            inputs={"text_mean": Axes(f"N {width}"), "rows": Axes("G", "int64")},
-            outputs={"condition": Axes(f"G {condition}")},
-        ),
-        "base": _base(config),
-        **{predictor_stage(k): _predictor(config, k, dtype) for k in range(config.num_predictors)},
-        "refine": StageIO(inputs={"latent": latent}, outputs={"new_latent": latent}),
-        "decoder": StageIO(
-            inputs={"latent": Axes(f"B {channels} h w")},
-            outputs={"image": Axes(f"B 3 {pixels}*h {pixels}*w")},  # in [0, 1]
-        ),
+    text_encoder = StageIO(
+        inputs={"token_ids": Axes(f"N {tokens}", "int64")},
+        outputs={"text_mean": Axes(f"N {width}")},
+    )
+    # Row N is the learned null condition.
+    condition_io = StageIO(
+        inputs={"text_mean": Axes(f"N {width}"), "rows": Axes("G", "int64")},
+        outputs={"condition": Axes(f"G {condition}")},
+    )
+    predictors = {
+        predictor_stage(k): Stage(
+            io=_predictor(config, k, dtype), half=(f"generator.predictors.{k}.*",)
+        )
+        for k in range(config.num_predictors)
     }
+    refine = StageIO(inputs={"latent": latent}, outputs={"new_latent": latent})
+    return {
+        "text_encoder": Stage(io=text_encoder, full=("text_encoder.*",)),
+        "condition": Stage(io=condition_io, full=("generator.condition.*",)),
+        "base": Stage(io=_base(config), half=("generator.base.*",)),
+        **predictors,
+        "refine": Stage(io=refine, half=("generator.refine.*",)),
+        "decoder": _decoder(config),
+    }
+
+
+def _decoder(config: NextScaleConfig) -> Stage:
+    """A latent of any scale, with an engine profile for each -> pixels."""
+    channels, pixels = config.vae.latent_channels, config.vae.downsampling
+    io = StageIO(
+        inputs={"latent": Axes(f"B {channels} h w")},
+        outputs={"image": Axes(f"B 3 {pixels}*h {pixels}*w")},  # in [0, 1]
+    )
+    return Stage(
+        io=io,
+        half=("vae.autoencoder.post_quant_conv.*", *(f"{_DECODER}{p}" for p in _DECODER_HALF)),
+        full=(f"{_DECODER}.*norm*",),
+        spans=tuple({"h": side, "w": side} for side in config.sides),
+    )
 
 
 def predictor_stage(predictor: int) -> str:
