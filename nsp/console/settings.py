@@ -5,7 +5,6 @@ import logging
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +12,7 @@ import click
 from nsp import values
 from nsp.console.command_line import Verb
 from nsp.errors import ConfigError
-from nsp.family.registry import family, family_names
+from nsp.family.registry import BUILT_IN, family, family_names
 
 if TYPE_CHECKING:
     from nsp.console.prompt_lists import ListedImage
@@ -26,23 +25,33 @@ logger = logging.getLogger(__name__)
 class SamplingVerb(Verb):
     """A verb with an option for every setting of every family, made when they are asked for."""
 
+    _settings: Sequence[click.Option] = ()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; other packages are asked for settings only where one may be theirs.
+
+        Looking for them takes 25 ms, which a picture from built-in families need not wait.
+        """
+        words = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("-")}
+        built_in = [*BUILT_IN]
+        options = [*super().get_params(ctx), *sampling_options(built_in)]
+        known = {word.replace("_", "-") for o in options for word in (*o.opts, *o.secondary_opts)}
+        is_theirs = bool(words - known) or not words.isdisjoint(("--help", "-h"))
+        self._settings = list(sampling_options(family_names() if is_theirs else built_in))
+        return super().parse_args(ctx, args)
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the verb's own parameters, and the settings."""
         return [*super().get_params(ctx), *self._settings]
 
-    @cached_property
-    def _settings(self) -> list[click.Option]:
-        return list(sampling_options())
 
-
-def sampling_options() -> Iterator[click.Option]:
-    """Yield an option for every setting of every family; its help names the families that have it.
+def sampling_options(known: Sequence[str]) -> Iterator[click.Option]:
+    """Yield an option for every setting of these families; its help names those that have it.
 
     One name may be two families' only with one type: another one of a plugin is left out.
     """
     owners: dict[str, list[str]] = {}
     options: dict[str, dict[str, Any]] = {}
-    known = family_names()
     for name in known:
         try:
             sampling = family(name).sampling
