@@ -43,6 +43,8 @@ from nsp.benchmarks.sweep import sweep
 from nsp.benchmarks.timing import Contestant, Observation, Timed, interleaved
 from nsp.cores import num_threads, usable_cores
 from nsp.errors import BackendError, ConfigError
+from nsp.family.gate import Tokens
+from nsp.pipeline.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
     emit(BenchEvent(activity="loading", done=0, total=1))
     subject, effort = _load(options, threads), Effort.of(options)
     family = subject.candidate.pipeline.family
-    if not family.draws_tokens:
+    if not draws_tokens(subject.candidate.pipeline):
         raise ConfigError(
             f"{options.engine_dir} is of family {family.name}, which draws no tokens to compare; "
             "nsp export has measured its stages (nsp inspect), --fidelity measures its pictures"
@@ -92,6 +94,14 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
     report = write_report(result, options.output_dir, pictures=_pictures(subject, options, emit))
     logger.info("benchmark took %.0f s: %s", result.seconds, report.markdown_path)
     return report
+
+
+def draws_tokens(pipeline: Pipeline) -> bool:
+    """Return whether a model draws tokens from logits."""
+    declared = pipeline.family.stages(
+        pipeline.config, kv_layout=pipeline.backend.kv_layout, dtype=pipeline.backend.kv_dtype()
+    )
+    return any(isinstance(stage.gate, Tokens) for stage in declared.values())
 
 
 def _load(options: BenchOptions, threads: int) -> Subject:
@@ -183,13 +193,15 @@ def _footprint(subject: Subject, options: BenchOptions) -> Footprint | None:
         return None
     contestant = Contestant(side.name, side.pipeline)
     calls = contestant.stage_calls({**subject.conditions(1), "seed": options.seed})
-    assert contestant.kv_shape is not None
+    rows = max(call.sizes.get("G", 0) for call in calls)
     return FOOTPRINTS[side.pipeline.family.name](
         side.pipeline.config,
         calls,
         weights_mib=subject.weights_mib[side.name],
         kv_layout=side.pipeline.backend.kv_layout,
-        kv_shape=contestant.kv_shape,
+        kv_shape=side.pipeline.family.cache(
+            side.pipeline.config, rows, side.pipeline.backend.kv_dtype()
+        ),
     )
 
 

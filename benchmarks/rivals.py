@@ -262,12 +262,12 @@ def gate_words(manifest: Manifest, backend: str, precision: str) -> str:
     """Return what the export's gate measured of the logits in this precision, or nothing."""
     held = [v for stage in manifest.stages for v in manifest.variants(stage, backend)]
     for variant in held:
-        scales = variant.parity.get("scales")
-        if variant.precision == precision and scales:
+        units = [each for each in variant.parity.get("units", ()) if "tokens" in each]
+        if variant.precision == precision and units:
             error = variant.parity["outputs"]["logits"]["relative"]
-            count = sum(scale["tokens"] for scale in scales)
-            equal = sum(scale["tokens"] * scale["agreement"] for scale in scales) / count
-            worst = min(scale["agreement"] for scale in scales)
+            count = sum(each["tokens"] for each in units)
+            equal = sum(each["tokens"] * each["agreement"] for each in units) / count
+            worst = min(each["agreement"] for each in units)
             return (
                 f": at its export the logits were off by at most {100 * error:.2g} % of their "
                 f"range, and {100 * equal:.4g} % of {count} sampled tokens were PyTorch's "

@@ -104,7 +104,6 @@ class TimedBackend(Backend):
         self.inner, self.kv_layout, self.on_call = inner, inner.kv_layout, on_call
         self.max_ranks = inner.max_ranks
         self.with_sizes = False
-        self.kv_shape: KVShape | None = None  # of the last cache
         self._synchronize = synchronizer(inner)
 
     def run(
@@ -137,7 +136,6 @@ class TimedBackend(Backend):
 
     def arena(self, shape: KVShape) -> AbstractContextManager[KVArena]:
         """Lend the inner backend's arena."""
-        self.kv_shape = shape
         return self.inner.arena(shape)
 
     def kv_dtype(self) -> str:
@@ -208,11 +206,6 @@ class Contestant:
         finally:
             self._timed.with_sizes = False
         return list(self._calls)
-
-    @property
-    def kv_shape(self) -> KVShape | None:
-        """The size of the last cache."""
-        return self._timed.kv_shape
 
 
 class Timed(Protocol):

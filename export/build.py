@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,8 +21,8 @@ from nsp.export.graph.narrow import at_precision
 from nsp.export.graph.onnx_export import MODEL_NAME, export_stage
 from nsp.export.graph.quantize import quantize
 from nsp.export.plan import ExportPlan, PlannedBuild
+from nsp.export.proof.gates import LIMITS
 from nsp.export.proof.parity import Subject, check_stage
-from nsp.export.proof.recorded import LIMITS
 from nsp.export.proof.reference import Reference, record_reference
 from nsp.export.proof.repro import reproducible
 from nsp.export.proof.whole_images import check_images
@@ -128,22 +128,30 @@ class StageBuilder:
         """Hold the graph to the reference."""
         self._report(build, "parity", _START["parity"], "comparing with PyTorch")
         backend, checked = self._checker(build, model)
+        gate, recordings = self._declared(build)[build.stage].gate, self.reference.recordings
         with reproducible(
             backend,
             build.stage,
-            [call for batch in self.reference.batches for call in batch.calls],
-            limits=LIMITS[build.stored_precision],
+            [call for each in recordings for call in each.calls],
+            allowed=partial(LIMITS[build.stored_precision].allowed, gate),
             graph=model if isinstance(backend, OnnxRuntimeBackend) else None,
             folder=self._store.folder,
         ) as watched:
             subject = Subject(
                 stage=build.stage,
                 io=build.io,
+                gate=gate,
                 backend=watched,
                 precision=build.stored_precision,
                 label=f"{build.stage} ({build.target} {build.precision})",
             )
-            return {"checked": checked, **check_stage(subject, self.reference)}
+            figures = check_stage(subject, recordings, self.reference.pipeline.backend)
+        return {
+            "checked": checked,
+            "reference": "PyTorch float32, teacher-forced",
+            "images": self.reference.num_images,
+            **figures,
+        }
 
     def _checker(self, build: PlannedBuild, model: Path) -> tuple[Backend, str]:
         """Return what runs the stage for its check, and that in words."""

@@ -212,10 +212,10 @@ def _tokenizer_files(todo: ExportPlan, store: EngineStore) -> dict[str, str]:
 
 def _recorded(builder: "StageBuilder", todo: ExportPlan, store: EngineStore) -> dict[str, str]:
     """Return {path: SHA-256} of recorded calls for `nsp verify`, laid in the staging folder."""
-    from nsp.export.proof.reference import smallest_recordings
+    from nsp.export.proof.kept import kept
 
     with store.new_folder() as folder:
-        recordings = smallest_recordings(builder.reference)
+        recordings = kept(builder.reference.smallest_first())
         write_recorded(recordings, folder, model_hash=todo.model_hash)
         return store.finish(folder, f"{RECORDED_DIR}/")
 

@@ -8,25 +8,25 @@ graph is run without graph optimisations.
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.errors import ExportError
-from nsp.export.proof.recorded import Recording, relative_error
+from nsp.export.proof.forced import repeat
+from nsp.export.proof.gates import relative_error
+from nsp.export.proof.recorded import Recording
 from nsp.family.contract import AnyFamily, trace_sizes
-from nsp.stage.arena import ARENAS, HostArrays, KVArena
-from nsp.stage.io import StageIO
+from nsp.stage.arena import HostArrays
+from nsp.stage.backend import Backend
+from nsp.stage.io import Shape, StageIO
 
 _AT_ONCE = 64  # inner tensors held in memory together
-
-# Takes a call's outputs into the cache.
-Advance: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], None]
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,25 @@ def first_wrong_tensor(
             trace_sizes=trace_sizes(declared),
             metadata={},
         )
-        both = {name for name, _, _ in _tensors(path)}
-        inner = [each for each in _tensors(graph) if each[0] in both]
+        known = {name for name, _, _ in _tensors(path)}
+        inner = [each for each in _tensors(graph) if each[0] in known]
         if not inner:
             raise ExportError(f"{graph} and a fresh export share no tensor names")
         for start in range(0, len(inner), _AT_ONCE):
             part = inner[start : start + _AT_ONCE]
             names = [name for name, _, _ in part]
-            wrong = _first_in(
-                part,
+            probes = (
                 _Probe(graph, ours / str(start), names, optimised=True),
                 _Probe(path, fresh / str(start), names, optimised=False),
-                _feeds(stage, io, kv_layout, recordings),
-                limit,
             )
-            if wrong is not None:
-                return wrong
+            both = _Both(io, kv_layout, probes, limit)
+            for recording in recordings:
+                for _ in repeat(stage, io, both, recording):
+                    pass
+            for name, node, op in part:
+                if name in both.worst:
+                    call, error = both.worst[name]
+                    return NodeError(call, name, node, op, error)
     return None
 
 
@@ -125,8 +128,10 @@ class _Probe:
             if path.is_file() and path != graph:  # weights beside the graph
                 _link(path, folder / path.name)
         model = onnx.load(graph, load_external_data=False)
-        self.outputs = [output.name for output in model.graph.output]
-        onnx.save(modify_outputs(model, [*self.outputs, *names]), folder / graph.name)
+        self.names = names
+        outputs = [output.name for output in model.graph.output]
+        self._wanted = [*dict.fromkeys([*names, *outputs])]
+        onnx.save(modify_outputs(model, [*outputs, *names]), folder / graph.name)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         if not optimised:
@@ -136,13 +141,10 @@ class _Probe:
         )
         self._inputs = [argument.name for argument in self._session.get_inputs()]
 
-    def run(
-        self, feeds: Mapping[str, NDArray[Any]], names: Sequence[str]
-    ) -> dict[str, NDArray[Any]]:
-        """Return the named tensors and all outputs."""
-        wanted = [*dict.fromkeys([*names, *self.outputs])]
-        found = self._session.run(wanted, {name: feeds[name] for name in self._inputs})
-        return dict(zip(wanted, found, strict=True))
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the inner tensors and all outputs."""
+        found = self._session.run(self._wanted, {name: feeds[name] for name in self._inputs})
+        return dict(zip(self._wanted, found, strict=True))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -153,67 +155,50 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _first_in(
-    part: Sequence[tuple[str, str, str]],
-    ours: _Probe,
-    fresh: _Probe,
-    calls: Iterator[tuple[dict[str, NDArray[Any]], Advance]],
-    limit: float,
-) -> NodeError | None:
-    """Return the first wrong one of some tensors over all recorded calls."""
-    names = [name for name, _, _ in part]
-    worst: dict[str, tuple[int, float]] = {}
-    for number, (feeds, advance) in enumerate(calls):
-        expected, found = fresh.run(feeds, names), ours.run(feeds, names)
-        for name in names:
+class _Both(Backend):
+    """Runs the graph under test beside the fresh one and notes what differs.
+
+    What it returns, and so what the cache grows by, is the fresh one's.
+    """
+
+    name = "both"
+
+    def __init__(
+        self, io: StageIO, kv_layout: str, probes: tuple[_Probe, _Probe], limit: float
+    ) -> None:
+        super().__init__({})
+        self.kv_layout, self._io, self._limit = kv_layout, io, limit
+        self._ours, self._fresh = probes
+        self._memory, self._num_calls = HostArrays(), 0
+        self.worst: dict[str, tuple[int, float]] = {}  # by tensor: the call and its error
+
+    def run(
+        self, stage: str, feeds: Mapping[str, Any], outputs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the fresh graph's outputs."""
+        expected, found = self._fresh.run(feeds), self._ours.run(feeds)
+        for name in self._fresh.names:
             if np.issubdtype(expected[name].dtype, np.floating):
                 error = relative_error(expected[name], found[name])
-                if error > limit and name not in worst:
-                    worst[name] = (number, error)
-        advance(expected)
-    for name, node, op in part:
-        if name in worst:
-            call, error = worst[name]
-            return NodeError(call, name, node, op, error)
-    return None
+                if error > self._limit and name not in self.worst:
+                    self.worst[name] = (self._num_calls, error)
+        self._num_calls += 1
+        for name, place in (outputs or {}).items():
+            place[...] = expected[name]
+        return {name: expected[name] for name in self._io.outputs}
 
+    def upload(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return the array."""
+        return array
 
-def _feeds(
-    stage: str, io: StageIO, kv_layout: str, recordings: Sequence[Recording]
-) -> Iterator[tuple[dict[str, NDArray[Any]], Advance]]:
-    """Yield the inputs of every recorded call, with what takes its outputs into the cache."""
-    recorded = {n for each in recordings for c in each.calls if c.stage == stage for n in c.feeds}
-    cached = [
-        spec.dtype
-        for name, spec in io.inputs.items()
-        if name.startswith("past_") and name not in recorded
-    ]
-    for recording in recordings:
-        arena: KVArena | None = None
-        if cached:
-            kv = replace(recording.kv, dtype=cached[0])
-            arena = ARENAS[kv_layout](kv, HostArrays())
-        for call in recording.calls:
-            if call.stage != stage:
-                continue
-            feeds: dict[str, Any] = {
-                name: np.asarray(array, io.inputs[name].dtype) for name, array in call.feeds.items()
-            }
-            if arena is not None:
-                if call.rows < arena.shape.rows:
-                    arena.keep_rows(call.rows)
-                feeds |= arena.past()
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return a copy."""
+        return np.array(array)
 
-            def advance(
-                results: Mapping[str, NDArray[Any]],
-                arena: KVArena | None = arena,
-                count: int = call.num_new,
-            ) -> None:
-                if arena is None:
-                    return
-                for name, place in arena.new(count).items():
-                    target: Any = place
-                    target[...] = results[name]
-                arena.advance(count)
+    def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
+        """Return uninitialised memory."""
+        return self._memory.allocate(shape, dtype)
 
-            yield feeds, advance
+    def copy_rows(self, source: Any, target: Any) -> None:
+        """Fill `target` with the first rows of `source`."""
+        self._memory.copy_rows(source, target)

@@ -19,6 +19,8 @@ from nsp.stage.backend import Backend
 
 _HALF_ULP = 2.0**-24  # the stage sums V probabilities in float32: V roundings of at most this
 _MAX_STORED_FLIPS = 16
+# What a stage that draws may take beside logits, and the value at which each does nothing.
+_SETTINGS = (("temperature", 1, np.float32), ("top_p", 1, np.float32), ("top_k", 0, np.int64))
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Figures of one scale, over all batches."""
+    """Figures of one part of the loop, over all batches."""
 
     num_tokens: int
     top1: int  # tokens whose most likely code agrees
@@ -123,8 +125,10 @@ def _cumulative(
     `images` says whose settings each token has, `guided` holds their logits. All codes are ranked,
     which fits the settings of every image.
     """
+    batch = select.feeds["uniforms"].shape[0]
     temperature, top_p, top_k = (
-        torch.from_numpy(select.feeds[name][images]) for name in ("temperature", "top_p", "top_k")
+        torch.from_numpy(select.feeds.get(name, np.full(batch, off, dtype))[images])
+        for name, off, dtype in _SETTINGS
     )
     scaled = (torch.from_numpy(guided) / temperature[:, None])[:, None]
     filtered = filter_by_rank(scaled, top_p, top_k, torch.arange(guided.shape[-1]))

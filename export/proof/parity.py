@@ -1,22 +1,26 @@
 """Parity gates: an exported stage must compute what PyTorch computes, on PyTorch's own inputs.
 
-Every stage is fed the recorded calls of the reference; `step` grows its own cache over all scales.
-Its logits go through the reference's `select` with the recorded random numbers, so that sampled
-tokens can be compared one by one.
+Every stage is fed the recorded calls of the reference. Where the gate is sampled tokens, its logits
+go through the reference's own selection with the recorded random numbers, so that tokens can be
+compared one by one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from nsp.errors import ParityError
-from nsp.export.proof.flips import TokenFigures, compare_tokens
-from nsp.export.proof.recorded import LIMITS, Call, Limits, replay
-from nsp.export.proof.reference import Reference, psnr_db
+from nsp.export.proof.forced import Repeated, repeat
+from nsp.export.proof.gates import LIMITS, difference, problem, psnr_db
+from nsp.export.proof.recorded import Recording
+from nsp.family.gate import Gate, Psnr, Tokens
 from nsp.stage.backend import Backend
 from nsp.stage.io import StageIO
+
+if TYPE_CHECKING:
+    from nsp.export.proof.flips import TokenFigures
+
+_MOST_UNITS = 16  # that figures are kept of: scales, blocks of tokens, ranges of timesteps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,7 @@ class Subject:
 
     stage: str
     io: StageIO
+    gate: Gate
     backend: Backend
     precision: str  # that it is stored in
     label: str  # for messages: "step (onnxruntime fp16)"
@@ -39,119 +44,137 @@ class _OutputErrors:
     range: float = 0.0
     relative: float = 0.0
 
-    def add(self, expected: NDArray[Any], found: NDArray[Any]) -> float:
-        """Count one call and return its relative error."""
-        difference = np.abs(expected.astype(np.float64) - found.astype(np.float64))
-        span = float(np.ptp(expected)) if expected.size else 0.0
-        worst = float(difference.max(initial=0.0))
-        if not np.isfinite(worst):
-            worst = float("inf")
-        relative = worst / span if span else (0.0 if worst == 0 else float("inf"))
-        if relative >= self.relative:
-            self.relative, self.range = relative, span
-        self.max_abs = max(self.max_abs, worst)
-        self.mean_abs = max(self.mean_abs, float(difference.mean()) if difference.size else 0.0)
-        return relative
+
+@dataclass
+class _Unit:
+    """What was measured in one part of the loop."""
+
+    steps: tuple[int, int]  # the first and the last one
+    calls: int = 0
+    relative: float = 0.0
+    tokens: "TokenFigures | None" = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the manifest."""
+        figures = {} if self.tokens is None else self.tokens.to_dict()
+        return {
+            "steps": list(self.steps),
+            "calls": self.calls,
+            "relative": _short(self.relative),
+            **figures,
+        }
 
 
 @dataclass
 class _Report:
     """Everything measured about one stage."""
 
+    unit: str
     outputs: dict[str, _OutputErrors] = field(default_factory=dict)
-    scales: list[TokenFigures] = field(default_factory=list)
+    units: dict[tuple[int, int], _Unit] = field(default_factory=dict)
     psnr_db: float | None = None
     calls: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the manifest."""
+        result: dict[str, Any] = {
+            "calls": self.calls,
+            "outputs": {
+                name: {key: _short(value) for key, value in vars(errors).items()}
+                for name, errors in self.outputs.items()
+            },
+            "unit": self.unit,
+            "units": [self.units[steps].to_dict() for steps in sorted(self.units)],
+        }
+        if self.psnr_db is not None:
+            result["psnr_db"] = round(self.psnr_db, 2)
+        return result
 
-def check_stage(subject: Subject, reference: Reference) -> dict[str, Any]:
-    """Return a stage's measured figures (JSON-ready); raise ParityError at a missed gate."""
-    limits, report = LIMITS[subject.precision], _Report()
-    for batch in reference.batches:
-        replayed = replay(subject.stage, subject.io, subject.backend, batch.calls, batch.kv)
-        for index, (call, following, found) in enumerate(replayed):
+
+def check_stage(
+    subject: Subject, recordings: Sequence[Recording], selection: Backend | None = None
+) -> dict[str, Any]:
+    """Return a stage's measured figures (JSON-ready); raise ParityError at a missed gate.
+
+    `selection` is PyTorch's backend, which draws tokens from the stage's logits; without it the
+    logits alone are compared.
+    """
+    report = _Report("scale" if not recordings else recordings[0].unit)
+    for recording in recordings:
+        for repeated in repeat(subject.stage, subject.io, subject.backend, recording):
             report.calls += 1
-            _compare(subject, reference, limits, report, (index, call, following, found))
+            steps = _steps(repeated.call.step, recording.num_steps)
+            unit = report.units.setdefault(steps, _Unit(steps))
+            unit.calls += 1
+            _compare(subject, report, unit, repeated)
+            _draw(subject, unit, repeated, selection)
     if not report.calls:
         raise ParityError(f"{subject.label}: the reference never calls this stage; it is unchecked")
-    _check_tokens(subject, limits, report)
-    return _figures(report, reference)
+    for unit in report.units.values():
+        _check_tokens(subject, report.unit, unit)
+    return report.to_dict()
 
 
-def _compare(
-    subject: Subject,
-    reference: Reference,
-    limits: Limits,
-    report: _Report,
-    case: tuple[int, Call, Call | None, dict[str, NDArray[Any]]],
-) -> None:
+def _steps(step: int, num_steps: int) -> tuple[int, int]:
+    """Return the first and the last step of the part of the loop whose figures are kept as one."""
+    size = -(-num_steps // _MOST_UNITS)
+    first = step // size * size
+    return first, max(first, min(first + size, num_steps) - 1)
+
+
+def _compare(subject: Subject, report: _Report, unit: _Unit, repeated: Repeated) -> None:
     """Compare one call's outputs; raise ParityError for one beyond its limit."""
-    index, call, following, found = case
-    for name, expected in call.outputs.items():
-        where = f"{subject.label}: call {index}, {name}"
-        if np.issubdtype(expected.dtype, np.integer):
-            agreement = float(np.mean(expected == found[name]))
-            if agreement < 1:
-                raise ParityError(f"{where}: {agreement:.2%} of the integers agree; limit 100 %")
+    limits = LIMITS[subject.precision]
+    for name, expected in repeated.call.outputs.items():
+        found = repeated.found[name]
+        wrong = problem(limits, subject.gate, name, expected, found)
+        if wrong is not None:
+            raise ParityError(f"{subject.label}: call {report.calls - 1}, {name}: {wrong}")
+        apart = difference(expected, found)
+        if apart.is_integer:
             continue
-        relative = report.outputs.setdefault(name, _OutputErrors()).add(expected, found[name])
-        limit: float | None = limits.relative_error
-        if name == "image":
-            report.psnr_db = min(report.psnr_db or 200.0, psnr_db(expected, found[name]))
-            if report.psnr_db < limits.psnr_db:
-                raise ParityError(
-                    f"{where}: PSNR {report.psnr_db:.1f} dB; limit {limits.psnr_db} dB"
-                )
-            limit = None
-        elif name == "logits":
-            limit = limits.logits_error
-            if following is not None and "logits" in following.feeds:
-                figures = compare_tokens(reference.pipeline.backend, following, found[name])
-                _merge(report.scales, index, figures)
-        if not np.isfinite(relative) or (limit is not None and relative > limit):
-            raise ParityError(
-                f"{where}: max abs error is {relative:.2e} of the range; limit {limit or 'finite'}"
-            )
+        errors = report.outputs.setdefault(name, _OutputErrors())
+        if apart.relative >= errors.relative:
+            errors.relative, errors.range = apart.relative, apart.range
+        errors.max_abs = max(errors.max_abs, apart.max_abs)
+        errors.mean_abs = max(errors.mean_abs, apart.mean_abs)
+        unit.relative = max(unit.relative, apart.relative)
+        if subject.gate == Psnr(name):
+            report.psnr_db = min(report.psnr_db or 200.0, psnr_db(expected, found))
 
 
-def _merge(scales: list[TokenFigures], index: int, figures: TokenFigures) -> None:
-    """Add one call's figures to those of its scale."""
-    if index == len(scales):
-        scales.append(figures)
-    else:
-        scales[index] = scales[index].plus(figures)
+def _draw(subject: Subject, unit: _Unit, repeated: Repeated, selection: Backend | None) -> None:
+    """Draw tokens from the stage's logits and count those that differ."""
+    gate, following = subject.gate, repeated.following
+    if selection is None or not isinstance(gate, Tokens) or following is None:
+        return
+    if following.stage not in gate.drawn_by:
+        return
+    from nsp.export.proof.flips import compare_tokens  # torch
+
+    figures = compare_tokens(selection, following, repeated.found[gate.logits])
+    unit.tokens = figures if unit.tokens is None else unit.tokens.plus(figures)
 
 
-def _check_tokens(subject: Subject, limits: Limits, report: _Report) -> None:
+def _check_tokens(subject: Subject, name: str, unit: _Unit) -> None:
     """Raise ParityError where too many tokens differ, or one that rounding does not explain."""
-    for scale, figures in enumerate(report.scales):
-        where = f"{subject.label}: scale {scale}"
-        if len(figures.flips) > limits.allowed_flips(figures.num_tokens):
+    if unit.tokens is None:
+        return
+    first, last = unit.steps
+    where = f"{subject.label}: {name} {first}" + (f" to {last}" if last > first else "")
+    figures, limits = unit.tokens, LIMITS[subject.precision]
+    if len(figures.flips) > limits.allowed_flips(figures.num_tokens):
+        raise ParityError(
+            f"{where}: {figures.agreement:.2%} of {figures.num_tokens} sampled tokens agree; "
+            f"limit {limits.token_agreement:.0%}"
+        )
+    for flip in figures.flips:
+        if not flip.is_benign:
             raise ParityError(
-                f"{where}: {figures.agreement:.2%} of {figures.num_tokens} sampled tokens agree; "
-                f"limit {limits.token_agreement:.0%}"
+                f"{where}: a token flipped whose margin {flip.margin:.2e} exceeds the measured "
+                f"error {flip.error:.2e}"
             )
-        for flip in figures.flips:
-            if not flip.is_benign:
-                raise ParityError(
-                    f"{where}: a token flipped whose margin {flip.margin:.2e} exceeds the measured "
-                    f"error {flip.error:.2e}"
-                )
 
 
-def _figures(report: _Report, reference: Reference) -> dict[str, Any]:
-    """Return the report as plain values."""
-    result: dict[str, Any] = {
-        "reference": "PyTorch float32, teacher-forced",
-        "images": reference.num_images,
-        "calls": report.calls,
-        "outputs": {
-            name: {key: float(f"{value:.4g}") for key, value in vars(errors).items()}
-            for name, errors in report.outputs.items()
-        },
-    }
-    if report.scales:
-        result["scales"] = [figures.to_dict() for figures in report.scales]
-    if report.psnr_db is not None:
-        result["psnr_db"] = round(report.psnr_db, 2)
-    return result
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,28 +1,23 @@
 """What is correct: real prompts through the PyTorch model in float32, with every stage call kept.
 
-Exported stages are held to these calls one by one (teacher forcing): each gets the inputs PyTorch
-gave, and only its key/value cache is its own; where several stages share a cache, each gets
-PyTorch's, and what it adds is compared too.
+Exported stages are held to these calls one by one (forced.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from nsp.backends.torch import TorchBackend
 from nsp.export.plan import ExportPlan
 from nsp.export.proof.recorded import Call, Recording
-from nsp.family.order import Order
+from nsp.family.order import Order, Step
 from nsp.pipeline.pipeline import Pipeline
 from nsp.pipeline.results import Trace
-from nsp.stage.arena import KVArena, KVShape
-from nsp.stage.backend import TENSORRT_RANKS
-
-_CACHE_PREFIX = "past_"
+from nsp.stage.arena import KVArena, KVShape, is_cached
+from nsp.stage.backend import TENSORRT_RANKS, Loop, T
 
 
 @dataclass(frozen=True)
@@ -30,8 +25,7 @@ class Generated:
     """One batch of images and everything that was called to make it."""
 
     orders: Sequence[Order[Any]]
-    calls: tuple[Call, ...]
-    kv: KVShape
+    recording: Recording
     trace: Trace
 
 
@@ -47,24 +41,36 @@ class Reference:
         """Images of all batches."""
         return sum(len(batch.orders) for batch in self.batches)
 
+    @property
+    def recordings(self) -> tuple[Recording, ...]:
+        """The calls of all batches."""
+        return tuple(batch.recording for batch in self.batches)
 
-def smallest_recordings(reference: Reference) -> tuple[Recording, ...]:
-    """Return one image's calls, and of the stages it has none, those of another batch."""
-    first, *others = sorted(reference.batches, key=lambda batch: len(batch.orders))
-    seen = {call.stage for call in first.calls}
-    rest = (
-        Recording(tuple(call for call in batch.calls if call.stage not in seen), batch.kv)
-        for batch in others
-        if len(batch.orders) == 1
-    )
-    return (Recording(first.calls, first.kv), *(each for each in rest if each.calls))
+    def smallest_first(self) -> list[Recording]:
+        """Return the recordings of one image each, or of the smallest batch, that first."""
+        first, *others = sorted(self.batches, key=lambda batch: len(batch.orders))
+        return [first.recording, *(b.recording for b in others if len(b.orders) == 1)]
 
 
 class RecordingBackend(TorchBackend):
-    """The torch backend, keeping every call."""
+    """The torch backend, keeping every call of one batch."""
 
-    calls: list[Call]
-    kv: KVShape
+    def forget(self) -> None:
+        """Begin anew."""
+        self._calls: list[Call] = []
+        self._kv: KVShape | None = None
+        self._unit, self._num_steps, self._step = "scale", 1, 0
+
+    def recording(self) -> Recording:
+        """Return what was recorded since `forget`."""
+        return Recording(tuple(self._calls), self._kv, self._unit, self._num_steps)
+
+    def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
+        """Return what the loop yields, having noted which step calls belong to."""
+        for made in super().play(name, inputs, loop):
+            if isinstance(made, Step):
+                self._unit, self._num_steps, self._step = made.unit, made.total, made.index + 1
+            yield made
 
     def run(
         self, stage: str, feeds: Mapping[str, Any], outputs: Mapping[str, Any] | None = None
@@ -72,30 +78,31 @@ class RecordingBackend(TorchBackend):
         """Return all outputs, having noted them and the feeds."""
         given = outputs or {}
         results = super().run(stage, feeds, outputs)
-        shared = self._num_caching > 1
+        cached = [t for n, t in (*feeds.items(), *results.items()) if is_cached(n)]
         # torch makes new tensors for all but the cache, of which a written part stays as it is: so
         # nothing here changes later.
         call = Call(
             stage=stage,
-            feeds={
-                n: _array(t) for n, t in feeds.items() if shared or not n.startswith(_CACHE_PREFIX)
+            step=self._step,
+            feeds={n: _array(t) for n, t in feeds.items() if not is_cached(n)},
+            outputs={
+                n: _array(t) for n, t in results.items() if self._is_shared or not is_cached(n)
             },
-            outputs={n: _array(t) for n, t in results.items() if shared or n not in given},
             num_new=next((int(t.shape[0]) for t in given.values()), 0),  # token-major
-            rows=next((int(t.shape[1]) for t in given.values()), 0),
+            rows=next((int(t.shape[1]) for t in cached), 0),
         )
-        self.calls.append(call)
+        self._calls.append(call)
         return results
 
     @cached_property
-    def _num_caching(self) -> int:
-        """How many stages read the cache or add to it."""
-        names = ([*io.inputs, *io.outputs] for io in self.stages_io.values())
-        return sum(any(name.startswith(("past_", "new_k")) for name in each) for each in names)
+    def _is_shared(self) -> bool:
+        """Whether several stages read the cache or add to it."""
+        names = ((*io.inputs, *io.outputs) for io in self.stages_io.values())
+        return sum(any(is_cached(name) for name in each) for each in names) > 1
 
     def new_arena(self, shape: KVShape) -> KVArena:
         """Return an empty arena, having noted its size."""
-        self.kv = shape
+        self._kv = shape
         return super().new_arena(shape)
 
 
@@ -105,7 +112,7 @@ def _array(tensor: Any) -> NDArray[Any]:
 
 
 def record_reference(plan: ExportPlan, system: Any) -> Reference:
-    """Return what `system` generates for the family's own requests, which call every stage.
+    """Return what `system` generates for the family's own orders, which call every stage.
 
     Where latents grow, the pictures on the way are decoded too: so every size is checked.
     """
@@ -127,20 +134,12 @@ def record_reference(plan: ExportPlan, system: Any) -> Reference:
         backend.max_ranks = TENSORRT_RANKS
     batches = []
     for orders in family.examples(plan.config, plan.sampling):
-        backend.calls = []
+        backend.forget()
         if pipeline.prompts is not None:
             pipeline.prompts.forget()  # every batch calls its text encoder
         trace = pipeline.trace(orders)
         for latent in trace.latents:
             if latent.shape != trace.latents[-1].shape:
                 pipeline.decode(backend.upload(latent))
-        batches.append(Generated(orders, tuple(backend.calls), backend.kv, trace))
+        batches.append(Generated(orders, backend.recording(), trace))
     return Reference(pipeline, tuple(batches))
-
-
-def psnr_db(reference: NDArray[Any], other: NDArray[Any]) -> float:
-    """Return the peak signal-to-noise ratio of images in [0, 1], in dB, at most 200."""
-    error = float(np.mean((reference.astype(np.float64) - other.astype(np.float64)) ** 2))
-    if not np.isfinite(error):
-        return 0.0
-    return 200.0 if error == 0 else min(200.0, -10 * float(np.log10(error)))

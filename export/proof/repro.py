@@ -8,7 +8,7 @@ import logging
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.errors import ParityError
-from nsp.export.proof.recorded import Call, Limits
-from nsp.stage.arena import Array
+from nsp.export.proof.recorded import Call
+from nsp.stage.arena import Array, is_cached
 from nsp.stage.backend import Backend
 
 logger = logging.getLogger(__name__)
@@ -32,15 +32,16 @@ def reproducible(
     stage: str,
     calls: Sequence[Call],
     *,
-    limits: Limits,
+    allowed: Callable[[str, NDArray[Any]], float],
     graph: Path | None,
     folder: Path,
 ) -> Iterator[Backend]:
     """Yield `backend`, watched: a ParityError of the block names a command that shows it again.
 
-    `calls` are those recorded; the block repeats those of `stage`, in order. `graph` is what ONNX
-    Runtime runs, None where another runtime does. The files go to a new folder beside `folder`. An
-    error that no output of its call shows, such as too many other tokens, stays as it is.
+    `calls` are those recorded; the block repeats those of `stage`, in order. `allowed` is the
+    largest absolute error of an output. `graph` is what ONNX Runtime runs, None where another
+    runtime does. The files go to a new folder beside `folder`. An error that no output of its call
+    shows, such as too many other tokens, stays as it is.
     """
     watched = _Watched(backend)
     try:
@@ -48,13 +49,18 @@ def reproducible(
     except ParityError as error:
         if graph is None or not watched.num_runs:
             raise
-        expected = [call for call in calls if call.stage == stage][watched.num_runs - 1].outputs
-        allowed = {name: _allowed(name, array, limits) for name, array in expected.items()}
-        if all(_within(watched.results[name], expected[name], allowed[name]) for name in expected):
+        repeated = [c for c in calls if c.stage == stage and (c.is_compared or not c.new)]
+        expected = {  # layout "present" returns past and new in one, which nothing recorded is
+            name: array
+            for name, array in repeated[watched.num_runs - 1].outputs.items()
+            if not (is_cached(name) and backend.kv_layout == "present")
+        }
+        limits = {name: allowed(name, array) for name, array in expected.items()}
+        if all(_within(watched.results[name], expected[name], limits[name]) for name in expected):
             raise
         try:
             made = _new_folder(folder, stage)
-            command = write_repro(made, graph, watched.feeds, expected, allowed)
+            command = write_repro(made, graph, watched.feeds, expected, limits)
         except (ImportError, OSError) as problem:
             logger.warning("the failure is not kept for Polygraphy: %s", problem)
             raise error from None
@@ -95,16 +101,6 @@ def _new_folder(beside: Path, stage: str) -> Path:
         return Path(tempfile.mkdtemp(prefix=f"{target.name}-parity-{stage}-", dir=target.parent))
     except OSError:  # engines may lie where nothing can be written
         return Path(tempfile.mkdtemp(prefix=f"nsp-parity-{stage}-"))
-
-
-def _allowed(name: str, expected: NDArray[Any], limits: Limits) -> float:
-    """Return the largest absolute error that the gates let pass."""
-    if np.issubdtype(expected.dtype, np.integer):
-        return 0.0
-    if name == "image":  # in [0, 1]: an error everywhere at which the PSNR is at its limit
-        return float(10 ** (-limits.psnr_db / 20))
-    limit = limits.logits_error if name == "logits" else limits.relative_error
-    return limit * float(np.ptp(expected)) if expected.size else 0.0
 
 
 def _within(found: NDArray[Any], expected: NDArray[Any], allowed: float) -> bool:

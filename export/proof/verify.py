@@ -8,10 +8,9 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
 from nsp.artifacts.engine_choice import choose_backend, choose_variants
@@ -20,10 +19,14 @@ from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest, Variant
 from nsp.artifacts.repair import find_source
 from nsp.config import Config
 from nsp.errors import CheckpointError, EngineError, NspError, ParityError
+from nsp.export.graph.dtypes import stored_precision
 from nsp.export.options import ExportOptions
 from nsp.export.proof.first_wrong import NodeError, first_wrong_tensor
-from nsp.export.proof.recorded import LIMITS, Recording, read_recorded, relative_error, replay
+from nsp.export.proof.gates import LIMITS
+from nsp.export.proof.parity import Subject, check_stage
+from nsp.export.proof.recorded import Recording, read_recorded
 from nsp.export.proof.repro import reproducible
+from nsp.family.gate import Gate
 from nsp.stage.backend import Backend
 
 logger = logging.getLogger(__name__)
@@ -68,7 +71,7 @@ class _Truth:
 
     words: str
     recordings: tuple[Recording, ...]
-    live: Any = None  # nsp.export.proof.reference.Reference
+    selection: Backend | None = None  # PyTorch's, which draws tokens
     system: Any = None
 
 
@@ -107,17 +110,22 @@ def verify(
         limit=engines.max_batch,
         verify_digests=verify_digests,
     )
-    used = engines.backend.kv_dtype()
-    width = next(name for name, dtype in PRECISION_DTYPES.items() if dtype == used)
-    graphs = _graphs(engine_dir, manifest, engines, width)
+    graphs = _graphs(engine_dir, manifest, engines)
+    declared = engines.family.stages(
+        manifest.model_config,
+        kv_layout=engines.backend.kv_layout,
+        dtype=PRECISION_DTYPES[engines.precision],
+    )
     checks = []
     for stage in engines.backend.stages_io:
         logger.info("checking %s", stage)
-        checks.append(_check(engine_dir, graphs.get(stage), engines, stage, width, truth))
+        precision = stored_precision(declared[stage], engines.precision)
+        gate = declared[stage].gate
+        checks.append(_check(engine_dir, graphs.get(stage), engines, stage, gate, precision, truth))
     return Verification(
         engine_dir=str(engine_dir),
         backend=engines.backend.name,
-        precision=width,
+        precision=engines.precision,
         reference=truth.words,
         stages=tuple(checks),
     )
@@ -167,7 +175,7 @@ def _matching_checkpoint(folder: Path, manifest: Manifest, *, verify: bool) -> C
 def _live_truth(record: CheckpointRecord, limit: int | None) -> _Truth:
     """Return PyTorch's own calls, made now; only batches that the engines take."""
     from nsp.export.plan import ExportPlan
-    from nsp.export.proof.reference import Reference, record_reference
+    from nsp.export.proof.reference import record_reference
 
     plan = ExportPlan(
         options=ExportOptions(checkpoint=str(record.folder)),
@@ -179,20 +187,16 @@ def _live_truth(record: CheckpointRecord, limit: int | None) -> _Truth:
     )
     system = record.load()
     made = record_reference(plan, system)
-    fitting = tuple(b for b in made.batches if limit is None or len(b.orders) <= limit)
-    reference = Reference(made.pipeline, fitting)
-    recordings = tuple(Recording(batch.calls, batch.kv) for batch in fitting)
-    return _Truth("PyTorch float32, now", recordings, reference, system)
+    fitting = (b.recording for b in made.batches if limit is None or len(b.orders) <= limit)
+    return _Truth("PyTorch float32, now", tuple(fitting), made.pipeline.backend, system)
 
 
-def _graphs(
-    folder: Path, manifest: Manifest, engines: Engines, precision: str
-) -> Mapping[str, Variant]:
+def _graphs(folder: Path, manifest: Manifest, engines: Engines) -> Mapping[str, Variant]:
     """Return the variants whose graphs ONNX Runtime runs; none of another backend."""
     if engines.backend.name != "onnxruntime":
         return {}
     chosen, device = choose_backend(folder, manifest, engines.backend.name, None)
-    found = choose_variants(folder, manifest, chosen, device=device, precision=precision)
+    found = choose_variants(folder, manifest, chosen, device=device, precision=engines.precision)
     return found.stages
 
 
@@ -201,34 +205,30 @@ def _check(
     variant: Variant | None,
     engines: Engines,
     stage: str,
+    gate: Gate,
     precision: str,
     truth: _Truth,
 ) -> StageCheck:
     """Return what one stage showed, with its first wrong tensor where it failed."""
-    io = engines.backend.stages_io[stage]
-    label = f"{stage} ({engines.backend.name} {precision})"
     graph = folder / next(iter(variant.files)) if variant is not None else None
-    recorded = [call for each in truth.recordings for call in each.calls]
     try:
         with reproducible(
             engines.backend,
             stage,
-            recorded,
-            limits=LIMITS[precision],
+            [call for each in truth.recordings for call in each.calls],
+            allowed=partial(LIMITS[precision].allowed, gate),
             graph=graph,
             folder=folder,
         ) as backend:
-            if truth.live is not None:
-                from nsp.export.proof.parity import Subject, check_stage
-
-                subject = Subject(
-                    stage=stage, io=io, backend=backend, precision=precision, label=label
-                )
-                figures = check_stage(subject, truth.live)
-                errors = [each["relative"] for each in figures["outputs"].values()]
-                calls, worst = figures["calls"], max(errors, default=0.0)
-            else:
-                calls, worst = _check_recorded(backend, stage, precision, truth.recordings, label)
+            subject = Subject(
+                stage=stage,
+                io=engines.backend.stages_io[stage],
+                gate=gate,
+                backend=backend,
+                precision=precision,
+                label=f"{stage} ({engines.backend.name} {precision})",
+            )
+            figures = check_stage(subject, truth.recordings, truth.selection)
     except ParityError as error:
         wrong = None
         if variant is not None and graph is not None:
@@ -241,34 +241,10 @@ def _check(
             error=str(error),
             first_wrong=wrong,
         )
-    return StageCheck(stage=stage, passed=True, calls=calls, largest_error=worst, error=None)
-
-
-def _check_recorded(
-    backend: Backend, stage: str, precision: str, recordings: tuple[Recording, ...], label: str
-) -> tuple[int, float]:
-    """Return the number of calls and the largest error; raise ParityError at a missed limit."""
-    limits, calls, worst = LIMITS[precision], 0, 0.0
-    io = backend.stages_io[stage]
-    for recording in recordings:
-        for call, _, found in replay(stage, io, backend, recording.calls, recording.kv):
-            for name, expected in call.outputs.items():
-                relative = relative_error(expected, found[name])
-                limit = limits.logits_error if name == "logits" else limits.relative_error
-                if np.issubdtype(expected.dtype, np.integer):
-                    limit = 0.0
-                if name == "image":  # in [0, 1]: the error at which PSNR is at its limit, at least
-                    limit = 10 * 10 ** (-limits.psnr_db / 20)
-                if not relative <= limit:  # also what is not a number
-                    raise ParityError(
-                        f"{label}: call {calls}, {name}: max abs error is {relative:.2e} of the "
-                        f"range; limit {limit:.2e}"
-                    )
-                worst = max(worst, relative)
-            calls += 1
-    if not calls:
-        raise ParityError(f"{label}: nothing was recorded of this stage; it is unchecked")
-    return calls, worst
+    worst = max((each["relative"] for each in figures["outputs"].values()), default=0.0)
+    return StageCheck(
+        stage=stage, passed=True, calls=figures["calls"], largest_error=worst, error=None
+    )
 
 
 def _locate(

@@ -9,8 +9,8 @@ import numpy as np
 from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
 from nsp.errors import ParityError
 from nsp.export.plan import ExportPlan
-from nsp.export.proof.recorded import LIMITS
-from nsp.export.proof.reference import Reference, psnr_db
+from nsp.export.proof.gates import LIMITS, psnr_db
+from nsp.export.proof.reference import Reference
 from nsp.pipeline.pipeline import Pipeline
 from nsp.pipeline.results import Trace
 from nsp.stage.io import StageIO

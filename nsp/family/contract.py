@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, Ty
 
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.family.gate import RANGE, Gate
 from nsp.family.order import Encoded, Given, Order, S, Step
 from nsp.stage.io import Sizes, StageIO
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from nsp.family.objective import Objective, TokenCache
     from nsp.family.recipe import PhaseConfig, RunConfig
     from nsp.family.system import System
-    from nsp.stage.arena import Array
+    from nsp.stage.arena import Array, KVShape
     from nsp.stage.backend import Backend
     from nsp.text.tokenizer import PromptTokenizer
 
@@ -64,6 +65,7 @@ class Stage:
     # adds the reserved ones.
     spans: tuple[Span, ...] = ({},)
     max_ranks: int = 1  # largest R: the number of codes
+    gate: Gate = RANGE  # what it takes for an export of it to be correct
 
     def profiles(
         self, *, max_batch: int, static_batch: bool, best_ranks: int, max_ranks: int
@@ -148,7 +150,6 @@ class Family(ABC, Generic[C, S, Y]):
     api: ClassVar[int] = API
     name: ClassVar[str]
     kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # of its cache, best first
-    draws_tokens: ClassVar[bool] = True  # from a codebook, which `nsp bench` compares
     default_prompt: ClassVar[str | None] = None  # of `nsp generate`
     default_seed: ClassVar[int] = 0
     default_batch_size: ClassVar[int | None] = None  # None: as many as are made best at once
@@ -169,7 +170,11 @@ class Family(ABC, Generic[C, S, Y]):
 
     @abstractmethod
     def grids(self, config: C) -> Sequence[tuple[int, int]]:
-        """Return the (h, w) grids of the latent on its way, the finished one last."""
+        """Return the (h, w) grids of the latents that decode to pictures, the finished one last."""
+
+    @abstractmethod
+    def cache(self, config: C, rows: int, dtype: str) -> "KVShape | None":
+        """Return the size of the key/value cache of one batch; None for a model without one."""
 
     @abstractmethod
     def stages(self, config: C, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:

@@ -63,6 +63,11 @@ class HostArrays:
         target[...] = source[:, : target.shape[1]]
 
 
+def is_cached(name: str) -> bool:
+    """Return whether a stage's input or output of this name is the cache's past or its growth."""
+    return name.startswith(("past_k_", "past_v_", "new_k_", "new_v_"))
+
+
 class KVArena(ABC):
     """Hands out the past and room for what is new; `advance` after every step."""
 

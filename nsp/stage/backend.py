@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.stage.arena import ARENAS, Array, KVArena, KVShape
+from nsp.stage.arena import ARENAS, Array, KVArena, KVShape, is_cached
 from nsp.stage.io import Shape, StageIO
 
 TENSORRT_RANKS = 3839  # TensorRT's TopK takes K < 3840 (its documentation)
@@ -70,9 +70,9 @@ class Backend(ABC):
         return ARENAS[self.kv_layout](shape, self)
 
     def kv_dtype(self) -> str:
-        """Return the dtype of keys and values."""
+        """Return the dtype of keys and values; float32 where there is no cache."""
         specs = (spec for io in self.stages_io.values() for spec in io.outputs.items())
-        return next(spec.dtype for name, spec in specs if name.startswith("new_k"))
+        return next((spec.dtype for name, spec in specs if is_cached(name)), "float32")
 
     def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
         """Return what `loop` yields on the uploaded `inputs`; its results belong to the caller.

@@ -230,7 +230,7 @@ def test_a_precision_the_folder_lacks_is_said_with_the_command_that_adds_it(tmp_
 def test_a_precision_says_what_it_costs_as_its_export_measured_it(tmp_path: Path) -> None:
     parity = {
         "outputs": {"logits": {"relative": 0.0234}},
-        "scales": [{"tokens": 10, "agreement": 1.0}, {"tokens": 90, "agreement": 0.9}],
+        "units": [{"tokens": 10, "agreement": 1.0}, {"tokens": 90, "agreement": 0.9}],
     }
     manifest = write_engines(tmp_path, precisions=("fp32", "int8"), parity=parity)
     words = gate_words(manifest, "onnxruntime", "int8")

@@ -146,7 +146,7 @@ def test_profiles_hold_every_size_of_the_schedule(small_checkpoint, tmp_path, st
     assert len(guided.orders) == 7  # a full batch
     for batch in (guided,) if static else (guided, *others):
         seen: dict[str, int] = {}
-        for call in batch.calls:
+        for call in batch.recording.calls:
             profiles = builds[call.stage].profiles
             profile = profiles[seen.get(call.stage, 0)] if len(profiles) > 1 else profiles[0]
             seen[call.stage] = seen.get(call.stage, 0) + 1

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,11 +17,15 @@ from nsp.errors import ParityError
 from nsp.export.options import ExportOptions
 from nsp.export.plan import make_plan
 from nsp.export.proof.flips import Flip, compare_tokens
-from nsp.export.proof.parity import LIMITS, Subject, check_stage
-from nsp.export.proof.reference import psnr_db, record_reference
+from nsp.export.proof.gates import LIMITS, psnr_db
+from nsp.export.proof.parity import Subject, check_stage
+from nsp.export.proof.reference import Reference, record_reference
 from nsp.export.run import export as run_export
 from nsp.export.store import EngineStore
+from nsp.family.contract import Stage
+from nsp.family.registry import family
 from nsp.layers.attention import attend_delta
+from nsp.stage.backend import Backend
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +39,27 @@ def reference(small_checkpoint, system, tmp_path_factory):
 
 def torch_subject(system, stage: str, precision: str = "fp32") -> Subject:
     """Return a stage of `system` in PyTorch as the one under test."""
-    from nsp.family.registry import family
-
     var = family("var")
-    io = var.stages_io(system.config, kv_layout="delta", dtype="float32")
+    declared = var.stages(system.config, kv_layout="delta", dtype="float32")
+    io = {name: each.io for name, each in declared.items()}
     backend = TorchBackend(var.learner.modules(system, "delta"), io, device="cpu")
-    return Subject(stage=stage, io=io[stage], backend=backend, precision=precision, label=stage)
+    return subject(declared[stage], stage, backend, precision)
+
+
+def subject(declared: Stage, stage: str, backend: Backend, precision: str) -> Subject:
+    return Subject(
+        stage=stage,
+        io=declared.io,
+        gate=declared.gate,
+        backend=backend,
+        precision=precision,
+        label=stage,
+    )
+
+
+def held(subject: Subject, reference: Reference) -> dict[str, Any]:
+    """Hold a stage to the reference, tokens included."""
+    return check_stage(subject, reference.recordings, reference.pipeline.backend)
 
 
 def onnx_subject(half_engines, stage: str, precision: str, path: Path | None = None) -> Subject:
@@ -48,13 +68,13 @@ def onnx_subject(half_engines, stage: str, precision: str, path: Path | None = N
     io = {stage: variant.stage_io}
     files = {stage: path or folder / next(iter(variant.files))}
     backend = OnnxRuntimeBackend(files, io, kv_layout=variant.kv_layout, providers=[CPU])
-    return Subject(
-        stage=stage, io=io[stage], backend=backend, precision=precision, label=f"{stage} here"
-    )
+    declared = family("var").stages(manifest.model_config, kv_layout="delta", dtype="float32")
+    made = subject(declared[stage], stage, backend, precision)
+    return replace(made, io=io[stage], label=f"{stage} here")
 
 
 def test_the_reference_calls_every_stage_with_and_without_guidance(reference, half_engines):
-    calls = [call for batch in reference.batches for call in batch.calls]
+    calls = [call for each in reference.recordings for call in each.calls]
     assert {call.stage for call in calls} == set(half_engines[1].stages)
     ratios = {
         len(call.feeds["logits"]) / len(call.feeds["uniforms"])
@@ -66,14 +86,14 @@ def test_the_reference_calls_every_stage_with_and_without_guidance(reference, ha
 
 def test_pytorch_itself_passes_without_error(reference, system):
     for stage in ("text_encoder", "condition", "step", "select_smooth", "accumulate", "decoder"):
-        figures = check_stage(torch_subject(system, stage), reference)
+        figures = held(torch_subject(system, stage), reference)
         assert all(o["max_abs"] < 1e-6 for o in figures["outputs"].values()), stage
 
 
 def test_the_figures_of_every_scale_are_kept(half_engines):
     _, manifest = half_engines
     for variant in manifest.stages["step"]:
-        scales = variant.parity["scales"]
+        scales = variant.parity["units"]
         assert [s["tokens"] for s in scales] == [9, 36, 81]
         for scale in scales:
             assert scale["agreement"] >= 0.95
@@ -113,7 +133,7 @@ def perturb(system, name: str, amount: float):
 def test_a_slightly_wrong_weight_fails_the_fp32_gate(reference, system, stage, weight):
     wrong = torch_subject(perturb(system, weight, 0.01), stage)
     with pytest.raises(ParityError, match=rf"{stage}: .*limit"):
-        check_stage(wrong, reference)
+        held(wrong, reference)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +147,11 @@ def test_a_slightly_wrong_weight_fails_the_fp32_gate(reference, system, stage, w
 def test_a_wrong_weight_fails_the_fp16_gate(reference, system, stage, weight):
     wrong = torch_subject(perturb(system, weight, 1.0), stage, "fp16")
     with pytest.raises(ParityError, match=rf"{stage}: .*limit"):
-        check_stage(wrong, reference)
+        held(wrong, reference)
 
 
 def test_a_changed_initializer_in_a_graph_is_caught(half_engines, reference, tmp_path):
-    check_stage(onnx_subject(half_engines, "decoder", "fp16"), reference)
+    held(onnx_subject(half_engines, "decoder", "fp16"), reference)
     folder, manifest = half_engines
     variant = next(v for v in manifest.stages["decoder"] if v.precision == "fp16")
     model = onnx.load(folder / next(iter(variant.files)))
@@ -142,7 +162,7 @@ def test_a_changed_initializer_in_a_graph_is_caught(half_engines, reference, tmp
     onnx.save(model, tmp_path / "model.onnx")
     wrong = onnx_subject(half_engines, "decoder", "fp16", tmp_path / "model.onnx")
     with pytest.raises(ParityError, match=r"decoder here: call 0, image: PSNR .* limit 45"):
-        check_stage(wrong, reference)
+        held(wrong, reference)
 
 
 def test_a_graph_that_forgets_its_past_fails_at_the_second_scale(reference, system):
@@ -155,7 +175,7 @@ def test_a_graph_that_forgets_its_past_fails_at_the_second_scale(reference, syst
 
     wrong.backend._stages["step"].attend = forgetful
     with pytest.raises(ParityError, match="step: call 1, logits"):
-        check_stage(wrong, reference)
+        held(wrong, reference)
 
 
 def test_an_output_that_is_not_finite_fails_in_every_precision(reference, system):
@@ -164,7 +184,7 @@ def test_an_output_that_is_not_finite_fails_in_every_precision(reference, system
         changed.predictor.head.bias[3] = float("inf")
     for precision in LIMITS:
         with pytest.raises(ParityError):
-            check_stage(torch_subject(changed, "step", precision), reference)
+            held(torch_subject(changed, "step", precision), reference)
 
 
 def test_a_missed_gate_stops_the_export_and_keeps_nothing_of_the_stage(
@@ -188,7 +208,7 @@ def test_flips_are_benign_only_within_the_measured_error():
 
 def test_a_flip_near_the_edge_of_its_interval_is_counted_with_its_margin(reference):
     """The draw is put 1e-4 beside the edge between two codes; the error moves the edge by more."""
-    calls = reference.batches[1].calls
+    calls = reference.batches[1].recording.calls
     select = next(c for c in calls if c.stage == "select")
     backend = reference.pipeline.backend
     same = compare_tokens(backend, select, select.feeds["logits"])
@@ -225,7 +245,6 @@ def test_psnr_of_equal_images_is_finite_and_of_nan_is_zero():
 
 def test_bfloat16_stages_are_checked_in_pytorch(reference, system):
     from nsp.export.graph.narrow import at_precision
-    from nsp.family.registry import family
 
     var = family("var")
     declared = var.stages(system.config, kv_layout="delta", dtype="bfloat16")
@@ -233,8 +252,5 @@ def test_bfloat16_stages_are_checked_in_pytorch(reference, system):
     io = {name: stage.io for name, stage in declared.items()}
     backend = TorchBackend(var.learner.modules(narrowed, "delta"), io, device="cpu")
     for stage in ("condition", "step", "decoder"):
-        figures = check_stage(
-            Subject(stage=stage, io=io[stage], backend=backend, precision="bf16", label=stage),
-            reference,
-        )
+        figures = held(subject(declared[stage], stage, backend, "bf16"), reference)
         assert figures["calls"] > 0

@@ -63,7 +63,7 @@ def test_other_stages_are_those_of_fp32_and_the_figures_are_kept(int8_engines):
     step = variant(manifest, "step", "int8")
     assert set(step.precision_map.values()) == {"int8", "float32"}
     assert 1e-4 < step.parity["outputs"]["logits"]["relative"] < 0.05
-    assert all(0.8 <= scale["agreement"] <= 1 for scale in step.parity["scales"])
+    assert all(0.8 <= scale["agreement"] <= 1 for scale in step.parity["units"])
 
 
 def test_it_runs_when_asked_for_and_only_then(int8_engines):

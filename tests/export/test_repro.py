@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import pytest
 from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
 from nsp.errors import ParityError
 from nsp.export.options import ExportOptions
-from nsp.export.proof.recorded import LIMITS
+from nsp.export.proof.gates import LIMITS
 from nsp.export.proof.repro import reproducible
 from nsp.export.proof.verify import verify
 from nsp.export.run import export as run_export
+from nsp.family.gate import RANGE
 from tests.export.small import write_model
 from tests.export.test_verify import nsp as run_nsp
 from tests.export.test_verify import spoil
@@ -83,7 +85,8 @@ def test_sound_engines_leave_nothing(half_engines, tmp_path):
 
 
 def fail(backend: OnnxRuntimeBackend, x, **settings) -> None:
-    with reproducible(backend, "s", limits=LIMITS["fp32"], **settings) as watched:
+    allowed = partial(LIMITS["fp32"].allowed, RANGE)
+    with reproducible(backend, "s", allowed=allowed, **settings) as watched:
         watched.run("s", {"x": watched.upload(x)})
         raise ParityError("tokens differ")
 
@@ -97,7 +100,7 @@ def test_an_error_that_no_output_shows_stays_as_it_is(tmp_path):
     backend = OnnxRuntimeBackend({"s": model}, {"s": io}, kv_layout="delta", providers=[CPU])
     x = np.ones((2, 4), np.float32)
     for expected, shown in ((x, False), (2 * x + x.cumsum(1), True)):
-        call = Call(stage="s", feeds={"x": x}, outputs={"y": expected}, num_new=0, rows=0)
+        call = Call(stage="s", feeds={"x": x}, outputs={"y": expected}, step=0)
         with pytest.raises(ParityError, match="tokens differ") as caught:
             fail(
                 backend,

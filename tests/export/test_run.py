@@ -442,4 +442,4 @@ def test_a_model_whose_guidance_ends_early_is_exported_and_checked(
     assert kept
     assert all(before == 2 * rows for before, rows in kept)
     (step,) = manifest.stages["step"]
-    assert all(scale["agreement"] == 1 for scale in step.parity["scales"])
+    assert all(scale["agreement"] == 1 for scale in step.parity["units"])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
 from nsp.families.next_scale.examples import examples
-from nsp.families.next_scale.loop import batch_key, generate, given, loop_inputs
+from nsp.families.next_scale.loop import batch_key, cache, generate, given, loop_inputs
 from nsp.families.next_scale.sampling import NextScaleSampling
 from nsp.families.next_scale.stages import stages
 from nsp.family.contract import Family, Kind, Learner, Stage
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from nsp.families.next_scale.system import NextScaleSystem
     from nsp.family.recipe import PhaseConfig, RunConfig
-    from nsp.stage.arena import Array
+    from nsp.stage.arena import Array, KVShape
     from nsp.stage.backend import Backend
 
 
@@ -25,7 +25,6 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
 
     name: ClassVar[str] = "next_scale"
     kv_layouts: ClassVar[tuple[str, ...]] = ("delta",)
-    draws_tokens: ClassVar[bool] = False
     default_prompt: ClassVar[str | None] = "a beautiful landscape with mountains and a lake"
     default_seed: ClassVar[int] = 42
     default_batch_size: ClassVar[int | None] = 1
@@ -40,6 +39,10 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
     def grids(self, config: NextScaleConfig) -> Sequence[tuple[int, int]]:
         """Return the grid of every latent."""
         return [(side, side) for side in config.sides]
+
+    def cache(self, config: NextScaleConfig, rows: int, dtype: str) -> "KVShape":
+        """Return the size of the key/value cache of one batch."""
+        return cache(config, rows, dtype)
 
     def stages(self, config: NextScaleConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order; the decoder has one profile per scale."""

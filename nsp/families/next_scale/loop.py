@@ -81,7 +81,7 @@ def generate(
     latent = _base(backend, config, inputs, condition)
     yield Step(0, total, "scale", latent)
     condition = condition[:batch]
-    with backend.arena(_kv_shape(backend, config, batch)) as arena:
+    with backend.arena(cache(config, batch, backend.kv_dtype())) as arena:
         for k in range(total - 1):
             past = arena.past() if config.past_tokens(k) else {}
             num_new = config.sides[k] ** 2 if config.has_keys(k) else 0
@@ -116,7 +116,7 @@ def _base(
     return latent
 
 
-def _kv_shape(backend: Backend, config: NextScaleConfig, rows: int) -> KVShape:
+def cache(config: NextScaleConfig, rows: int, dtype: str) -> KVShape:
     """Return the size of the cache for all scales."""
     generator = config.generator
     return KVShape(
@@ -125,5 +125,5 @@ def _kv_shape(backend: Backend, config: NextScaleConfig, rows: int) -> KVShape:
         rows=rows,
         num_heads=generator.num_kv_groups,
         head_width=generator.head_width,
-        dtype=backend.kv_dtype(),
+        dtype=dtype,
     )

@@ -13,6 +13,7 @@ decoder's activations fit float16 as its weights are divided beforehand (`vae.re
 
 from nsp.families.next_scale.config import NextScaleConfig
 from nsp.family.contract import Stage
+from nsp.family.gate import Psnr
 from nsp.stage.io import Axes, StageIO
 
 _DECODER = "vae.autoencoder.decoder"
@@ -70,6 +71,7 @@ def _decoder(config: NextScaleConfig) -> Stage:
         half=("vae.autoencoder.post_quant_conv.*", *(f"{_DECODER}{p}" for p in _DECODER_HALF)),
         full=(f"{_DECODER}.*norm*",),
         spans=tuple({"h": side, "w": side} for side in config.sides),
+        gate=Psnr("image"),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nsp.families.var.config import SIZES, VarConfig, with_condition
 from nsp.families.var.examples import examples
-from nsp.families.var.loop import batch_key, generate, given, loop_inputs
+from nsp.families.var.loop import batch_key, cache, generate, given, loop_inputs
 from nsp.families.var.sampling import VarSampling
 from nsp.families.var.stages import stages
 from nsp.family.contract import Family, Kind, Learner, Stage
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from nsp.families.var.system import VarSystem
     from nsp.family.recipe import RunConfig
-    from nsp.stage.arena import Array
+    from nsp.stage.arena import Array, KVShape
     from nsp.stage.backend import Backend
 
 
@@ -37,6 +37,10 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
     def grids(self, config: VarConfig) -> Sequence[tuple[int, int]]:
         """Return the grid of every scale."""
         return [(side, side) for side in config.patch_nums]
+
+    def cache(self, config: VarConfig, rows: int, dtype: str) -> "KVShape":
+        """Return the size of the key/value cache of one batch."""
+        return cache(config, rows, dtype)
 
     def stages(self, config: VarConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""

@@ -148,7 +148,7 @@ def generate(backend: Backend, config: VarConfig, inputs: Mapping[str, Array]) -
     encoded = {name: inputs[name] for name in _TEXT if name in inputs}
     conditioning = _condition(backend, encoded, inputs["rows"])
     x, latent = conditioning.pop("x"), inputs["latent"]
-    with backend.arena(_kv_shape(backend, config, rows)) as arena:
+    with backend.arena(cache(config, rows, backend.kv_dtype())) as arena:
         for scale, grid in enumerate(config.patch_nums):
             here = _of_scale(inputs, scale)
             if x.shape[0] < arena.shape.rows:  # guidance has ended
@@ -206,7 +206,7 @@ def _select(
     return backend.run(stage, feeds)
 
 
-def _kv_shape(backend: Backend, config: VarConfig, rows: int) -> KVShape:
+def cache(config: VarConfig, rows: int, dtype: str) -> KVShape:
     """Return the size of the cache for all scales."""
     predictor = config.predictor
     return KVShape(
@@ -215,5 +215,5 @@ def _kv_shape(backend: Backend, config: VarConfig, rows: int) -> KVShape:
         rows=rows,
         num_heads=predictor.num_heads,
         head_width=predictor.head_width,
-        dtype=backend.kv_dtype(),
+        dtype=dtype,
     )

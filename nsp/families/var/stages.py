@@ -14,11 +14,13 @@ their weights (model.py), so the patterns here are the whole precision map.
 
 from nsp.families.var.config import TextCondition, VarConfig
 from nsp.family.contract import Span, Stage
+from nsp.family.gate import Psnr, Tokens
 from nsp.stage.backend import TENSORRT_RANKS
 from nsp.stage.io import Axes, StageIO
 
 _BLOCK = "predictor.blocks.*"
 _CODEBOOK = "vae.quantize.embedding.*"
+SELECT_STAGES = ("select", "select_smooth", "select_nucleus", "select_smooth_nucleus")
 
 
 def needs_nucleus_stages(config: VarConfig, kv_layout: str) -> bool:
@@ -146,7 +148,14 @@ def _step(config: VarConfig, kv_layout: str, dtype: str, scales: tuple[Span, ...
         half += [f"{_BLOCK}.cross.q.*", f"{_BLOCK}.cross.proj.*"]
         full.append(f"{_BLOCK}.cross.scale_mul_1H11")
     # Nearly all of an image's products are in this stage; the others stay as they are in int8.
-    return Stage(io=io, half=tuple(half), int8=tuple(half), full=tuple(full), spans=scales)
+    return Stage(
+        io=io,
+        half=tuple(half),
+        int8=tuple(half),
+        full=tuple(full),
+        spans=scales,
+        gate=Tokens("logits", drawn_by=SELECT_STAGES),
+    )
 
 
 def _select(config: VarConfig, *, smooth: bool) -> StageIO:
@@ -206,4 +215,9 @@ def _decoder(config: VarConfig) -> Stage:
     )
     convolutions = ("conv*", "nin_shortcut.*", "qkv.*", "proj_out.*")
     half = tuple(f"vae.decoder.*{name}" for name in convolutions)
-    return Stage(io=io, half=("vae.post_quant_conv.*", *half), full=("vae.decoder.*norm*",))
+    return Stage(
+        io=io,
+        half=("vae.post_quant_conv.*", *half),
+        full=("vae.decoder.*norm*",),
+        gate=Psnr("image"),
+    )

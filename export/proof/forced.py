@@ -1,0 +1,117 @@
+"""Recorded calls of a stage made again: each gets what PyTorch gave it (teacher forcing).
+
+A stage that alone has the key/value cache grows its own, so that its errors add up as they do in
+use. Where several stages share one, each finds PyTorch's, and what it adds is compared too. This
+module needs no torch.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsp.export.proof.recorded import Call, Recording
+from nsp.stage.arena import KVArena, is_cached
+from nsp.stage.backend import Backend
+from nsp.stage.io import Axes, StageIO
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """One recorded call and what the stage under test made of it."""
+
+    call: Call
+    following: Call | None  # the next recorded call of any stage
+    found: Arrays  # what the call has outputs of
+
+
+def repeat(stage: str, io: StageIO, backend: Backend, recording: Recording) -> Iterator[Repeated]:
+    """Yield every recorded call of the stage that is to be compared."""
+    cache = _Cache(stage, io, backend, recording)
+    followers = (*recording.calls[1:], None)
+    for call, following in zip(recording.calls, followers, strict=True):
+        if call.stage == stage and (call.is_compared or cache.is_own):
+            feeds: dict[str, Any] = {
+                name: uploaded(backend, array, io.inputs[name])
+                for name, array in call.feeds.items()
+            }
+            given = cache.given(call)
+            results = backend.run(stage, {**feeds, **cache.past()}, given)
+            if call.is_compared:
+                found = {n: cache.as_recorded(n, results[n], call) for n in call.outputs}
+                yield Repeated(call, following, found)
+        cache.advance(call)
+
+
+class _Cache:
+    """The cache of a stage under test, if it has one."""
+
+    def __init__(self, stage: str, io: StageIO, backend: Backend, recording: Recording) -> None:
+        self._stage, self._backend = stage, backend
+        names = [*io.inputs, *io.outputs]
+        dtypes = [{**io.inputs, **io.outputs}[name].dtype for name in names if is_cached(name)]
+        self.arena: KVArena | None = None
+        if dtypes and recording.kv is not None:
+            self.arena = backend.new_arena(replace(recording.kv, dtype=dtypes[0]))
+        self._reads = any(is_cached(name) for name in io.inputs)
+        self._spec = Axes("", dtypes[0]) if dtypes else Axes("")
+        self.is_own = self.arena is not None and not recording.has_cache
+
+    def given(self, call: Call) -> Mapping[str, Any]:
+        """Return where the call's new keys and values go."""
+        if self.arena is None:
+            return {}
+        self._keep(call)
+        return self.arena.new(call.num_new) if call.num_new else {}
+
+    def past(self) -> Mapping[str, Any]:
+        """Return the past that the stage reads."""
+        return self.arena.past() if self.arena is not None and self._reads else {}
+
+    def as_recorded(self, name: str, array: Any, call: Call) -> NDArray[Any]:
+        """Return an output in the form in which it is recorded: new keys and values alone."""
+        found = self._backend.download(array)
+        if is_cached(name) and self._backend.kv_layout == "present":  # (G, H, P + L, K)
+            return found[:, :, -call.num_new :].transpose(2, 0, 1, 3)
+        return found
+
+    def advance(self, call: Call) -> None:
+        """Take what a call added into the cache: the stage's own, or PyTorch's."""
+        if self.arena is None or not call.num_new:
+            return
+        self._keep(call)
+        if self.is_own and call.stage != self._stage:
+            return
+        if not self.is_own:
+            self._force({n: array for n, array in call.outputs.items() if is_cached(n)}, call)
+        self.arena.advance(call.num_new)
+
+    def _keep(self, call: Call) -> None:
+        """Drop the rows that are gone once guidance has ended."""
+        if self.arena is not None and call.rows and call.rows < self.arena.shape.rows:
+            self.arena.keep_rows(call.rows)
+
+    def _force(self, recorded: Mapping[str, NDArray[Any]], call: Call) -> None:
+        """Write recorded keys and values (L, G, H, K) where the cache grows next."""
+        assert self.arena is not None
+        past = self.arena.past()
+        for name, place in self.arena.new(call.num_new).items():
+            new = recorded[name]
+            if self._backend.kv_layout == "present":
+                before = self._backend.download(past[name.replace("new_", "past_", 1)])
+                new = np.concatenate([before, new.transpose(1, 2, 0, 3)], axis=2)
+            self._backend.copy_rows(uploaded(self._backend, new, self._spec), place)
+
+
+def uploaded(backend: Backend, array: NDArray[Any], spec: Axes) -> Any:
+    """Return an array of the reference in the dtype the stage takes."""
+    if spec.dtype == "bfloat16":  # NumPy has none: the torch backend narrows it
+        import torch
+
+        tensor: Any = backend.upload(array)
+        return tensor.to(torch.bfloat16)
+    return backend.upload(np.asarray(array, spec.dtype))
