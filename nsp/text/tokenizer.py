@@ -27,8 +27,8 @@ from nsp.text.clip_bpe import (
     WORD_END,
     clip_tokenizer,
     frame_prompts,
-    read_tokenizer_folder,
 )
+from nsp.text.tokenizer_folder import read_tokenizer_folder
 
 log = logging.getLogger(__name__)
 
