@@ -13,6 +13,7 @@ from tokenizers.processors import RobertaProcessing
 
 BOS_TOKEN = "<|startoftext|>"
 EOS_TOKEN = "<|endoftext|>"
+CLIP_TOKENS = {"bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN, "pad_token": EOS_TOKEN}
 WORD_END = "</w>"
 CLIP_MAX_TOKENS = 77
 
@@ -21,6 +22,11 @@ CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+
+
+def is_clip(tokenizer: Tokenizer) -> bool:
+    """Return whether this is CLIP's kind of tokenizer: BPE that marks the ends of words."""
+    return isinstance(tokenizer.model, BPE) and tokenizer.model.end_of_word_suffix == WORD_END
 
 
 def clip_tokenizer(model: BPE) -> Tokenizer:

@@ -1,7 +1,7 @@
-"""Published folders of CLIP tokenizers, in their two generations.
+"""Hugging Face tokenizer folders: any `tokenizer.json`, and CLIP's older files.
 
-Either `tokenizer.json` or, before it, `vocab.json` + `merges.txt`; special tokens and prompt length
-lie beside them.
+`tokenizer.json` holds the tokenizer and how it frames a prompt. Beside it lie special tokens,
+padding side and prompt length. Folders of CLIP from before it have `vocab.json` + `merges.txt`.
 
 This file runs in the deployment image: tokenizers, no torch.
 """
@@ -12,20 +12,21 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE
 
 from nsp.errors import CheckpointError
 from nsp.sniff import explain, sniff
 from nsp.text.clip_bpe import (
-    BOS_TOKEN,
     CLIP_MAX_TOKENS,
+    CLIP_TOKENS,
     EOS_TOKEN,
     WORD_END,
     clip_tokenizer,
     frame_prompts,
+    is_clip,
 )
 from nsp.weights.weight_files import read_settings
 
@@ -48,17 +49,18 @@ class TokenizerFolder:
 
     tokenizer: Tokenizer
     max_tokens: int
-    bos_token: str
-    eos_token: str
-    pad_token: str
+    special_tokens: Mapping[str, str]  # by name: "pad_token", and "bos_token", "eos_token" if any
+    padding_side: Literal["left", "right"]
 
 
-def read_tokenizer_folder(root: Path, listed: Collection[str] | None = None) -> TokenizerFolder:
-    """Return the CLIP tokenizer in `root` with its special tokens and prompt length.
+def read_tokenizer_folder(
+    root: Path, listed: Collection[str] | None = None, max_tokens: int | None = None
+) -> TokenizerFolder:
+    """Return the tokenizer in `root` with its special tokens, padding side and prompt length.
 
     With `listed` only files of those names are read: another one beside them, that nobody
-    verified, changes nothing. Raises CheckpointError when a file is missing, corrupt or not a CLIP
-    tokenizer's.
+    verified, changes nothing. `max_tokens` replaces the length that the folder states. Raises
+    CheckpointError when a file is missing, corrupt or not a tokenizer's.
     """
     read = [n for n in TOKENIZER_FILES if listed is None or n in listed]
     there = {n for n in read if os.path.lexists(root / n)}
@@ -67,48 +69,98 @@ def read_tokenizer_folder(root: Path, listed: Collection[str] | None = None) -> 
     for path in (root / name for name in sorted(there)):
         # Taken for missing, a link to nowhere would mean another length or other tokens.
         if (found := sniff(path)).is_spoilt:
-            raise CheckpointError(explain(path, expected="a CLIP tokenizer's file", found=found))
+            raise CheckpointError(explain(path, expected="a tokenizer's file", found=found))
     settings = _read_settings(root, there)
-    bos = _added_token(settings.get("bos_token"), BOS_TOKEN)
-    eos = _added_token(settings.get("eos_token"), EOS_TOKEN)
-    pad = _added_token(settings.get("pad_token"), EOS_TOKEN)
     if "tokenizer.json" in there:
         tokenizer = _read_tokenizer_json(root / "tokenizer.json")
     elif {"vocab.json", "merges.txt"} <= there:
         tokenizer = _read_vocab_and_merges(root, settings, there)
     else:
         raise CheckpointError(_missing_files(root))
-    vocabulary = tokenizer.get_vocab()
-    for name, token in (("bos", bos), ("eos", eos), ("pad", pad)):
-        # Adding it instead would give it an id beyond the text encoder's embedding table.
-        if token.content not in vocabulary:
-            raise CheckpointError(
-                f"{root}: {name} token {token.content!r} is not among the {len(vocabulary)} tokens "
-                "of the vocabulary; the folder's files are of two tokenizers"
-            )
-    tokenizer.add_special_tokens([bos, eos, pad])
-    frame_prompts(tokenizer, bos_token=bos.content, eos_token=eos.content)
+    special = _special_tokens(settings, tokenizer, root)
+    names = {name: token.content for name, token in special.items()}
+    if is_clip(tokenizer):
+        tokenizer.add_special_tokens([*special.values()])
+        frame_prompts(tokenizer, bos_token=names["bos_token"], eos_token=names["eos_token"])
+    else:  # those in tokenizer.json keep their rules of matching
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_special_tokens([t for t in special.values() if t.content not in known])
+    length = _max_tokens(settings, tokenizer, root) if max_tokens is None else max_tokens
+    _check_frame(tokenizer, length, root)
     return TokenizerFolder(
         tokenizer=tokenizer,
-        max_tokens=_max_tokens(settings, tokenizer, root),
-        bos_token=bos.content,
-        eos_token=eos.content,
-        pad_token=pad.content,
+        max_tokens=length,
+        special_tokens=names,
+        padding_side=_padding_side(settings, tokenizer, root),
     )
 
 
+def _special_tokens(
+    settings: Mapping[str, Any], tokenizer: Tokenizer, root: Path
+) -> dict[str, AddedToken]:
+    """Return start, end and padding token by name, those that this tokenizer has."""
+    usual = CLIP_TOKENS if is_clip(tokenizer) else tokenizer.padding or {}
+    special = {
+        name: _added_token(settings.get(name), usual.get(name, ""))
+        for name in CLIP_TOKENS
+        if settings.get(name) is not None or name in usual
+    }
+    if "pad_token" not in special:
+        raise CheckpointError(
+            f"{root} names no pad_token, and shorter prompts are filled up with one; name a token "
+            "of the vocabulary in tokenizer_config.json"
+        )
+    vocabulary = tokenizer.get_vocab()
+    for name, token in special.items():
+        # Adding it instead would give it an id beyond the text encoder's embedding table.
+        if token.content not in vocabulary:
+            raise CheckpointError(
+                f"{root}: {name.removesuffix('_token')} token {token.content!r} is not among the "
+                f"{len(vocabulary)} tokens of the vocabulary; the folder's files are of two "
+                "tokenizers"
+            )
+    return special
+
+
+def _padding_side(
+    settings: Mapping[str, Any], tokenizer: Tokenizer, root: Path
+) -> Literal["left", "right"]:
+    """Return the side on which short prompts are filled up.
+
+    Raises CheckpointError for another word, and where long prompts are to lose their beginning.
+    transformers reads both sides from the same places.
+    """
+    padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
+    cut = settings.get("truncation_side") or truncation.get("direction", "right")
+    if cut != "right":
+        raise CheckpointError(f"{root}: truncation_side is {cut!r}; only 'right' is supported")
+    side = settings.get("padding_side") or padding.get("direction", "right")
+    if side not in ("left", "right"):
+        raise CheckpointError(f"{root}: padding_side is {side!r}; 'left' or 'right' is needed")
+    return "left" if side == "left" else "right"
+
+
+def _check_frame(tokenizer: Tokenizer, max_tokens: int, root: Path) -> None:
+    """Raise CheckpointError where what stands around a prompt leaves no room or is no token."""
+    frame: list[int] = tokenizer.post_process(Encoding()).ids
+    if max_tokens <= len(frame):
+        raise CheckpointError(
+            f"{root}: model_max_length is {max_tokens}; at least {len(frame) + 1} is needed"
+        )
+    for token_id in frame:
+        if tokenizer.id_to_token(token_id) is None:
+            raise CheckpointError(
+                f"{root}: tokenizer.json puts token {token_id} around prompts, which is not in its "
+                "vocabulary; the folder's files are of two tokenizers"
+            )
+
+
 def _read_tokenizer_json(path: Path) -> Tokenizer:
-    """Return the tokenizer in a `tokenizer.json`, refused when it is not CLIP's kind of BPE."""
+    """Return the tokenizer in a `tokenizer.json`."""
     try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())  # any path, UTF-8 or not
+        return Tokenizer.from_buffer(path.read_bytes())  # any path, UTF-8 or not
     except Exception as error:  # the library raises bare Exception for I/O, JSON and content alike
         raise _unreadable(error, path) from error
-    if not isinstance(tokenizer.model, BPE) or tokenizer.model.end_of_word_suffix != WORD_END:
-        raise CheckpointError(
-            f"{path} holds a {type(tokenizer.model).__name__} tokenizer without {WORD_END!r} word "
-            "ends; give a CLIP tokenizer"
-        )
-    return tokenizer
 
 
 def _read_vocab_and_merges(
@@ -182,7 +234,8 @@ def _added_token(entry: object, default: str) -> AddedToken:
 def _max_tokens(settings: Mapping[str, Any], tokenizer: Tokenizer, root: Path) -> int:
     """Return the prompt length; transformers writes 1e30 for "not stated".
 
-    Raises CheckpointError for one that is no whole number, which JSON's NaN and infinities are not.
+    Raises CheckpointError for one that is no whole number, which JSON's NaN and infinities are not,
+    and for none, except CLIP's.
     """
     truncation = tokenizer.truncation or {}
     for given in (settings.get("model_max_length"), truncation.get("max_length")):
@@ -196,6 +249,11 @@ def _max_tokens(settings: Mapping[str, Any], tokenizer: Tokenizer, root: Path) -
                 f"{root}: model_max_length is {given!r}; a whole number of tokens is needed"
             )
         return int(given)
+    if not is_clip(tokenizer):
+        raise CheckpointError(
+            f"{root} states no model_max_length; write the text encoder's number of tokens per "
+            "prompt into tokenizer_config.json"
+        )
     log.info("%s states no model_max_length; using CLIP's %d", root, CLIP_MAX_TOKENS)
     return CLIP_MAX_TOKENS
 
@@ -203,13 +261,18 @@ def _max_tokens(settings: Mapping[str, Any], tokenizer: Tokenizer, root: Path) -
 def _missing_files(root: Path) -> str:
     """Return the line that says what a tokenizer folder lacks and where it may be."""
     if not root.is_dir():
-        return f"tokenizer folder {root} does not exist; give a CLIP tokenizer folder"
+        return f"tokenizer folder {root} does not exist; give a tokenizer folder"
     nested = sorted(
         path.name
         for path in root.glob("tokenizer*")
         if (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file()
     )
-    hint = f"pass subfolder={nested[0]!r}" if nested else "give a CLIP tokenizer folder"
+    hint = f"pass subfolder={nested[0]!r}" if nested else "give a tokenizer folder"
+    if not nested and any(root.glob("*.model")):
+        hint = (
+            "transformers makes tokenizer.json of a SentencePiece model: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     return f"{root} holds neither tokenizer.json nor vocab.json with merges.txt; {hint}"
 
 
@@ -218,7 +281,7 @@ def _unreadable(error: Exception, *paths: Path) -> CheckpointError:
     for path in paths:
         found = sniff(path)
         if found.is_spoilt:
-            return CheckpointError(explain(path, expected="a CLIP tokenizer's file", found=found))
+            return CheckpointError(explain(path, expected="a tokenizer's file", found=found))
     names = " and ".join(path.name for path in paths)
     reason = str(error).partition("\n")[0]
     return CheckpointError(f"{paths[0].parent}: {names} cannot be read: {reason}")
