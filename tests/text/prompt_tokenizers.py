@@ -1,5 +1,6 @@
 """Small tokenizers of other kinds than CLIP's, in the folders that transformers writes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -47,10 +48,10 @@ def word_level() -> Tokenizer:
 def save(
     tokenizer: Tokenizer,
     folder: Path,
+    special_tokens: Mapping[str, str],
     *,
-    max_tokens: int = 8,
+    max_tokens: int,
     padding_side: Literal["left", "right"] = "right",
-    **special_tokens: str,
 ) -> None:
     """Write a tokenizer as transformers saves it."""
     from transformers import PreTrainedTokenizerFast

@@ -44,7 +44,7 @@ def saved(
     folder: Path, kind: str, side: Literal["left", "right"] = "right", max_tokens: int = MAX_TOKENS
 ) -> Path:
     make, special = KINDS[kind]
-    save(make(), folder, max_tokens=max_tokens, padding_side=side, **special)
+    save(make(), folder, special, max_tokens=max_tokens, padding_side=side)
     return folder
 
 
