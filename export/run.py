@@ -33,7 +33,7 @@ from nsp.export.proof.recorded import write_recorded
 from nsp.export.store import EngineStore, with_variant
 from nsp.files import name_problem
 from nsp.paths import check_output, describe
-from nsp.text.clip_bpe import TOKENIZER_FILES
+from nsp.text.tokenizer_folder import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from nsp.export.build import StageBuilder

@@ -82,6 +82,9 @@ class Encoded:
     # Outputs of the stage text_encoder, rows first: row i is the prompt of image i; where any
     # image has a null prompt of its own, row B + i is that of image i, and N is 2B.
     states: Mapping[str, NDArray[Any]]
+    # (N, T) for those rows: 1 for tokens, 0 for padding, which may come first; its sum over T is
+    # the length of a prompt.
+    mask: NDArray[np.int64]
     empty: NDArray[np.bool_]  # (B,) prompts that read as "" does
     has_null: NDArray[np.bool_]  # (B,) whether row B + i is meant
 

@@ -1,4 +1,8 @@
-"""Prompts read by the text encoder, once each: a batch of orders takes what it needs from here."""
+"""Prompts read by the text encoder, once each: a batch of orders takes what it needs from here.
+
+The stage `text_encoder` takes `token_ids` (N, T) int64 and, where it declares it, `attention_mask`
+(N, T) int64, which is 0 for padding.
+"""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -11,7 +15,7 @@ from nsp.family.order import Encoded
 from nsp.stage.backend import Backend
 
 if TYPE_CHECKING:
-    from nsp.text.tokenizer import PromptTokenizer
+    from nsp.text.tokenizer import PromptTokenizer, TokenizedPrompts
 
 STAGE = "text_encoder"
 _KEPT = 256  # prompts: 60 MB at the width of CLIP ViT-L/14
@@ -34,16 +38,17 @@ class PromptEncoder:
         if has_null.any():  # a row for every image, so that few shapes occur
             both = zip(prompts, nulls, strict=True)
             rows += [prompt if null is None else null for prompt, null in both]
-        ids = self._tokenizer.encode(rows)
-        keys = [row.tobytes() for row in ids]
+        tokens = self._tokenizer.tokenize(rows)
+        feeds = self._feeds(tokens)
+        keys = _keys(feeds)
         if self._empty is None:
-            self._empty = self._tokenizer.encode([""]).tobytes()
-        self._read(dict(zip(keys, ids, strict=True)))
+            (self._empty,) = _keys(self._feeds(self._tokenizer.tokenize([""])))
+        self._read(feeds, {key: row for row, key in enumerate(keys)})
         found = [self._kept[key] for key in keys]
         states = {name: np.stack([each[name] for each in found]) for name in found[0]}
         empty = np.array([key == self._empty for key in keys[: len(prompts)]])
         self._forget()
-        return Encoded(states, empty, has_null)
+        return Encoded(states, tokens.mask, empty, has_null)
 
     def forget(self) -> None:
         """Drop all that was read."""
@@ -53,16 +58,28 @@ class PromptEncoder:
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
 
-    def _read(self, prompts: Mapping[bytes, NDArray[np.int64]]) -> None:
-        """Read those that are not kept; all become the last ones."""
+    def _feeds(self, tokens: "TokenizedPrompts") -> dict[str, NDArray[np.int64]]:
+        """Return what the stage takes."""
+        known = {"token_ids": tokens.token_ids, "attention_mask": tokens.mask}
+        declared = self._backend.stages_io[STAGE].inputs
+        return {name: array for name, array in known.items() if name in declared}
+
+    def _read(self, feeds: Mapping[str, NDArray[np.int64]], prompts: Mapping[bytes, int]) -> None:
+        """Read the rows of those prompts that are not kept; all become the last ones."""
         unread = [key for key in prompts if key not in self._kept]
         size = self._max_batch or max(len(unread), 1)
         for start in range(0, len(unread), size):
             keys = unread[start : start + size]
-            ids = np.stack([prompts[key] for key in keys])
-            found = self._backend.run(STAGE, {"token_ids": self._backend.upload(ids)})
+            rows = [prompts[key] for key in keys]
+            uploaded = {name: self._backend.upload(each[rows]) for name, each in feeds.items()}
+            found = self._backend.run(STAGE, uploaded)
             host = {name: self._backend.download(array) for name, array in found.items()}
-            for row, key in enumerate(keys):
-                self._kept[key] = {name: array[row] for name, array in host.items()}
+            for place, key in enumerate(keys):
+                self._kept[key] = {name: array[place] for name, array in host.items()}
         for key in prompts:
             self._kept.move_to_end(key)
+
+
+def _keys(feeds: Mapping[str, NDArray[np.int64]]) -> list[bytes]:
+    """Return what tells prompts apart: all that the stage is given of each."""
+    return [b"".join(row.tobytes() for row in rows) for rows in zip(*feeds.values(), strict=True)]

@@ -273,6 +273,12 @@ def check_text_parts(
                 f"the text encoder has {name}={getattr(config, name)}, and the prompt tokenizer "
                 f"{needs} {shown}; they are of two models, copy both from one"
             )
+    frame = [tokenizer.bos_id, tokenizer.eos_id]
+    if None in frame or tokenizer.encode([""])[0, :2].tolist() != frame:
+        raise ConfigError(
+            "the text encoder is CLIP's: its prompts begin with a start token, end with an end "
+            "token and are padded after it; the prompt tokenizer makes others, give CLIP's"
+        )
     eos_id = config.eos_token_id
     if isinstance(eos_id, int) and eos_id not in (LEGACY_EOS_ID, tokenizer.eos_id):
         raise ConfigError(

@@ -1,9 +1,9 @@
-"""Prompts to token ids, the way CLIP reads text.
+"""Prompts to token ids, with any tokenizer that the library `tokenizers` loads.
 
-Lowercase byte-level BPE, framed by a start and an end token and padded to a fixed length (Radford
-et al. 2021, arXiv:2103.00020, section 2.4). `PromptTokenizer.load` reads the tokenizer folders
-published with CLIP and Stable Diffusion; `train_tokenizer` makes a small one from captions. Both
-give the ids that transformers gives.
+A prompt is framed as its tokenizer does it (CLIP by a start and an end token: Radford et al. 2021,
+arXiv:2103.00020, section 2.4; T5 by an end token) and filled up to a fixed length.
+`PromptTokenizer.load` reads published folders; `train_tokenizer` makes a small one of CLIP's kind
+from captions. Both give the ids that transformers gives.
 
 This file runs in the deployment image: numpy and tokenizers, no torch.
 """
@@ -11,35 +11,46 @@ This file runs in the deployment image: numpy and tokenizers, no torch.
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-from tokenizers import Tokenizer, pre_tokenizers
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from nsp.errors import CheckpointError, ConfigError, DataError
+from nsp.errors import ConfigError, DataError
 from nsp.text.clip_bpe import (
     BOS_TOKEN,
+    CLIP_TOKENS,
     EOS_TOKEN,
     WORD_END,
     clip_tokenizer,
     frame_prompts,
-    read_tokenizer_folder,
+    is_clip,
 )
+from nsp.text.tokenizer_folder import read_tokenizer_folder
 
 log = logging.getLogger(__name__)
 
 _NUM_NAMED = 5  # truncated prompts of one call that get a line of their own
 
-MIN_TOKENS = 3  # start, end and one token between them
 MIN_VOCAB_SIZE = 2 * 256 + 2  # each byte inside and at the end of a word, start and end token
 
 
+@dataclass(frozen=True)
+class TokenizedPrompts:
+    """Prompts as a text encoder takes them: N prompts of T tokens, padding included."""
+
+    token_ids: NDArray[np.int64]  # (N, T)
+    mask: NDArray[np.int64]  # (N, T): 1 for tokens of the prompt and its frame, 0 for padding
+
+
 class PromptTokenizer:
-    """A CLIP tokenizer with a fixed prompt length.
+    """A tokenizer with a fixed prompt length.
 
     A special token written out in a prompt becomes that token, as in transformers: "<|endoftext|>",
     and "!" where it is the padding token (second encoder of SDXL).
@@ -50,29 +61,34 @@ class PromptTokenizer:
         tokenizer: Tokenizer,
         *,
         max_tokens: int,
-        bos_token: str = BOS_TOKEN,
-        eos_token: str = EOS_TOKEN,
-        pad_token: str = EOS_TOKEN,
+        special_tokens: Mapping[str, str] = CLIP_TOKENS,
+        padding_side: Literal["left", "right"] = "right",
     ) -> None:
-        """Wrap `tokenizer`, whose vocabulary holds the three special tokens."""
-        if max_tokens < MIN_TOKENS:
-            raise ConfigError(
-                f"max_tokens is {max_tokens}; a prompt takes at least {MIN_TOKENS} "
-                "(start, one token, end)"
-            )
+        """Wrap `tokenizer`, whose vocabulary holds the special tokens.
+
+        Those are named as in `tokenizer_config.json`: "pad_token", and "bos_token" and "eos_token"
+        where the tokenizer has them.
+        """
         # Lengths are handled here: the library's truncation would lose the tail we report.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self._num_framing = len(tokenizer.post_process(Encoding()))
+        if max_tokens <= self._num_framing:
+            raise ConfigError(
+                f"max_tokens is {max_tokens}; a prompt takes at least {self._num_framing + 1}: "
+                f"{self._num_framing} around it and one of its own"
+            )
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._tokenizer = tokenizer
-        self._special = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
+        self._special = dict(special_tokens)
+        self._padding_side = padding_side
         self._max_tokens = max_tokens
         self._vocab_size = max(vocabulary.values()) + 1
-        self._bos_id, self._eos_id, self._pad_id = (vocabulary[t] for t in self._special.values())
+        self._ids = {name: vocabulary[token] for name, token in special_tokens.items()}
 
     @property
     def max_tokens(self) -> int:
-        """Length T of every encoded prompt, start and end token included."""
+        """Length T of every encoded prompt, frame included."""
         return self._max_tokens
 
     @property
@@ -81,19 +97,19 @@ class PromptTokenizer:
         return self._vocab_size
 
     @property
-    def bos_id(self) -> int:
-        """Id of the start token."""
-        return self._bos_id
+    def bos_id(self) -> int | None:
+        """Id of the start token; None for a tokenizer without one, such as T5's."""
+        return self._ids.get("bos_token")
 
     @property
-    def eos_id(self) -> int:
-        """Id of the end token."""
-        return self._eos_id
+    def eos_id(self) -> int | None:
+        """Id of the end token; None for a tokenizer without one."""
+        return self._ids.get("eos_token")
 
     @property
     def pad_id(self) -> int:
-        """Id that fills a prompt after its end token; often the end token's own."""
-        return self._pad_id
+        """Id that fills up a prompt; often the end token's own."""
+        return self._ids["pad_token"]
 
     @classmethod
     def load(
@@ -102,54 +118,64 @@ class PromptTokenizer:
         *,
         subfolder: str | None = None,
         listed: Collection[str] | None = None,
+        max_tokens: int | None = None,
     ) -> "PromptTokenizer":
-        """Return the tokenizer in a Hugging Face CLIP tokenizer folder; nothing is downloaded.
+        """Return the tokenizer in a Hugging Face tokenizer folder; nothing is downloaded.
 
-        Reads `tokenizer.json`, else `vocab.json` and `merges.txt`; special tokens and length come
-        from `tokenizer_config.json` and `special_tokens_map.json`. `subfolder` names the tokenizer
-        in a pipeline folder ("tokenizer_2"). With `listed` only files of those names are read.
-        Raises CheckpointError when a file is missing, corrupt or not a CLIP tokenizer's.
+        Reads `tokenizer.json`, else CLIP's `vocab.json` and `merges.txt`; special tokens, padding
+        side and length come from `tokenizer_config.json` and `special_tokens_map.json`.
+        `subfolder` names the tokenizer in a pipeline folder ("tokenizer_2"). With `listed` only
+        files of those names are read. `max_tokens` is the length where a model takes another one
+        than the folder states. Raises CheckpointError when a file is missing, corrupt or not a
+        tokenizer's.
         """
         root = Path(folder) / subfolder if subfolder else Path(folder)
-        found = read_tokenizer_folder(root, listed)
-        if found.max_tokens < MIN_TOKENS:
-            raise CheckpointError(
-                f"{root}: model_max_length is {found.max_tokens}; at least {MIN_TOKENS} is needed"
-            )
+        found = read_tokenizer_folder(root, listed, max_tokens)
         return cls(
             found.tokenizer,
             max_tokens=found.max_tokens,
-            bos_token=found.bos_token,
-            eos_token=found.eos_token,
-            pad_token=found.pad_token,
+            special_tokens=found.special_tokens,
+            padding_side=found.padding_side,
         )
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as transformers reads them too."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        config = {
-            "tokenizer_class": "CLIPTokenizer",
+        config: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.max_tokens,
-            "unk_token": self._tokenizer.model.unk_token or self._special["eos_token"],
-            **self._special,
+            "padding_side": self._padding_side,
         }
+        if is_clip(self._tokenizer):  # which transformers builds anew from the vocabulary
+            unknown = self._tokenizer.model.unk_token or self._special["eos_token"]
+            config |= {"tokenizer_class": "CLIPTokenizer", "unk_token": unknown}
         _write(root / "tokenizer.json", self._tokenizer.to_str())
-        _write(root / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        text = json.dumps(config | self._special, indent=2)
+        _write(root / "tokenizer_config.json", text + "\n")
 
-    def encode(self, prompts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Return token ids (B, T): start, prompt, end, padding.
+    def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
+        """Return token ids (N, T), as `tokenize` does."""
+        return self.tokenize(prompts).token_ids
+
+    def tokenize(self, prompts: Sequence[str]) -> TokenizedPrompts:
+        """Return token ids and mask of framed and padded prompts.
 
         A prompt that does not fit loses its tail, not its end token; a warning names both (of many
-        such prompts, the first few and their number).
+        such prompts, the first few and their number). Raises ConfigError for a prompt that this
+        tokenizer cannot read.
         """
         if isinstance(prompts, str):
             raise TypeError(f"encode takes a list of prompts: encode([{prompts[:20]!r}])")
-        token_ids_BT = np.full((len(prompts), self.max_tokens), self.pad_id, dtype=np.int64)
+        shape = (len(prompts), self.max_tokens)
+        token_ids_NT = np.full(shape, self.pad_id, dtype=np.int64)
+        mask_NT = np.zeros(shape, dtype=np.int64)
         num_cut = 0
-        for row_T, prompt in zip(token_ids_BT, prompts, strict=True):
+        for row, prompt in enumerate(prompts):
             ids, tail = self._fit(prompt)
-            row_T[: len(ids) + 2] = [self.bos_id, *ids, self.eos_id]
+            start = self.max_tokens - len(ids) if self._padding_side == "left" else 0
+            token_ids_NT[row, start : start + len(ids)] = ids
+            mask_NT[row, start : start + len(ids)] = 1
             if tail is None:
                 continue
             num_cut += 1
@@ -157,26 +183,32 @@ class PromptTokenizer:
                 log.warning(
                     "prompt %r is longer than %d tokens; dropped %r",
                     _shortened(prompt, 60),
-                    self.max_tokens - 2,
+                    self.max_tokens - self._num_framing,
                     _shortened(tail, 200),
                 )
         if num_cut > _NUM_NAMED:
             log.warning("and %d more prompts of %d", num_cut - _NUM_NAMED, len(prompts))
-        return token_ids_BT
+        return TokenizedPrompts(token_ids_NT, mask_NT)
 
     def truncated(self, prompt: str) -> str | None:
         """Return the tail of `prompt` that `encode` drops, or None when all of it fits."""
         return self._fit(prompt)[1]
 
     def _fit(self, prompt: str) -> tuple[list[int], str | None]:
-        """Return the ids that fit between start and end token, and the text that does not."""
+        """Return the ids of what fits of a prompt, framed, and the text that does not fit."""
         text = _without_lone_surrogates(prompt)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        ids: list[int] = encoding.ids
-        room = self.max_tokens - 2
-        if len(ids) <= room:
-            return ids, None
-        return ids[:room], text[encoding.offsets[room][0] :]
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library's own, bare: no token stands for what is unknown
+            raise ConfigError(
+                f"the model's tokenizer cannot read the prompt {_shortened(prompt, 60)!r}: {error}"
+            ) from error
+        room, tail = self.max_tokens - self._num_framing, None
+        if len(encoding) > room:
+            tail = text[encoding.offsets[room][0] :]
+            encoding.truncate(room)
+        framed: list[int] = self._tokenizer.post_process(encoding).ids
+        return framed, tail
 
 
 def train_tokenizer(

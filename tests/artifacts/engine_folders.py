@@ -19,7 +19,7 @@ from nsp.artifacts.manifest import (
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
 from nsp.files import file_sha256
 from nsp.stage.io import StageIO
-from nsp.text.tokenizer import train_tokenizer
+from nsp.text.tokenizer import PromptTokenizer, train_tokenizer
 from tests.backends.onnx_stages import write_hollow_model
 from tests.models import CAPTIONS, stages_io
 
@@ -34,6 +34,7 @@ def write_engines(
     precisions: Sequence[Precision] = ("fp32",),
     kv_layout: str = "present",
     backend: str = "onnxruntime",
+    tokenizer: PromptTokenizer | None = None,
     **changes: Any,
 ) -> Manifest:
     """Write an engine folder and return its manifest; `changes` go to every variant."""
@@ -46,8 +47,8 @@ def write_engines(
             variants[stage] = (*variants.get(stage, ()), variant)
     files = {}
     if config.text is not None:
-        tokenizer = train_tokenizer(CAPTIONS, vocab_size=560, max_tokens=config.text.max_tokens)
-        tokenizer.save(folder / "made")
+        made = train_tokenizer(CAPTIONS, vocab_size=560, max_tokens=config.text.max_tokens)
+        (tokenizer or made).save(folder / "made")
         files = named_by_content(folder, "made", f"{TOKENIZER_DIR}/")
     manifest = Manifest(
         schema=SCHEMA,

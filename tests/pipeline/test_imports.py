@@ -8,7 +8,9 @@ import pytest
 
 import nsp
 from nsp.distribution import version
+from nsp.text.tokenizer import PromptTokenizer
 from tests.artifacts.engine_folders import TEXT, write_engines
+from tests.text.prompt_tokenizers import T5_TOKENS, save, t5_like
 
 FORBIDDEN = ("torch", "transformers", "diffusers", "onnx", "accelerate", "PIL", "click", "rich")
 
@@ -47,6 +49,22 @@ def test_loading_engines_imports_numpy_tokenizers_and_one_runtime(tmp_path: Path
     found = imported(code, str(tmp_path))
     assert found.isdisjoint((*FORBIDDEN, "tensorrt", "tensorrt_rtx"))
     assert {"onnxruntime", "tokenizers"} <= found
+
+
+def test_engines_read_prompts_with_any_tokenizer_and_import_no_more(tmp_path: Path) -> None:
+    assert TEXT.text is not None
+    save(t5_like(), tmp_path / "t5", T5_TOKENS, max_tokens=TEXT.text.max_tokens)
+    tokenizer = PromptTokenizer.load(tmp_path / "t5")
+    write_engines(tmp_path / "engines", TEXT, tokenizer=tokenizer)
+    expected = tokenizer.tokenize(["red apple"])
+    code = (
+        "import nsp\npipe = nsp.load_pipeline(sys.argv[1])\npipe.backend.wait()\n"
+        "found = pipe.tokenizer.tokenize(['red apple'])\n"
+        f"assert found.token_ids.tolist() == {expected.token_ids.tolist()}\n"
+        f"assert found.mask.tolist() == {expected.mask.tolist()}"
+    )
+    found = imported(code, str(tmp_path / "engines"))
+    assert found.isdisjoint((*FORBIDDEN, "tensorrt", "tensorrt_rtx"))
 
 
 def test_a_path_without_a_model_is_refused_without_torch() -> None:

@@ -220,7 +220,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
         (drop("tokenizer.json"), False, "neither tokenizer.json nor"),
         (write("tokenizer.json", '{"version": "1.0", "mod'), False, "cannot be read"),
         (write("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {"a": 0},'
-               ' "unk_token": "a"}}'), False, "give a CLIP tokenizer"),
+               ' "unk_token": "a"}}'), False, "bos token .* is not among the 1 tokens"),
         (write("tokenizer_config.json", "[]"), False, "instead of an object"),
         (write("tokenizer_config.json", "[" * 100_000), False, "nested too deeply"),
         (write("tokenizer_config.json", '{"pad_token": "[PAD]"}'), False, "pad token '\\[PAD\\]'"),
