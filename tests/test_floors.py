@@ -28,6 +28,7 @@ FLOORS = (
     "console",
     "export",
     "benchmarks",
+    "testing",
     "cli train __main__",
 )
 FRONT_DOOR = "nsp"  # shows users what lies above it; nobody inside goes through it
