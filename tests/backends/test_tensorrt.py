@@ -81,10 +81,12 @@ def test_prompts_are_inputs_of_the_graph(text_machine: Machine) -> None:
     text_machine.clear()
     pipe.generate(prompts=["green apple"])
     assert text_machine.cuda.calls.count("cudaGraphLaunch") == 1
-    # Two rows of one prompt and two prompts are different shapes, each with its own recording.
+    # Two rows of one prompt and two prompts have the same shapes and share a recording.
     for prompts in (["red apple", "red apple"], ["red apple", "smiling cat"]):
+        text_machine.clear()
         found, expected = (p.generate(prompts=prompts).images for p in (pipe, reference))
         np.testing.assert_array_equal(found, expected)
+    assert not text_machine.noted("create")
 
 
 def test_a_picture_is_one_upload_and_one_graph_and_allocates_nothing(machine: Machine) -> None:
@@ -328,14 +330,18 @@ def test_sizes_without_a_profile_name_them_and_the_export(machine: Machine) -> N
     assert message.endswith("nsp export --target tensorrt-rtx --max-batch N")
 
 
-def test_engines_of_full_batches_say_so(machine: Machine) -> None:
+def test_engines_of_full_batches_say_that_every_step_is_guided(machine: Machine) -> None:
     machine.write_plans(max_batch=2, static_batch=True)
     pipe = machine.load()
     pipe.generate(class_ids=[1, 2])
-    for request in ({"class_ids": [1]}, {"class_ids": [1, 2], "guidance_until": 1}):
-        message = refusal(ProfileError, lambda request=request: pipe.generate(**request))
-        assert "full batches with guidance throughout" in message
+    machine.clear()
+    for settings in ({"guidance_scale": 1.0}, {"guidance_until": 1}):
+        message = refusal(
+            ProfileError, lambda settings=settings: pipe.generate(**CLASSES, **settings)
+        )
+        assert "take images that are guided at every step" in message
         assert "smaller --batch-size" not in message
+    assert not machine.noted("compute")  # nothing runs before it is refused
 
 
 @pytest.mark.parametrize("content", [b"", b"PK rubbish"])
