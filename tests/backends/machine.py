@@ -16,8 +16,10 @@ from tests.backends.nvidia import CudaStandIn, TensorRTStandIn, write_plan
 class Machine:
     """A machine with the stand-ins, and plans of one model's stages."""
 
-    def __init__(self, system: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.family, self.folder, self.system = family("var"), folder / "engines", system
+    def __init__(
+        self, system: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *, name: str = "var"
+    ) -> None:
+        self.family, self.folder, self.system = family(name), folder / "engines", system
         self.user_cache = folder / "cache"
         monkeypatch.setenv("XDG_CACHE_HOME", str(self.user_cache))
         self.config = self.system.config
