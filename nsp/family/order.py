@@ -116,10 +116,12 @@ def stacked(
     name: str,
     drawn: Callable[[Order[S]], NDArray[Any]],
 ) -> NDArray[Any]:
-    """Return one array of every order, (B, ...): what it carries under `name`, or what is drawn."""
-    return np.stack(
-        [order.given[name] if name in order.given else drawn(order) for order in orders]
-    )
+    """Return one array of every order, (B, ...): what it carries under `name`, or what is drawn.
+
+    An order that is there several times, as padding is, is drawn once.
+    """
+    rows = {o: o.given[name] if name in o.given else drawn(o) for o in dict.fromkeys(orders)}
+    return np.stack([rows[order] for order in orders])
 
 
 def stream(seed: int, purpose: int = 0) -> np.random.Generator:

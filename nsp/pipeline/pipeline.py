@@ -143,7 +143,7 @@ class Pipeline(OrderRunner):
         inputs = self._inputs(orders)
 
         def steps() -> Generator[StreamStep]:
-            for step in self._play(inputs, trace=True):
+            for step in self._play(inputs, len(orders), trace=True):
                 yield StreamStep(step.index, step.total, self, step)
 
         return Steps(self, steps())
