@@ -1,7 +1,7 @@
-"""Things found by name: built-in ones by a table, others through entry points of packages.
+"""Finds objects by name: built-in ones in a table, others through entry points of packages.
 
-A built-in name is never looked up among the entry points and wins a clash. A plugin that does not
-import, or whose package was removed in part, is one warning and never stops another.
+A built-in name is never looked up among the entry points, and wins a clash. A plugin that fails to
+import, or whose package was partly removed, gives one warning and never stops another plugin.
 """
 
 import importlib
@@ -23,7 +23,7 @@ class Plugins:
         self.group, self.built_in = group, built_in
 
     def load(self, name: str) -> object | None:
-        """Return what `name` stands for, imported now; None for an unknown or broken one."""
+        """Import and return the object called `name`; None if it is unknown or broken."""
         if name in self.built_in:
             module, _, attribute = self.built_in[name].partition(":")
             found: object = getattr(importlib.import_module(module), attribute)
@@ -33,9 +33,9 @@ class Plugins:
             return None
         try:
             loaded: object = entry.load()
-        except Exception as error:  # whatever somebody else's package raises while it is imported
+        except Exception as error:  # the import of a foreign package may raise anything
             logger.warning(
-                "%s %r of package %s does not load and is left out (%s: %s)",
+                "%s %r of package %s cannot be loaded and is left out (%s: %s)",
                 self.group,
                 name,
                 _package(entry),

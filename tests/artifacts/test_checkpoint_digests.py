@@ -71,7 +71,7 @@ def load(folder: Path) -> None:
         (lambda f: os.truncate(f / WEIGHTS, 9000), "has 9,000 bytes of "),
         (lambda f: os.truncate(f / WEIGHTS, 0), "is empty"),
         (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
-        (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "is no regular file but a"),
+        (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "is not a regular file but a"),
         (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "is a folder"),
     ],
     ids=range(18),

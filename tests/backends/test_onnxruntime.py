@@ -264,7 +264,7 @@ def test_one_backend_serves_several_threads(adder: OnnxRuntimeBackend) -> None:
 
 @pytest.mark.parametrize("num_threads", [0, -3, 1.5, True, "all"])
 def test_a_number_of_threads_is_at_least_one(num_threads: object) -> None:
-    with pytest.raises(ConfigError, match="num_threads is an integer of at least 1"):
+    with pytest.raises(ConfigError, match="num_threads must be an integer of at least 1"):
         OnnxRuntimeBackend({}, {}, kv_layout="delta", num_threads=num_threads)
 
 

@@ -293,7 +293,7 @@ def test_shards_and_prefixed_names_load(model: "CLIPTextModel", folder: Path) ->
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff\x00" * 5000, "is of no known kind; a JSON object is needed here"),
+        (b"\xff\x00" * 5000, "is a file of an unknown kind; a JSON object is needed here"),
         (POINTER.encode(), "is a Git LFS pointer"),
         (b"<!doctype html>", "is a web page"),
         (b"", "is empty: 0 bytes"),

@@ -107,7 +107,7 @@ def test_a_new_run_does_not_go_on_from_another_ones_saved_steps(
 ) -> None:
     run = _run(pictures, end_scale=0, checkpoint_dir=str(tmp_path / "steps"))
     train(run, tmp_path / "first", last_phase="vae")
-    with pytest.raises(ConfigError, match="steps/vae holds another run's saved steps"):
+    with pytest.raises(ConfigError, match="steps/vae has another run's saved steps"):
         train(run, tmp_path / "second")
     train(run, tmp_path / "first", resume=True)
 

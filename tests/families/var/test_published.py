@@ -146,7 +146,7 @@ def test_heads_that_do_not_follow_are_asked_for() -> None:
 
 
 def test_an_unknown_argument_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"var\.num_head is no argument"):
+    with pytest.raises(ConfigError, match=r"var\.num_head is not an argument"):
         infer_config(tensors("weights_vae"), tensors("weights_var"), vae={}, var={"num_head": 4})
 
 

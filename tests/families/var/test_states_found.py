@@ -418,7 +418,7 @@ def test_arguments_that_no_memory_holds_are_refused_before_it_is_asked_for(tmp_p
     with pytest.raises(CheckpointError, match=r"misshapen|they do not belong together"):
         converted(VAR, tmp_path, config={"var": {"mlp_ratio": 1000.0}})
     for value in (1e9, 1e308, float(2**63)):
-        with pytest.raises(ConfigError, match="mlp_ratio is a number from 0 to 1000, not"):
+        with pytest.raises(ConfigError, match="mlp_ratio must be a number from 0 to 1000, not"):
             converted(VAR, tmp_path, config={"var": {"mlp_ratio": value}})
 
 
