@@ -1,4 +1,4 @@
-"""What phases have in common that learn to reproduce pictures, in every family.
+"""The shared part of phases that learn to reconstruct pictures, in every family.
 
 Axes: B pictures, H and W pixels. Values in [-1, 1].
 """
@@ -23,7 +23,7 @@ _SHOWN = 16
 
 
 class ReconstructionObjective(Objective):
-    """Trains on the pictures as they are, and shows some beside their reconstructions."""
+    """Trains on the pictures as they are, and shows some next to their reconstructions."""
 
     def __init__(self, data: ImageDataset | ShardStream, held_out: ImageDataset | None) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class ReconstructionObjective(Objective):
 
     @abstractmethod
     def rebuilt(self, image: Tensor) -> Tensor:
-        """Return the reconstructions (B, 3, H, W) of pictures of that shape, not clamped."""
+        """Return the reconstructions of pictures (B, 3, H, W), in the same shape, not clamped."""
 
     @torch.no_grad()
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
-        """Return pictures beside their reconstructions."""
+        """Return pictures next to their reconstructions."""
         items = preview(self._data, _SHOWN, seed=seed)
         device = next(self.trained.parameters()).device
         image = torch.stack([item["image"] for item in items]).to(device)

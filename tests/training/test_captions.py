@@ -96,12 +96,12 @@ def test_a_set_without_captions_trains_the_tokenizer_and_is_refused_where_they_a
 ) -> None:
     bare = shutil.copytree(pictures, tmp_path / "bare", ignore=shutil.ignore_patterns("*.txt"))
     run = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(bare)))
-    with pytest.raises(ConfigError, match="phase predictor learns from captions, and the pictures"):
+    with pytest.raises(ConfigError, match="phase predictor needs captions, but the pictures"):
         train(run, tmp_path / "run")
     assert not (tmp_path / "run/run.json").exists()
     assert train(run, tmp_path / "run", last_phase="tokenizer").finished
     assert "prompt tokenizer knows single letters" in caplog.text
-    with pytest.raises(ConfigError, match="phase predictor learns from captions"):
+    with pytest.raises(ConfigError, match="phase predictor needs captions"):
         train(run, tmp_path / "run", resume=True)
 
 
