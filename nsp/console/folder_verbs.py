@@ -1,4 +1,4 @@
-"""`nsp convert` makes a checkpoint folder; `nsp inspect` and `nsp doctor` say what there is."""
+"""`nsp convert` makes a checkpoint folder; `nsp inspect` and `nsp doctor` show what exists."""
 
 import shlex
 from pathlib import Path
@@ -18,12 +18,10 @@ from nsp.console.command_line import (
 
 
 @click.command(cls=Verb)
-@click.option("--family", "family_name", required=True, help="Model family of the weights: var.")
+@click.option("--family", "family_name", required=True, help="Model family of the weights (var).")
 @click.option("--tokenizer", type=FILE, required=True, help="Weights of the image tokenizer.")
 @click.option("--predictor", type=FILE, required=True, help="Weights of the transformer.")
-@click.option(
-    "--config", type=FILE, help="JSON with constructor arguments that shapes do not tell."
-)
+@click.option("--config", type=FILE, help="JSON with model arguments that the weights do not show.")
 @click.option("--output-dir", type=FOLDER, required=True, help="Checkpoint folder to write.")
 @verbose_option
 def convert(
@@ -34,7 +32,7 @@ def convert(
     config: Path | None,
     output_dir: Path,
 ) -> None:
-    """Turn published weights into a checkpoint folder."""
+    """Convert published weights to a checkpoint folder."""
     from nsp.family.registry import family
     from nsp.paths import check_output
 
@@ -51,7 +49,7 @@ def convert(
 @json_option
 @verbose_option
 def inspect(*, folder: Path, as_json: bool) -> None:
-    """Show what an engine or checkpoint folder says about itself."""
+    """Show the description stored in an engine or checkpoint folder."""
     from nsp.console.inspection import describe_folder, render_folder
 
     found = describe_folder(folder)
@@ -65,10 +63,10 @@ def inspect(*, folder: Path, as_json: bool) -> None:
 @json_option
 @verbose_option
 def doctor(*, as_json: bool) -> None:
-    """Say what works on this machine and what to install.
+    """Show what works on this machine and what to install.
 
-    Lists every backend with the reason why it does or does not work, and what optional packages
-    are missing. Changes nothing.
+    Lists every backend, whether it works and why, and the missing optional packages. Changes
+    nothing.
     """
     from nsp.console.doctor import examine, render_findings
 
