@@ -50,7 +50,7 @@ def test_the_plain_weights_are_taken_else_a_variant(
 ) -> None:
     assert found(folder_of(tmp_path, *names)) == [taken]
     is_other = taken not in (PLAIN, "model.safetensors", "model.fp16.safetensors")
-    assert (f"{taken} is taken" in caplog.text) == is_other
+    assert (f"using {taken}" in caplog.text) == is_other
 
 
 @pytest.mark.parametrize(
