@@ -52,7 +52,7 @@ def test_cutting_keeps_every_image_and_equal_keys_together(pipe):
         ({"num_images": 1.5}, "num_images"),
         ({"seed": None}, "seed=None"),
         ({"seed": 2**64 - 1, "num_images": 2}, "seed=18446744073709551616"),
-        ({"prompts": "cat"}, "prompts is a list of texts"),
+        ({"prompts": "cat"}, "prompts must be a list of texts"),
         ({"prompts": [None]}, "prompt 1 is None"),
         ({"prompts": None, "class_ids": [1.5]}, "list of integers"),
         ({"negative": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
