@@ -47,7 +47,7 @@ _MAX_LATENT_SIDE = 2**9  # tables of positions have its square; 4,096 px with 8 
 def new_system(
     model: NextScaleConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
 ) -> NextScaleSystem:
-    """Return a freshly initialised model, its autoencoder read where the configuration says so.
+    """Return a freshly initialised model; its autoencoder is loaded if the configuration says so.
 
     `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length of
     the text condition; otherwise the prompt tokenizer is trained on the captions of `source` and
@@ -94,8 +94,8 @@ def objective(
     if phase == "vae":
         if cache is not None and cache.is_given:
             raise ConfigError(
-                f"{cache.file} holds latents of a finished autoencoder, which this phase would "
-                "change; leave it out, or the phase: --from-phase scales"
+                f"{cache.file} has latents of a finished autoencoder, which this phase would "
+                "change; omit it, or skip the phase with --from-phase scales"
             )
         return VaeObjective(system, data, held_out, VaeSettings.from_dict(settings))
     one = _ONE_SCALE.fullmatch(phase)
@@ -115,7 +115,7 @@ def write_cache(system: NextScaleSystem, data: ImageDataset, file: Path) -> None
 
 
 class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
-    """What the rest of the house asks of the family `next_scale` where torch is at hand."""
+    """The torch side of the family `next_scale`."""
 
     parts: ClassVar[tuple[str, ...]] = ("generator", "vae")
 
@@ -175,9 +175,9 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
     def reconstruct(
         self, system: NextScaleSystem, pictures_BHW3: NDArray[np.uint8]
     ) -> NDArray[np.uint8]:
-        """Return pictures as the tokenizer of images keeps them."""
+        """Return pictures as the autoencoder reconstructs them."""
         return reconstruct(system, pictures_BHW3)
 
     def write_cache(self, system: NextScaleSystem, data: ImageDataset, file: Path) -> None:
-        """Write what the tokenizer of images makes of the pictures."""
+        """Write the latents of the pictures."""
         write_cache(system, data, file)

@@ -20,7 +20,7 @@ _BATCH = 64  # pictures reconstructed at once
 def sample_grid(
     system: VarSystem, data: ImageDataset | ShardStream, seed: int, guidance_scale: float
 ) -> tuple[NDArray[np.uint8], list[str]]:
-    """Return greedy samples (N, H, W, 3) and their captions; `seed` picks these from the data."""
+    """Return greedy samples (N, H, W, 3) and their captions, chosen from the data by `seed`."""
     items = preview(data, _NUM_SAMPLES, seed=seed)
     titles = [item["caption"] for item in items]
     conditions: dict[str, Any] = {"prompts": titles}

@@ -113,7 +113,7 @@ def test_a_new_run_does_not_go_on_from_another_ones_saved_steps(
 
 
 def test_a_run_without_any_autoencoder_is_refused(pictures: Path) -> None:
-    with pytest.raises(ConfigError, match="give one with --vae FOLDER"):
+    with pytest.raises(ConfigError, match="give a trained one with --vae FOLDER"):
         _run(pictures, "next_scale_sdxl")
 
 
