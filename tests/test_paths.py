@@ -129,7 +129,7 @@ COMMANDS = {
 }
 SAID = [
     ("generate --checkpoint", "engines", "is an engine folder; use: --engine-dir 'PLACE/engines'"),
-    ("export", "engines", "holds engines, which an export makes; give the checkpoint"),
+    ("export", "engines", "has engines, the result of an export; give the checkpoint"),
     ("generate --checkpoint", "runs/mine", "training run; use: 'PLACE/runs/mine/checkpoint'"),
     ("generate --checkpoint", "runs/new", "that has no checkpoint yet; continue it with: python"),
     (
