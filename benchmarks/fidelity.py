@@ -85,8 +85,8 @@ class Fidelity(Config):
             "",
             f"Model {self.model_hash[:12]}, {self.backend} {self.precision}, "
             f"{self.num_distinct} distinct pictures of `{self.source}`, seed {self.seed}. "
-            f"{self._guidance()}Is the nearest picture (mean squared distance at 64 px) the one "
-            "the prompt names? 95 % intervals.",
+            f"{self._guidance()}A hit means that the nearest picture (mean squared distance at 64 "
+            "px) is the one that the prompt names. 95 % intervals.",
             "",
             "| captions | count | recall@1 | recall@5 | reconstruction recall@1 | PSNR, dB | "
             "reconstruction PSNR, dB |",
@@ -114,7 +114,7 @@ def _tokenizer_of(options: FidelityOptions, manifest: Manifest) -> CheckpointRec
     except CheckpointError as error:
         if options.checkpoint is not None:
             raise
-        logger.warning("no figures of the tokenizer alone: %s", error)
+        logger.warning("no results for the tokenizer alone: %s", error)
         return None
 
 
@@ -126,7 +126,7 @@ def run(options: FidelityOptions, *, on_step: OnStep = lambda *_: None) -> Fidel
     manifest = read_manifest(options.engine_dir)
     pipeline = load_pipeline(options.engine_dir, options.backend, precision=options.precision)
     if pipeline.tokenizer is None:
-        raise ConfigError(f"{options.engine_dir} takes class ids; fidelity is measured by prompts")
+        raise ConfigError(f"{options.engine_dir} takes class ids, but fidelity needs prompts")
     if options.guidance_until is not None:
         until = {"guidance_until": options.guidance_until}
         pipeline.sampling = pipeline.sampling.changed(until)
