@@ -189,7 +189,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Turn any error of a decoder into a DataError with a reason in our words."""
+    """Turn any error of a decoder into a DataError with a reason for users."""
     try:
         with _quiet():
             yield

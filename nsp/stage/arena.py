@@ -76,7 +76,7 @@ class KVArena(ABC):
         self.shape, self.length = shape, 0
 
     def clear(self) -> None:
-        """Begin anew, with all rows and nothing cached."""
+        """Start again, with all rows and nothing cached."""
         self.shape, self.length = self._whole_shape, 0
 
     @abstractmethod
@@ -109,7 +109,7 @@ class DeltaArena(KVArena):
         self._buffers = self._whole = self._allocate(memory)
 
     def clear(self) -> None:
-        """Begin anew, with all rows and nothing cached."""
+        """Start again, with all rows and nothing cached."""
         super().clear()
         self._buffers = self._whole
 
@@ -153,7 +153,7 @@ class PresentArena(KVArena):
         self._current = 0
 
     def clear(self) -> None:
-        """Begin anew, with all rows and nothing cached."""
+        """Start again, with all rows and nothing cached."""
         super().clear()
         self._current = 0
 

@@ -100,7 +100,7 @@ class CheckpointStore:
                 logger.warning("%s; using the step saved before it", error)
         if folders:
             raise CheckpointError(
-                f"{self.folder} holds no usable step: all {len(folders)} are damaged; restore a "
+                f"{self.folder} has no usable step: all {len(folders)} are damaged; restore a "
                 "copy of one, or delete the folder to start this phase again"
             )
         return None

@@ -279,7 +279,7 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
         complete = made >= phase.steps and (own.exists() or later)
         if not made or complete or any(steps_folder(config, own).glob("step*")):
             continue
-        logger.warning("%s holds no saved steps: %s starts again", own, phase.name)
+        logger.warning("%s has no saved steps: %s starts again", own, phase.name)
         system, fresh = record.load(), read_checkpoint(folder / START_NAME).load()
         now, then = (
             _objective(phase, config, folder, accelerator, data, each) for each in (system, fresh)

@@ -283,7 +283,7 @@ def import_onnxruntime() -> Any:
                 f"there is not enough memory to load onnxruntime ({_first_line(error)})"
             ) from error
         raise BackendError(
-            f"onnxruntime does not load ({_first_line(error)}); "
+            f"onnxruntime cannot be loaded ({_first_line(error)}); "
             "run: pip install onnxruntime (for an NVIDIA GPU onnxruntime-gpu; never both)"
         ) from error
     return onnxruntime

@@ -62,7 +62,7 @@ class Workspace:
         return 0 if self.memory is None else self.memory.num_bytes
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Start again."""
         self.used = 0
 
     def allocate(self, shape: Shape, dtype: str) -> DeviceArray:

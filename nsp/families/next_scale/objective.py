@@ -55,7 +55,7 @@ class VaeObjective(ReconstructionObjective):
     ) -> None:
         super().__init__(data, held_out)
         self.trained, self.settings, self._config = system.vae, settings, system.config
-        self._squares: list[Tensor] = []  # mean square of latents, of the step under way
+        self._squares: list[Tensor] = []  # mean squares of the current step's latents
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the loss, its parts at full size, and PSNR in dB."""

@@ -353,7 +353,7 @@ def test_weights_of_eight_bits_are_announced_and_noted(
     save_file(state, tmp_path / "a.safetensors")
     converted(tmp_path / "a.safetensors", tmp_path)
     lines = [record.getMessage() for record in caplog.records]
-    (line,) = [line for line in lines if "a.safetensors: 8-bit weights: 1 of" in line]
+    (line,) = [line for line in lines if "a.safetensors: 1 of" in line]
     assert "rounded" in line
     notes = read_checkpoint(tmp_path / "out").notes
     assert notes["rounded_to_8_bits"]["predictor"].startswith("1 of ")
