@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def num_threads(asked: Any = None) -> int:
-    """Return the number of threads to compute with: `asked`, else OMP_NUM_THREADS, else every core.
+    """Return the number of threads to use: `asked`, or OMP_NUM_THREADS, or all cores.
 
     OMP_NUM_THREADS is read as OpenMP reads it: in a list ("4,2") the first number is for the
     outermost level. An empty value counts as not set; a value that is not a number from 1 to 1024

@@ -105,7 +105,7 @@ class FeedError(NspError):
 
 
 class ProfileError(FeedError):
-    """A size lies outside what an engine was built for."""
+    """A size is outside the range that an engine was built for."""
 
 
 class EngineError(NspError):

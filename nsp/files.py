@@ -114,7 +114,7 @@ def inside(folder: Path, name: str) -> Path:
     for part in parts:
         path = path / part
         if path.is_symlink():
-            raise ValueError("is a symbolic link, or lies behind one; copy the files themselves")
+            raise ValueError("is a symbolic link, or is behind one; copy the files themselves")
     return path
 
 

@@ -36,8 +36,8 @@ _MAX_LOOKED = 2000  # entries of a folder that are examined
 _MAX_BELOW = 50  # folders inside it that are examined
 # The kind of a folder by the file suffixes in it; the first match counts.
 _CONTENTS = (
-    ("parquet", "holds parquet files", (".parquet", ".arrow")),
-    ("shards", "holds .tar files (shards)", (".tar",)),
+    ("parquet", "contains parquet files", (".parquet", ".arrow")),
+    ("shards", "contains .tar files (shards)", (".tar",)),
     (
         *("pictures", "is a folder of pictures"),
         (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -46,7 +46,7 @@ _CONTENTS = (
         *("weights folder", "is a folder of weights files"),
         (".safetensors", ".pth", ".pt", ".bin", ".ckpt"),
     ),
-    ("onnx", "holds ONNX models without the manifest of an engine folder", (".onnx",)),
+    ("onnx", "contains ONNX models without the manifest of an engine folder", (".onnx",)),
 )
 _WEIGHTS = {
     "safetensors": "is a weights file (safetensors)",
@@ -150,7 +150,7 @@ def _folder(path: Path, names: set[str]) -> Found:
             return Found("run", "is the folder of a training run", path, model)
         return Found("run", "is the folder of a training run that has no checkpoint yet", path)
     if ".export" in names:
-        return Found("unfinished export", "holds an export that was not finished", path)
+        return Found("unfinished export", "contains an export that was not finished", path)
     if "about.json" in names:
         return Found("saved step", "is a saved step of a training run", path)
     config = _config_kind(path / "config.json")
@@ -188,7 +188,7 @@ def _by_content(path: Path, names: set[str]) -> Found:
     for name in folders:
         if (kind := _model_folder(path / name)) is not None:
             words = "an engine folder" if kind == "engines" else "a checkpoint folder"
-            return Found("around", f"has {words} in it, {name}/", path, path / name)
+            return Found("around", f"contains {words}, {name}/", path, path / name)
     below = itertools.chain.from_iterable(_names_in(path / name) for name in folders)
     suffixes = {Path(name).suffix.lower() for name in itertools.chain(names, below)}
     for kind, words, wanted in _CONTENTS:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Plugins:
-    """One group of entry points beside a table of built-in "module:attribute" texts."""
+    """One group of entry points, with a table of built-in "module:attribute" texts."""
 
     def __init__(self, group: str, built_in: Mapping[str, str]) -> None:
         self.group, self.built_in = group, built_in

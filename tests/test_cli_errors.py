@@ -204,7 +204,7 @@ def test_a_damaged_engine_is_named_with_the_command_that_repairs_it(engines, dam
         (("--batch-size", 3), 2, ("batch size 3", "1..2", "--max-batch 3")),
         (("--fp16",), 1, ("fp16", "it has fp32", "--fp16")),
         (("--backend", "frob"), 2, ("'frob'", "onnxruntime")),
-        (("--backend", "torch"), 2, ("holds engines", "checkpoint")),
+        (("--backend", "torch"), 2, ("has engines", "checkpoint")),
         (("--backend", "tensorrt-rtx"), 1, ("no engines for tensorrt_rtx", "onnxruntime")),
     ],
 )

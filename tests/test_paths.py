@@ -135,7 +135,7 @@ SAID = [
     (
         "generate --checkpoint",
         "around",
-        "has a checkpoint folder in it, model/; use: 'PLACE/around",
+        "contains a checkpoint folder, model/; use: 'PLACE/around",
     ),
     ("generate --checkpoint", "weights.pth", "is a weights file (safetensors); use: nsp convert"),
     (
@@ -162,7 +162,7 @@ SAID = [
     ("inspect", "runs/mine", "training run; use: 'PLACE/runs/mine/checkpoint'"),
     ("inspect", "pointer.safetensors", "is a Git LFS pointer; run: git lfs pull"),
     ("inspect", "stopped", "the export was not finished"),
-    ("inspect", "parquet", "holds parquet files"),
+    ("inspect", "parquet", "contains parquet files"),
     (
         "verify",
         "checkpoint",
@@ -233,7 +233,7 @@ def test_training_says_what_it_cannot_start_from(
 
 def test_a_folder_of_parquet_files_is_read_by_its_other_name(place: Path) -> None:
     assert wrong_path(place / "parquet", "data").endswith(
-        "holds parquet files; use: hf:" + "'" + str(place).replace("'", "'\"'\"'") + "/parquet'"
+        "contains parquet files; use: hf:" + "'" + str(place).replace("'", "'\"'\"'") + "/parquet'"
     )
 
 

@@ -80,10 +80,10 @@ class HeldFiles:
             os.close(handle)
 
     def verify(self) -> None:
-        """Raise EngineError naming the first file that is not of its recorded SHA-256.
+        """Raise EngineError naming the first file whose SHA-256 is not the recorded one.
 
-        Also for a file beside an engine that is not listed: a graph can name its weights' files.
-        Every byte is read: 40 MB take 30 ms, and about 1 s per 1.5 GB and core.
+        The same for an unlisted file next to an engine, because a graph can name weight files.
+        Every byte is read: 40 MB take 30 ms, 1.5 GB about 1 s per core.
         """
         start = time.perf_counter()
         self._refuse_unlisted()
@@ -94,7 +94,7 @@ class HeldFiles:
         logger.info("%s: %d files verified in %.2f s", self.folder, len(self.digests), seconds)
 
     def _refuse_unlisted(self) -> None:
-        """Raise EngineError for a file beside an engine that the manifest does not list."""
+        """Raise EngineError for a file next to an engine that the manifest does not list."""
         for name in {name.rpartition("/")[0] for name in self.digests}:
             if name.startswith(_READ_BY_NAME):
                 continue
@@ -107,13 +107,13 @@ class HeldFiles:
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Raise EngineError naming the first file that is missing or not of its recorded SHA-256."""
+    """Raise EngineError naming the first file that is missing or has another SHA-256."""
     for name, digest in digests.items():
         check_file(folder, name, digest)
 
 
 def check_file(folder: Path, name: str, digest: str) -> None:
-    """Raise EngineError when a file is missing, linked, unreadable, or not of its SHA-256."""
+    """Raise EngineError when a file is missing, linked, unreadable, or has another SHA-256."""
     with _readable(folder, name) as path, open_regular(path, follow_link=False) as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != digest:
@@ -125,7 +125,7 @@ def check_file(folder: Path, name: str, digest: str) -> None:
 
 @contextmanager
 def _readable(folder: Path, name: str) -> Iterator[Path]:
-    """Yield where a listed file or folder lies; EngineError where the block cannot read it."""
+    """Yield the path of a listed file or folder; EngineError if the block cannot read it."""
     try:
         yield inside(folder, name)
     except (FileNotFoundError, NotADirectoryError):
@@ -133,7 +133,7 @@ def _readable(folder: Path, name: str) -> Iterator[Path]:
     except ValueError as error:
         raise EngineError(f"{folder / name} {error}") from None
     except PermissionError:
-        raise EngineError(f"{folder / name} may not be read: there is no permission") from None
+        raise EngineError(f"{folder / name} cannot be read: permission denied") from None
     except OSError as error:
         raise EngineError(f"{folder / name} cannot be read ({error.strerror})") from error
 
@@ -152,7 +152,7 @@ def _hold(folder: Path, name: str) -> int:
 
 
 def _lock(handle: int, kind: int) -> bool:
-    """Return whether a lock was had; True also where the file system has none."""
+    """Return whether the lock was taken; also True on a file system without locks."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -174,7 +174,7 @@ def _is_gone(handle: int, path: Path) -> bool:
 
 @contextmanager
 def unused(path: Path) -> Iterator[bool]:
-    """Yield whether nobody is loading from a folder of files; nobody begins to in the block."""
+    """Yield whether no reader is loading from a folder; none can begin during the block."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield _lock(handle, fcntl.LOCK_EX)

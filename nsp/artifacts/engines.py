@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # class-conditional models need no tokenizer
 
 logger = logging.getLogger(__name__)
 
-_MAX_READS = 3  # of the manifest, where files it names are replaced meanwhile
+_MAX_READS = 3  # attempts to read the manifest when its files are replaced meanwhile
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def open_engine_dir(
     num_threads: int | None = None,
     verify: bool = True,
 ) -> Engines:
-    """Return the loaded engines of `folder`, all of one export, also while others are published.
+    """Return the loaded engines of `folder`, all from one export, even during a publish.
 
     `backend`: a name, or "auto" for the first in the registry's order that works here and has every
-    stage. `precision`: "fp32", "fp16", "bf16" or "int8"; None is what suits the device. `device`:
-    "cpu" or "cuda"; None is the GPU where one can be used. `num_threads`: None is every physical
-    core this process may use. `verify=False` skips the digests of the manifest and the files.
+    stage. `precision`: "fp32", "fp16", "bf16" or "int8"; None is the best one for the device.
+    `device`: "cpu" or "cuda"; None is the GPU if one can be used. `num_threads`: None is every
+    physical core that this process may use. `verify=False` skips all digests.
 
     Raises EngineError for a folder that is missing, damaged, incomplete or for another machine,
     BackendError for a backend that does not work here, ConfigError for an unknown one.
@@ -91,7 +91,7 @@ def _open(
     num_threads: int | None,
     verify: bool,
 ) -> Engines:
-    """Return the engines that one manifest names; MissingFileError where one is gone."""
+    """Return the engines that one manifest names; MissingFileError if one is missing."""
     chosen, where = choose_backend(folder, manifest, backend, device)
     variants = choose_variants(folder, manifest, chosen, device=where, precision=precision)
     logger.info("%s: %s stages in %s", folder, chosen.name, variants.precision)
@@ -132,7 +132,7 @@ def _open(
 def _load_tokenizer(
     folder: Path, manifest: Manifest, stages_io: Mapping[str, StageIO]
 ) -> "PromptTokenizer | None":
-    """Return the tokenizer of a model with a text encoder; EngineError when it does not fit."""
+    """Return the tokenizer of a model with a text encoder; EngineError if it does not fit."""
     if "text_encoder" not in stages_io:
         return None
     from nsp.text.tokenizer import PromptTokenizer
@@ -140,7 +140,7 @@ def _load_tokenizer(
     places = {name.rpartition("/")[0] for name in manifest.files} or {TOKENIZER_DIR}
     place = folder / min(places)
     try:
-        # Another file beside these was not verified: it changes nothing.
+        # Other files in this folder were not verified, so they have no effect.
         listed = [name.rpartition("/")[2] for name in manifest.files]
         tokenizer = PromptTokenizer.load(place, listed=listed)
     except CheckpointError as error:
@@ -148,7 +148,7 @@ def _load_tokenizer(
     length = int(stages_io["text_encoder"].inputs["token_ids"].words[1])
     if tokenizer.max_tokens != length:
         raise EngineError(
-            f"{place} makes prompts of {tokenizer.max_tokens} tokens, the text encoder takes "
+            f"{place} makes prompts of {tokenizer.max_tokens} tokens, but the text encoder takes "
             f"{length}"
         )
     return tokenizer

@@ -214,7 +214,7 @@ backend_option = click.option(
 
 def threads_option(help_text: str) -> Callable[[_F], _F]:
     """Return the option --threads; without it, `nsp.cores` decides."""
-    default = "[default: OMP_NUM_THREADS, else every core this process may use]"
+    default = "[default: OMP_NUM_THREADS, or every core that this process may use]"
     return click.option(
         "--threads", type=click.IntRange(1, MAX_THREADS), help=f"{help_text}  {default}"
     )

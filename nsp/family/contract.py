@@ -159,7 +159,7 @@ class Learner(ABC, Generic[C, Y]):
 
 
 class Family(ABC, Generic[C, S, Y]):
-    """One model family; an instance holds nothing."""
+    """One model family; an instance has no state."""
 
     api: ClassVar[int] = API
     name: ClassVar[str]

@@ -122,11 +122,11 @@ class PromptTokenizer:
     ) -> "PromptTokenizer":
         """Return the tokenizer in a Hugging Face tokenizer folder; nothing is downloaded.
 
-        Reads `tokenizer.json`, else CLIP's `vocab.json` and `merges.txt`; special tokens, padding
+        Reads `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`; special tokens, padding
         side and length come from `tokenizer_config.json` and `special_tokens_map.json`.
         `subfolder` names the tokenizer in a pipeline folder ("tokenizer_2"). With `listed` only
-        files of those names are read. `max_tokens` is the length where a model takes another one
-        than the folder states. Raises CheckpointError when a file is missing, corrupt or not a
+        files of those names are read. `max_tokens` replaces the length in the folder if a model
+        needs another one. Raises CheckpointError when a file is missing, corrupt or not a
         tokenizer's.
         """
         root = Path(folder) / subfolder if subfolder else Path(folder)

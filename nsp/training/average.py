@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a (possibly sharded) tensor that this process holds."""
+    """Return the part of a (possibly sharded) tensor that this process has."""
     part = tensor.detach()
     return part.to_local() if hasattr(part, "to_local") else part
 

@@ -64,7 +64,7 @@ class RunResult:
 
     checkpoint: Path
     finished: bool  # False after a request to stop
-    is_main_process: bool = True  # the one that tells the user
+    is_main_process: bool = True  # the process that reports to the user
 
 
 def resolve_precision(requested: str, *, on_cpu: bool) -> str:

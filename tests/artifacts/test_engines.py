@@ -342,7 +342,7 @@ def test_a_tokenizer_that_is_missing_or_does_not_fit_is_refused(tmp_path: Path) 
     config.write_text(config.read_text().replace('"model_max_length": 8', '"model_max_length": 9'))
     assert "differs from what was exported" in refusal(tmp_path)
     message = refusal(tmp_path, verify=False)
-    assert "makes prompts of 9 tokens, the text encoder takes 8" in message
+    assert "makes prompts of 9 tokens, but the text encoder takes 8" in message
     for path in config.parent.iterdir():
         path.unlink()
     assert "is missing though the manifest lists it" in refusal(tmp_path)

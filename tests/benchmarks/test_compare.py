@@ -157,7 +157,7 @@ def test_the_command_is_a_gate(result: BenchResult, tmp_path: Path) -> None:
     paths[0].write_text("{}")
     refused = nsp(old, new)
     assert refused.exit_code == 2
-    assert "no benchmark result" in refused.stderr
+    assert "not a benchmark result" in refused.stderr
 
 
 @pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0.1", 0.1), (" 2.5 % ", 0.025)])

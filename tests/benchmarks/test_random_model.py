@@ -65,9 +65,9 @@ def test_what_is_there_is_kept_and_nothing_trained_is_replaced(tmp_path: Path) -
     write_random_model(folder, other)
     assert read_checkpoint(folder).config == other.to_dict()
     trained = new_small_checkpoint(tmp_path / "trained", num_classes=2)
-    with pytest.raises(ConfigError, match="holds another checkpoint"):
+    with pytest.raises(ConfigError, match="has another checkpoint"):
         write_random_model(trained, config)
-    with pytest.raises(ConfigError, match="holds other files"):
+    with pytest.raises(ConfigError, match="has other files"):
         write_random_model(tmp_path, config)
 
 

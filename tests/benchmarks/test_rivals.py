@@ -224,7 +224,7 @@ def test_a_precision_the_folder_lacks_is_said_with_the_command_that_adds_it(tmp_
     assert lacking.name == "onnxruntime int8"
     assert "has no int8 engines" in lacking.missing
     assert re.search(r"run: nsp export .*--fp32 --int8", lacking.missing)
-    assert "are fp32 already" in same.missing
+    assert "are already fp32" in same.missing
 
 
 def test_a_precision_says_what_it_costs_as_its_export_measured_it(tmp_path: Path) -> None:
