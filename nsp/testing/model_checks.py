@@ -12,7 +12,7 @@ from nsp.export.proof.reference import RecordingBackend
 from nsp.family.contract import trace_sizes
 from nsp.family.order import Order
 from nsp.pipeline.orders import cut_batches
-from nsp.pipeline.pipeline import Pipeline
+from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from nsp.pipeline.results import Trace
 from nsp.stage.arena import is_cached
 from nsp.stage.backend import Backend
@@ -108,6 +108,16 @@ def cached_equals_full_pass(made: UnderTest) -> None:
     assert len(whole) == len(stepwise), f"{len(whole)} steps in one pass, {len(stepwise)} cached"
     for step, (expected, found) in enumerate(zip(whole, stepwise, strict=True)):
         _assert_close(expected, found, f"step {step} with a cache")
+
+
+def cache_layouts_agree(made: UnderTest) -> None:
+    """Every layout of the cache that the family names gives the same images."""
+    expected = made.pipeline.trace(made.orders)
+    for layout in made.family.kv_layouts:
+        other = torch_pipeline(made.family, made.system, kv_layout=layout, device="cpu")
+        found = other.trace(made.orders)
+        for row in range(len(made.orders)):
+            _assert_same_image(expected, row, found, row, f"image {row} in layout {layout}")
 
 
 def an_image_does_not_depend_on_its_batch(made: UnderTest) -> None:

@@ -86,6 +86,30 @@ class CacheOffByOne(ChangedModules):
         modules["step"].attend = forgetful
 
 
+class OneLayoutOffByOne(Var):
+    """Its cache is right in layout "delta" and forgets a token in "present"."""
+
+    @cached_property
+    def learner(self):
+        class Learner(VarLearner):
+            def modules(self, system, kv_layout):
+                modules = super().modules(system, kv_layout)
+                if kv_layout == "present":
+                    attend = modules["step"].attend
+
+                    def forgetful(q, k, v, past, *, scale):
+                        last = max(past[0].shape[2] - 1, 0)
+                        masked = tuple(
+                            torch.cat([t[:, :, :last], 0 * t[:, :, last:]], 2) for t in past
+                        )
+                        return attend(q, k, v, masked, scale=scale)
+
+                    modules["step"].attend = forgetful
+                return modules
+
+        return Learner()
+
+
 class ExamplesMissAStage(Var):
     def examples(self, config, sampling):
         return super().examples(config, sampling)[:1]
@@ -156,6 +180,7 @@ BROKEN: dict[type[AnyFamily], object] = {
     },
     WeightWithoutPrecision: {model_checks.every_weight_has_one_precision},
     CacheOffByOne: {model_checks.cached_equals_full_pass},
+    OneLayoutOffByOne: {model_checks.cache_layouts_agree},
     ExamplesMissAStage: {model_checks.examples_call_every_stage},
     StepsFromOne: {model_checks.steps_count_from_zero_to_their_total},
     WrongGrid: {model_checks.pictures_have_the_declared_size},
