@@ -70,12 +70,15 @@ def repair_unread(folder: Path, values: Mapping[str, Any]) -> str:
     source, stages = values.get("source"), values.get("stages")
     if not isinstance(source, str) or not isinstance(stages, dict):
         return _unknown(folder)
-    variants = [v for vs in stages.values() if isinstance(vs, list) for v in vs]
-    found = {v.get("precision") for v in variants if isinstance(v, dict)}
+    listed = [v for vs in stages.values() if isinstance(vs, list) for v in vs]
+    variants = [v for v in listed if isinstance(v, dict)]
+    found = [v.get("precision") for v in variants]
+    held = {name for v in variants if isinstance(name := v.get("backend"), str)}
+    backend = held.pop() if len(held) == 1 else None
     # Schema 1 had the path of the checkpoint, relative to the engine folder.
     path = (folder / source).resolve() if os.sep in source else Path(source)
     name = str(path) if path.is_dir() else source_name(path)
-    return _command(folder, name, {p for p in _PRECISIONS if p in found}, None, drop_fp32=True)
+    return _command(folder, name, {p for p in _PRECISIONS if p in found}, backend, drop_fp32=True)
 
 
 def _unknown(folder: Path) -> str:
