@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import CheckpointError, NspError
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -115,6 +114,8 @@ def source_candidates(folder: Path, name: str) -> Iterable[Path]:
     Those are the package (its demo model), and `runs`, `checkpoints` and the folders themselves in
     the current folder and beside the engine folder. Whether one is the same model, its hash says.
     """
+    from nsp.artifacts.checkpoint import is_checkpoint  # engines that are in order need no repair
+
     roots = [Path.cwd(), folder.absolute().parent]
     places = [root / part for root in dict.fromkeys(roots) for part in ("", "runs", "checkpoints")]
     found = [DEMO] if name == DEMO.name else []
@@ -130,6 +131,8 @@ def find_source(folder: Path, manifest: Exported) -> Path:
 
     Raises CheckpointError where it lies in none of the places it is looked for.
     """
+    from nsp.artifacts.checkpoint import read_checkpoint
+
     others = []
     for path in source_candidates(folder, manifest.source):
         try:
