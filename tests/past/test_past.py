@@ -109,6 +109,7 @@ def test_old_engines_are_refused_with_the_command_that_builds_them_again(
     assert "has schema 2, this nsp reads 3" in line
     program, *again = shlex.split(line.partition("run: ")[2])
     assert program == "nsp"
+    assert again[again.index("--target") + 1] == "onnxruntime"  # as those that were there
     built = CliRunner().invoke(cli, again)
     assert built.exit_code == 0, built.output
     assert CliRunner().invoke(cli, generate).exit_code == 0
