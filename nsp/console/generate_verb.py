@@ -148,15 +148,17 @@ def generate(
 
 def _family_of(folder: Path) -> "AnyFamily | None":
     """Return the family whose defaults hold, or None: loading the folder will say what is wrong."""
-    from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
-    from nsp.artifacts.manifest import read_manifest
     from nsp.family.registry import family
+    from nsp.files import read_json
+    from nsp.paths import describe
 
     try:
-        if is_checkpoint(folder):
-            return read_checkpoint(folder, verify=False).family
-        return family(read_manifest(folder).family)
-    except NspError:
+        if describe(folder).kind == "engines":  # loading them checks all that their manifest says
+            return family(str(read_json(folder / "manifest.json")["family"]))
+        from nsp.artifacts.checkpoint import read_checkpoint
+
+        return read_checkpoint(folder, verify=False).family
+    except (NspError, OSError, ValueError, KeyError):
         return None
 
 
@@ -171,7 +173,6 @@ def _load(
     verify: bool,
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
-    from nsp.artifacts.checkpoint import read_checkpoint
     from nsp.paths import NOTHING, describe, wrong_path
     from nsp.pipeline.pipeline import load_pipeline
 
@@ -182,6 +183,8 @@ def _load(
             raise ConfigError(f"--{precision} is for engines; a checkpoint runs in fp32")
         if (found := describe(checkpoint)).kind == "engines":
             raise ConfigError(wrong_path(checkpoint, "--checkpoint", found))
+        from nsp.artifacts.checkpoint import read_checkpoint
+
         folder = read_checkpoint(checkpoint, verify=verify).folder
         return load_pipeline(folder, backend, device=device, verify=verify)
     folder = engine_dir or Path("engines")

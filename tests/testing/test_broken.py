@@ -79,6 +79,8 @@ class WeightWithoutPrecision(Var):
 
 
 class CacheOffByOne(ChangedModules):
+    kv_layouts = ("delta",)
+
     def change(self, modules):
         def forgetful(q, k, v, past, *, scale):
             return attend_delta(q, k, v, tuple(tensor[1:] for tensor in past), scale=scale)
@@ -99,10 +101,9 @@ class OneLayoutOffByOne(Var):
 
                     def forgetful(q, k, v, past, *, scale):
                         last = max(past[0].shape[2] - 1, 0)
-                        masked = tuple(
-                            torch.cat([t[:, :, :last], 0 * t[:, :, last:]], 2) for t in past
-                        )
-                        return attend(q, k, v, masked, scale=scale)
+                        for tensor in past:
+                            tensor[:, :, last:] = 0
+                        return attend(q, k, v, past, scale=scale)
 
                     modules["step"].attend = forgetful
                 return modules
