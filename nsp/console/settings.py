@@ -146,36 +146,39 @@ def planned_orders(
     The k-th image of the same condition has `seed` + k, wherever it stands; a row of a list may
     have a seed, a negative prompt and settings of its own.
     """
-    from nsp.pipeline.orders import make_orders
+    from nsp.pipeline.orders import check_total, make_orders
 
-    texts = [*prompts, *(row.prompt for row in listed if row.prompt is not None)]
-    numbers = [*class_ids, *(row.class_id for row in listed if row.class_id is not None)]
-    if not texts and not numbers:
-        return make_orders(sampling, seed=seed, num_images=num_images, negative=negative)
-    orders = make_orders(
-        sampling,
-        prompts=texts or None,
-        class_ids=numbers or None,
-        seed=seed,
-        num_images=num_images,
-        negative=negative,
-    )
-    first = (len(texts) + len(numbers) - len(listed)) * num_images
+    wanted: list[tuple[str | int | None, ListedImage | None]] = []
+    wanted += [(prompt, None) for prompt in prompts]
+    wanted += [(number, None) for number in class_ids]
+    wanted += [(row.class_id if row.prompt is None else row.prompt, row) for row in listed]
+    wanted = wanted or [(None, None)]
+    check_total(len(wanted) * values.count("num_images", num_images))
     made: dict[str | int | None, int] = {}
-    planned = []
-    for place, order in enumerate(orders):
-        row = listed[(place - first) // num_images] if place >= first else None
+    planned: list[Order[S]] = []
+    for condition, row in wanted:
+        settings, null, first = sampling, negative, seed + made.get(condition, 0)
+        if row is not None:
+            settings = _settings_of(row, sampling)
+            null = negative if row.negative is None else row.negative
         if row is not None and row.seed is not None:
-            number = values.seed(row.seed + (place - first) % num_images)
+            first = row.seed
         else:
-            number = values.seed(seed + made.get(order.condition, 0))
-            made[order.condition] = made.get(order.condition, 0) + 1
-        changed = order.sampling
-        if row is not None and row.settings:
-            try:
-                changed = sampling.changed(row.settings)
-            except ConfigError as error:
-                raise ConfigError(f"{row.where}: {error}") from error
-        null = order.negative if row is None or row.negative is None else row.negative
-        planned.append(dataclasses.replace(order, seed=number, sampling=changed, negative=null))
+            made[condition] = made.get(condition, 0) + num_images
+        planned += make_orders(
+            settings,
+            prompts=[condition] if isinstance(condition, str) else None,
+            class_ids=[condition] if isinstance(condition, int) else None,
+            seed=first,
+            num_images=num_images,
+            negative=null,
+        )
     return planned
+
+
+def _settings_of(row: "ListedImage", sampling: "S") -> "S":
+    """Return the settings of a row: its own in place of those of the run."""
+    try:
+        return sampling.changed(row.settings) if row.settings else sampling
+    except ConfigError as error:
+        raise ConfigError(f"{row.where}: {error}") from error

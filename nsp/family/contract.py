@@ -164,6 +164,7 @@ class Family(ABC, Generic[C, S, Y]):
     api: ClassVar[int] = API
     name: ClassVar[str]
     kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # of its cache, best first
+    published: ClassVar[Mapping[str, str]] = {}  # the files that `convert` takes, and their help
     default_prompt: ClassVar[str | None] = None  # of `nsp generate`
     default_seed: ClassVar[int] = 0
     default_batch_size: ClassVar[int | None] = None  # None: as many as are made best at once
@@ -268,7 +269,7 @@ class Family(ABC, Generic[C, S, Y]):
     def convert(
         self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
     ) -> None:
-        """Write a checkpoint folder from published weights; ConfigError where there are none."""
+        """Write a checkpoint folder from published weights, the files named in `published`."""
         raise ConfigError(f"no weights of family {self.name} are published: train some instead")
 
     @property

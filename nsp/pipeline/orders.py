@@ -46,21 +46,25 @@ def make_orders(
         raise ConfigError(f"nothing to generate: give one or more {kind}")
     conditions: list[str | int | None] = [*(texts or ()), *(numbers or ())] or [None]
     num_images = values.count("num_images", num_images)
-    total = num_images * len(conditions)
-    if total > MAX_IMAGES:
-        raise ConfigError(
-            f"{total} images are planned; one run makes at most {MAX_IMAGES}: make several, each "
-            "with another seed"
-        )
+    check_total(num_images * len(conditions))
     whole = [condition for condition in conditions for _ in range(num_images)]
     nulls = [each for each in _nulls(negative, len(conditions)) for _ in range(num_images)]
-    arrays = _rows(given or {}, total)
+    arrays = _rows(given or {}, len(whole))
     return [
         Order(condition, number, sampling, null, carried)
         for condition, number, null, carried in zip(
             whole, _seeds(seed, whole), nulls, arrays, strict=True
         )
     ]
+
+
+def check_total(num_images: int) -> None:
+    """Raise ConfigError for more images than one run makes."""
+    if num_images > MAX_IMAGES:
+        raise ConfigError(
+            f"{num_images} images are planned; one run makes at most {MAX_IMAGES}: make several, "
+            "each with another seed"
+        )
 
 
 def _seeds(seed: int | Sequence[int], conditions: Sequence[Hashable]) -> list[int]:

@@ -106,9 +106,8 @@ class Pipeline(OrderRunner):
 
         The k-th image of the same condition has seed `seed` + k; a list gives each its own.
         `options` override the model's settings (guidance_scale, top_k, ...) or are arrays that
-        orders carry, one row per image: for `var` `uniforms` (B, L of all scales),
-        `forced_tokens` (same shape, -1 = free), which replace sampled tokens, and `gumbel`; for
-        `next_scale` `noise`. Raises ConfigError for a bad request.
+        orders carry, one row per image (`pipe.family.given(pipe.config)` names them).
+        Raises ConfigError for a bad request.
         """
         trace = values.flag("trace", trace)
         orders = self._batch(prompts, class_ids, seed, negative_prompt, options)

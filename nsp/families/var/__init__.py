@@ -27,6 +27,10 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
     """VAR and models of its kind, on classes or prompts."""
 
     name: ClassVar[str] = "var"
+    published: ClassVar[Mapping[str, str]] = {
+        "tokenizer": "Weights of the image tokenizer.",
+        "predictor": "Weights of the transformer.",
+    }
     config, sampling, sizes = VarConfig, VarSampling, SIZES
 
     def condition(self, config: VarConfig) -> Kind:
