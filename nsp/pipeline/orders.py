@@ -7,7 +7,7 @@ when others join it.
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,10 @@ def make_orders(
     negative: str | Sequence[str | None] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> list[Order[S]]:
-    """Return `num_images` orders for every prompt, or class id, or one condition of no kind.
+    """Return `num_images` orders for every prompt, or class id, or without either.
 
-    `negative` is one prompt for all, or one per condition; `given` are arrays with a row per image.
+    Without either, a list of seeds says how many. `negative` is one prompt for all, or one per
+    condition; `given` are arrays with a row per image.
     Raises ConfigError for values of a wrong kind; whether they suit a model is checked later.
     """
     texts = None if prompts is None else prompt_texts(prompts)
@@ -45,6 +46,8 @@ def make_orders(
         raise ConfigError(f"nothing to generate: give one or more {kind}")
     conditions: list[str | int | None] = [*(texts or ()), *(numbers or ())] or [None]
     num_images = values.count("num_images", num_images)
+    if conditions == [None] and num_images == 1 and _is_list(seed):
+        num_images = max(len(seed), 1)
     total = num_images * len(conditions)
     if total > MAX_IMAGES:
         raise ConfigError(
@@ -62,9 +65,14 @@ def make_orders(
     ]
 
 
+def _is_list(seed: int | Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Return whether a seed is a list with one for each image."""
+    return isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str)
+
+
 def _seeds(seed: int | Sequence[int], conditions: Sequence[Hashable]) -> list[int]:
     """Return the seed of every image."""
-    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
+    if _is_list(seed):
         if len(seed) != len(conditions):
             raise ConfigError(
                 f"seed has {len(seed)} numbers for {len(conditions)} images; give one for each, "

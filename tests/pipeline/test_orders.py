@@ -34,6 +34,15 @@ def test_a_list_of_seeds_gives_each_image_its_own_and_fits():
         seeds(prompts=["a", "b"], seed=[1, 2, 3])
 
 
+def test_without_a_condition_a_list_of_seeds_says_how_many_images():
+    assert seeds(seed=[9, 3]) == [(None, 9), (None, 3)]
+    assert seeds(seed=5, num_images=2) == [(None, 5), (None, 6)]
+    with pytest.raises(ConfigError, match="seed has 3 numbers for 2 images"):
+        seeds(seed=[1, 2, 3], num_images=2)
+    with pytest.raises(ConfigError, match="seed has 0 numbers for 1 images"):
+        seeds(seed=[])
+
+
 def test_cutting_keeps_every_image_and_equal_keys_together(pipe):
     plain = make_orders(pipe.sampling, class_ids=range(5))
     smooth = make_orders(pipe.sampling.changed({"more_smooth": True}), class_ids=range(2))
