@@ -67,7 +67,11 @@ if TYPE_CHECKING:
 @backend_option
 @precision_options("Run {} engines instead of what suits the device.")
 @threads_option("CPU threads.")
-@click.option("--save-intermediates", is_flag=True, help="Save the picture after every scale.")
+@click.option(
+    "--save-intermediates",
+    is_flag=True,
+    help="Save the pictures on the way, such as after every scale.",
+)
 @output_dir_option("outputs", "Where the images go.")
 @no_verify_option
 @json_option
