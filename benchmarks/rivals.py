@@ -235,10 +235,12 @@ def make_rivals(
 
 def other_precisions(subject: Subject) -> tuple[str, ...]:
     """Return the precisions the engine folder has besides the candidate's, and the device runs."""
-    name, used = subject.candidate.pipeline.backend.name, subject.candidate.pipeline.precision
+    pipeline = subject.candidate.pipeline
+    record, used = backend_record(pipeline.backend.name), pipeline.precision
     manifest = read_manifest(subject.candidate.source.path)
-    held = {v.precision for stage in manifest.stages for v in manifest.variants(stage, name)}
-    runs = backend_record(name).precisions["cuda" if subject.device == "cuda" else "cpu"]
+    found = (manifest.variants(stage, record.built_for) for stage in manifest.stages)
+    held = {variant.precision for variants in found for variant in variants}
+    runs = record.precisions["cuda" if subject.device == "cuda" else "cpu"]
     return tuple(each for each in runs if each in held and each != used)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.artifacts.manifest import Manifest, read_manifest
 from nsp.artifacts.repair import find_source
-from nsp.backends.available import availability
+from nsp.backends.available import availability, backend_record
 from nsp.benchmarks.flops import TextEncoderSize
 from nsp.benchmarks.memory import Source
 from nsp.benchmarks.results import Model
@@ -190,7 +190,7 @@ def _engines_mib(manifest: Manifest, folder: Path, pipeline: Pipeline) -> float:
     files = {
         name
         for stage in manifest.stages
-        for variant in manifest.variants(stage, pipeline.backend.name)
+        for variant in manifest.variants(stage, backend_record(pipeline.backend.name).built_for)
         if variant.precision == pipeline.precision
         for name in variant.files
     }
