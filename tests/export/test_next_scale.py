@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from nsp.artifacts.manifest import Manifest
+from nsp.benchmarks import bench
+from nsp.benchmarks.options import QUICK, BenchOptions
 from nsp.export.compile.engine import build_engine
 from nsp.export.graph.lint import check_graph
 from nsp.export.graph.narrow import at_precision
@@ -76,6 +78,33 @@ def test_engines_make_pytorchs_picture_scale_by_scale(
         assert found.decode().shape == expected.decode().shape
     one, two = (pipeline.generate(prompts=PROMPTS, seed=3).images for _ in range(2))
     assert np.array_equal(one, two)
+
+
+def test_engines_are_timed_beside_pytorch_though_they_draw_no_tokens(
+    engines: tuple[Path, Manifest],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = {"candidate_processes": 0, "baseline_processes": 0, "gemm_side": 64}
+    monkeypatch.setattr("nsp.benchmarks.options.QUICK", {**QUICK, **few})
+    options = BenchOptions(
+        engine_dir=engines[0],
+        output_dir=tmp_path,
+        checkpoint=checkpoint,
+        quick=True,
+        rounds=2,
+        batch_sizes=(1,),
+        rivals=("plain-onnx",),
+    )
+    result = bench.run(options).result
+    assert [row.name for row in result.batches[0].rows][:-2] == list(engines[1].stages)
+    assert all(row.speedup for row in result.batches[0].rows)
+    assert (result.model.schedule, result.model.num_tokens) == ((2, 4, 8), 84)
+    assert result.parity is None
+    assert result.batches[0].scale_rows == ()
+    assert result.rivals[0].missing == "the cache of family next_scale is not joined in a graph"
+    assert "nsp verify" in (tmp_path / "bench.md").read_text()
 
 
 def test_a_predictor_with_a_past_builds_for_tensorrt_without_a_gpu(
