@@ -1,8 +1,7 @@
 """The family `raster`: 256 pixels drawn one after the other, each from all those before it.
 
-Here is what nsp knows of it, without torch: the sizes of a model, the settings of an image, the
-training runs, the stages, and the loop over them. learn.py has the network. There is no cache:
-every step reads the whole canvas (B, 1, h, w), which holds the ink of every pixel, in [0, 1].
+Here is what nsp knows of it without torch; learn.py has the network. There is no cache: every step
+reads the whole canvas (B, 1, h, w), which holds the ink of every pixel, in [0, 1].
 """
 
 from collections.abc import Iterator, Mapping, Sequence

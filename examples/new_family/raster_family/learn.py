@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsp.errors import ConfigError
 from nsp.family.contract import Learner
 from nsp.family.system import System
 from nsp.layers.logits import sample_by_inverse_cdf
@@ -89,8 +90,7 @@ class PixelsObjective(GeneratorObjective):
         most = self.system.config.num_levels - 1
         ink_B1hw = 1 - batch["image"].float().mean(1, keepdim=True) / 255
         levels_B1hw = (ink_B1hw * most).round()
-        logits_BVhw = self.trained(levels_B1hw / most)
-        return {"loss": F.cross_entropy(logits_BVhw, levels_B1hw[:, 0].long())}
+        return {"loss": F.cross_entropy(self.trained(levels_B1hw / most), levels_B1hw[:, 0].long())}
 
 
 class RasterLearner(Learner[RasterConfig, RasterSystem]):
@@ -110,4 +110,6 @@ class RasterLearner(Learner[RasterConfig, RasterSystem]):
         self, phase: str, settings: Mapping[str, Any], system: RasterSystem, *data: Any, **more: Any
     ) -> PixelsObjective:
         """Return the objective of the one phase; `data` are pictures, held-out ones, a cache."""
+        if phase != "pixels" or settings:
+            raise ConfigError(f"family raster has one phase, pixels, and no settings of {phase}")
         return PixelsObjective(system, *data[:2])
