@@ -147,6 +147,11 @@ def test_its_own_setting_reaches_the_stages(exported: Workplace) -> None:
     assert json.loads(read_metadata(black)["sampling"]) == {"ink_bias": 1000, "temperature": 1}
     white = exported.picture("white", "--ink-bias=-1000", "--save-intermediates")
     assert pixels(white).min() == 255
+    table = exported.folder / "mixed.csv"
+    table.write_text("seed,ink_bias\n0,1000\n0,\n")
+    mixed = exported.picture("mixed", "--fp16", "--prompts-file", table)
+    assert pixels(mixed).max() == 0
+    assert pixels(mixed.with_name("001_image_seed0.png")).max() > 0  # in the same batch
     rows = sorted(path.name for path in (white.parent / "tokens").iterdir())
     assert len(rows) == 16  # the end of every row of pixels
     assert "000_image_seed0_tokens256.png" in rows

@@ -33,7 +33,7 @@ from nsp.errors import ConfigError, NspError
 
 if TYPE_CHECKING:
     from nsp.console.prompt_lists import ListedImage
-    from nsp.family.contract import AnyFamily
+    from nsp.family.contract import AnyFamily, Kind
     from nsp.pipeline.pipeline import Pipeline
 
 
@@ -101,7 +101,7 @@ def generate(
 
     check_output(output_dir)
     precision = one_precision(options)
-    family = _family_of(checkpoint or engine_dir or Path("engines"))
+    family, kind = _family_of(checkpoint or engine_dir or Path("engines"))
     given = {name: value for name, value in options.items() if value is not None}
     if family is not None:
         check_settings(family, given)
@@ -109,7 +109,8 @@ def generate(
     if prompts_file is not None:
         from nsp.console.prompt_lists import read_list
 
-        listed = read_list(prompts_file, () if family is None else setting_names(family))
+        names = () if family is None else setting_names(family)
+        listed = read_list(prompts_file, names, has_condition=kind != "none")
     check_conditions(family, prompts, class_ids, listed)
     pipeline = _load(
         engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
@@ -150,18 +151,23 @@ def generate(
     click.echo(f"contact sheet: {gallery.contact_sheet}")
 
 
-def _family_of(folder: Path) -> "AnyFamily | None":
-    """Return the family whose defaults hold, or None: loading the folder will say what is wrong."""
+def _family_of(folder: Path) -> "tuple[AnyFamily | None, Kind | None]":
+    """Return the family whose defaults hold, and what its model takes.
+
+    None: loading the folder will say what is wrong.
+    """
     from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
     from nsp.artifacts.manifest import read_manifest
-    from nsp.family.registry import family
 
     try:
         if is_checkpoint(folder):
-            return read_checkpoint(folder, verify=False).family
-        return family(read_manifest(folder).family)
+            record = read_checkpoint(folder, verify=False)
+            owner = record.family
+            return owner, owner.condition(owner.config.from_dict(record.config))
+        manifest = read_manifest(folder)
+        return manifest.family_record, manifest.family_record.condition(manifest.model_config)
     except NspError:
-        return None
+        return None, None
 
 
 def _load(

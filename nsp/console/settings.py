@@ -140,17 +140,16 @@ def planned_orders(
 
     texts = [*prompts, *(row.prompt for row in listed if row.prompt is not None)]
     numbers = [*class_ids, *(row.class_id for row in listed if row.class_id is not None)]
-    if not texts and not numbers:
-        return make_orders(sampling, seed=seed, num_images=num_images, negative=negative)
+    count = len(texts) + len(numbers) or len(listed) or 1
     orders = make_orders(
         sampling,
         prompts=texts or None,
         class_ids=numbers or None,
         seed=seed,
-        num_images=num_images,
+        num_images=num_images if texts or numbers else num_images * count,
         negative=negative,
     )
-    first = (len(texts) + len(numbers) - len(listed)) * num_images
+    first = (count - len(listed)) * num_images
     made: dict[str | int | None, int] = {}
     planned = []
     for place, order in enumerate(orders):
