@@ -102,7 +102,7 @@ class TimedBackend(Backend):
     def __init__(self, inner: Backend, on_call: Callable[[StageCall], None]) -> None:
         super().__init__(inner.stages_io)
         self.inner, self.kv_layout, self.on_call = inner, inner.kv_layout, on_call
-        self.max_ranks = inner.max_ranks
+        self.max_ranks, self.batch_sizes = inner.max_ranks, inner.batch_sizes
         self.with_sizes = False
         self._synchronize = synchronizer(inner)
 

@@ -23,7 +23,7 @@ class ExportOptions(Config):
     precisions: tuple[str, ...] = ("fp32",)
     targets: tuple[str, ...] = (AUTO,)  # names in `nsp.export.targets.TARGETS`, or "auto" alone
     max_batch: int = 4  # images per batch of TensorRT engines; ONNX Runtime takes any
-    static_batch: bool = False  # TensorRT engines take full, guided batches only, but run faster
+    static_batch: bool = False  # TensorRT engines of one batch size, for guided images
     gpu_archs: tuple[str, ...] = ()  # of TensorRT-RTX engines; () is the target's default
     rebuild: bool = False  # build again what could be reused
     build_timeout_s: float = 3600.0  # per engine

@@ -51,7 +51,10 @@ if TYPE_CHECKING:
     help="Images per batch of TensorRT engines; ONNX Runtime takes any.",
 )
 @click.option(
-    "--static-batch", is_flag=True, help="TensorRT engines for full batches only: faster."
+    "--static-batch",
+    is_flag=True,
+    help="TensorRT engines of one batch size, which smaller batches are padded to, for guided "
+    "images only: faster.",
 )
 @click.option(
     "--gpu-arch",

@@ -1,8 +1,8 @@
 """Recorded calls of a stage made again: each gets what PyTorch gave it (teacher forcing).
 
 A stage that alone has the key/value cache grows its own, so that its errors add up as they do in
-use. Where several stages share one, each finds PyTorch's, and what it adds is compared too. This
-module needs no torch.
+use. Where several stages share one, each finds PyTorch's, and what it adds is compared too.
+Engines of one batch size get smaller batches padded. This module needs no torch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,12 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nsp.export.proof.full_batches import (
+    Arrays,
+    cache_rows,
+    full_rows,
+    full_size,
+    kept_rows,
+    padded,
+    take,
+)
 from nsp.export.proof.recorded import Call, Recording
 from nsp.stage.arena import KVArena, is_cached
 from nsp.stage.backend import Backend
 from nsp.stage.io import Axes, StageIO
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -35,15 +42,16 @@ def repeat(stage: str, io: StageIO, backend: Backend, recording: Recording) -> I
     followers = (*recording.calls[1:], None)
     for call, following in zip(recording.calls, followers, strict=True):
         if call.stage == stage and (call.is_compared or cache.is_own):
+            rows = full_rows(backend, io, call.feeds)
             feeds: dict[str, Any] = {
                 name: uploaded(backend, array, io.inputs[name])
-                for name, array in call.feeds.items()
+                for name, array in take(call.feeds, io.inputs, rows).items()
             }
             given = cache.given(call)
             results = backend.run(stage, {**feeds, **cache.past()}, given)
             if call.is_compared:
                 found = {n: cache.as_recorded(n, results[n], call) for n in call.outputs}
-                yield Repeated(call, following, found)
+                yield Repeated(call, following, take(found, io.outputs, kept_rows(rows)))
         cache.advance(call)
 
 
@@ -53,12 +61,14 @@ class _Cache:
     def __init__(self, stage: str, io: StageIO, backend: Backend, recording: Recording) -> None:
         self._stage, self._backend = stage, backend
         names = [*io.inputs, *io.outputs]
-        dtypes = [{**io.inputs, **io.outputs}[name].dtype for name in names if is_cached(name)]
+        specs = [{**io.inputs, **io.outputs}[name] for name in names if is_cached(name)]
         self.arena: KVArena | None = None
-        if dtypes and recording.kv is not None:
-            self.arena = backend.new_arena(replace(recording.kv, dtype=dtypes[0]))
+        self._is_full = full_size(backend) is not None  # whatever a call has
+        if specs and recording.kv is not None:
+            rows = cache_rows(backend, specs[0], recording.kv.rows)
+            self.arena = backend.new_arena(replace(recording.kv, rows=rows, dtype=specs[0].dtype))
         self._reads = any(is_cached(name) for name in io.inputs)
-        self._spec = Axes("", dtypes[0]) if dtypes else Axes("")
+        self._spec = Axes("", specs[0].dtype) if specs else Axes("")
         self.is_own = self.arena is not None and not recording.has_cache
 
     def given(self, call: Call) -> Mapping[str, Any]:
@@ -91,8 +101,10 @@ class _Cache:
         self.arena.advance(call.num_new)
 
     def _keep(self, call: Call) -> None:
-        """Drop the rows that are gone once guidance has ended."""
-        if self.arena is not None and call.rows and call.rows < self.arena.shape.rows:
+        """Drop the rows that are gone once guidance has ended; engines of one size have all."""
+        if self.arena is None or self._is_full:
+            return
+        if call.rows and call.rows < self.arena.shape.rows:
             self.arena.keep_rows(call.rows)
 
     def _force(self, recorded: Mapping[str, NDArray[Any]], call: Call) -> None:
@@ -100,7 +112,7 @@ class _Cache:
         assert self.arena is not None
         past = self.arena.past()
         for name, place in self.arena.new(call.num_new).items():
-            new = recorded[name]
+            new = padded(recorded[name], self.arena.shape.rows, 1)
             if self._backend.kv_layout == "present":
                 before = self._backend.download(past[name.replace("new_", "past_", 1)])
                 new = np.concatenate([before, new.transpose(1, 2, 0, 3)], axis=2)

@@ -116,6 +116,7 @@ class _Watched(Backend):
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend.stages_io)
         self.kv_layout, self._backend = backend.kv_layout, backend
+        self.batch_sizes = backend.batch_sizes
         self.num_runs = 0
         self._feeds: Mapping[str, Array] = {}
         self._results: Mapping[str, Array] = {}

@@ -1,5 +1,6 @@
 """`nsp generate`: prompts or classes become pictures in a folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from nsp.errors import ConfigError, NspError
 
 if TYPE_CHECKING:
     from nsp.console.prompt_lists import ListedImage
-    from nsp.family.contract import AnyFamily, Kind
+    from nsp.family.contract import AnyFamily
     from nsp.pipeline.pipeline import Pipeline
 
 
@@ -101,7 +102,7 @@ def generate(
 
     check_output(output_dir)
     precision = one_precision(options)
-    family, kind = _family_of(checkpoint or engine_dir or Path("engines"))
+    family, config = _family_of(checkpoint or engine_dir or Path("engines"))
     given = {name: value for name, value in options.items() if value is not None}
     if family is not None:
         check_settings(family, given)
@@ -110,6 +111,7 @@ def generate(
         from nsp.console.prompt_lists import read_list
 
         names = () if family is None else setting_names(family)
+        kind = family and family.condition(family.config.from_dict(config))
         listed = read_list(prompts_file, names, has_condition=kind != "none")
     check_conditions(family, prompts, class_ids, listed)
     pipeline = _load(
@@ -151,23 +153,25 @@ def generate(
     click.echo(f"contact sheet: {gallery.contact_sheet}")
 
 
-def _family_of(folder: Path) -> "tuple[AnyFamily | None, Kind | None]":
-    """Return the family whose defaults hold, and what its model takes.
+def _family_of(folder: Path) -> "tuple[AnyFamily | None, Mapping[str, Any]]":
+    """Return the family whose defaults hold, and the model's configuration as it is stored.
 
     None: loading the folder will say what is wrong.
     """
-    from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
-    from nsp.artifacts.manifest import read_manifest
+    from nsp.family.registry import family
+    from nsp.files import read_json
+    from nsp.paths import describe
 
     try:
-        if is_checkpoint(folder):
-            record = read_checkpoint(folder, verify=False)
-            owner = record.family
-            return owner, owner.condition(owner.config.from_dict(record.config))
-        manifest = read_manifest(folder)
-        return manifest.family_record, manifest.family_record.condition(manifest.model_config)
-    except NspError:
-        return None, None
+        if describe(folder).kind == "engines":  # loading them checks all that their manifest says
+            found = read_json(folder / "manifest.json")
+            return family(str(found["family"])), found["config"]
+        from nsp.artifacts.checkpoint import read_checkpoint
+
+        record = read_checkpoint(folder, verify=False)
+        return record.family, record.config
+    except (NspError, OSError, ValueError, KeyError):
+        return None, {}
 
 
 def _load(
@@ -181,7 +185,6 @@ def _load(
     verify: bool,
 ) -> "Pipeline":
     """Return the model of the folder given; each option takes its own kind of folder only."""
-    from nsp.artifacts.checkpoint import read_checkpoint
     from nsp.paths import NOTHING, describe, wrong_path
     from nsp.pipeline.pipeline import load_pipeline
 
@@ -192,6 +195,8 @@ def _load(
             raise ConfigError(f"--{precision} is for engines; a checkpoint runs in fp32")
         if (found := describe(checkpoint)).kind == "engines":
             raise ConfigError(wrong_path(checkpoint, "--checkpoint", found))
+        from nsp.artifacts.checkpoint import read_checkpoint
+
         folder = read_checkpoint(checkpoint, verify=verify).folder
         return load_pipeline(folder, backend, device=device, verify=verify)
     folder = engine_dir or Path("engines")

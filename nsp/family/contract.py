@@ -138,6 +138,20 @@ class Learner(ABC, Generic[C, Y]):
     ) -> "Objective":
         """Return the objective of a phase; raise ConfigError for an unknown one."""
 
+    def without_cache(
+        self,
+        system: Y,
+        orders: "Sequence[Order[Any]]",
+        tokens: "Sequence[NDArray[np.int64]]",
+        latents: "Sequence[NDArray[np.float32]]",
+    ) -> "Sequence[NDArray[np.float32]]":
+        """Return what every step of unguided orders gives, from one pass over all as in training.
+
+        That is logits (B, L, V) for the `tokens` (B, L) of every step where tokens are drawn, else
+        the latents. A family with a cache has this, so that the two can be compared.
+        """
+        raise ConfigError("this family compares its cache with nothing: without_cache is missing")
+
     def reconstruct(self, system: Y, pictures_BHW3: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
         """Return uint8 pictures (B, H, W, 3) as the tokenizer of images keeps them."""
         raise ConfigError(f"family {system.family} has no tokenizer of images to rebuild them with")

@@ -1,6 +1,5 @@
 """An order is one image to make, a step is what is known after a part of the work. No torch."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
@@ -28,6 +27,8 @@ class Sampling(Config):
         """
         known = [*beside, *(each.name for each in fields(self))]
         if unknown := [name for name in settings if name not in known]:
+            import difflib
+
             near = difflib.get_close_matches(unknown[0], known, 1)
             hint = f", nearest is {near[0]}" if near else ""
             raise ConfigError(f"unknown argument {unknown[0]!r}{hint}; known: {', '.join(known)}")
@@ -116,10 +117,12 @@ def stacked(
     name: str,
     drawn: Callable[[Order[S]], NDArray[Any]],
 ) -> NDArray[Any]:
-    """Return one array of every order, (B, ...): what it carries under `name`, or what is drawn."""
-    return np.stack(
-        [order.given[name] if name in order.given else drawn(order) for order in orders]
-    )
+    """Return one array of every order, (B, ...): what it carries under `name`, or what is drawn.
+
+    An order that is there several times, as padding is, is drawn once.
+    """
+    rows = {o: o.given[name] if name in o.given else drawn(o) for o in dict.fromkeys(orders)}
+    return np.stack([rows[order] for order in orders])
 
 
 def stream(seed: int, purpose: int = 0) -> np.random.Generator:

@@ -16,6 +16,7 @@ from nsp import values
 from nsp.errors import ConfigError
 from nsp.family.contract import AnyFamily
 from nsp.family.order import Order, S
+from nsp.stage.backend import Backend
 
 DEFAULT_BATCH_SIZE = 8
 MAX_IMAGES = 1_000_000  # of one run: its list is held in memory, 250 MB then
@@ -181,14 +182,18 @@ class Takes(Protocol):
 
     family: AnyFamily
     config: Any
+    backend: Backend
     max_batch: int | None
 
 
 def cut_batches(
     pipeline: Takes, orders: Sequence[Order[Any]], batch_size: int | None = None
 ) -> list[list[int]]:
-    """Return the orders' places batch by batch; those of equal keys share batches, in order."""
-    size = choose_batch_size(pipeline, batch_size)
+    """Return the orders' places batch by batch; those of equal keys share batches, in order.
+
+    Where the backend pads batches, a batch has as many orders as cost no more than `batch_size`.
+    """
+    size = pipeline.backend.padded_batch_size(choose_batch_size(pipeline, batch_size))
     groups: dict[Hashable, list[int]] = {}
     for place, order in enumerate(orders):
         groups.setdefault(pipeline.family.batch_key(pipeline.config, order), []).append(place)

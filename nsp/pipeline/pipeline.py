@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nsp import values
-from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.engines import open_engine_dir
 from nsp.cores import num_threads
 from nsp.errors import CheckpointError, ConfigError, EngineError
@@ -143,7 +142,7 @@ class Pipeline(OrderRunner):
         inputs = self._inputs(orders)
 
         def steps() -> Generator[StreamStep]:
-            for step in self._play(inputs, trace=True):
+            for step in self._play(inputs, len(orders), trace=True):
                 yield StreamStep(step.index, step.total, self, step)
 
         return Steps(self, steps())
@@ -300,6 +299,8 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
 
 def _load_checkpoint(folder: Path, *, device: str | None = None, verify: bool = True) -> Pipeline:
     """Return the PyTorch pipeline of a checkpoint folder."""
+    from nsp.artifacts.checkpoint import read_checkpoint
+
     record = read_checkpoint(folder, verify=verify)
     logger.info("%s: backend torch, because it is a checkpoint", folder)
     pipeline = torch_pipeline(record.family, record.load(), device=device, sampling=record.sampling)

@@ -1,5 +1,6 @@
 """Runs batches of orders on a backend: the engine room of a pipeline."""
 
+import logging
 import threading
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +14,15 @@ from nsp.family.contract import AnyFamily
 from nsp.family.order import Order, Sampling, Step
 from nsp.pipeline.encoding import PromptEncoder
 from nsp.pipeline.orders import check_condition
+from nsp.pipeline.padding import cut_step, pad_latent, pad_orders
 from nsp.pipeline.results import StreamStep, Trace
 from nsp.stage.arena import Array
 from nsp.stage.backend import Backend
 
 if TYPE_CHECKING:
     from nsp.text.tokenizer import PromptTokenizer
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -44,7 +48,8 @@ class OrderRunner:
     """A model on a backend: orders in, steps and images out.
 
     Threads may share one: they take turns, a picture or a step at a time, and what each makes is
-    what it would make alone.
+    what it would make alone. Where the backend has sizes of batches, a smaller batch is padded with
+    repeats of its last order, and nothing of these is in what comes back.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class OrderRunner:
         self.tokenizer = tokenizer
         self.sampling: Any = family.sampling() if sampling is None else sampling
         self.model_hash, self.max_batch, self.precision = model_hash, max_batch, precision
+        self.num_padding_rows = 0  # images computed for a full size and dropped, so far
         self.turn = threading.RLock()  # held by the thread whose step the backend computes
         self.prompts = (
             None if tokenizer is None else PromptEncoder(tokenizer, backend, max_batch=max_batch)
@@ -77,7 +83,7 @@ class OrderRunner:
         """
         self.check(orders)
         inputs = self._inputs(orders)
-        return Steps(self, self._play(inputs, trace=trace))
+        return Steps(self, self._play(inputs, len(orders), trace=trace))
 
     def images(self, orders: Sequence[Order[Any]]) -> NDArray[np.float32]:
         """Return the images (B, 3, H, W) in [0, 1] of one batch, with no stop on the way."""
@@ -85,7 +91,7 @@ class OrderRunner:
         inputs = self._inputs(orders)
         with self.turn:
             (image,) = self.backend.play("picture", inputs, self._loop_and_decoder)
-            return self.backend.download(image)
+            return self.backend.download(image[: len(orders)])
 
     def trace(self, orders: Sequence[Order[Any]]) -> Trace:
         """Return everything that happens while one batch is made."""
@@ -133,7 +139,8 @@ class OrderRunner:
         return self.family.batch_key(self.config, order)
 
     def _inputs(self, orders: Sequence[Order[Any]]) -> dict[str, NDArray[Any]]:
-        """Return what the loop takes from the host for checked orders, prompts read."""
+        """Return what the loop takes from the host for checked orders, padded, prompts read."""
+        orders = self._padded(orders)
         text = None
         if self.prompts is not None:
             nulls = [self.family.null_prompt(self.config, order) for order in orders]
@@ -141,12 +148,25 @@ class OrderRunner:
                 text = self.prompts.encode([str(order.condition) for order in orders], nulls)
         return self.family.inputs(self.config, orders, text)
 
-    def _play(self, inputs: Mapping[str, NDArray[Any]], *, trace: bool) -> Generator[Step]:
-        """Yield the steps of a batch; whoever asks for one holds `turn`."""
-        if trace:
-            yield from self.backend.play("traced", inputs, self._loop)
-        else:
-            yield from self.backend.play("steps", inputs, self._loop_without_logits)
+    def _padded(self, orders: Sequence[Order[Any]]) -> Sequence[Order[Any]]:
+        """Return a batch of a size that the backend has; what joins it is counted."""
+        size = self.backend.padded_batch_size(len(orders))
+        if added := size - len(orders):
+            with self.turn:
+                self.num_padding_rows += added
+                total = self.num_padding_rows
+            logger.debug(
+                "a batch of %d is padded to %d; %d padding rows so far", len(orders), size, total
+            )
+        return pad_orders(orders, size)
+
+    def _play(
+        self, inputs: Mapping[str, NDArray[Any]], num_images: int, *, trace: bool
+    ) -> Generator[Step]:
+        """Yield the steps of a batch, without padding; whoever asks for one holds `turn`."""
+        name, loop = ("traced", self._loop) if trace else ("steps", self._loop_without_logits)
+        for step in self.backend.play(name, inputs, loop):
+            yield cut_step(step, num_images)
 
     def _loop(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Step]:
         return self.family.loop(backend, self.config, inputs)
@@ -165,9 +185,11 @@ class OrderRunner:
 
     def decode(self, latent: Any) -> NDArray[np.float32]:
         """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
+        count = latent.shape[0]
         with self.turn:
+            latent = pad_latent(self.backend, latent, self.backend.padded_batch_size(count))
             image = self.backend.run("decoder", {"latent": latent})["image"]
-            return self.backend.download(image)
+            return self.backend.download(image[:count])
 
     def download(self, array: Any) -> NDArray[Any]:
         """Return a NumPy copy of an array of the backend."""

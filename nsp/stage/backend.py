@@ -28,6 +28,9 @@ class Backend(ABC):
     name: ClassVar[str]
     kv_layout: str
     max_ranks: int | None = None  # how many of the largest numbers it can sort; None: any number
+    # Numbers of images that batches are padded to, in ascending order; none: batches run as they
+    # are. A backend has some where its engines take no others, or where it records loops.
+    batch_sizes: tuple[int, ...] = ()
 
     def __init__(self, stages_io: Mapping[str, StageIO]) -> None:
         self.stages_io = stages_io
@@ -86,3 +89,7 @@ class Backend(ABC):
     def scalar(self, value: float, dtype: str = "float32") -> Array:
         """Return a zero-dimensional array."""
         return self.upload(np.array(value, dtype))
+
+    def padded_batch_size(self, num_images: int) -> int:
+        """Return how many images a batch of `num_images` is padded to."""
+        return next((size for size in self.batch_sizes if size >= num_images), num_images)

@@ -12,68 +12,17 @@ import torch
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.backends.nvidia import Gpu
 from nsp.backends.tensorrt import cuda as cuda_module
-from nsp.backends.tensorrt import trt_backend as backend_module
 from nsp.backends.tensorrt import trt_engine as tensorrt_engine
 from nsp.backends.tensorrt.cuda import DeviceArray, Stream
-from nsp.backends.tensorrt.trt_backend import load_tensorrt, load_tensorrt_rtx
 from nsp.distribution import pip_install
 from nsp.errors import BackendError, EngineError, FeedError, ProfileError
-from nsp.family.registry import family
-from nsp.pipeline.pipeline import Pipeline, torch_pipeline
+from nsp.pipeline.pipeline import Pipeline
 from nsp.pipeline.results import Trace
 from nsp.stage.arena import KVShape
-from tests.backends.nvidia import CudaStandIn, TensorRTStandIn, cudaError_t, write_plan
+from tests.backends.machine import Machine
+from tests.backends.nvidia import CudaStandIn, cudaError_t
 
 CLASSES = {"class_ids": [3, 7]}
-
-
-class Machine:
-    """A machine with the stand-ins, and plans of one model's stages."""
-
-    def __init__(self, system: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.family, self.folder, self.system = family("var"), folder / "engines", system
-        self.user_cache = folder / "cache"
-        monkeypatch.setenv("XDG_CACHE_HOME", str(self.user_cache))
-        self.config = self.system.config
-        self.stages_io = self.family.stages_io(self.config, kv_layout="delta", dtype="float32")
-        self.modules = self.family.learner.modules(self.system, "delta")
-        self.cuda = CudaStandIn()
-        self.trt = {
-            name: TensorRTStandIn(name, self.cuda, self.modules, self.stages_io)
-            for name in ("tensorrt", "tensorrt_rtx")
-        }
-        monkeypatch.setattr(backend_module, "import_cuda", lambda: self.cuda)
-        monkeypatch.setattr(tensorrt_engine, "import_tensorrt", self.trt.get)
-        self.write_plans(max_batch=3)
-
-    def write_plans(
-        self, *, max_batch: int, scratch: int = 1000, static_batch: bool = False
-    ) -> None:
-        declared = self.family.stages(self.config, kv_layout="delta", dtype="float32")
-        self.files = {}
-        for number, (stage, each) in enumerate(declared.items()):
-            spans = each.profiles(
-                max_batch=max_batch, static_batch=static_batch, best_ranks=1, max_ranks=3839
-            )
-            profiles = [each.io.profile(sizes) for sizes in spans]
-            path = self.folder / stage / "tensorrt-fp32" / "engine.plan"
-            self.files[stage] = write_plan(path, stage, profiles, scratch=scratch + number)
-
-    def load(self, flavour: str = "tensorrt") -> Pipeline:
-        loader = {"tensorrt": load_tensorrt, "tensorrt_rtx": load_tensorrt_rtx}[flavour]
-        backend = loader(self.files, self.stages_io, kv_layout="delta", device="cuda")
-        return Pipeline(self.family, self.config, backend, tokenizer=self.system.prompt_tokenizer)
-
-    def reference(self) -> Pipeline:
-        return torch_pipeline(self.family, self.system, device="cpu")
-
-    def clear(self) -> None:
-        self.cuda.calls.clear()
-        for trt in self.trt.values():
-            trt._calls.clear()
-
-    def noted(self, kind: str, flavour: str = "tensorrt") -> list[tuple[Any, ...]]:
-        return [call for call in self.trt[flavour]._calls if call[0] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +81,12 @@ def test_prompts_are_inputs_of_the_graph(text_machine: Machine) -> None:
     text_machine.clear()
     pipe.generate(prompts=["green apple"])
     assert text_machine.cuda.calls.count("cudaGraphLaunch") == 1
-    # Two rows of one prompt and two prompts are different shapes, each with its own recording.
+    # Two rows of one prompt and two prompts have the same shapes and share a recording.
     for prompts in (["red apple", "red apple"], ["red apple", "smiling cat"]):
+        text_machine.clear()
         found, expected = (p.generate(prompts=prompts).images for p in (pipe, reference))
         np.testing.assert_array_equal(found, expected)
+    assert not text_machine.noted("create")
 
 
 def test_a_picture_is_one_upload_and_one_graph_and_allocates_nothing(machine: Machine) -> None:
@@ -379,14 +330,18 @@ def test_sizes_without_a_profile_name_them_and_the_export(machine: Machine) -> N
     assert message.endswith("nsp export --target tensorrt-rtx --max-batch N")
 
 
-def test_engines_of_full_batches_say_so(machine: Machine) -> None:
+def test_engines_of_full_batches_say_that_every_step_is_guided(machine: Machine) -> None:
     machine.write_plans(max_batch=2, static_batch=True)
     pipe = machine.load()
     pipe.generate(class_ids=[1, 2])
-    for request in ({"class_ids": [1]}, {"class_ids": [1, 2], "guidance_until": 1}):
-        message = refusal(ProfileError, lambda request=request: pipe.generate(**request))
-        assert "full batches with guidance throughout" in message
+    machine.clear()
+    for settings in ({"guidance_scale": 1.0}, {"guidance_until": 1}):
+        message = refusal(
+            ProfileError, lambda settings=settings: pipe.generate(**CLASSES, **settings)
+        )
+        assert "take images that are guided at every step" in message
         assert "smaller --batch-size" not in message
+    assert not machine.noted("compute")  # nothing runs before it is refused
 
 
 @pytest.mark.parametrize("content", [b"", b"PK rubbish"])

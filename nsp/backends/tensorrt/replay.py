@@ -5,6 +5,15 @@ first run; the second one is captured, one graph for every result the loop yield
 graphs are launched and no Python of the loop or of a stage runs. All of a loop's inputs lie in one
 piece of memory and arrive in one copy. Loops use their workspaces in turn, and what they yield is
 copied out, so it stays as it is.
+
+A recording is of one loop and inputs of the same names, shapes and dtypes. So that there are few,
+batches are padded to the backend's `batch_sizes`, a batch of B images has B encoded prompts, or 2B
+where one has a null prompt, and the ranks R go to buckets. So each loop of a model ("picture",
+"steps", "traced") has at most
+
+    batch sizes x 2 numbers of prompts x batch keys (guided or not, ...) x buckets of ranks
+
+recordings; which keys and buckets there are is the family's rule, and most users need one of each.
 """
 
 import dataclasses
@@ -27,7 +36,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Host: TypeAlias = Mapping[str, NDArray[Any]]
 
-_MAX_RECORDINGS = 16  # a batch of prompts with other repetitions has other shapes
+# Beyond it the one unused for longest goes. It is enough for two loops, batches up to 8 (4 sizes),
+# both numbers of prompts, guided and not. Each holds execution contexts, so there is a limit.
+_MAX_RECORDINGS = 32
 
 
 class Runner(Backend):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -186,6 +186,7 @@ class TensorRTBackend(StageRunner):
         super().__init__(
             engines, stream, kv_layout=kv_layout, scratch=scratch, allocate=stream.allocate
         )
+        self.batch_sizes = _batch_sizes(engines.values())
         # A captured graph keeps pointing into its contexts, so every recording has its own
         # (contexts share profiles since TensorRT 10).
         self._recorder = Recorder(
@@ -204,6 +205,20 @@ class TensorRTRTXBackend(TensorRTBackend):
     """Engines of TensorRT for RTX."""
 
     name: ClassVar[str] = "tensorrt_rtx"
+
+
+def _batch_sizes(engines: Iterable[Engine]) -> tuple[int, ...]:
+    """Return the numbers of images that batches are padded to, so that recordings stay few.
+
+    They are the powers of two that all engines take, and the largest number that they take, which
+    is the only one where they were built for full batches.
+    """
+    spans = [span for engine in engines if (span := engine.span("B")) is not None]
+    if not spans:
+        return ()
+    low, high = max(low for low, _ in spans), min(high for _, high in spans)
+    powers = (1 << power for power in range(high.bit_length()))
+    return (*(size for size in powers if low <= size < high), high)
 
 
 def _check_room(stage_files: Mapping[str, Path], stream: Stream) -> None:

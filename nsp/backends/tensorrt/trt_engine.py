@@ -193,6 +193,19 @@ class Engine:
             bounds[name] = (tuple(low), tuple(high))
         return bounds
 
+    def span(self, axis: str) -> tuple[int, int] | None:
+        """Return the smallest and largest size of an axis in all profiles; None without it."""
+        found = [
+            (low, high)
+            for bounds in self.profiles
+            for name, span in bounds.items()
+            for word, low, high in zip(self.declared.inputs[name].words, *span, strict=True)
+            if word == axis
+        ]
+        if not found:
+            return None
+        return max(low for low, _ in found), min(high for _, high in found)
+
     def plan(self, feeds: Mapping[str, Any]) -> tuple[dict[str, Shape], int]:
         """Return the shapes of the outputs and the profile for these feeds.
 
@@ -220,8 +233,9 @@ class Engine:
         advice = f"use a smaller --batch-size (or --top-k) or build larger ones: {again}"
         if any(size < least for size, least in zip(shapes[name], low, strict=False)):
             advice = (
-                "engines of --static-batch take full batches with guidance throughout: give one, "
-                f"or build engines for smaller ones too: {again}"
+                "engines of --static-batch take images that are guided at every step: ask for a "
+                "guidance scale other than 1 and no early end of guidance, or build engines "
+                f"without that option: {again}"
             )
         raise ProfileError(
             f"{self.stage}: {name} {shapes[name]} fits none of the engine's "

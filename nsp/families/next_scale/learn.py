@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,10 +25,12 @@ from nsp.families.next_scale.objective import (
     VaeSettings,
 )
 from nsp.families.next_scale.samples import reconstruct
+from nsp.families.next_scale.sampling import NextScaleSampling
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import load_vae
 from nsp.family.contract import Learner
 from nsp.family.objective import Objective, TokenCache
+from nsp.family.order import Order
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.cache import is_constant
@@ -143,6 +145,20 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
     def modules(self, system: NextScaleSystem, kv_layout: str) -> Mapping[str, nn.Module]:
         """Return a module for every stage."""
         return build_stages(system, kv_layout)
+
+    @torch.no_grad()
+    def without_cache(
+        self,
+        system: NextScaleSystem,
+        orders: Sequence[Order[NextScaleSampling]],
+        tokens: Sequence[NDArray[np.int64]],
+        latents: Sequence[NDArray[np.float32]],
+    ) -> Sequence[NDArray[np.float32]]:
+        """Return the latents that grow from the first one in one pass, as in training."""
+        ids = system.encode_prompts([str(order.condition) for order in orders])
+        condition = system.condition(ids, torch.zeros(len(orders), dtype=torch.bool))
+        grown = system.generator(torch.from_numpy(latents[0]), condition)
+        return [each.numpy() for each in grown]
 
     def objective(
         self,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nsp.families.var.config import SIZES, VarConfig, with_condition
-from nsp.families.var.examples import examples
 from nsp.families.var.loop import batch_key, cache, generate, given, loop_inputs
 from nsp.families.var.sampling import VarSampling
 from nsp.families.var.stages import stages
@@ -75,6 +74,8 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
         self, config: VarConfig, sampling: VarSampling
     ) -> Sequence[Sequence[Order[VarSampling]]]:
         """Return batches of orders that together call every stage."""
+        from nsp.families.var.examples import examples
+
         return examples(config, sampling)
 
     @property

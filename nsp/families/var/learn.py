@@ -1,11 +1,12 @@
 """The side of the family `var` that needs torch: new systems, modules, objectives."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -20,10 +21,12 @@ from nsp.families.var.model import initialize
 from nsp.families.var.modules import build_stages
 from nsp.families.var.objective import PredictorObjective, PredictorSettings
 from nsp.families.var.samples import reconstruct
+from nsp.families.var.sampling import VarSampling
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerObjective, TokenizerSettings
 from nsp.family.contract import Learner
 from nsp.family.objective import Objective, TokenCache
+from nsp.family.order import Order
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.cache import is_constant
@@ -121,6 +124,26 @@ class VarLearner(Learner[VarConfig, VarSystem]):
     def modules(self, system: VarSystem, kv_layout: str) -> Mapping[str, nn.Module]:
         """Return a module for every stage."""
         return build_stages(system, kv_layout)
+
+    @torch.no_grad()
+    def without_cache(
+        self,
+        system: VarSystem,
+        orders: Sequence[Order[VarSampling]],
+        tokens: Sequence[NDArray[np.int64]],
+        latents: Sequence[NDArray[np.float32]],
+    ) -> Sequence[NDArray[np.float32]]:
+        """Return the logits of all scales from one pass, as in training."""
+        maps = [torch.from_numpy(each) for each in tokens]
+        conditions = [order.condition for order in orders]
+        ids = (
+            torch.tensor(conditions)
+            if system.config.text is None
+            else system.encode_prompts([str(each) for each in conditions])
+        )
+        conditioning = system.condition(ids, torch.zeros(len(orders), dtype=torch.bool))
+        logits = system.predictor(conditioning, system.vae.quantize.teacher_input(maps[:-1]))
+        return [each.numpy() for each in logits.split([m.shape[1] for m in maps], 1)]
 
     def objective(
         self,

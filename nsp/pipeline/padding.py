@@ -1,0 +1,36 @@
+"""Batches padded to a size that a backend has, and results cut back to the images asked for."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from nsp.family.order import Order, Step
+from nsp.stage.arena import Array
+from nsp.stage.backend import Backend
+
+
+def pad_orders(orders: Sequence[Order[Any]], size: int) -> Sequence[Order[Any]]:
+    """Return `size` orders: those given, then the last one again and again."""
+    return [*orders, *[orders[-1]] * (size - len(orders))]
+
+
+def cut_step(step: Step, num_images: int) -> Step:
+    """Return a step of the first `num_images` images, as views; the images are the first axis."""
+    return replace(
+        step,
+        latent=None if step.latent is None else step.latent[:num_images],
+        drawn={name: array[:num_images] for name, array in step.drawn.items()},
+    )
+
+
+def pad_latent(backend: Backend, latent: Array, size: int) -> Array:
+    """Return a latent (size, C, h, w): the rows given, then the last one again and again."""
+    count = latent.shape[0]
+    if count == size:
+        return latent
+    dtype = backend.stages_io["decoder"].inputs["latent"].dtype
+    padded = backend.allocate((size, *latent.shape[1:]), dtype)
+    backend.copy_rows(latent, padded[:count])
+    for row in range(count, size):
+        backend.copy_rows(latent[count - 1 :], padded[row : row + 1])
+    return padded
