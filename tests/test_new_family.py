@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from nsp.data.png import read_metadata
+from nsp.testing import CHECKS
 from tests.test_plugins import BACKEND, BACKEND_GROUP, install
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,11 @@ def test_its_own_setting_is_an_option_and_named_in_the_help(installed: Workplace
     text = installed.nsp("generate", "--help").stdout
     assert re.search(r"--ink-bias FLOAT\s+Above 0 draws darker, below lighter\.\s+\(raster\)", text)
     assert re.search(r"--temperature FLOAT .+\(var,\s+raster\)", text, re.DOTALL)
+
+
+def test_it_passes_the_conformance_suite(installed: Workplace) -> None:
+    lines = installed.run("-m", "nsp.testing", "raster").stdout.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == ["passed"] * len(CHECKS)
 
 
 def test_two_steps_of_training_leave_a_checkpoint_and_samples(trained: Workplace) -> None:
