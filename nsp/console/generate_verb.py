@@ -1,5 +1,6 @@
 """`nsp generate`: prompts or classes become pictures in a folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,11 @@ if TYPE_CHECKING:
 @backend_option
 @precision_options("Run {} engines instead of what suits the device.")
 @threads_option("CPU threads.")
-@click.option("--save-intermediates", is_flag=True, help="Save the picture after every scale.")
+@click.option(
+    "--save-intermediates",
+    is_flag=True,
+    help="Save the pictures on the way, such as after every scale.",
+)
 @output_dir_option("outputs", "Where the images go.")
 @no_verify_option
 @json_option
@@ -97,7 +102,7 @@ def generate(
 
     check_output(output_dir)
     precision = one_precision(options)
-    family = _family_of(checkpoint or engine_dir or Path("engines"))
+    family, config = _family_of(checkpoint or engine_dir or Path("engines"))
     given = {name: value for name, value in options.items() if value is not None}
     if family is not None:
         check_settings(family, given)
@@ -105,7 +110,9 @@ def generate(
     if prompts_file is not None:
         from nsp.console.prompt_lists import read_list
 
-        listed = read_list(prompts_file, () if family is None else setting_names(family))
+        names = () if family is None else setting_names(family)
+        kind = family and family.condition(family.config.from_dict(config))
+        listed = read_list(prompts_file, names, has_condition=kind != "none")
     check_conditions(family, prompts, class_ids, listed)
     pipeline = _load(
         engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
@@ -146,20 +153,25 @@ def generate(
     click.echo(f"contact sheet: {gallery.contact_sheet}")
 
 
-def _family_of(folder: Path) -> "AnyFamily | None":
-    """Return the family whose defaults hold, or None: loading the folder will say what is wrong."""
+def _family_of(folder: Path) -> "tuple[AnyFamily | None, Mapping[str, Any]]":
+    """Return the family whose defaults hold, and the model's configuration as it is stored.
+
+    None: loading the folder will say what is wrong.
+    """
     from nsp.family.registry import family
     from nsp.files import read_json
     from nsp.paths import describe
 
     try:
         if describe(folder).kind == "engines":  # loading them checks all that their manifest says
-            return family(str(read_json(folder / "manifest.json")["family"]))
+            found = read_json(folder / "manifest.json")
+            return family(str(found["family"])), found["config"]
         from nsp.artifacts.checkpoint import read_checkpoint
 
-        return read_checkpoint(folder, verify=False).family
+        record = read_checkpoint(folder, verify=False)
+        return record.family, record.config
     except (NspError, OSError, ValueError, KeyError):
-        return None
+        return None, {}
 
 
 def _load(

@@ -59,11 +59,7 @@ def sampling_options(known: Sequence[str]) -> Iterator[click.Option]:
     owners: dict[str, list[str]] = {}
     options: dict[str, dict[str, Any]] = {}
     for name in known:
-        try:
-            sampling = family(name).sampling
-        except ConfigError as error:
-            logger.warning("%s", error)
-            continue
+        sampling = family(name).sampling
         hints = typing.get_type_hints(sampling)
         for each in dataclasses.fields(sampling):
             made = _option(hints[each.name], each.metadata.get("help", ""))

@@ -113,11 +113,14 @@ class Learner(ABC, Generic[C, Y]):
     ) -> Y:
         """Return a system whose weights will be loaded."""
 
-    @abstractmethod
     def new_system(
         self, config: C, text_encoder: Mapping[str, Any], source: "ImageSource | None"
     ) -> Y:
-        """Return a freshly initialised system; weights are drawn from torch's global generator."""
+        """Return a freshly initialised system; weights are drawn from torch's global generator.
+
+        A family that reads no prompts and no pretrained files need not say how.
+        """
+        return self.build(config, text_encoder=None, prompt_tokenizer=None)
 
     @abstractmethod
     def modules(self, system: Y, kv_layout: str) -> "Mapping[str, nn.Module]":
@@ -149,13 +152,16 @@ class Learner(ABC, Generic[C, Y]):
         """
         raise ConfigError("this family compares its cache with nothing: without_cache is missing")
 
-    @abstractmethod
     def reconstruct(self, system: Y, pictures_BHW3: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
         """Return uint8 pictures (B, H, W, 3) as the tokenizer of images keeps them."""
+        raise ConfigError(f"family {system.family} has no tokenizer of images to rebuild them with")
 
-    @abstractmethod
     def write_cache(self, system: Y, data: "ImageDataset", file: Path) -> None:
         """Write what the tokenizer of images makes of the pictures, for later runs."""
+        raise ConfigError(
+            f"family {system.family} has no tokenizer of images: there is nothing to keep in a "
+            "file, and training takes the pictures as they are"
+        )
 
 
 class Family(ABC, Generic[C, S, Y]):
@@ -171,7 +177,7 @@ class Family(ABC, Generic[C, S, Y]):
     takes_no_prompt: ClassVar[bool] = False  # "" stands for no prompt
     # `--batch-size N` without `--num-images` makes N images, as its first implementation does.
     batch_is_images: ClassVar[bool] = False
-    config: type[C]
+    config: type[C]  # has `image_size_px`, the side of the square pictures it is trained on
     sampling: type[S]
 
     @property
@@ -187,9 +193,9 @@ class Family(ABC, Generic[C, S, Y]):
     def grids(self, config: C) -> Sequence[tuple[int, int]]:
         """Return the (h, w) grids of the latents that decode to pictures, the finished one last."""
 
-    @abstractmethod
     def cache(self, config: C, rows: int, dtype: str) -> "KVShape | None":
         """Return the size of the key/value cache of one batch; None for a model without one."""
+        return None
 
     @abstractmethod
     def stages(self, config: C, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
@@ -212,13 +218,14 @@ class Family(ABC, Generic[C, S, Y]):
         """Return the prompt that stands for an order's null condition; None: a learned one."""
         return order.negative
 
-    @abstractmethod
     def batch_key(self, config: C, order: Order[S]) -> Hashable:
         """Return what decides shapes and control flow: orders of equal keys may share a batch.
 
         Names and shapes of what orders carry belong to it, too. Raises ConfigError for settings
-        that this model does not have.
+        that this model does not have. Where every order takes the same steps, there is nothing to
+        tell apart.
         """
+        return ()
 
     @abstractmethod
     def inputs(

@@ -7,7 +7,7 @@ when others join it.
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,10 @@ def make_orders(
     negative: str | Sequence[str | None] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> list[Order[S]]:
-    """Return `num_images` orders for every prompt, or class id, or one condition of no kind.
+    """Return `num_images` orders for every prompt, or class id, or without either.
 
-    `negative` is one prompt for all, or one per condition; `given` are arrays with a row per image.
+    Without either, a list of seeds says how many. `negative` is one prompt for all, or one per
+    condition; `given` are arrays with a row per image.
     Raises ConfigError for values of a wrong kind; whether they suit a model is checked later.
     """
     texts = None if prompts is None else prompt_texts(prompts)
@@ -46,6 +47,8 @@ def make_orders(
         raise ConfigError(f"nothing to generate: give one or more {kind}")
     conditions: list[str | int | None] = [*(texts or ()), *(numbers or ())] or [None]
     num_images = values.count("num_images", num_images)
+    if conditions == [None] and num_images == 1 and _is_list(seed):
+        num_images = max(len(seed), 1)
     check_total(num_images * len(conditions))
     whole = [condition for condition in conditions for _ in range(num_images)]
     nulls = [each for each in _nulls(negative, len(conditions)) for _ in range(num_images)]
@@ -67,9 +70,14 @@ def check_total(num_images: int) -> None:
         )
 
 
+def _is_list(seed: int | Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Return whether a seed is a list with one for each image."""
+    return isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str)
+
+
 def _seeds(seed: int | Sequence[int], conditions: Sequence[Hashable]) -> list[int]:
     """Return the seed of every image."""
-    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
+    if _is_list(seed):
         if len(seed) != len(conditions):
             raise ConfigError(
                 f"seed has {len(seed)} numbers for {len(conditions)} images; give one for each, "

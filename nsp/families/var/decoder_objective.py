@@ -69,10 +69,6 @@ class DecoderObjective(ReconstructionObjective):
         """Return what the tokens of the first 1, 2, ... scales stand for."""
         return self._vae.quantize.tokenize(self._vae.encode(image).float())[1]
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return False for biases and norms."""
-        return parameter.ndim > 1
-
     def rebuilt(self, image: Tensor) -> Tensor:
         """Return what is decoded of all tokens."""
         return self._vae.decode(self._latents(image)[-1])
