@@ -20,7 +20,7 @@ from nsp.benchmarks.guidance import guidance_sweep
 from nsp.benchmarks.machine import Ceilings, Environment, OtherWork, measure_ceilings
 from nsp.benchmarks.memory import ColdRun, cold_run
 from nsp.benchmarks.options import BenchOptions, Effort, plain
-from nsp.benchmarks.parity import Parity, compare
+from nsp.benchmarks.parity import Parity, compare, takes_tokens
 from nsp.benchmarks.peer import peer_process
 from nsp.benchmarks.pictures import Pictures, make_pictures
 from nsp.benchmarks.product import Product
@@ -43,8 +43,6 @@ from nsp.benchmarks.sweep import sweep
 from nsp.benchmarks.timing import Contestant, Observation, Timed, interleaved
 from nsp.cores import num_threads, usable_cores
 from nsp.errors import BackendError, ConfigError
-from nsp.family.gate import Tokens
-from nsp.pipeline.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +71,11 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
     emit = on_event or _ignore
     emit(BenchEvent(activity="loading", done=0, total=1))
     subject, effort = _load(options, threads), Effort.of(options)
-    family = subject.candidate.pipeline.family
-    if not draws_tokens(subject.candidate.pipeline):
-        raise ConfigError(
-            f"{options.engine_dir} is of family {family.name}, which has no tokens to compare; "
-            "nsp export has measured its stages (nsp inspect), --fidelity measures its pictures"
-        )
     result = measure(subject, options, effort, threads=threads, on_event=emit)
     if options.sweep:
         points = tuple(_sweep(subject, options, effort, emit))
+        result = dataclasses.replace(result, sweep=points)
+    if options.sweep and hasattr(subject.candidate.pipeline.sampling, "guidance_until"):
         emit(BenchEvent(activity="sweep: guidance ended early", done=0, total=1))
         guidance = guidance_sweep(
             subject.candidate.pipeline,
@@ -90,18 +84,10 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
             seconds=effort.sweep_seconds,
             seed=options.seed,
         )
-        result = dataclasses.replace(result, sweep=points, guidance=tuple(guidance))
+        result = dataclasses.replace(result, guidance=tuple(guidance))
     report = write_report(result, options.output_dir, pictures=_pictures(subject, options, emit))
     logger.info("benchmark took %.0f s: %s", result.seconds, report.markdown_path)
     return report
-
-
-def draws_tokens(pipeline: Pipeline) -> bool:
-    """Return whether a model draws tokens from logits."""
-    declared = pipeline.family.stages(
-        pipeline.config, kv_layout=pipeline.backend.kv_layout, dtype=pipeline.backend.kv_dtype()
-    )
-    return any(isinstance(stage.gate, Tokens) for stage in declared.values())
 
 
 def _load(options: BenchOptions, threads: int) -> Subject:
@@ -192,7 +178,7 @@ def _footprint(subject: Subject, options: BenchOptions) -> Footprint | None:
     if subject.device != "cpu" or side.pipeline.family.name not in FOOTPRINTS:
         return None
     contestant = Contestant(side.name, side.pipeline)
-    calls = contestant.stage_calls({**subject.conditions(1), "seed": options.seed})
+    calls = contestant.stage_calls(subject.request(1, options.seed))
     rows = max(call.sizes.get("G", 0) for call in calls)
     return FOOTPRINTS[side.pipeline.family.name](
         side.pipeline.config,
@@ -208,10 +194,9 @@ def _footprint(subject: Subject, options: BenchOptions) -> Footprint | None:
 def _contract(subject: Subject, options: BenchOptions, environment: Environment) -> Contract:
     """Return what another result must have in common with this one to be compared."""
     model = subject.model()
-    conditions = next(iter(subject.conditions(max(options.batch_sizes)).values()))
     return Contract(
         weights=model.model_hash,
-        conditions=tuple(str(value) for value in conditions),
+        conditions=subject.titles(max(options.batch_sizes), options.seed),
         seed=options.seed,
         schedule=model.schedule,
         image_size_px=model.image_size_px,
@@ -285,8 +270,8 @@ def _ceilings(subject: Subject, effort: Effort, threads: int, on_event: OnEvent)
 def _parity(
     subject: Subject, options: BenchOptions, effort: Effort, on_event: OnEvent
 ) -> Parity | None:
-    """Return the parity with the baseline, or None without one."""
-    if subject.baseline is None:
+    """Return the parity with the baseline; None without one, or where tokens cannot be given."""
+    if subject.baseline is None or not takes_tokens(subject.candidate.pipeline):
         return None
     on_event(BenchEvent(activity="parity", done=0, total=1))
     limit = subject.candidate.pipeline.max_batch
@@ -309,7 +294,7 @@ def _batch(
     on_event: OnEvent,
 ) -> BatchResult:
     """Return the times of one scenario, everybody in the same rounds."""
-    request = {**subject.conditions(scenario.batch), "seed": options.seed}
+    request = subject.request(scenario.batch, options.seed)
     sides = [Contestant(side.name, side.pipeline) for side in subject.sides]
     pipeline = subject.candidate.pipeline
     costs = call_costs(
@@ -340,7 +325,7 @@ def _batch(
         batch=scenario.batch,
         candidate=subject.candidate.name,
         baseline=subject.baseline.name if subject.baseline else None,
-        scale_names=[f"{side}x{side}" for side in pipeline.config.patch_nums],
+        scale_names=[f"{h}x{w}" for h, w in pipeline.family.grids(pipeline.config)],
         stopped=_stopped(observations, effort, len(contestants)),
     )
 
@@ -357,7 +342,7 @@ def _cold_runs(
     subject: Subject, options: BenchOptions, effort: Effort, threads: int, on_event: OnEvent
 ) -> Iterator[ColdRun]:
     """Yield what fresh processes measured, with batch 1, the sides taking turns."""
-    request = {**subject.conditions(1), "seed": options.seed}
+    request = subject.request(1, options.seed)
     counts = [effort.candidate_processes, effort.baseline_processes]
     planned = [
         side

@@ -121,12 +121,14 @@ def _tokenizer_of(options: FidelityOptions, manifest: Manifest) -> CheckpointRec
 def run(options: FidelityOptions, *, on_step: OnStep = lambda *_: None) -> Fidelity:
     """Return the figures, written as fidelity.json, .md and .png to `output_dir`.
 
-    Raises ConfigError for a class-conditional model or a source without held-out captions.
+    Raises ConfigError for a model without prompts or a source without held-out captions.
     """
     manifest = read_manifest(options.engine_dir)
     pipeline = load_pipeline(options.engine_dir, options.backend, precision=options.precision)
     if pipeline.tokenizer is None:
-        raise ConfigError(f"{options.engine_dir} takes class ids, but fidelity needs prompts")
+        raise ConfigError(
+            f"{options.engine_dir} takes no prompts, and fidelity is measured by these"
+        )
     if options.guidance_until is not None:
         until = {"guidance_until": options.guidance_until}
         pipeline.sampling = pipeline.sampling.changed(until)

@@ -100,7 +100,7 @@ def page(result: BenchResult, pictures: Pictures | None) -> str:
         title=f"{subject}{against}",
         subtitle=(
             f"{model.family} {model.model_hash[:12]}, {model.image_size_px} px, "
-            f"{model.num_tokens} tokens in {len(model.schedule)} scale steps. "
+            f"{model.schedule_words}. "
             f"{result.environment.cpu}, {result.environment.threads} thread(s). "
             f"{result.created[:16].replace('T', ' ')} UTC"
         ),

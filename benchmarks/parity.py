@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from nsp.config import Config
 from nsp.errors import ParityError
-from nsp.families.var.sampling import VarSampling, draw_uniforms
+from nsp.families.var.sampling import VarSampling
+from nsp.family.gate import Tokens
+from nsp.family.order import stream
 from nsp.pipeline.pipeline import Pipeline
 from nsp.pipeline.results import Trace
 
@@ -108,6 +110,17 @@ class _Traces:
     uniforms: Floats  # (B, L of all scales)
 
 
+def takes_tokens(pipeline: Pipeline) -> bool:
+    """Return whether both sides can be given the same tokens and random numbers, scale by scale."""
+    family, config, backend = pipeline.family, pipeline.config, pipeline.backend
+    if not {"uniforms", "forced_tokens"} <= family.given(config).keys():
+        return False
+    stages = family.stages(config, kv_layout=backend.kv_layout, dtype=backend.kv_dtype())
+    logits = (s.io.outputs[s.gate.logits] for s in stages.values() if isinstance(s.gate, Tokens))
+    # Where every step draws one token, a row for each would be no table.
+    return any(each.words[1].isidentifier() for each in logits)
+
+
 def compare(
     reference: Pipeline,
     candidate: Pipeline,
@@ -152,8 +165,8 @@ def _trace(
     reference: Pipeline, candidate: Pipeline, conditions: Mapping[str, Sequence[Any]], seed: int
 ) -> _Traces:
     batch = len(next(iter(conditions.values())))
-    length = reference.config.num_tokens
-    uniforms = np.stack([draw_uniforms(seed + image, length) for image in range(batch)])
+    shape = reference.family.given(reference.config)["uniforms"].shape
+    uniforms = np.stack([stream(seed + n).random(shape, np.float32) for n in range(batch)])
     settings = {**conditions, "uniforms": uniforms, "trace": True, **candidate.sampling.to_dict()}
     expected = reference.generate(**settings).trace
     assert expected is not None

@@ -51,16 +51,16 @@ def make_pictures(subject: Subject, *, seed: int) -> Pictures | None:
     if subject.baseline is None:
         return None
     limit = subject.candidate.pipeline.max_batch or NUM_PICTURES
-    conditions = subject.conditions(min(NUM_PICTURES, limit))
+    count = min(NUM_PICTURES, limit)
     sampling = subject.candidate.pipeline.sampling.to_dict()
-    request: dict[str, Any] = {**conditions, "seed": seed, **sampling}
+    request: dict[str, Any] = {**subject.request(count, seed), **sampling}
     expected, found = (
         side.pipeline.generate(**request).images for side in (subject.baseline, subject.candidate)
     )
     return Pictures(
         reference=subject.baseline.name,
         candidate=subject.candidate.name,
-        captions=tuple(str(value) for value in next(iter(conditions.values()))),
+        captions=subject.titles(count, seed),
         expected=expected,
         found=found,
     )

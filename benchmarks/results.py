@@ -193,6 +193,12 @@ class Model(Config):
     sampling: dict[str, Any]
     weights_mib: dict[str, float]  # on disk, per contestant
 
+    @property
+    def schedule_words(self) -> str:
+        """How many tokens or values of latents there are, and on how many grids."""
+        grids = len(self.schedule)
+        return f"{self.num_tokens} tokens" + (f" in {grids} scale steps" if grids > 1 else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult(Config):

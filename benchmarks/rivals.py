@@ -57,6 +57,8 @@ def _compiled(reference: Pipeline, system: Any, threads: int) -> Backend:
 def _plain_onnx(reference: Pipeline, system: Any, threads: int) -> Backend:
     """Return ONNX Runtime with what `torch.onnx.export` makes of the modules as they stand."""
     family = reference.family
+    if "present" not in family.kv_layouts:
+        raise BackendError(f"the cache of family {family.name} is not joined in a graph")
     stages_io: Mapping[str, StageIO] = family.stages_io(
         system.config, kv_layout="present", dtype="float32"
     )
@@ -75,7 +77,9 @@ def export_plain(
 
     declared = family.stages(system.config, kv_layout="present", dtype="float32")
     stages: Mapping[str, Any] = family.learner.modules(system, "present")
-    stages["step"].attend = attend_joined
+    for module in stages.values():
+        if hasattr(module, "attend"):
+            module.attend = attend_joined
     files = {}
     for stage, io in stages_io.items():
         (folder := root / stage).mkdir()
@@ -218,8 +222,7 @@ def make_rivals(
         try:
             pipeline = asked.make()
             for batch in batches:
-                request: dict[str, Any] = {**subject.conditions(batch), "seed": seed}
-                pipeline.generate(**request)
+                pipeline.generate(**subject.request(batch, seed))
         except (NspError, RuntimeError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             logger.warning("%s is not timed: %s", asked.name, reason)
@@ -232,10 +235,12 @@ def make_rivals(
 
 def other_precisions(subject: Subject) -> tuple[str, ...]:
     """Return the precisions the engine folder has besides the candidate's, and the device runs."""
-    name, used = subject.candidate.pipeline.backend.name, subject.candidate.pipeline.precision
+    pipeline = subject.candidate.pipeline
+    record, used = backend_record(pipeline.backend.name), pipeline.precision
     manifest = read_manifest(subject.candidate.source.path)
-    held = {v.precision for stage in manifest.stages for v in manifest.variants(stage, name)}
-    runs = backend_record(name).precisions["cuda" if subject.device == "cuda" else "cpu"]
+    found = (manifest.variants(stage, record.built_for) for stage in manifest.stages)
+    held = {variant.precision for variants in found for variant in variants}
+    runs = record.precisions["cuda" if subject.device == "cuda" else "cpu"]
     return tuple(each for each in runs if each in held and each != used)
 
 

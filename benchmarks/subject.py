@@ -10,7 +10,7 @@ from typing import Any
 from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.artifacts.manifest import Manifest, read_manifest
 from nsp.artifacts.repair import find_source
-from nsp.backends.available import availability
+from nsp.backends.available import availability, backend_record
 from nsp.benchmarks.flops import TextEncoderSize
 from nsp.benchmarks.memory import Source
 from nsp.benchmarks.results import Model
@@ -66,18 +66,35 @@ class Subject:
         return (self.candidate,) if self.baseline is None else (self.candidate, self.baseline)
 
     def conditions(self, count: int) -> dict[str, list[Any]]:
-        """Return `count` prompts, or class ids over all classes, as `generate` takes them."""
+        """Return `count` prompts, or class ids over all classes, as `generate` takes them.
+
+        Nothing for a model without condition.
+        """
         pipeline = self.candidate.pipeline
+        if pipeline.family.condition(pipeline.config) == "none":
+            return {}
         if (tokenizer := pipeline.tokenizer) is not None:
             whole = [text for text in CAPTIONS if tokenizer.truncated(text) is None] or CAPTIONS
             return {"prompts": [whole[i % len(whole)] for i in range(count)]}
         classes = pipeline.config.num_classes
         return {"class_ids": [i * classes // count for i in range(count)]}
 
+    def request(self, count: int, seed: int) -> dict[str, Any]:
+        """Return what `generate` takes for `count` images; without condition every one its seed."""
+        asked = self.conditions(count)
+        return {**asked, "seed": seed if asked else [seed + number for number in range(count)]}
+
+    def titles(self, count: int, seed: int) -> tuple[str, ...]:
+        """Return what each of `count` images is asked for by, in words."""
+        asked = self.conditions(count)
+        named = next(iter(asked.values()), [f"seed {seed + number}" for number in range(count)])
+        return tuple(str(each) for each in named)
+
     def model(self) -> Model:
         """Return what bench.json says about the candidate's model."""
         pipeline = self.candidate.pipeline
         config, backend = pipeline.config, pipeline.backend
+        grids = pipeline.family.grids(config)
         return Model(
             family=pipeline.family.name,
             model_hash=pipeline.model_hash,
@@ -86,8 +103,8 @@ class Subject:
             precision=pipeline.precision,
             kv_dtype=backend.kv_dtype(),
             kv_layout=backend.kv_layout,
-            schedule=tuple(config.patch_nums),
-            num_tokens=config.num_tokens,
+            schedule=tuple(h for h, _ in grids),
+            num_tokens=sum(h * w for h, w in grids),
             image_size_px=config.image_size_px,
             sampling=pipeline.sampling.to_dict(),
             weights_mib=dict(self.weights_mib),
@@ -173,7 +190,7 @@ def _engines_mib(manifest: Manifest, folder: Path, pipeline: Pipeline) -> float:
     files = {
         name
         for stage in manifest.stages
-        for variant in manifest.variants(stage, pipeline.backend.name)
+        for variant in manifest.variants(stage, backend_record(pipeline.backend.name).built_for)
         if variant.precision == pipeline.precision
         for name in variant.files
     }

@@ -33,7 +33,7 @@ def sweep(
         with torch_threads(subject, threads):
             for scenario in group:
                 on_start(f"sweep: {scenario.name}", done, len(scenarios))
-                request = {**subject.conditions(scenario.batch), "seed": seed}
+                request = subject.request(scenario.batch, seed)
                 observations = interleaved(
                     contestants,
                     request,

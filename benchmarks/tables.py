@@ -54,6 +54,11 @@ def _latency_section(result: BenchResult, batch: BatchResult) -> Section:
     notes = [throughput, rounds, _ceilings_note(result.ceilings)]
     if result.baseline_missing:
         notes.append(f"No PyTorch baseline: {result.baseline_missing}")
+    if result.parity is None and result.baseline:
+        notes.append(
+            "Parity is not among the tables: this model cannot be given the tokens of a whole "
+            "scale. `nsp verify` holds every stage to PyTorch, and the report has pictures of both."
+        )
     return Section(
         title=f"Latency, batch {batch.batch}: {result.candidate} {result.model.precision}",
         header=("stage", "calls", *_row_header(result)),

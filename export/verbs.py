@@ -119,9 +119,10 @@ def export_engines(
     if as_json:
         print_json(describe_folder(folder))
         return
-    condition = '--prompt "…"' if "text_encoder" in manifest.stages else "--class-id 0"
+    kind = manifest.family_record.condition(manifest.model_config)
+    asked = {"prompt": ' --prompt "…"', "class": " --class-id 0", "none": ""}[kind]
     click.echo(f"engines: {folder} ({', '.join(manifest.backends())})")
-    click.echo(f"next: nsp generate --engine-dir {shlex.quote(str(folder))} {condition}")
+    click.echo(f"next: nsp generate --engine-dir {shlex.quote(str(folder))}{asked}")
 
 
 def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: bool) -> None:

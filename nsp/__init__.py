@@ -2,19 +2,20 @@
 
 Engines in, pictures out:
 
-    pipe = nsp.load_pipeline("engines/")
-    images = pipe.generate(prompts=["red apple"], seed=0).images
+    pipe = nsp.Pipeline.from_pretrained("engines/")
+    pipe("red apple", seed=0).images[0].save("apple.png")
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nsp.errors import NspError
+    from nsp.family.order import Order
     from nsp.pipeline.pipeline import Pipeline, load_pipeline
 
     __version__: str
 
-__all__ = ["NspError", "Pipeline", "__version__", "load_pipeline"]
+__all__ = ["NspError", "Order", "Pipeline", "__version__", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from nsp import errors
 
         return errors.NspError
+    if name == "Order":
+        from nsp.family import order
+
+        return order.Order
     from nsp.pipeline import pipeline
 
     return getattr(pipeline, name)

@@ -6,9 +6,11 @@ import, or whose package was partly removed, gives one warning and never stops a
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
+
+from nsp.errors import ConfigError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -21,6 +23,7 @@ class Plugins:
 
     def __init__(self, group: str, built_in: Mapping[str, str]) -> None:
         self.group, self.built_in = group, built_in
+        self._left_out: set[str] = set()  # plugins that were warned about
 
     def load(self, name: str) -> object | None:
         """Import and return the object called `name`; None if it is unknown or broken."""
@@ -33,21 +36,33 @@ class Plugins:
             return None
         try:
             loaded: object = entry.load()
-        except Exception as error:  # the import of a foreign package may raise anything
-            logger.warning(
-                "%s %r of package %s cannot be loaded and is left out (%s: %s)",
-                self.group,
+        except Exception as error:  # whatever somebody else's package raises while it is imported
+            self._leave_out(
                 name,
-                _package(entry),
-                type(error).__name__,
-                error,
+                f"{self.group} {name!r} of package {_package(entry)} does not load and is left out "
+                f"({type(error).__name__}: {error})",
             )
             return None
         return loaded
 
     def names(self) -> list[str]:
-        """Return all names, the built-in ones first."""
-        return [*self.built_in, *self._others]
+        """Return all names, the built-in ones first, without plugins that were warned about."""
+        return [*self.built_in, *(name for name in self._others if name not in self._left_out)]
+
+    def usable(self, get: Callable[[str], object]) -> list[str]:
+        """Return the names, without plugins of which `get` raises ConfigError: one warning each."""
+        for name in self.names()[len(self.built_in) :]:
+            try:
+                get(name)
+            except ConfigError as error:
+                self._leave_out(name, f"{error}; it is left out")
+        return self.names()
+
+    def _leave_out(self, name: str, problem: str) -> None:
+        """Warn about a plugin once."""
+        if name not in self._left_out:
+            self._left_out.add(name)
+            logger.warning("%s", problem)
 
     @cached_property
     def _others(self) -> dict[str, "EntryPoint"]:

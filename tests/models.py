@@ -29,7 +29,7 @@ def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -
     from nsp.artifacts.systems import save_checkpoint
     from nsp.data.sources import ImageSource, Sample
     from nsp.families.var.config import SIZES
-    from nsp.families.var.learn import new_system
+    from nsp.families.var.learn import VarLearner
 
     torch.manual_seed(seed)
     config = SIZES["tiny"]
@@ -37,7 +37,7 @@ def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -
     samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS)
     source = ImageSource(samples, (), ())
     text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
-    system = new_system(config, text_encoder, source)
+    system = VarLearner().new_system(config, text_encoder, source)
     with torch.no_grad():
         system.predictor.head.weight.mul_(100)
         for block in system.predictor.blocks:

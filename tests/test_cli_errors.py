@@ -61,7 +61,7 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("bench", "--fidelity", "--rounds", "3"), ("--rounds", "omit it with --fidelity")),
         (("bench", "--compare", __file__, __file__, "--fp16"), ("--fp16", "with --compare")),
         (("inspect",), ("FOLDER",)),
-        (("convert", "--family", "var"), ("--tokenizer",)),
+        (("convert", "--family", "var", "--output-dir", "new"), ("--tokenizer",)),
     ],
     ids=lambda value: " ".join(value),
 )

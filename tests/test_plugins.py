@@ -1,4 +1,4 @@
-"""Families of other packages: found by entry points, and none that is broken stops another."""
+"""Families and backends of other packages: found by entry points, a broken one stops no other."""
 
 import logging
 import sys
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nsp.backends import available
+from nsp.backends.available import BACKENDS, availability, backend_names, backend_record
+from nsp.console.doctor import examine
 from nsp.errors import ConfigError
 from nsp.families.var import Var
 from nsp.family import registry
@@ -13,14 +16,34 @@ from nsp.plugins import Plugins
 
 TABLE = {"var": "nsp.families.var:Var"}
 GROUP = "nsp.families"
+BACKEND_GROUP = "nsp.backends"
+# Plays the engines of ONNX Runtime, by a class of its own.
+BACKEND = """
+import dataclasses
+from nsp.backends.available import BACKENDS, Availability
+from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
+
+class Mine(OnnxRuntimeBackend):
+    name = "mine"
+
+def load(files, stages_io, *, kv_layout, device, num_threads=None):
+    return Mine(files, stages_io, kv_layout=kv_layout, providers=[CPU], num_threads=num_threads)
+
+RECORD = dataclasses.replace(
+    BACKENDS["onnxruntime"], name="mine", loader="good_one:load", engines_of="onnxruntime",
+    probe=lambda record: Availability(True, "runs engines like a toy", device="cpu"),
+)
+"""
 
 
-def install(site: Path, package: str, entries: dict[str, str], code: str | None) -> None:
+def install(
+    site: Path, package: str, entries: dict[str, str], code: str | None, group: str = GROUP
+) -> None:
     """Lay an installed package: its record of entry points and, unless it was removed, its code."""
     record = site / f"{package}-1.0.dist-info"
     record.mkdir(parents=True)
     (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    lines = [f"[{GROUP}]", *(f"{name} = {value}" for name, value in entries.items())]
+    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
     (record / "entry_points.txt").write_text("\n".join(lines) + "\n")
     if code is not None:
         (site / f"{package}.py").write_text(code)
@@ -69,9 +92,51 @@ def test_a_built_in_name_wins_and_of_two_others_the_first(
     assert plugins.load("var") is Var
 
 
+def test_a_plugin_that_cannot_be_used_is_one_warning_however_often_names_are_asked_for(
+    site: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(site, "good_one", {"mine": "good_one:Thing"}, "class Thing: pass\n")
+    install(site, "broken_one", {"broken": "broken_one:Thing"}, "raise OSError('half written')\n")
+    monkeypatch.setattr(registry, "_PLUGINS", Plugins(GROUP, TABLE))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert registry.family_names() == ["var"]
+            with pytest.raises(ConfigError, match=r"unknown family 'broken'; known: var$"):
+                registry.family("broken")
+    assert len(caplog.messages) == 2
+    assert {"'mine'", "'broken'"} == {each.split()[1].strip(":") for each in caplog.messages}
+    assert all("left out" in each for each in caplog.messages)
+
+
+def test_a_backend_of_another_package_is_named_listed_and_never_hides_one_of_ours(
+    site: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = {"mine": "good_one:RECORD", "torch": "good_one:RECORD"}
+    install(site, "good_one", entries, BACKEND, BACKEND_GROUP)
+    install(site, "broken_one", {"broken": "broken_one:RECORD"}, "raise OSError\n", BACKEND_GROUP)
+    install(site, "other_one", {"odd": "other_one:RECORD"}, "RECORD = 3\n", BACKEND_GROUP)
+    plugins = Plugins(BACKEND_GROUP, dict.fromkeys(BACKENDS, ""))
+    monkeypatch.setattr(available, "_PLUGINS", plugins)
+    with caplog.at_level(logging.WARNING):
+        assert backend_names() == [*BACKENDS, "mine"]
+        listed = {each["name"]: each["reason"] for each in examine()["backends"]}
+    assert listed["mine"] == "runs engines like a toy"
+    assert listed.keys() == {*BACKENDS, "mine"}
+    assert backend_record("mine").built_for == "onnxruntime"
+    assert backend_record("torch") is BACKENDS["torch"]
+    assert [each.split(" is ")[0] for each in caplog.messages if "torch" in each] == [
+        "nsp.backends 'torch' of package good_one"
+    ]
+    assert len(caplog.messages) == 3  # the clash, the broken one, the one that is no record
+    reason = availability("nowhere").reason
+    assert reason == f"unknown backend 'nowhere'; known: auto, {', '.join(BACKENDS)}, mine"
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [
+        ("from nsp.family.contract import Family\nclass Thing(Family): pass\n", "not complete"),
+        ("from nsp.families.var import Var\nclass Thing(Var): pass\n", "calls itself 'var'"),
         ("class Thing: pass\n", "is not a subclass of nsp's Family"),
         ("from nsp.families.var import Var\nclass Thing(Var):\n    api = 99\n", "version 99"),
     ],
@@ -83,5 +148,5 @@ def test_what_is_no_family_of_this_contract_is_refused_by_name(
     monkeypatch.setattr(registry, "_PLUGINS", Plugins(GROUP, TABLE))
     with pytest.raises(ConfigError, match=f"family 'mine'.*{words}"):
         registry.family("mine")
-    with pytest.raises(ConfigError, match="unknown family 'other'; known: var, mine"):
+    with pytest.raises(ConfigError, match=r"unknown family 'other'; known: var$"):
         registry.family("other")

@@ -60,7 +60,10 @@ def test_console_commands_work(workspace: Path) -> None:
     assert (workspace / "outputs" / "contact_sheet.png").is_file()
 
 
-def test_python_example_works(workspace: Path, tiny_checkpoint: Path) -> None:
+def test_python_example_works(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # it saves a picture
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = example.replace('"engines/"', repr(str(tiny_checkpoint)))
     namespace: dict[str, object] = {}

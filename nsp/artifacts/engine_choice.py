@@ -77,8 +77,8 @@ def choose_backend(
 
 def _check_complete(folder: Path, manifest: Manifest, record: BackendRecord) -> None:
     """Raise EngineError when a stage has no engine for the backend."""
-    again = repair(folder, manifest, backend=record.name)
-    lacking = [stage for stage in manifest.stages if not manifest.variants(stage, record.name)]
+    again = repair(folder, manifest, backend=record.built_for)
+    lacking = [stage for stage in manifest.stages if not manifest.variants(stage, record.built_for)]
     if len(lacking) == len(manifest.stages):
         held = ", ".join(manifest.backends()) or "no complete set"
         raise EngineError(f"{folder} has no engines for {record.name} (it has: {held}); {again}")
@@ -111,9 +111,9 @@ def _working_device(record: BackendRecord, device: Device | None) -> Device:
 def _check_targets(folder: Path, manifest: Manifest, record: BackendRecord) -> None:
     """Raise EngineError when the backend's engines were built for another machine."""
     for stage in manifest.stages:
-        for variant in manifest.variants(stage, record.name):
+        for variant in manifest.variants(stage, record.built_for):
             if differences := list(_differences(record, variant)):
-                again = repair(folder, manifest, backend=record.name)
+                again = repair(folder, manifest, backend=record.built_for)
                 raise EngineError(
                     f"{folder}: the {record.name} engine of stage {stage} is for "
                     f"{'; '.join(differences)}; {again}"
@@ -161,7 +161,7 @@ def choose_variants(
         runs = " or ".join(record.precisions[device])
         raise ConfigError(f"{record.name} runs {runs} on {device}, not {precision}")
     wanted = (precision,) if precision else record.precisions[device]
-    held = [v for s in manifest.stages for v in manifest.variants(s, record.name)]
+    held = [v for s in manifest.stages for v in manifest.variants(s, record.built_for)]
     layouts = dict.fromkeys(variant.kv_layout for variant in held)
     problem = ""
     for each in wanted:
@@ -178,7 +178,7 @@ def choose_variants(
             problem = problem or _misfit(manifest, odd[0], each)
     if not problem:
         has = ", ".join(sorted({variant.precision for variant in held}))
-        again = repair(folder, manifest, backend=record.name, precision=wanted[0])
+        again = repair(folder, manifest, backend=record.built_for, precision=wanted[0])
         raise EngineError(
             f"{folder} has no {' or '.join(wanted)} engines for {record.name} (it has {has}); "
             f"{again}"
@@ -197,7 +197,7 @@ def _fitting(
     order = [precision, *(name for name in PRECISION_DTYPES if name != precision)]
     found = {}
     for stage, io in declared.items():
-        variants = manifest.variants(stage, record.name) if stage in manifest.stages else []
+        variants = manifest.variants(stage, record.built_for) if stage in manifest.stages else []
         try:
             fitting = [variant for variant in variants if variant.stage_io == io and variant.files]
         except ConfigError as error:

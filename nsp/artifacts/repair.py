@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.errors import CheckpointError, NspError
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -71,12 +70,15 @@ def repair_unread(folder: Path, values: Mapping[str, Any]) -> str:
     source, stages = values.get("source"), values.get("stages")
     if not isinstance(source, str) or not isinstance(stages, dict):
         return _unknown(folder)
-    variants = [v for vs in stages.values() if isinstance(vs, list) for v in vs]
-    found = {v.get("precision") for v in variants if isinstance(v, dict)}
+    listed = [v for vs in stages.values() if isinstance(vs, list) for v in vs]
+    variants = [v for v in listed if isinstance(v, dict)]
+    found = [v.get("precision") for v in variants]
+    held = {name for v in variants if isinstance(name := v.get("backend"), str)}
+    backend = held.pop() if len(held) == 1 else None
     # Schema 1 had the path of the checkpoint, relative to the engine folder.
     path = (folder / source).resolve() if os.sep in source else Path(source)
     name = str(path) if path.is_dir() else source_name(path)
-    return _command(folder, name, {p for p in _PRECISIONS if p in found}, None, drop_fp32=True)
+    return _command(folder, name, {p for p in _PRECISIONS if p in found}, backend, drop_fp32=True)
 
 
 def _unknown(folder: Path) -> str:
@@ -113,6 +115,8 @@ def source_candidates(folder: Path, name: str) -> Iterable[Path]:
     These are the package (its demo model), `runs`, `checkpoints`, and folders of that name, both in
     the current folder and next to the engine folder. The model hash shows whether it is the same.
     """
+    from nsp.artifacts.checkpoint import is_checkpoint  # engines that are in order need no repair
+
     roots = [Path.cwd(), folder.absolute().parent]
     places = [root / part for root in dict.fromkeys(roots) for part in ("", "runs", "checkpoints")]
     found = [DEMO] if name == DEMO.name else []
@@ -128,6 +132,8 @@ def find_source(folder: Path, manifest: Exported) -> Path:
 
     Raises CheckpointError if it is in none of the usual places.
     """
+    from nsp.artifacts.checkpoint import read_checkpoint
+
     others = []
     for path in source_candidates(folder, manifest.source):
         try:

@@ -1,6 +1,6 @@
 """Writes models of any family to checkpoint folders (torch); model_parts.py reads them.
 
-config.json      {"family": "var", "config": {...}, ...}
+config.json      {"family": ..., "config": {...}, ...}
 PART/            model.safetensors, for every part the family names ("predictor", "vae")
 text_encoder/    a CLIPTextModel folder       (models that read prompts)
 tokenizer/       its prompt tokenizer

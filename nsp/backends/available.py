@@ -1,4 +1,10 @@
-"""The registry of backends: a record of each, and whether it works on this machine."""
+"""The registry of backends: one plain record each, and whether each works on this machine.
+
+A package of somebody else's declares its BackendRecord so, and nothing here changes:
+
+    [project.entry-points."nsp.backends"]
+    my_backend = "my_package:RECORD"
+"""
 
 import importlib
 import importlib.util
@@ -9,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from nsp.backends.nvidia import find_gpu
 from nsp.distribution import installed_version, pip_install
 from nsp.errors import ConfigError, lacks_memory
+from nsp.plugins import Plugins
 
 Device: TypeAlias = Literal["cpu", "cuda"]
 
@@ -43,8 +50,14 @@ class BackendRecord:
     precisions: Mapping[Device, tuple[str, ...]] = field(
         default_factory=lambda: {"cuda": ("fp16", "bf16", "fp32")}
     )
+    engines_of: str | None = None  # the backend whose engines it runs; None: its own
     portable: bool = True  # False: engines fit one GPU architecture, library version and OS
     build_needs_gpu: bool = False
+
+    @property
+    def built_for(self) -> str:
+        """The backend that a manifest names for the engines it runs."""
+        return self.name if self.engines_of is None else self.engines_of
 
     @property
     def install(self) -> str | None:
@@ -83,10 +96,23 @@ def backend_record(name: str) -> BackendRecord:
 
     Raises ConfigError naming the known ones.
     """
-    try:
-        return BACKENDS[name.replace("-", "_")]
-    except KeyError:
-        raise ConfigError(f"unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}") from None
+    plain = name.replace("-", "_")
+    if plain in BACKENDS:
+        return BACKENDS[plain]
+    found = _PLUGINS.load(plain)
+    if found is None:
+        raise ConfigError(f"unknown backend {name!r}; known: auto, {', '.join(backend_names())}")
+    if not isinstance(found, BackendRecord) or found.name != plain:
+        raise ConfigError(f"backend {plain!r}: {found!r} is not a BackendRecord of that name")
+    return found
+
+
+def backend_names() -> list[str]:
+    """Return the names of all backends: the built-in ones, then those of other packages.
+
+    One that cannot be used is left out with a warning.
+    """
+    return _PLUGINS.usable(backend_record)
 
 
 def availability(name: str) -> Availability:
@@ -273,3 +299,4 @@ BACKENDS: Mapping[str, BackendRecord] = {
         ),
     )
 }
+_PLUGINS = Plugins("nsp.backends", dict.fromkeys(BACKENDS, ""))  # the built-in ones are here

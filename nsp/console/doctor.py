@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsp.backends.available import BACKENDS, availability
+from nsp.backends.available import availability, backend_names
 from nsp.backends.nvidia import find_gpu
 from nsp.distribution import checkout, extras, installed_version, pip_install, version
 
@@ -32,7 +32,7 @@ def examine() -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)),
         "ram_gib": round(_ram_bytes() / 2**30, 1),
         "gpu": None if gpu is None else asdict(gpu),
-        "backends": [{"name": name, **asdict(availability(name))} for name in BACKENDS],
+        "backends": [{"name": name, **asdict(availability(name))} for name in backend_names()],
         "extras": _extras(has_gpu=gpu is not None),
     }
 

@@ -15,22 +15,34 @@ from nsp.console.command_line import (
     read_json,
     verbose_option,
 )
+from nsp.errors import ConfigError
 
 
-@click.command(cls=Verb)
-@click.option("--family", "family_name", required=True, help="Model family of the weights (var).")
-@click.option("--tokenizer", type=FILE, required=True, help="Weights of the image tokenizer.")
-@click.option("--predictor", type=FILE, required=True, help="Weights of the transformer.")
-@click.option("--config", type=FILE, help="JSON with model arguments that the weights do not show.")
+class ConvertVerb(Verb):
+    """A verb with an option for every file that families take."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the verb's own parameters, and the files of all families."""
+        from nsp.family.registry import family, family_names
+
+        helps = {
+            file: f"{text} ({name})"
+            for name in family_names()
+            for file, text in family(name).published.items()
+        }
+        files = (click.Option([f"--{n}"], type=FILE, help=text) for n, text in helps.items())
+        return [*super().get_params(ctx), *files]
+
+
+@click.command(cls=ConvertVerb)
+@click.option("--family", "family_name", required=True, help="Model family of the weights.")
+@click.option(
+    "--config", type=FILE, help="JSON with constructor arguments that shapes do not tell."
+)
 @click.option("--output-dir", type=FOLDER, required=True, help="Checkpoint folder to write.")
 @verbose_option
 def convert(
-    *,
-    family_name: str,
-    tokenizer: Path,
-    predictor: Path,
-    config: Path | None,
-    output_dir: Path,
+    *, family_name: str, config: Path | None, output_dir: Path, **files: Path | None
 ) -> None:
     """Convert published weights to a checkpoint folder."""
     from nsp.family.registry import family
@@ -38,8 +50,13 @@ def convert(
 
     check_output(output_dir)
     record = family(family_name)
-    values = None if config is None else read_json(config)
-    record.convert({"tokenizer": tokenizer, "predictor": predictor}, values, output_dir)
+    given = {name: path for name, path in files.items() if path is not None}
+    for name in (*record.published, *given):
+        if name not in given:
+            raise ConfigError(f"--{name} is missing: {record.published[name]}")
+        if name not in record.published:
+            raise ConfigError(f"--{name} is not a file that family {family_name} is converted from")
+    record.convert(given, None if config is None else read_json(config), output_dir)
     click.echo(f"checkpoint: {output_dir}")
     click.echo(f"next: nsp export --checkpoint {shlex.quote(str(output_dir))}")
 

@@ -3,7 +3,8 @@
 outputs/
   000_red-apple_seed0.png                  one file per image
   contact_sheet.png                        all of them, titled
-  scales/000_red-apple_seed0_scale1.png    the picture after every scale, if requested
+  scales/000_red-apple_seed0_scale1.png    the picture after every scale, when asked for; models
+                                           of another kind have tokens/ or timesteps/
 """
 
 import errno
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from nsp.data.png import slug, write_image, write_png
 from nsp.data.sheet import contact_sheet
 from nsp.distribution import version
-from nsp.family.order import Order
+from nsp.family.order import Order, Unit
 from nsp.pipeline.orders import cut_batches
 from nsp.pipeline.pipeline import Pipeline
 from nsp.pipeline.results import StreamStep, to_uint8
@@ -30,7 +31,8 @@ from nsp.pipeline.results import StreamStep, to_uint8
 logger = logging.getLogger(__name__)
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
-_MAX_SHEET = 128  # pictures on a contact sheet, which must fit into memory
+_UNITS: Mapping[Unit, str] = {"scale": "scales", "tokens": "tokens", "timestep": "timesteps"}
+_MAX_SHEET = 128  # pictures on a contact sheet: it is held in memory
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,16 @@ class GalleryProgress:
     images_done: int  # by earlier batches
     images: int  # of the run
     batch: int  # images of this batch
-    scale: int  # finished scales of this batch
+    scale: int  # finished steps of this batch
     num_scales: int
+    unit: Unit = "scale"  # of the steps
 
     @property
     def activity(self) -> str:
         """The current activity in words."""
         first, last = self.images_done + 1, self.images_done + self.batch
         which = str(first) if first == last else f"{first}-{last}"
-        return f"image {which} of {self.images}: scales"
+        return f"image {which} of {self.images}: {_UNITS[self.unit]}"
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,12 @@ def generate_gallery(
             seconds += time.perf_counter() - started
             if on_step is not None:
                 done, count = step.index + 1, len(batch)
-                on_step(GalleryProgress(len(written), len(orders), count, done, step.total))
+                progress = GalleryProgress(
+                    len(written), len(orders), count, done, step.total, step.unit
+                )
+                on_step(progress)
             if save_intermediates and step.latent is not None:
-                _write_scale(folder / "scales", names, last)
+                _write_step(folder / _UNITS[step.unit], names, step.unit, last)
             started = time.perf_counter()
         assert last is not None  # a loop has at least one step
         pictures = to_uint8(last.decode())
@@ -137,10 +143,10 @@ def generate_gallery(
     return Gallery(images, sheet)
 
 
-def _write_scale(folder: Path, names: Sequence[str], step: StreamStep) -> None:
-    """Write the pictures decoded from the latent after one scale."""
+def _write_step(folder: Path, names: Sequence[str], unit: Unit, step: StreamStep) -> None:
+    """Write the pictures of the latent after one step."""
     for name, picture in zip(names, to_uint8(step.decode()), strict=True):
-        write_png(folder / f"{name}_scale{step.scale + 1}.png", picture)
+        write_png(folder / f"{name}_{unit}{step.scale + 1}.png", picture)
 
 
 def _write_sheet(

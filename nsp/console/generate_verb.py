@@ -1,5 +1,6 @@
 """`nsp generate`: prompts or classes become pictures in a folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +68,12 @@ if TYPE_CHECKING:
 @backend_option
 @precision_options("Run {} engines instead of those that suit the device best.")
 @threads_option("CPU threads.")
-@click.option("--save-intermediates", is_flag=True, help="Save the picture after every scale.")
-@output_dir_option("outputs", "Folder for the images.")
+@click.option(
+    "--save-intermediates",
+    is_flag=True,
+    help="Save the pictures on the way, such as after every scale.",
+)
+@output_dir_option("outputs", "Where the images go.")
 @no_verify_option
 @json_option
 @verbose_option
@@ -97,7 +102,7 @@ def generate(
 
     check_output(output_dir)
     precision = one_precision(options)
-    family = _family_of(checkpoint or engine_dir or Path("engines"))
+    family, config = _family_of(checkpoint or engine_dir or Path("engines"))
     given = {name: value for name, value in options.items() if value is not None}
     if family is not None:
         check_settings(family, given)
@@ -105,7 +110,9 @@ def generate(
     if prompts_file is not None:
         from nsp.console.prompt_lists import read_list
 
-        listed = read_list(prompts_file, () if family is None else setting_names(family))
+        names = () if family is None else setting_names(family)
+        kind = family and family.condition(family.config.from_dict(config))
+        listed = read_list(prompts_file, names, has_condition=kind != "none")
     check_conditions(family, prompts, class_ids, listed)
     pipeline = _load(
         engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
@@ -146,18 +153,25 @@ def generate(
     click.echo(f"contact sheet: {gallery.contact_sheet}")
 
 
-def _family_of(folder: Path) -> "AnyFamily | None":
-    """Return the family whose defaults apply, or None: loading will report what is wrong."""
-    from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
-    from nsp.artifacts.manifest import read_manifest
+def _family_of(folder: Path) -> "tuple[AnyFamily | None, Mapping[str, Any]]":
+    """Return the family whose defaults hold, and the model's configuration as it is stored.
+
+    None: loading the folder will say what is wrong.
+    """
     from nsp.family.registry import family
+    from nsp.files import read_json
+    from nsp.paths import describe
 
     try:
-        if is_checkpoint(folder):
-            return read_checkpoint(folder, verify=False).family
-        return family(read_manifest(folder).family)
-    except NspError:
-        return None
+        if describe(folder).kind == "engines":  # loading them checks all that their manifest says
+            found = read_json(folder / "manifest.json")
+            return family(str(found["family"])), found["config"]
+        from nsp.artifacts.checkpoint import read_checkpoint
+
+        record = read_checkpoint(folder, verify=False)
+        return record.family, record.config
+    except (NspError, OSError, ValueError, KeyError):
+        return None, {}
 
 
 def _load(
@@ -170,8 +184,7 @@ def _load(
     *,
     verify: bool,
 ) -> "Pipeline":
-    """Return the model of the given folder; each option accepts only its own kind of folder."""
-    from nsp.artifacts.checkpoint import read_checkpoint
+    """Return the model of the folder given; each option takes its own kind of folder only."""
     from nsp.paths import NOTHING, describe, wrong_path
     from nsp.pipeline.pipeline import load_pipeline
 
@@ -182,6 +195,8 @@ def _load(
             raise ConfigError(f"--{precision} is for engines; a checkpoint runs in fp32")
         if (found := describe(checkpoint)).kind == "engines":
             raise ConfigError(wrong_path(checkpoint, "--checkpoint", found))
+        from nsp.artifacts.checkpoint import read_checkpoint
+
         folder = read_checkpoint(checkpoint, verify=verify).folder
         return load_pipeline(folder, backend, device=device, verify=verify)
     folder = engine_dir or Path("engines")

@@ -5,8 +5,9 @@ images.csv     a header with the columns prompt (or text, caption) or class (or 
                negative_prompt and settings of the model, such as guidance_scale
 images.jsonl   one object per line with those keys
 
-A table in a file with another suffix is not used as a list of prompts: if the first line of a text
-file is a table's header or a JSON object, an error says so.
+Rows for a model that takes no condition have neither prompt nor class.
+A table is never drawn line by line, whatever its file is called: a header or an object at the head
+of a text file is told about.
 """
 
 import codecs
@@ -49,10 +50,13 @@ class ListedImage:
     where: str = ""  # file and line, for messages
 
 
-def read_list(path: Path, settings: Sequence[str] = ()) -> tuple[ListedImage, ...]:
-    """Return the rows of a list, in order; at least one.
+def read_list(
+    path: Path, settings: Sequence[str] = (), *, has_condition: bool = True
+) -> tuple[ListedImage, ...]:
+    """Return the rows of a list, in order; there is at least one.
 
-    `settings` are names of further columns: settings of the model, checked later.
+    `settings` are names of columns beside the known ones: settings of the model, checked later.
+    `has_condition`: every row must have a prompt or a class.
 
     Raises ConfigError naming the file, and the line that has something wrong.
     """
@@ -61,7 +65,7 @@ def read_list(path: Path, settings: Sequence[str] = ()) -> tuple[ListedImage, ..
     kind = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix, "text")
     _check_kind(path, kind, content)
     rows = {"csv": _csv_rows, "jsonl": _json_rows, "text": _text_rows}[kind](
-        path, content, settings
+        path, content, settings, has_condition
     )
     found = tuple(rows)
     if not found:
@@ -110,7 +114,9 @@ def _delimiter(header: bytes) -> str | None:
     return None
 
 
-def _text_rows(path: Path, content: bytes, settings: Sequence[str]) -> Iterator[ListedImage]:
+def _text_rows(
+    path: Path, content: bytes, settings: Sequence[str], has_condition: bool
+) -> Iterator[ListedImage]:
     """Yield a prompt per line.
 
     Lines end with a line feed, or with carriage return and line feed; other separators of Unicode
@@ -122,7 +128,9 @@ def _text_rows(path: Path, content: bytes, settings: Sequence[str]) -> Iterator[
             yield ListedImage(prompt=prompt)
 
 
-def _csv_rows(path: Path, content: bytes, settings: Sequence[str]) -> Iterator[ListedImage]:
+def _csv_rows(
+    path: Path, content: bytes, settings: Sequence[str], has_condition: bool
+) -> Iterator[ListedImage]:
     lines = content.replace(b"\r\n", b"\n").split(b"\n")
     texts = [_decoded(path, number, line) for number, line in enumerate(lines, 1)]
     header = next((line for line in lines if line.strip()), b"")
@@ -131,7 +139,7 @@ def _csv_rows(path: Path, content: bytes, settings: Sequence[str]) -> Iterator[L
     try:
         for number, cells in csv_rows((text + "\n" for text in texts), delimiter):
             if names is None:
-                names = _checked_columns(path, number, cells, settings)
+                names = _checked_columns(path, number, cells, settings, has_condition)
                 continue
             if len(cells) != len(names):
                 raise ConfigError(
@@ -160,7 +168,9 @@ def _number(name: str, cell: str) -> Any:
         return cell
 
 
-def _json_rows(path: Path, content: bytes, settings: Sequence[str]) -> Iterator[ListedImage]:
+def _json_rows(
+    path: Path, content: bytes, settings: Sequence[str], has_condition: bool
+) -> Iterator[ListedImage]:
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -174,7 +184,8 @@ def _json_rows(path: Path, content: bytes, settings: Sequence[str]) -> Iterator[
                 f"{path}, line {number}: {values.shown(pairs)} is not an object; write "
                 '{"prompt": "…", "seed": 1}'
             )
-        names = _checked_columns(path, number, [name for name, _ in pairs], settings)
+        given = [name for name, _ in pairs]
+        names = _checked_columns(path, number, given, settings, has_condition)
         row = dict(zip(names, (value for _, value in pairs), strict=True))
         yield _row(path, number, row)
 
@@ -184,7 +195,7 @@ class _Pairs(list[tuple[str, Any]]):
 
 
 def _checked_columns(
-    path: Path, number: int, given: list[str], settings: Sequence[str]
+    path: Path, number: int, given: list[str], settings: Sequence[str], has_condition: bool
 ) -> list[str]:
     """Return the field of each column; ConfigError for an unknown or repeated one."""
     names: list[str] = []
@@ -203,7 +214,7 @@ def _checked_columns(
                 "keep one of them"
             )
         names.append(name)
-    if not {"prompt", "class"} & set(names):
+    if has_condition and not {"prompt", "class"} & set(names):
         raise ConfigError(
             f"{path}, line {number}: there is no column prompt or class; known: {_KNOWN}"
         )
@@ -227,6 +238,8 @@ def _row(path: Path, number: int, given: Mapping[str, Any]) -> ListedImage:
     if "class" in given:
         class_id = values.integer(f"{line}: class", given["class"], least=0)
         return replace(row, class_id=class_id)
+    if "prompt" not in given:  # of a model without condition
+        return row
     prompt = given["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise ConfigError(f"{line}: prompt is {values.shown(prompt)}; write what is to be shown")

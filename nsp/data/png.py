@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from nsp.data.pictures import read_text_chunks
 from nsp.files import write_file
 
 _SLUG_BYTES = 60  # so that the whole name stays below the usual limit of 255
@@ -43,4 +42,6 @@ def write_image(path: Path, image: Image.Image, metadata: Mapping[str, str] | No
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the text chunks of a PNG."""
+    from nsp.data.pictures import read_text_chunks  # 3 ms that writing pictures need not spend
+
     return read_text_chunks(path)

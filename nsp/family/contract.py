@@ -113,11 +113,14 @@ class Learner(ABC, Generic[C, Y]):
     ) -> Y:
         """Return a system whose weights will be loaded."""
 
-    @abstractmethod
     def new_system(
         self, config: C, text_encoder: Mapping[str, Any], source: "ImageSource | None"
     ) -> Y:
-        """Return a freshly initialised system; weights are drawn from torch's global generator."""
+        """Return a freshly initialised system; weights are drawn from torch's global generator.
+
+        A family that reads no prompts and no pretrained files need not say how.
+        """
+        return self.build(config, text_encoder=None, prompt_tokenizer=None)
 
     @abstractmethod
     def modules(self, system: Y, kv_layout: str) -> "Mapping[str, nn.Module]":
@@ -149,13 +152,16 @@ class Learner(ABC, Generic[C, Y]):
         """
         raise ConfigError("this family cannot check its cache: it does not implement without_cache")
 
-    @abstractmethod
     def reconstruct(self, system: Y, pictures_BHW3: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
-        """Return uint8 pictures (B, H, W, 3) as the image tokenizer reconstructs them."""
+        """Return uint8 pictures (B, H, W, 3) as the tokenizer of images keeps them."""
+        raise ConfigError(f"family {system.family} has no tokenizer of images to rebuild them with")
 
-    @abstractmethod
     def write_cache(self, system: Y, data: "ImageDataset", file: Path) -> None:
-        """Write the image tokenizer's output for the pictures, for later runs."""
+        """Write what the tokenizer of images makes of the pictures, for later runs."""
+        raise ConfigError(
+            f"family {system.family} has no tokenizer of images: there is nothing to keep in a "
+            "file, and training takes the pictures as they are"
+        )
 
 
 class Family(ABC, Generic[C, S, Y]):
@@ -163,14 +169,15 @@ class Family(ABC, Generic[C, S, Y]):
 
     api: ClassVar[int] = API
     name: ClassVar[str]
-    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # its cache's layouts, best first
-    default_prompt: ClassVar[str | None] = None  # for `nsp generate`
+    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # of its cache, best first
+    published: ClassVar[Mapping[str, str]] = {}  # the files that `convert` takes, and their help
+    default_prompt: ClassVar[str | None] = None  # of `nsp generate`
     default_seed: ClassVar[int] = 0
     default_batch_size: ClassVar[int | None] = None  # None: the best number for the engines
     takes_no_prompt: ClassVar[bool] = False  # "" stands for no prompt
     # `--batch-size N` without `--num-images` makes N images, as its first implementation does.
     batch_is_images: ClassVar[bool] = False
-    config: type[C]
+    config: type[C]  # has `image_size_px`, the side of the square pictures it is trained on
     sampling: type[S]
 
     @property
@@ -186,9 +193,9 @@ class Family(ABC, Generic[C, S, Y]):
     def grids(self, config: C) -> Sequence[tuple[int, int]]:
         """Return the (h, w) grids of latents that can be decoded, the final one last."""
 
-    @abstractmethod
     def cache(self, config: C, rows: int, dtype: str) -> "KVShape | None":
         """Return the size of the key/value cache of one batch; None for a model without one."""
+        return None
 
     @abstractmethod
     def stages(self, config: C, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
@@ -211,13 +218,14 @@ class Family(ABC, Generic[C, S, Y]):
         """Return the prompt used as an order's null condition; None if the null is learned."""
         return order.negative
 
-    @abstractmethod
     def batch_key(self, config: C, order: Order[S]) -> Hashable:
         """Return the settings that decide shapes and control flow; equal keys may share a batch.
 
-        The names and shapes of an order's given arrays are also part of it. Raises ConfigError for
-        settings that this model does not have.
+        Names and shapes of what orders carry belong to it, too. Raises ConfigError for settings
+        that this model does not have. Where every order takes the same steps, there is nothing to
+        tell apart.
         """
+        return ()
 
     @abstractmethod
     def inputs(
@@ -268,8 +276,8 @@ class Family(ABC, Generic[C, S, Y]):
     def convert(
         self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
     ) -> None:
-        """Write a checkpoint folder from published weights; ConfigError if there are none."""
-        raise ConfigError(f"family {self.name} has no published weights; train a model instead")
+        """Write a checkpoint folder from published weights, the files named in `published`."""
+        raise ConfigError(f"no weights of family {self.name} are published: train some instead")
 
     @property
     @abstractmethod

@@ -65,9 +65,9 @@ class Objective(nn.Module, ABC):
         `batch` is a collated batch of `dataset`, with `key` (B,) int64 on the CPU.
         """
 
-    @abstractmethod
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return whether weight decay applies to the parameter `name` of `trained`."""
+        """Return whether weight decay applies to the parameter `name` of `trained`: to matrices."""
+        return parameter.ndim > 1
 
     @abstractmethod
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:

@@ -1,6 +1,5 @@
 """An order is one image to make, and a step is the state after a part of the work; no torch."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
@@ -28,6 +27,8 @@ class Sampling(Config):
         """
         known = [*beside, *(each.name for each in fields(self))]
         if unknown := [name for name in settings if name not in known]:
+            import difflib
+
             near = difflib.get_close_matches(unknown[0], known, 1)
             hint = f", nearest is {near[0]}" if near else ""
             raise ConfigError(f"unknown argument {unknown[0]!r}{hint}; known: {', '.join(known)}")

@@ -111,7 +111,7 @@ class LoraConfig(Config):
         if self.rank < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
             raise ConfigError("lora needs rank >= 1, alpha >= 1 and dropout in [0, 1)")
         if not self.targets:
-            raise ConfigError("lora.targets names no layer; for the family var: mat_qkv, proj")
+            raise ConfigError("lora.targets names no layer; give ends of names of linear layers")
 
 
 @dataclass(frozen=True, kw_only=True)

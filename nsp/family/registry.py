@@ -45,10 +45,19 @@ def _checked(name: str, found: object) -> "AnyFamily":
             f"family {name!r} is written for version {found.api} of the contract, but this nsp has "
             f"{API}; install a matching version of its package"
         )
-    made: AnyFamily = found()
+    try:
+        made: AnyFamily = found()
+        owned = made.name, made.config, made.sampling
+    except (TypeError, AttributeError) as error:  # abstract methods, or attributes without a value
+        raise ConfigError(f"family {name!r} is not complete: {error}") from error
+    if owned[0] != name:
+        raise ConfigError(f"family {name!r} calls itself {owned[0]!r}: both must be the same")
     return made
 
 
 def family_names() -> list[str]:
-    """Return the names of all families: the built-in ones, then those of other packages."""
-    return _PLUGINS.names()
+    """Return the names of all families: the built-in ones, then those of other packages.
+
+    One that cannot be used is left out with a warning.
+    """
+    return _PLUGINS.usable(family)

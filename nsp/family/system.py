@@ -38,5 +38,5 @@ class System(nn.Module, Generic[C]):
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Return prompt token ids (B, T); raise ConfigError for a model without prompts."""
         if self.prompt_tokenizer is None:
-            raise ConfigError("this model is class-conditional: it takes class ids, not prompts")
+            raise ConfigError("this model takes no prompts")
         return torch.from_numpy(self.prompt_tokenizer.encode(prompts))

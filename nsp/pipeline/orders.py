@@ -7,7 +7,7 @@ change when others are added.
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,11 @@ def make_orders(
     negative: str | Sequence[str | None] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> list[Order[S]]:
-    """Return `num_images` orders for every prompt or class id, or for no condition at all.
+    """Return `num_images` orders for every prompt, or class id, or without either.
 
-    `negative` is one prompt for all, or one per condition; `given` are arrays with a row per image.
-    Raises ConfigError for values of a wrong kind; whether they fit a model is checked later.
+    Without either, a list of seeds says how many. `negative` is one prompt for all, or one per
+    condition; `given` are arrays with a row per image.
+    Raises ConfigError for values of a wrong kind; whether they suit a model is checked later.
     """
     texts = None if prompts is None else prompt_texts(prompts)
     numbers = None if class_ids is None else class_numbers(class_ids).tolist()
@@ -48,15 +49,12 @@ def make_orders(
         raise ConfigError(f"nothing to generate: give one or more {kind}")
     conditions: list[str | int | None] = [*(texts or ()), *(numbers or ())] or [None]
     num_images = values.count("num_images", num_images)
-    total = num_images * len(conditions)
-    if total > MAX_IMAGES:
-        raise ConfigError(
-            f"{total} images are requested, but one run makes at most {MAX_IMAGES}; use several "
-            "runs with different seeds"
-        )
+    if conditions == [None] and num_images == 1 and _is_list(seed):
+        num_images = max(len(seed), 1)
+    check_total(num_images * len(conditions))
     whole = [condition for condition in conditions for _ in range(num_images)]
     nulls = [each for each in _nulls(negative, len(conditions)) for _ in range(num_images)]
-    arrays = _rows(given or {}, total)
+    arrays = _rows(given or {}, len(whole))
     return [
         Order(condition, number, sampling, null, carried)
         for condition, number, null, carried in zip(
@@ -65,9 +63,23 @@ def make_orders(
     ]
 
 
+def check_total(num_images: int) -> None:
+    """Raise ConfigError for more images than one run makes."""
+    if num_images > MAX_IMAGES:
+        raise ConfigError(
+            f"{num_images} images are planned; one run makes at most {MAX_IMAGES}: make several, "
+            "each with another seed"
+        )
+
+
+def _is_list(seed: int | Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Return whether a seed is a list with one for each image."""
+    return isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str)
+
+
 def _seeds(seed: int | Sequence[int], conditions: Sequence[Hashable]) -> list[int]:
     """Return the seed of every image."""
-    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
+    if _is_list(seed):
         if len(seed) != len(conditions):
             raise ConfigError(
                 f"seed has {len(seed)} numbers for {len(conditions)} images; give one for each, "

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nsp import values
-from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.engines import open_engine_dir
 from nsp.cores import num_threads
 from nsp.errors import CheckpointError, ConfigError, EngineError
@@ -106,10 +105,9 @@ class Pipeline(OrderRunner):
         """Return one image per prompt or class id.
 
         The k-th image of the same condition has seed `seed` + k; a list gives each its own.
-        `options` override the model's settings (guidance_scale, top_k, ...) or are arrays with
-        one row per image: for `var` `uniforms` (B, L of all scales),
-        `forced_tokens` (same shape, -1 = free), which replace sampled tokens, and `gumbel`; for
-        `next_scale` `noise`. Raises ConfigError for a bad request.
+        `options` override the model's settings (guidance_scale, top_k, ...) or are arrays that
+        orders carry, one row per image (`pipe.family.given(pipe.config)` names them).
+        Raises ConfigError for a bad request.
         """
         trace = values.flag("trace", trace)
         orders = self._batch(prompts, class_ids, seed, negative_prompt, options)
@@ -300,6 +298,8 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
 
 def _load_checkpoint(folder: Path, *, device: str | None = None, verify: bool = True) -> Pipeline:
     """Return the PyTorch pipeline of a checkpoint folder."""
+    from nsp.artifacts.checkpoint import read_checkpoint
+
     record = read_checkpoint(folder, verify=verify)
     logger.info("%s: backend torch, because it is a checkpoint", folder)
     pipeline = torch_pipeline(record.family, record.load(), device=device, sampling=record.sampling)

@@ -31,6 +31,7 @@ MODEL_CHECKS: tuple[Check, ...] = (
     model_checks.steps_count_from_zero_to_their_total,
     model_checks.pictures_have_the_declared_size,
     model_checks.cached_equals_full_pass,
+    model_checks.cache_layouts_agree,
     model_checks.an_image_does_not_depend_on_its_batch,
     model_checks.seeds_decide_images,
     model_checks.a_recorded_loop_equals_a_plain_one,

@@ -1,4 +1,4 @@
-"""The shared part of phases that learn to reconstruct pictures, in every family.
+"""What phases have in common that train on pictures as they are, in every family.
 
 Axes: B pictures, H and W pixels. Values in [-1, 1].
 """
@@ -22,8 +22,8 @@ from nsp.family.objective import Objective
 _SHOWN = 16
 
 
-class ReconstructionObjective(Objective):
-    """Trains on the pictures as they are, and shows some next to their reconstructions."""
+class PicturesObjective(Objective):
+    """Trains on the pictures as they are."""
 
     def __init__(self, data: ImageDataset | ShardStream, held_out: ImageDataset | None) -> None:
         super().__init__()
@@ -36,6 +36,10 @@ class ReconstructionObjective(Objective):
     def held_out(self) -> Dataset[Mapping[str, Any]] | None:
         """Return the held-out pictures."""
         return self._held_out
+
+
+class ReconstructionObjective(PicturesObjective):
+    """Learns to reproduce pictures, and shows some beside their reconstructions."""
 
     @abstractmethod
     def rebuilt(self, image: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from nsp.benchmarks.subject import Subject
 from nsp.benchmarks.tables import sections
 from nsp.benchmarks.timing import Contestant
 from nsp.families.var.config import size
+from nsp.families.var.loop import cache
 from nsp.stage.arena import KVShape
 
 W512 = KVShape(num_layers=8, num_tokens=680, rows=2, num_heads=8, head_width=64, dtype="float32")
@@ -35,15 +36,15 @@ def test_the_report_holds_the_peak_against_what_was_counted(
 ) -> None:
     found = result.footprint
     assert found is not None
-    contestant = Contestant("a", subject.candidate.pipeline)
-    calls = contestant.stage_calls({**subject.conditions(1), "seed": 0})
-    assert contestant.kv_shape is not None
+    pipeline = subject.candidate.pipeline
+    calls = Contestant("a", pipeline).stage_calls(subject.request(1, 0))
+    rows = max(call.sizes.get("G", 0) for call in calls)
     again = var_footprint(
-        subject.candidate.pipeline.config,
+        pipeline.config,
         calls,
         weights_mib=1.0,
         kv_layout="present",
-        kv_shape=contestant.kv_shape,
+        kv_shape=cache(pipeline.config, rows, "float32"),
     )
     assert again == found
     assert found.total_mib == pytest.approx(1 + found.arena_mib + found.scratch_mib)

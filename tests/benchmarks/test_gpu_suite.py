@@ -131,7 +131,7 @@ def test_a_contestant_that_fails_late_does_not_end_the_others(
     def diverges(place: Place) -> Pipeline:
         pipeline = ENTRIES["torch eager"].load(place)
 
-        def play(inputs: object, *, trace: bool) -> object:
+        def play(*inputs: object, trace: bool) -> object:
             raise KeyError("not finite")
 
         monkeypatch.setattr(pipeline, "_play", play)

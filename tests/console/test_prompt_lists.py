@@ -16,6 +16,15 @@ def plain(rows):
     return [(row.prompt, row.class_id, row.seed) for row in rows]
 
 
+def test_rows_without_a_prompt_or_class_are_for_models_without_condition(tmp_path):
+    (tmp_path / "a.csv").write_text("ink,seed\n0.5,3\n,4\n")
+    first, second = read_list(tmp_path / "a.csv", ("ink",), has_condition=False)
+    assert (first.prompt, first.class_id, first.seed) == (None, None, 3)
+    assert (first.settings, second.settings) == ({"ink": 0.5}, {})
+    with pytest.raises(ConfigError, match="line 1: no column prompt"):
+        read_list(tmp_path / "a.csv", ("ink",))
+
+
 def test_columns_of_settings_are_read_where_the_model_has_them(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,guidance-scale,more_smooth,negative_prompt\ncat,2.5,true,dog\nowl,,,\n")

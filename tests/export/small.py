@@ -18,7 +18,7 @@ from nsp.artifacts.systems import save_checkpoint
 from nsp.data.sources import ImageSource, Sample
 from nsp.export.compile.trt_builder import compile_engine
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
-from nsp.families.var.learn import new_system
+from nsp.families.var.learn import VarLearner
 from tests.models import CAPTIONS
 
 rtx = pytest.mark.skipif(
@@ -49,7 +49,7 @@ def new_small_checkpoint(folder: Path, *, seed: int = 0, num_classes: int = 0) -
     config = small_config()
     if num_classes:
         config = with_condition(config, ClassCondition(num_classes=num_classes))
-    system = new_system(config, text_encoder, ImageSource(samples, (), ()))
+    system = VarLearner().new_system(config, text_encoder, ImageSource(samples, (), ()))
     with torch.no_grad():
         system.predictor.head.weight.mul_(100)
         for block in system.predictor.blocks:

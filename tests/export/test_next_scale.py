@@ -3,21 +3,17 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from nsp.artifacts.manifest import Manifest
 from nsp.export.compile.engine import build_engine
 from nsp.export.graph.lint import check_graph
 from nsp.export.graph.narrow import at_precision
 from nsp.export.graph.onnx_export import export_stage
 from nsp.export.options import ExportOptions
 from nsp.export.plan import make_plan
-from nsp.export.run import export
 from nsp.export.store import EngineStore
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
 from nsp.family.contract import trace_sizes
-from nsp.pipeline.pipeline import load_pipeline
 from tests.families.next_scale.models import new_tiny_checkpoint
 
 PROMPTS = ["red apple", ""]
@@ -35,47 +31,6 @@ def small_config() -> NextScaleConfig:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new_tiny_checkpoint(tmp_path_factory.mktemp("next") / "checkpoint", small_config())
-
-
-@pytest.fixture(scope="module")
-def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    folder = tmp_path_factory.mktemp("next") / "engines"
-    options = ExportOptions(
-        checkpoint=str(checkpoint), engine_dir=str(folder), targets=("onnxruntime",)
-    )
-    return folder, export(options)
-
-
-def test_stages_pass_their_gates_and_what_they_cache_is_compared(
-    engines: tuple[Path, Manifest],
-) -> None:
-    stages = engines[1].stages
-    assert list(stages) == [
-        *("text_encoder", "condition", "base", "predictor_0", "predictor_1", "refine", "decoder")
-    ]
-    measured = stages["predictor_0"][0].parity["outputs"]
-    assert set(measured) == {"new_latent", "new_k_0", "new_v_0"}
-    assert max(each["relative"] for each in measured.values()) < 1e-4
-    assert stages["decoder"][0].parity["psnr_db"] > 80
-    assert stages["decoder"][0].parity["calls"] == 6  # every scale of two batches
-    assert stages["decoder"][0].parity["free_running"]["lowest_psnr_db"] > 80
-    assert {variants[0].kv_layout for variants in stages.values()} == {"delta"}
-
-
-def test_engines_make_pytorchs_picture_scale_by_scale(
-    engines: tuple[Path, Manifest], checkpoint: Path
-) -> None:
-    pipeline, reference = load_pipeline(engines[0]), load_pipeline(checkpoint, device="cpu")
-    steps = zip(
-        pipeline.stream(prompts=PROMPTS, seed=3),
-        reference.stream(prompts=PROMPTS, seed=3),
-        strict=True,
-    )
-    for found, expected in steps:
-        np.testing.assert_allclose(found.latent, expected.latent, rtol=1e-3, atol=1e-3)
-        assert found.decode().shape == expected.decode().shape
-    one, two = (pipeline.generate(prompts=PROMPTS, seed=3).images for _ in range(2))
-    assert np.array_equal(one, two)
 
 
 def test_a_predictor_with_a_past_builds_for_tensorrt_without_a_gpu(

@@ -34,6 +34,25 @@ def test_a_list_of_seeds_gives_each_image_its_own_and_fits():
         seeds(prompts=["a", "b"], seed=[1, 2, 3])
 
 
+def test_without_a_condition_a_list_of_seeds_says_how_many_images():
+    assert seeds(seed=[9, 3]) == [(None, 9), (None, 3)]
+    assert seeds(seed=5, num_images=2) == [(None, 5), (None, 6)]
+    with pytest.raises(ConfigError, match="seed has 3 numbers for 2 images"):
+        seeds(seed=[1, 2, 3], num_images=2)
+    with pytest.raises(ConfigError, match="seed has 0 numbers for 1 images"):
+        seeds(seed=[])
+
+
+def test_rows_of_a_list_without_conditions_are_images_with_settings_of_their_own():
+    rows = [ListedImage(settings={"top_k": 3}), ListedImage(seed=40), ListedImage()]
+    plan = {"prompts": [], "class_ids": [], "seed": 5, "negative": None}
+    orders = planned_orders(SETTINGS, rows, num_images=2, **plan)
+    assert [order.seed for order in orders] == [5, 6, 40, 41, 7, 8]
+    assert [order.sampling.top_k for order in orders] == [3, 3, 0, 0, 0, 0]
+    assert {order.condition for order in orders} == {None}
+    assert len(planned_orders(SETTINGS, [], num_images=2, **plan)) == 2
+
+
 def test_cutting_keeps_every_image_and_equal_keys_together(pipe):
     plain = make_orders(pipe.sampling, class_ids=range(5))
     smooth = make_orders(pipe.sampling.changed({"more_smooth": True}), class_ids=range(2))

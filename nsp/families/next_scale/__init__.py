@@ -4,7 +4,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
-from nsp.families.next_scale.examples import examples
 from nsp.families.next_scale.loop import batch_key, cache, generate, given, loop_inputs
 from nsp.families.next_scale.sampling import NextScaleSampling
 from nsp.families.next_scale.stages import stages
@@ -76,6 +75,8 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
         self, config: NextScaleConfig, sampling: NextScaleSampling
     ) -> Sequence[Sequence[Order[NextScaleSampling]]]:
         """Return batches of orders that together call every stage."""
+        from nsp.families.next_scale.examples import examples
+
         return examples(sampling)
 
     @property

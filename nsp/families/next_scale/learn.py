@@ -44,31 +44,6 @@ _MEASURED_PICTURES = 2
 _MAX_LATENT_SIDE = 2**9  # tables of positions have its square; 4,096 px with 8 px per cell
 
 
-def new_system(
-    model: NextScaleConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
-) -> NextScaleSystem:
-    """Return a freshly initialised model; its autoencoder is loaded if the configuration says so.
-
-    `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length of
-    the text condition; otherwise the prompt tokenizer is trained on the captions of `source` and
-    the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
-    generator, which the caller seeds.
-    """
-    settings = TextEncoderSettings.from_dict(text_encoder)
-    tokenizer, encoder = text_parts(settings, model.text.text_width, model.text.max_tokens, source)
-    text = dataclasses.replace(
-        model.text, text_width=encoder.config.hidden_size, max_tokens=tokenizer.max_tokens
-    )
-    model = dataclasses.replace(model, text=text)
-    if model.pretrained_vae is None:
-        return NextScaleSystem(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
-    vae, vae_config = load_vae(Path(model.pretrained_vae), _some_pictures(model, source))
-    model = dataclasses.replace(model, vae=vae_config, pretrained_vae=None)
-    system = NextScaleSystem(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
-    system.vae.load_state_dict(vae.state_dict())
-    return system
-
-
 def _some_pictures(model: NextScaleConfig, source: ImageSource | None) -> Tensor | None:
     """Return a few pictures in [-1, 1] to measure the decoder's activations with."""
     if source is None:
@@ -76,42 +51,6 @@ def _some_pictures(model: NextScaleConfig, source: ImageSource | None) -> Tensor
     data = ImageDataset(source, model.target_size, train=False, crop=False)
     count = min(_MEASURED_PICTURES, len(data))
     return to_model_range(torch.stack([data[index]["image"] for index in range(count)]))
-
-
-def objective(
-    phase: str,
-    settings: Mapping[str, Any],
-    system: NextScaleSystem,
-    data: ImageDataset | ShardStream,
-    held_out: ImageDataset | None = None,
-    cache: TokenCache | None = None,
-) -> Objective:
-    """Return the objective of a phase; raise ConfigError for an unknown one.
-
-    `vae` trains the autoencoder, `scales` all scales together (or those its settings name), and
-    `scale_k` that one alone. `cache` is where the pictures' latents are kept.
-    """
-    if phase == "vae":
-        if cache is not None and cache.is_given:
-            raise ConfigError(
-                f"{cache.file} has latents of a finished autoencoder, which this phase would "
-                "change; omit it, or skip the phase with --from-phase scales"
-            )
-        return VaeObjective(system, data, held_out, VaeSettings.from_dict(settings))
-    one = _ONE_SCALE.fullmatch(phase)
-    if phase != "scales" and one is None:
-        raise ConfigError(f"unknown phase {phase!r} of family next_scale; known: {_PHASES}")
-    if one is not None:
-        settings = {"first_scale": int(one[1]), "last_scale": int(one[1]), **settings}
-    chosen = ScalesSettings.from_dict(settings)
-    return ScalesObjective(system, data, held_out, chosen, cache)
-
-
-def write_cache(system: NextScaleSystem, data: ImageDataset, file: Path) -> None:
-    """Write the latents of all pictures to `file`, for `data.token_cache` of later runs."""
-    if not is_constant(data):
-        raise ConfigError("crops and flips change the latents: only whole pictures can be cached")
-    latents.write_latents(system, data, file)
 
 
 class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
@@ -139,8 +78,28 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
     def new_system(
         self, config: NextScaleConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
     ) -> NextScaleSystem:
-        """Return a freshly initialised system, with a text encoder of these settings."""
-        return new_system(config, text_encoder, source)
+        """Return a freshly initialised model, its autoencoder read where that is configured.
+
+        `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length
+        of the text condition; otherwise the prompt tokenizer is trained on the captions of `source`
+        and the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
+        generator, which the caller seeds.
+        """
+        settings = TextEncoderSettings.from_dict(text_encoder)
+        tokenizer, encoder = text_parts(
+            settings, config.text.text_width, config.text.max_tokens, source
+        )
+        text = dataclasses.replace(
+            config.text, text_width=encoder.config.hidden_size, max_tokens=tokenizer.max_tokens
+        )
+        config = dataclasses.replace(config, text=text)
+        if config.pretrained_vae is None:
+            return NextScaleSystem(config, text_encoder=encoder, prompt_tokenizer=tokenizer)
+        vae, vae_config = load_vae(Path(config.pretrained_vae), _some_pictures(config, source))
+        config = dataclasses.replace(config, vae=vae_config, pretrained_vae=None)
+        system = NextScaleSystem(config, text_encoder=encoder, prompt_tokenizer=tokenizer)
+        system.vae.load_state_dict(vae.state_dict())
+        return system
 
     def modules(self, system: NextScaleSystem, kv_layout: str) -> Mapping[str, nn.Module]:
         """Return a module for every stage."""
@@ -169,8 +128,25 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
         held_out: ImageDataset | None = None,
         cache: TokenCache | None = None,
     ) -> Objective:
-        """Return the objective of a phase."""
-        return objective(phase, settings, system, data, held_out, cache)
+        """Return the objective of a phase; raise ConfigError for an unknown one.
+
+        `vae` trains the autoencoder, `scales` all scales together (or those its settings name), and
+        `scale_k` that one alone. `cache` is where the pictures' latents are kept.
+        """
+        if phase == "vae":
+            if cache is not None and cache.is_given:
+                raise ConfigError(
+                    f"{cache.file} holds latents of a finished autoencoder, which this phase would "
+                    "change; leave it out, or the phase: --from-phase scales"
+                )
+            return VaeObjective(system, data, held_out, VaeSettings.from_dict(settings))
+        one = _ONE_SCALE.fullmatch(phase)
+        if phase != "scales" and one is None:
+            raise ConfigError(f"unknown phase {phase!r} of family next_scale; known: {_PHASES}")
+        if one is not None:
+            settings = {"first_scale": int(one[1]), "last_scale": int(one[1]), **settings}
+        chosen = ScalesSettings.from_dict(settings)
+        return ScalesObjective(system, data, held_out, chosen, cache)
 
     def reconstruct(
         self, system: NextScaleSystem, pictures_BHW3: NDArray[np.uint8]
@@ -179,5 +155,9 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
         return reconstruct(system, pictures_BHW3)
 
     def write_cache(self, system: NextScaleSystem, data: ImageDataset, file: Path) -> None:
-        """Write the latents of the pictures."""
-        write_cache(system, data, file)
+        """Write the latents of all pictures to `file`, for `data.token_cache` of later runs."""
+        if not is_constant(data):
+            raise ConfigError(
+                "crops and flips change the latents: only whole pictures can be cached"
+            )
+        latents.write_latents(system, data, file)

@@ -95,10 +95,6 @@ class VaeObjective(ReconstructionObjective):
         self.trained.scaling_factor.lerp_(factor, 1.0 if step == 0 else 0.05)
         return {"scaling_factor": self.trained.scaling_factor.clone()}
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return False for biases and norms."""
-        return parameter.ndim > 1
-
     def rebuilt(self, image: Tensor) -> Tensor:
         """Return the pictures decoded from the means of the latents."""
         return self.trained.decode(self.trained.encode(image))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nsp.families.var.config import SIZES, VarConfig, with_condition
-from nsp.families.var.examples import examples
 from nsp.families.var.loop import batch_key, cache, generate, given, loop_inputs
 from nsp.families.var.sampling import VarSampling
 from nsp.families.var.stages import stages
@@ -28,6 +27,10 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
     """VAR and similar models, with classes or prompts."""
 
     name: ClassVar[str] = "var"
+    published: ClassVar[Mapping[str, str]] = {
+        "tokenizer": "Weights of the image tokenizer.",
+        "predictor": "Weights of the transformer.",
+    }
     config, sampling, sizes = VarConfig, VarSampling, SIZES
 
     def condition(self, config: VarConfig) -> Kind:
@@ -75,6 +78,8 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
         self, config: VarConfig, sampling: VarSampling
     ) -> Sequence[Sequence[Order[VarSampling]]]:
         """Return batches of orders that together call every stage."""
+        from nsp.families.var.examples import examples
+
         return examples(config, sampling)
 
     @property

@@ -69,10 +69,6 @@ class DecoderObjective(ReconstructionObjective):
         """Return the latents of the tokens of the first 1, 2, ... scales."""
         return self._vae.quantize.tokenize(self._vae.encode(image).float())[1]
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return False for biases and norms."""
-        return parameter.ndim > 1
-
     def rebuilt(self, image: Tensor) -> Tensor:
         """Return the pictures decoded from all tokens."""
         return self._vae.decode(self._latents(image)[-1])

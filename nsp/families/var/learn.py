@@ -37,69 +37,6 @@ if TYPE_CHECKING:
 PHASES = ("tokenizer", "decoder", "predictor")
 
 
-def new_system(
-    var_config: VarConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
-) -> VarSystem:
-    """Return a freshly initialised model.
-
-    `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length of
-    the text condition; otherwise the prompt tokenizer is trained on the captions of `source` and
-    the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
-    generator, which the caller seeds.
-    """
-    encoder, tokenizer = None, None
-    if var_config.text is not None:
-        settings = TextEncoderSettings.from_dict(text_encoder)
-        tokenizer, encoder = text_parts(
-            settings, var_config.text.text_width, var_config.text.max_tokens, source
-        )
-        text = dataclasses.replace(
-            var_config.text,
-            text_width=encoder.config.hidden_size,
-            max_tokens=tokenizer.max_tokens,
-        )
-        var_config = with_condition(var_config, text)
-    system = VarSystem(var_config, text_encoder=encoder, prompt_tokenizer=tokenizer)
-    initialize(system.predictor)
-    bound = 1 / var_config.vae.latent_channels**0.5
-    nn.init.uniform_(system.vae.quantize.embedding.weight, -bound, bound)
-    return system
-
-
-def objective(
-    phase: str,
-    settings: Mapping[str, Any],
-    system: VarSystem,
-    data: ImageDataset | ShardStream,
-    held_out: ImageDataset | None = None,
-    cache: TokenCache | None = None,
-) -> Objective:
-    """Return the objective of a phase; raise ConfigError for an unknown one.
-
-    `cache` is where the pictures' tokens are kept, for the phase that needs them.
-    """
-    if phase not in PHASES:
-        raise ConfigError(f"unknown phase {phase!r} of family var; known: {', '.join(PHASES)}")
-    if phase == "tokenizer":
-        if cache is not None and cache.is_given:
-            raise ConfigError(
-                f"{cache.file} has tokens of a finished tokenizer, which this phase would change; "
-                "omit it, or skip the phase with --from-phase predictor"
-            )
-        return TokenizerObjective(system, data, held_out, TokenizerSettings.from_dict(settings))
-    if phase == "decoder":
-        return DecoderObjective(system, data, held_out, DecoderSettings.from_dict(settings))
-    predictor = PredictorSettings.from_dict(settings)
-    return PredictorObjective(system, data, held_out, predictor, cache)
-
-
-def write_cache(system: VarSystem, data: ImageDataset, file: Path) -> None:
-    """Write the tokens of all pictures to `file`, for `data.token_cache` of later runs."""
-    if not is_constant(data):
-        raise ConfigError("crops and flips change the tokens: only whole pictures can be cached")
-    tokens.write_tokens(system.vae, data, file)
-
-
 class VarLearner(Learner[VarConfig, VarSystem]):
     """The torch side of the family `var`."""
 
@@ -118,8 +55,30 @@ class VarLearner(Learner[VarConfig, VarSystem]):
     def new_system(
         self, config: VarConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
     ) -> VarSystem:
-        """Return a freshly initialised system, with a text encoder of these settings."""
-        return new_system(config, text_encoder, source)
+        """Return a freshly initialised model.
+
+        `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length
+        of the text condition; otherwise the prompt tokenizer is trained on the captions of `source`
+        and the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
+        generator, which the caller seeds.
+        """
+        encoder, tokenizer = None, None
+        if config.text is not None:
+            settings = TextEncoderSettings.from_dict(text_encoder)
+            tokenizer, encoder = text_parts(
+                settings, config.text.text_width, config.text.max_tokens, source
+            )
+            text = dataclasses.replace(
+                config.text,
+                text_width=encoder.config.hidden_size,
+                max_tokens=tokenizer.max_tokens,
+            )
+            config = with_condition(config, text)
+        system = VarSystem(config, text_encoder=encoder, prompt_tokenizer=tokenizer)
+        initialize(system.predictor)
+        bound = 1 / config.vae.latent_channels**0.5
+        nn.init.uniform_(system.vae.quantize.embedding.weight, -bound, bound)
+        return system
 
     def modules(self, system: VarSystem, kv_layout: str) -> Mapping[str, nn.Module]:
         """Return a module for every stage."""
@@ -154,13 +113,32 @@ class VarLearner(Learner[VarConfig, VarSystem]):
         held_out: ImageDataset | None = None,
         cache: TokenCache | None = None,
     ) -> Objective:
-        """Return the objective of a phase."""
-        return objective(phase, settings, system, data, held_out, cache)
+        """Return the objective of a phase; raise ConfigError for an unknown one.
+
+        `cache` is where the pictures' tokens are kept, for the phase that needs them.
+        """
+        if phase not in PHASES:
+            raise ConfigError(f"unknown phase {phase!r} of family var; known: {', '.join(PHASES)}")
+        if phase == "tokenizer":
+            if cache is not None and cache.is_given:
+                raise ConfigError(
+                    f"{cache.file} holds tokens of a finished tokenizer, which this phase would "
+                    "change; leave it out, or the phase: --from-phase predictor"
+                )
+            return TokenizerObjective(system, data, held_out, TokenizerSettings.from_dict(settings))
+        if phase == "decoder":
+            return DecoderObjective(system, data, held_out, DecoderSettings.from_dict(settings))
+        predictor = PredictorSettings.from_dict(settings)
+        return PredictorObjective(system, data, held_out, predictor, cache)
 
     def reconstruct(self, system: VarSystem, pictures_BHW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return pictures as the tokenizer reconstructs them."""
         return reconstruct(system, pictures_BHW3)
 
     def write_cache(self, system: VarSystem, data: ImageDataset, file: Path) -> None:
-        """Write the tokens of the pictures."""
-        write_cache(system, data, file)
+        """Write the tokens of all pictures to `file`, for `data.token_cache` of later runs."""
+        if not is_constant(data):
+            raise ConfigError(
+                "crops and flips change the tokens: only whole pictures can be cached"
+            )
+        tokens.write_tokens(system.vae, data, file)

@@ -110,55 +110,44 @@ class SelectStage(nn.Module):
         super().__init__()
         self.embedding, self.keep = system.vae.quantize.embedding, keep
 
-    def forward(
+    def draw(
         self,
         logits_GLV: Tensor,
         uniforms_BL: Tensor,
-        forced_BL: Tensor,
         guidance_B: Tensor,
         temperature_B: Tensor,
         top_p_B: Tensor,
         top_k_B: Tensor,
         ranks_R: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Return tokens, codes, guided."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens (B, L), what they were drawn from and the guided logits (B, L, V)."""
         guided = apply_guidance(logits_GLV, guidance_B)
         scaled = guided / temperature_B.reshape(-1, 1, 1)
         filtered = self.keep(scaled, top_p_B, top_k_B, ranks_R)
-        tokens = sample_by_inverse_cdf(filtered, uniforms_BL)
+        return sample_by_inverse_cdf(filtered, uniforms_BL), filtered, guided
+
+    def forward(
+        self, logits_GLV: Tensor, uniforms_BL: Tensor, forced_BL: Tensor, *settings: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return tokens, codes, guided."""
+        tokens, _, guided = self.draw(logits_GLV, uniforms_BL, *settings)
         taken = torch.where(forced_BL >= 0, forced_BL, tokens)
         return tokens, self.embedding(taken), guided
 
 
-class SelectSmoothStage(nn.Module):
+class SelectSmoothStage(SelectStage):
     """As SelectStage, with codes mixed by a Gumbel softmax that sharpens over the scales.
 
     Source: github.com/FoundationVision/VAR, models/var.py, autoregressive_infer_cfg. Not for
     measuring FID.
     """
 
-    def __init__(self, system: VarSystem, keep: Filter = filter_by_rank) -> None:
-        super().__init__()
-        self.embedding, self.keep = system.vae.quantize.embedding, keep
-
     def forward(
-        self,
-        logits_GLV: Tensor,
-        uniforms_BL: Tensor,
-        forced_BL: Tensor,
-        guidance_B: Tensor,
-        temperature_B: Tensor,
-        top_p_B: Tensor,
-        top_k_B: Tensor,
-        ranks_R: Tensor,
-        gumbel_BLV: Tensor,
-        ratio: Tensor,
+        self, logits_GLV: Tensor, uniforms_BL: Tensor, forced_BL: Tensor, *settings: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return tokens, codes, guided."""
-        guided = apply_guidance(logits_GLV, guidance_B)
-        scaled = guided / temperature_B.reshape(-1, 1, 1)
-        filtered = self.keep(scaled, top_p_B, top_k_B, ranks_R)
-        tokens = sample_by_inverse_cdf(filtered, uniforms_BL)
+        """Return tokens, codes, guided; the noise and its ratio come last."""
+        *settings_alone, gumbel_BLV, ratio = settings
+        tokens, filtered, guided = self.draw(logits_GLV, uniforms_BL, *settings_alone)
         tau = (0.27 * (1 - 0.95 * ratio)).clamp_min(0.005)
         weights = ((filtered * (1 + ratio) + gumbel_BLV) / tau).softmax(-1)
         mixed = weights @ self.embedding.weight

@@ -27,6 +27,7 @@ from nsp.families.var.tokens import TokenDataset, check_classes
 from nsp.family.objective import Objective, TokenCache
 from nsp.text.parts import without_tokens
 from nsp.training.data_order import sample_uniforms
+from nsp.training.generated import generated
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -168,12 +169,10 @@ class PredictorObjective(Objective):
         """Return the published rule."""
         return decays(name, parameter)
 
-    @torch.no_grad()
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return pictures generated for conditions of the data set, with their captions."""
-        from nsp.families.var.samples import sample_grid
-
-        return sample_grid(self.system, self._data, seed, self.settings.sample_guidance_scale)
+        guidance = self.settings.sample_guidance_scale
+        return generated(self.system, self._data, seed, guidance_scale=guidance, top_k=1)
 
 
 def _check_prefixes(prefixes: Sequence[ScalePrefix], num_scales: int) -> None:

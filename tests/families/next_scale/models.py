@@ -10,7 +10,7 @@ from torch import nn
 from nsp.artifacts.systems import save_checkpoint
 from nsp.data.sources import ImageSource, Sample
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
-from nsp.families.next_scale.learn import new_system
+from nsp.families.next_scale.learn import NextScaleLearner
 from nsp.families.next_scale.system import NextScaleSystem
 from tests.models import CAPTIONS
 
@@ -29,7 +29,7 @@ def new_tiny_system(
     samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS)
     text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
     model = config or SIZES["tiny"]
-    system = new_system(model, text_encoder, ImageSource(samples, (), ())).eval()
+    system = NextScaleLearner().new_system(model, text_encoder, ImageSource(samples, (), ())).eval()
     if trained:
         with torch.no_grad():
             for parameter in system.generator.parameters():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsp.errors import ConfigError
-from nsp.families.next_scale.config import SIZES, NextScaleConfig, VaeConfig
+from nsp.families.next_scale.config import SIZES, VaeConfig
 
 SDXL, TINY = SIZES["sdxl"], SIZES["tiny"]
 
@@ -51,11 +51,6 @@ def test_the_number_of_scales_is_exact_where_a_logarithm_rounds(
     )
     assert config.num_predictors == count
     assert config.sides[-1] == config.latent_side == first * factor**count
-
-
-def test_configurations_go_through_dictionaries_unchanged() -> None:
-    for config in SIZES.values():
-        assert NextScaleConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_decoder_is_scaled_by_powers_of_two_only() -> None:

@@ -14,7 +14,7 @@ from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
 from nsp.families.var import decoder_objective, tokenizer_objective
 from nsp.families.var.config import SIZES, ClassCondition, with_condition
-from nsp.families.var.learn import objective
+from nsp.families.var.learn import VarLearner
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerSettings, decoded_latents
 from nsp.training.presets import preset
@@ -61,7 +61,7 @@ def test_what_is_measured_is_decoded_from_all_scales(
         monkeypatch.setattr(module, "decoded_latents", noting)
     system = VarSystem(with_condition(SIZES["tiny"], ClassCondition(num_classes=2)))
     data = ImageDataset(ImageSource((), (), ()), 16, train=True, crop=False)
-    made = objective(phase, {"prefix_share": 0.5}, system, data)
+    made = VarLearner().objective(phase, {"prefix_share": 0.5}, system, data)
     batch = {"image": torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "key": torch.arange(2)}
     made.train()(batch)
     made.eval()(batch)
