@@ -270,7 +270,7 @@ def _ceilings(subject: Subject, effort: Effort, threads: int, on_event: OnEvent)
 def _parity(
     subject: Subject, options: BenchOptions, effort: Effort, on_event: OnEvent
 ) -> Parity | None:
-    """Return the parity with the baseline; None without one, or where tokens cannot be given."""
+    """Return the parity with the baseline; None without one, or if tokens cannot be given."""
     if subject.baseline is None or not takes_tokens(subject.candidate.pipeline):
         return None
     on_event(BenchEvent(activity="parity", done=0, total=1))

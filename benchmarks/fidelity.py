@@ -127,7 +127,7 @@ def run(options: FidelityOptions, *, on_step: OnStep = lambda *_: None) -> Fidel
     pipeline = load_pipeline(options.engine_dir, options.backend, precision=options.precision)
     if pipeline.tokenizer is None:
         raise ConfigError(
-            f"{options.engine_dir} takes no prompts, and fidelity is measured by these"
+            f"{options.engine_dir} takes no prompts, but fidelity is measured with prompts"
         )
     if options.guidance_until is not None:
         until = {"guidance_until": options.guidance_until}

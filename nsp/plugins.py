@@ -36,11 +36,11 @@ class Plugins:
             return None
         try:
             loaded: object = entry.load()
-        except Exception as error:  # whatever somebody else's package raises while it is imported
+        except Exception as error:  # the import of a foreign package may raise anything
             self._leave_out(
                 name,
-                f"{self.group} {name!r} of package {_package(entry)} does not load and is left out "
-                f"({type(error).__name__}: {error})",
+                f"{self.group} {name!r} of package {_package(entry)} cannot be loaded and is left "
+                f"out ({type(error).__name__}: {error})",
             )
             return None
         return loaded
@@ -50,7 +50,7 @@ class Plugins:
         return [*self.built_in, *(name for name in self._others if name not in self._left_out)]
 
     def usable(self, get: Callable[[str], object]) -> list[str]:
-        """Return the names, without plugins of which `get` raises ConfigError: one warning each."""
+        """Return the names, without those for which `get` raises ConfigError and warns."""
         for name in self.names()[len(self.built_in) :]:
             try:
                 get(name)

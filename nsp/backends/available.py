@@ -1,6 +1,6 @@
-"""The registry of backends: one plain record each, and whether each works on this machine.
+"""The registry of backends: a record of each, and whether it works on this machine.
 
-A package of somebody else's declares its BackendRecord so, and nothing here changes:
+Another package declares its BackendRecord like this, and nothing here changes:
 
     [project.entry-points."nsp.backends"]
     my_backend = "my_package:RECORD"

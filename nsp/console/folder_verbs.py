@@ -19,7 +19,7 @@ from nsp.errors import ConfigError
 
 
 class ConvertVerb(Verb):
-    """A verb with an option for every file that families take."""
+    """A verb with an option for every file that families need."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the verb's own parameters, and the files of all families."""
@@ -36,9 +36,7 @@ class ConvertVerb(Verb):
 
 @click.command(cls=ConvertVerb)
 @click.option("--family", "family_name", required=True, help="Model family of the weights.")
-@click.option(
-    "--config", type=FILE, help="JSON with constructor arguments that shapes do not tell."
-)
+@click.option("--config", type=FILE, help="JSON with model arguments that the weights do not show.")
 @click.option("--output-dir", type=FOLDER, required=True, help="Checkpoint folder to write.")
 @verbose_option
 def convert(
@@ -55,7 +53,7 @@ def convert(
         if name not in given:
             raise ConfigError(f"--{name} is missing: {record.published[name]}")
         if name not in record.published:
-            raise ConfigError(f"--{name} is not a file that family {family_name} is converted from")
+            raise ConfigError(f"--{name} is not a file that family {family_name} needs; omit it")
     record.convert(given, None if config is None else read_json(config), output_dir)
     click.echo(f"checkpoint: {output_dir}")
     click.echo(f"next: nsp export --checkpoint {shlex.quote(str(output_dir))}")

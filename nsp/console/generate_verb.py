@@ -71,9 +71,9 @@ if TYPE_CHECKING:
 @click.option(
     "--save-intermediates",
     is_flag=True,
-    help="Save the pictures on the way, such as after every scale.",
+    help="Also save intermediate pictures, for example after every scale.",
 )
-@output_dir_option("outputs", "Where the images go.")
+@output_dir_option("outputs", "Folder for the images.")
 @no_verify_option
 @json_option
 @verbose_option
@@ -154,9 +154,9 @@ def generate(
 
 
 def _family_of(folder: Path) -> "tuple[AnyFamily | None, Mapping[str, Any]]":
-    """Return the family whose defaults hold, and the model's configuration as it is stored.
+    """Return the family whose defaults apply, and the model's stored configuration.
 
-    None: loading the folder will say what is wrong.
+    None if they are unknown: loading the folder will report what is wrong.
     """
     from nsp.family.registry import family
     from nsp.files import read_json
@@ -184,7 +184,7 @@ def _load(
     *,
     verify: bool,
 ) -> "Pipeline":
-    """Return the model of the folder given; each option takes its own kind of folder only."""
+    """Return the model of the given folder; each option accepts only its own kind of folder."""
     from nsp.paths import NOTHING, describe, wrong_path
     from nsp.pipeline.pipeline import load_pipeline
 

@@ -28,10 +28,10 @@ class SamplingVerb(Verb):
     _settings: Sequence[click.Option] = ()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; families are asked for their settings only where one may be meant.
+        """Parse the arguments; families are asked for their settings only if an option may be one.
 
-        A picture without settings need not wait 10 ms for families that it is not made by, nor one
-        by a built-in family 25 ms for those of other packages.
+        So a picture without settings does not wait 10 ms for all built-in families, and one of a
+        built-in family does not wait 25 ms for those of other packages.
         """
         words = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("-")}
         if not self._knows(words, ctx):
@@ -41,7 +41,7 @@ class SamplingVerb(Verb):
         return super().parse_args(ctx, args)
 
     def _knows(self, words: Set[str], ctx: click.Context) -> bool:
-        """Return whether these are options there are now; --help shows those of all families."""
+        """Return whether these options are known now; --help shows those of all families."""
         options = self.get_params(ctx)
         known = {word.replace("_", "-") for o in options for word in (*o.opts, *o.secondary_opts)}
         return words <= known - {"--help", "-h"}
@@ -175,7 +175,7 @@ def planned_orders(
 
 
 def _settings_of(row: "ListedImage", sampling: "S") -> "S":
-    """Return the settings of a row: its own in place of those of the run."""
+    """Return the settings of a row: the run's, replaced by its own."""
     try:
         return sampling.changed(row.settings) if row.settings else sampling
     except ConfigError as error:

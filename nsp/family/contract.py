@@ -118,7 +118,7 @@ class Learner(ABC, Generic[C, Y]):
     ) -> Y:
         """Return a freshly initialised system; weights are drawn from torch's global generator.
 
-        A family that reads no prompts and no pretrained files need not say how.
+        A family without prompts and pretrained files need not implement it.
         """
         return self.build(config, text_encoder=None, prompt_tokenizer=None)
 
@@ -153,14 +153,14 @@ class Learner(ABC, Generic[C, Y]):
         raise ConfigError("this family cannot check its cache: it does not implement without_cache")
 
     def reconstruct(self, system: Y, pictures_BHW3: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
-        """Return uint8 pictures (B, H, W, 3) as the tokenizer of images keeps them."""
-        raise ConfigError(f"family {system.family} has no tokenizer of images to rebuild them with")
+        """Return uint8 pictures (B, H, W, 3) as the image tokenizer reconstructs them."""
+        raise ConfigError(f"family {system.family} has no image tokenizer to reconstruct pictures")
 
     def write_cache(self, system: Y, data: "ImageDataset", file: Path) -> None:
-        """Write what the tokenizer of images makes of the pictures, for later runs."""
+        """Write the image tokenizer's output for the pictures, for later runs."""
         raise ConfigError(
-            f"family {system.family} has no tokenizer of images: there is nothing to keep in a "
-            "file, and training takes the pictures as they are"
+            f"family {system.family} has no image tokenizer, so there is nothing to store in a "
+            "file; train on the pictures themselves"
         )
 
 
@@ -169,9 +169,9 @@ class Family(ABC, Generic[C, S, Y]):
 
     api: ClassVar[int] = API
     name: ClassVar[str]
-    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # of its cache, best first
+    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # its cache's layouts, best first
     published: ClassVar[Mapping[str, str]] = {}  # the files that `convert` takes, and their help
-    default_prompt: ClassVar[str | None] = None  # of `nsp generate`
+    default_prompt: ClassVar[str | None] = None  # for `nsp generate`
     default_seed: ClassVar[int] = 0
     default_batch_size: ClassVar[int | None] = None  # None: the best number for the engines
     takes_no_prompt: ClassVar[bool] = False  # "" stands for no prompt
@@ -221,9 +221,9 @@ class Family(ABC, Generic[C, S, Y]):
     def batch_key(self, config: C, order: Order[S]) -> Hashable:
         """Return the settings that decide shapes and control flow; equal keys may share a batch.
 
-        Names and shapes of what orders carry belong to it, too. Raises ConfigError for settings
-        that this model does not have. Where every order takes the same steps, there is nothing to
-        tell apart.
+        The names and shapes of an order's given arrays are also part of it. Raises ConfigError for
+        settings that this model does not have. Where every order takes the same steps, there is
+        nothing to tell apart.
         """
         return ()
 
@@ -277,7 +277,7 @@ class Family(ABC, Generic[C, S, Y]):
         self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
     ) -> None:
         """Write a checkpoint folder from published weights, the files named in `published`."""
-        raise ConfigError(f"no weights of family {self.name} are published: train some instead")
+        raise ConfigError(f"family {self.name} has no published weights; train a model instead")
 
     @property
     @abstractmethod

@@ -32,11 +32,11 @@ def make_orders(
     negative: str | Sequence[str | None] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> list[Order[S]]:
-    """Return `num_images` orders for every prompt, or class id, or without either.
+    """Return `num_images` orders for every prompt or class id, or for no condition at all.
 
-    Without either, a list of seeds says how many. `negative` is one prompt for all, or one per
-    condition; `given` are arrays with a row per image.
-    Raises ConfigError for values of a wrong kind; whether they suit a model is checked later.
+    Without a condition, a list of seeds gives the number. `negative` is one prompt for all, or one
+    per condition; `given` are arrays with a row per image. Raises ConfigError for values of a wrong
+    kind; whether they fit a model is checked later.
     """
     texts = None if prompts is None else prompt_texts(prompts)
     numbers = None if class_ids is None else class_numbers(class_ids).tolist()
@@ -67,8 +67,8 @@ def check_total(num_images: int) -> None:
     """Raise ConfigError for more images than one run makes."""
     if num_images > MAX_IMAGES:
         raise ConfigError(
-            f"{num_images} images are planned; one run makes at most {MAX_IMAGES}: make several, "
-            "each with another seed"
+            f"{num_images} images are requested, but one run makes at most {MAX_IMAGES}; use "
+            "several runs with different seeds"
         )
 
 

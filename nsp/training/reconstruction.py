@@ -1,4 +1,4 @@
-"""What phases have in common that train on pictures as they are, in every family.
+"""The shared part of phases that train on pictures as they are, in every family.
 
 Axes: B pictures, H and W pixels. Values in [-1, 1].
 """
@@ -39,7 +39,7 @@ class PicturesObjective(Objective):
 
 
 class ReconstructionObjective(PicturesObjective):
-    """Learns to reproduce pictures, and shows some beside their reconstructions."""
+    """Learns to reproduce pictures, and shows some next to their reconstructions."""
 
     @abstractmethod
     def rebuilt(self, image: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def test_what_pip_leaves_behind_is_not_an_installation(
     found = availability("onnxruntime")
     assert found.reason.startswith("onnxruntime is only partly installed")
     assert found.install == ANEW
-    with pytest.raises(BackendError, match="onnxruntime does not load"):
+    with pytest.raises(BackendError, match="onnxruntime cannot be loaded"):
         onnxruntime.import_onnxruntime()
 
 

@@ -72,7 +72,7 @@ class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
     }
 
     def condition(self, config: RasterConfig) -> Kind:
-        """Return what a picture is asked for by: nothing."""
+        """Return the kind of condition for a picture: none."""
         return "none"
 
     def grids(self, config: RasterConfig) -> Sequence[tuple[int, int]]:

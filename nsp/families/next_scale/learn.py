@@ -78,7 +78,7 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
     def new_system(
         self, config: NextScaleConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
     ) -> NextScaleSystem:
-        """Return a freshly initialised model, its autoencoder read where that is configured.
+        """Return a freshly initialised model; its autoencoder is loaded if that is configured.
 
         `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length
         of the text condition; otherwise the prompt tokenizer is trained on the captions of `source`
@@ -136,8 +136,8 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
         if phase == "vae":
             if cache is not None and cache.is_given:
                 raise ConfigError(
-                    f"{cache.file} holds latents of a finished autoencoder, which this phase would "
-                    "change; leave it out, or the phase: --from-phase scales"
+                    f"{cache.file} has latents of a finished autoencoder, which this phase would "
+                    "change; omit it, or skip the phase with --from-phase scales"
                 )
             return VaeObjective(system, data, held_out, VaeSettings.from_dict(settings))
         one = _ONE_SCALE.fullmatch(phase)

@@ -122,8 +122,8 @@ class VarLearner(Learner[VarConfig, VarSystem]):
         if phase == "tokenizer":
             if cache is not None and cache.is_given:
                 raise ConfigError(
-                    f"{cache.file} holds tokens of a finished tokenizer, which this phase would "
-                    "change; leave it out, or the phase: --from-phase predictor"
+                    f"{cache.file} has tokens of a finished tokenizer, which this phase would "
+                    "change; omit it, or skip the phase with --from-phase predictor"
                 )
             return TokenizerObjective(system, data, held_out, TokenizerSettings.from_dict(settings))
         if phase == "decoder":

@@ -1,4 +1,4 @@
-"""Pictures as the tokenizer of images keeps them."""
+"""Pictures as the image tokenizer reconstructs them."""
 
 import numpy as np
 import torch
