@@ -21,7 +21,7 @@ def test_rows_without_a_prompt_or_class_are_for_models_without_condition(tmp_pat
     first, second = read_list(tmp_path / "a.csv", ("ink",), has_condition=False)
     assert (first.prompt, first.class_id, first.seed) == (None, None, 3)
     assert (first.settings, second.settings) == ({"ink": 0.5}, {})
-    with pytest.raises(ConfigError, match="line 1: no column prompt"):
+    with pytest.raises(ConfigError, match="line 1: there is no column prompt"):
         read_list(tmp_path / "a.csv", ("ink",))
 
 
