@@ -17,7 +17,7 @@ from nsp.export.verbs import export_engines, verify_engines
     invoke_without_command=True,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # Options may be spelled with underscores, too.
+        # Options may also be spelled with underscores.
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )

@@ -1,1 +1,1 @@
-"""Latency, memory, start-up and parity of an engine folder, measured beside PyTorch."""
+"""Latency, memory, start-up and parity of an engine folder, compared with PyTorch."""

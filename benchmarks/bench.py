@@ -1,4 +1,4 @@
-"""`nsp bench`: an engine folder measured beside the PyTorch model it was made from.
+"""`nsp bench`: measures an engine folder and the PyTorch model it was made from.
 
     load both -> parity -> interleaved rounds per scenario -> fresh processes -> sweep -> report
 
@@ -120,7 +120,7 @@ def _sweep(
 
 
 def _pictures(subject: Subject, options: BenchOptions, on_event: OnEvent) -> Pictures | None:
-    """Return what both sides make of the same prompts, or None without a baseline."""
+    """Return the pictures of both sides for the same prompts, or None without a baseline."""
     on_event(BenchEvent(activity="contact sheet", done=0, total=1))
     return make_pictures(subject, seed=options.seed)
 
@@ -255,7 +255,7 @@ def _check_batch_sizes(subject: Subject, options: BenchOptions) -> None:
     if limit is not None and largest > limit:
         raise ConfigError(
             f"batch size {largest} is outside the engine's 1..{limit}; "
-            f"leave it out or export again with --max-batch {largest}"
+            f"omit it or export again with --max-batch {largest}"
         )
 
 
@@ -356,4 +356,4 @@ def _cold_runs(
 
 
 def _ignore(event: BenchEvent) -> None:
-    """Take an event nobody waits for."""
+    """Ignore an event."""

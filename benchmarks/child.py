@@ -41,7 +41,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     from nsp.pipeline.pipeline import load_pipeline
     from nsp.pipeline.results import to_uint8
 
-    # Loading would import it a moment later: so its code is no part of what the model takes.
+    # Loading would import it a moment later, but its code is not part of the model's memory.
     with contextlib.suppress(ImportError, ConfigError):  # `load_pipeline` says what is wrong
         importlib.import_module(backend_record(job["backend"]).module)
     imported_mib = resident_mib("VmRSS")

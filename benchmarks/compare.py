@@ -107,14 +107,14 @@ def _check_contracts(old: BenchResult, new: BenchResult) -> None:
     for name, result in (("old", old), ("new", new)):
         if result.contract is None:
             raise ConfigError(
-                f"the {name} result (schema {result.schema_version}) does not say what exactly "
+                f"the {name} result (schema {result.schema_version}) does not record exactly what "
                 "was measured; run nsp bench again"
             )
         for batch in result.batches:
             if batch.rounds < FEWEST_ROUNDS:
                 raise ConfigError(
-                    f"the {name} result has {batch.rounds} rounds of batch {batch.batch}; an "
-                    f"interval needs {FEWEST_ROUNDS}: run nsp bench with more --rounds"
+                    f"the {name} result has {batch.rounds} rounds of batch {batch.batch}, but an "
+                    f"interval needs {FEWEST_ROUNDS}; run nsp bench with more --rounds"
                 )
     assert old.contract is not None
     assert new.contract is not None
@@ -201,7 +201,7 @@ def _notes(old: BenchResult, new: BenchResult, *, adjusted: bool) -> Iterator[st
     """Yield what differs and may: the software, the precision, how calm the machine was."""
     sizes = [{batch.batch for batch in result.batches} for result in (old, new)]
     for batch in sorted(sizes[0] ^ sizes[1]):
-        yield f"batch {batch} is in one result only and is not compared"
+        yield f"batch {batch} is in only one result and is not compared"
     for name, before, after in (
         ("backend", old.model.backend, new.model.backend),
         ("precision", old.model.precision, new.model.precision),
@@ -215,7 +215,7 @@ def _notes(old: BenchResult, new: BenchResult, *, adjusted: bool) -> Iterator[st
         if versions[0] != versions[1]:
             yield f"{name}: {versions[0]}, now {versions[1]}"
     if not adjusted:
-        yield "no common PyTorch baseline: a change of the machine's own speed counts in full"
+        yield "no common PyTorch baseline: changes of the machine's own speed are included"
     for name, result in (("old", old), ("new", new)):
         for warning in result.warnings:
             yield f"{name} result: {warning}"
@@ -248,12 +248,12 @@ def comparison_sections(comparison: Comparison) -> Iterator[Section]:
 
 
 def parse_threshold(text: str) -> float:
-    """Return the share that "5%" or "0.05" means; raise ConfigError for anything else."""
+    """Return the fraction that "5%" or "0.05" means; raise ConfigError for anything else."""
     number = text.strip().removesuffix("%").strip()
     try:
         value = float(number) / (100 if "%" in text else 1)
     except ValueError:
         value = -1.0
     if not 0 <= value < 1:
-        raise ConfigError(f"threshold {text!r} must be a share below 100 %, like 5% or 0.05")
+        raise ConfigError(f"threshold {text!r} must be a fraction below 100 %, like 5% or 0.05")
     return value

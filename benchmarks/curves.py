@@ -37,7 +37,7 @@ class Curve:
 
 
 def read_curves(logs: Sequence[Path]) -> list[Curve]:
-    """Return a curve per phase; DataError for a file that is no log of a phase."""
+    """Return a curve per phase; DataError for a file that is not a log of a phase."""
     by_phase: dict[str, list[list[dict[str, Any]]]] = {}
     for log in logs:
         by_phase.setdefault(log.parent.name, []).append(_rows(log))
@@ -48,9 +48,9 @@ def _rows(log: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise DataError(f"{log} is no log of a training phase: {error}") from error
+        raise DataError(f"{log} is not a log of a training phase: {error}") from error
     if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):
-        raise DataError(f"{log} is no log of a training phase: lines without a step")
+        raise DataError(f"{log} is not a log of a training phase: lines without a step")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What makes a benchmark's numbers doubtful: said before all of them."""
+"""Reasons to doubt a benchmark's numbers, shown before all of them."""
 
 from collections.abc import Iterator
 
@@ -21,12 +21,12 @@ def doubts(
     if other_cores is not None and other_cores > NOISE_WORK * cores:
         yield (
             f"other processes kept {other_cores:.1f} of {cores} cores busy: times and even ratios "
-            "are doubtful, as threads wait for each other; run again on an idle machine"
+            "are not reliable, because threads wait for each other; run again on an idle machine"
         )
     if ceilings is not None and ceilings.drift > NOISE_DRIFT:
         yield (
             f"the machine's speed changed by {100 * ceilings.drift:.0f} % during the benchmark; "
-            "fractions of the roof are doubtful"
+            "fractions of the roof are not reliable"
         )
     for batch in batches:
         for name, times in (

@@ -85,8 +85,8 @@ class Fidelity(Config):
             "",
             f"Model {self.model_hash[:12]}, {self.backend} {self.precision}, "
             f"{self.num_distinct} distinct pictures of `{self.source}`, seed {self.seed}. "
-            f"{self._guidance()}Is the nearest picture (mean squared distance at 64 px) the one "
-            "the prompt names? 95 % intervals.",
+            f"{self._guidance()}A hit means that the nearest picture (mean squared distance at 64 "
+            "px) is the one that the prompt names. 95 % intervals.",
             "",
             "| captions | count | recall@1 | recall@5 | reconstruction recall@1 | PSNR, dB | "
             "reconstruction PSNR, dB |",
@@ -114,7 +114,7 @@ def _tokenizer_of(options: FidelityOptions, manifest: Manifest) -> CheckpointRec
     except CheckpointError as error:
         if options.checkpoint is not None:
             raise
-        logger.warning("no figures of the tokenizer alone: %s", error)
+        logger.warning("no results for the tokenizer alone: %s", error)
         return None
 
 

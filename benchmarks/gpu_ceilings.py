@@ -53,7 +53,7 @@ class Clock:
     def ms(self, work: Callable[[], Any]) -> float:
         """Return how long the work takes, all of it: the device is idle before and after.
 
-        A runtime may return with its work still under way on a stream of its own, which torch's
+        A runtime may return with its work still running on a stream of its own, which torch's
         events do not wait for: so the device is waited for before the second event.
         """
         if not self.on_gpu:

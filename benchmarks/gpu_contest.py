@@ -114,7 +114,7 @@ def contest(
 def _reason(name: str, error: Exception) -> str:
     """Return why a contestant is left out, in one line."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
-    logger.warning("%s is left out: %s", name, reason, exc_info=logger.level < 20)
+    logger.warning("leaving out %s: %s", name, reason, exc_info=logger.level < 20)
     return reason
 
 

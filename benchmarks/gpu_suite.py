@@ -71,7 +71,7 @@ def run(options: SuiteOptions) -> SuiteResult:
     if options.device == "cuda" and not torch.cuda.is_available():
         gpu = find_gpu()
         raise BackendError(
-            "the GPU suite needs an NVIDIA GPU and finds none; it checks itself with: "
+            "the GPU suite needs an NVIDIA GPU, but there is none; to check only the suite, run: "
             "python -m nsp.benchmarks.gpu_suite --device cpu --sizes tiny"
             if gpu is None
             else f"this PyTorch does not use the {gpu.name}; "
@@ -142,12 +142,14 @@ def _names(value: str) -> tuple[str, ...]:
 
 
 @click.command()
-@click.option("--sizes", default="d16,d20,d24,d30", show_default=True, help="Of the model.")
+@click.option("--sizes", default="d16,d20,d24,d30", show_default=True, help="Model sizes.")
 @click.option("--batch", default="1,8", show_default=True, help="Images per call.")
 @click.option("--precision", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16")
 @click.option("--only", default=",".join(ENTRIES), show_default=True, help="Contestants.")
 @click.option("--quick", is_flag=True, help="5 rounds instead of 50.")
-@click.option("--engine-dir", type=FOLDER, help="Keep weights and engines here, to run again.")
+@click.option(
+    "--engine-dir", type=FOLDER, help="Folder that keeps weights and engines for later runs."
+)
 @click.option("--output-dir", type=FOLDER, help="[default: benchmarks/results]")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 def main(

@@ -128,7 +128,7 @@ class _Endless(Sampler[list[int]]):
 
 
 def _other_work() -> float | None:
-    """Return how many cores others keep busy; told apart from our workers by coming before."""
+    """Return how many cores others keep busy; measured before our workers start."""
     other = OtherWork()
     time.sleep(WARMUP_SECONDS)
     return other.cores()
@@ -168,14 +168,14 @@ def _print(report: LoaderReport) -> None:
     results_console().print(table)
     if report.other_work_cores is not None and report.other_work_cores > 0.1 * report.cores:
         click.echo(
-            f"doubtful: other processes kept {report.other_work_cores:.1f} of {report.cores} "
+            f"not reliable: other processes kept {report.other_work_cores:.1f} of {report.cores} "
             "cores busy before; run again on an idle machine"
         )
     click.echo(json.dumps(report.to_dict(), allow_nan=False))
 
 
 @click.command()
-@click.option("--source", default="emoji", show_default=True, help="What nsp data takes.")
+@click.option("--source", default="emoji", show_default=True, help="Source, as for nsp data.")
 @click.option("--image-size", type=COUNT, default=64, show_default=True, help="Pixels.")
 @click.option("--batch-size", type=COUNT, default=64, show_default=True)
 @click.option(

@@ -38,7 +38,7 @@ COPY_BYTES = 64 << 20  # beyond the last-level cache of most machines
 
 @dataclass(frozen=True, kw_only=True)
 class Environment(Config):
-    """The machine and its software. Holds no host or user name."""
+    """The machine and its software. Has no host or user name."""
 
     cpu: str
     logical_cores: int

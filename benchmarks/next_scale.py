@@ -54,7 +54,7 @@ class Growth(Config):
         """Check the schema."""
         if self.schema_version != SCHEMA:
             raise ConfigError(
-                f"result has schema_version {self.schema_version}, this nsp reads {SCHEMA}; "
+                f"result has schema_version {self.schema_version}, but this nsp reads {SCHEMA}; "
                 "run: python -m nsp.benchmarks.next_scale"
             )
 
@@ -74,7 +74,9 @@ def read_growth(path: Path) -> Growth:
     try:
         return Growth.from_dict(read_json(path))
     except (ValueError, ConfigError) as error:
-        raise ConfigError(f"{path} is no result of nsp.benchmarks.next_scale ({error})") from error
+        raise ConfigError(
+            f"{path} is not a result of nsp.benchmarks.next_scale ({error})"
+        ) from error
 
 
 def measure(
@@ -176,9 +178,13 @@ def growth_table(growth: Growth) -> str:
 
 @click.command()
 @click.option("--size", default="sdxl", show_default=True, help="sdxl, emoji or tiny.")
-@click.option("--threads", type=click.IntRange(min=1), default=None, help="As for nsp bench.")
-@click.option("--engine-dir", type=FOLDER, help="Engines of such a model, in place of PyTorch.")
-@click.option("--checkpoint-dir", type=FOLDER, help="Keep the weights there, to export them.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=None, help="CPU threads, as for nsp bench."
+)
+@click.option("--engine-dir", type=FOLDER, help="Engines of such a model, instead of PyTorch.")
+@click.option(
+    "--checkpoint-dir", type=FOLDER, help="Folder that keeps the weights, to export them."
+)
 @click.option("--output-dir", type=FOLDER, default=Path("outputs/bench"), show_default=True)
 def main(
     *,
@@ -191,7 +197,7 @@ def main(
     """Measure one picture and write next_scale.json and next_scale.md."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if engine_dir is not None and checkpoint_dir is not None:
-        raise click.UsageError("--checkpoint-dir keeps new weights; --engine-dir brings its own")
+        raise click.UsageError("--checkpoint-dir is for new weights, but --engine-dir has its own")
     try:
         growth = measure(
             size, threads=num_threads(threads), engine_dir=engine_dir, save_to=checkpoint_dir

@@ -36,13 +36,13 @@ class BenchOptions:
         if unknown := [name for name in self.rivals or () if name not in RIVAL_NAMES]:
             known = ", ".join(RIVAL_NAMES)
             raise ConfigError(f"rival {unknown[0]!r} is unknown; known: {known}")
-        # Times are told apart by name alone: two of one name would be counted as one.
+        # Times are identified by name alone: two of one name would be counted as one.
         if twice := [name for name, count in Counter(self.rivals or ()).items() if count > 1]:
-            raise ConfigError(f"rival {twice[0]!r} is given twice; once is enough")
+            raise ConfigError(f"rival {twice[0]!r} is given twice; give it once")
         if self.peer_var is not None:
             check_clone(self.peer_var)
         if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ConfigError(f"batch sizes {list(self.batch_sizes)}: give positive numbers")
+            raise ConfigError(f"batch sizes {list(self.batch_sizes)} must be positive numbers")
         for name, least in (("rounds", 1), ("warmup", 0), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -22,7 +22,7 @@ _STOCK_GROUPS = 32  # of the stock decoder's norms
 
 
 def check_clone(path: Path) -> None:
-    """Raise ConfigError when `path` is no clone of the public code."""
+    """Raise ConfigError when `path` is not a clone of the public code."""
     missing = [n for n in ("models/var.py", "models/vqvae.py") if not (path / n).is_file()]
     if missing:
         raise ConfigError(

@@ -49,7 +49,7 @@ def onnxruntime_product(
 
 
 class Product:
-    """The product as a contestant; it heeds no request."""
+    """The product as a contestant; it ignores the request."""
 
     name = GEMM
 

@@ -4,7 +4,7 @@
     nsp export --checkpoint runs/w512 --engine-dir engines/w512 --target onnxruntime --fp32 --int8
 
 The published initialisation would make parity blind: it all but closes the gates of the residual
-branches, hardly heeds the class, and leaves logits almost constant. Here all of it matters.
+branches, hardly uses the class, and leaves logits almost constant. Here all of it matters.
 """
 
 from pathlib import Path
@@ -59,11 +59,11 @@ def write_random_model(folder: Path, config: VarConfig) -> None:
     if is_checkpoint(folder):
         record = read_checkpoint(folder)
         if record.notes.get("made_by") != _NOTES["made_by"]:
-            raise ConfigError(f"{folder} holds another checkpoint; give a new folder")
+            raise ConfigError(f"{folder} has another checkpoint; give a new folder")
         if record.notes == _NOTES and record.config == config.to_dict():
             return
     elif folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds other files; give a new folder")
+        raise ConfigError(f"{folder} has other files; give a new folder")
     save_checkpoint(folder, random_system(config), notes=_NOTES, sampling={})
 
 

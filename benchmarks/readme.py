@@ -120,7 +120,7 @@ def _cold(result: BenchResult, side: str, field: str) -> float:
 
 @dataclass(frozen=True)
 class Source:
-    """How a committed result is read, and what the README says of it."""
+    """How a committed result is read, and what the README says about it."""
 
     read: Callable[[Path], Any]
     text: Callable[[Any], str]
@@ -145,7 +145,7 @@ def rewritten(readme: str, results: Mapping[str, Any]) -> str:
         before, mark, rest = readme.partition(begin(name))
         _, end, after = rest.partition(END)
         if not mark or not end:
-            raise ConfigError(f"README.md lacks the marks {begin(name)} and {END}")
+            raise ConfigError(f"README.md does not have the marks {begin(name)} and {END}")
         readme = f"{before}{mark}\n\n{SECTIONS[name].text(result)}\n\n{end}{after}"
     return readme
 

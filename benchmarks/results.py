@@ -134,7 +134,7 @@ class Footprint(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class GuidancePoint(Config):
-    """Guidance on the first scales only, held against guidance on all of them."""
+    """Guidance on the first scales only, compared with guidance on all of them."""
 
     guided_scales: int
     times_ms: tuple[float, ...]  # of single images, in order of the rounds
@@ -229,8 +229,8 @@ class BenchResult(Config):
         """Check the schema."""
         if self.schema_version not in READABLE:
             raise ConfigError(
-                f"benchmark result has schema_version {self.schema_version}, "
-                f"this nsp reads {' and '.join(map(str, READABLE))}; run: nsp bench"
+                f"the benchmark result has schema_version {self.schema_version}, "
+                f"but this nsp reads {' and '.join(map(str, READABLE))}; run: nsp bench"
             )
 
     @property
@@ -245,7 +245,7 @@ def read_result(path: Path) -> BenchResult:
     try:
         return BenchResult.from_dict(read_json(path))
     except (ValueError, ConfigError) as error:
-        raise ConfigError(f"{path} is no benchmark result ({error})") from error
+        raise ConfigError(f"{path} is not a benchmark result ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def _other(precision: str, subject: Subject) -> _Asked:
 
     def load() -> Pipeline:
         if precision == used:
-            raise ConfigError(f"the engines measured are {used} already; ask for another precision")
+            raise ConfigError(f"the measured engines are already {used}; choose another precision")
         options = {**source.options, "precision": precision}
         return load_pipeline(source.path, source.backend, **options)
 
@@ -284,9 +284,11 @@ def gate_words(manifest: Manifest, backend: str, precision: str) -> str:
 def _pipeline(rival: Rival, subject: Subject, threads: int) -> Pipeline:
     """Return the rival's pipeline; raise BackendError where there is nothing to make it from."""
     if subject.baseline is None:
-        raise BackendError(f"it is made from the PyTorch model: {subject.baseline_missing}")
+        raise BackendError(f"it needs the PyTorch model: {subject.baseline_missing}")
     if subject.device != "cpu":
-        raise BackendError(f"nsp bench times it on a CPU only, the engines run on {subject.device}")
+        raise BackendError(
+            f"nsp bench times it only on a CPU, but the engines run on {subject.device}"
+        )
     reference = subject.baseline.pipeline
     system = read_checkpoint(subject.baseline.source.path).load()
     return Pipeline(

@@ -85,7 +85,7 @@ class Subject:
         return {**asked, "seed": seed if asked else [seed + number for number in range(count)]}
 
     def titles(self, count: int, seed: int) -> tuple[str, ...]:
-        """Return what each of `count` images is asked for by, in words."""
+        """Return what each of `count` images is requested with, in words."""
         asked = self.conditions(count)
         named = next(iter(asked.values()), [f"seed {seed + number}" for number in range(count)])
         return tuple(str(each) for each in named)
@@ -167,19 +167,19 @@ def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:
     """Return the PyTorch model; the error says why there is none and what to do."""
     if not is_checkpoint(folder):
         raise CheckpointError(
-            f"no checkpoint at {folder}; "
+            f"there is no checkpoint at {folder}; "
             "give the one the engines were exported from with --checkpoint"
         )
     found = read_checkpoint(folder).weights_hash()
     if found != model_hash:
         raise CheckpointError(
-            f"{folder} holds model {found[:12]}, the engines were made from {model_hash[:12]}; "
+            f"{folder} has model {found[:12]}, but the engines were made from {model_hash[:12]}; "
             "give that one with --checkpoint"
         )
     state = availability(BASELINE)
     if state.device != device:
         fix = f"; run: {state.install}" if state.install else ""
-        raise BackendError(f"torch does not run on the engines' {device}: {state.reason}{fix}")
+        raise BackendError(f"torch cannot run on the engines' {device}: {state.reason}{fix}")
     options = {"device": device}
     source = Source(name=BASELINE, path=folder, backend=BASELINE, options=options)
     return Side(source=source, pipeline=load_pipeline(folder, BASELINE, **options))

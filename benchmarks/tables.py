@@ -72,7 +72,7 @@ def _latency_section(result: BenchResult, batch: BatchResult) -> Section:
 
 def _ceilings_note(ceilings: Ceilings | None) -> str:
     if ceilings is None:
-        return "No ceilings: those of a GPU are not measured by this version."
+        return "No ceilings: this version does not measure those of a GPU."
     return (
         f"Roof: the operations at this run's GEMM peak, {ceilings.gemm_peak_gflops:.0f} GFLOP/s "
         f"in float32 with {ceilings.threads} thread(s). Memory: weights and tensors once per call "

@@ -41,10 +41,10 @@ _THEIRS_ALONE = {"compare", "threshold", "fidelity", "num_captions", "data", "gu
 
 @click.command(cls=Verb)
 @engine_dir_option
-@checkpoint_option("Baseline to compare with.  [default: what the engines were exported from]")
+@checkpoint_option("Baseline to compare with.  [default: the source of the engines]")
 @backend_option
-@precision_options("Measure the {} engines instead of what suits the device.")
-@threads_option("CPU threads of both.")
+@precision_options("Measure the {} engines instead of those that suit the device best.")
+@threads_option("CPU threads for engines and PyTorch.")
 @click.option("--quick", is_flag=True, help="Fewer rounds: a first impression in a minute.")
 @click.option(
     "--batch-size",
@@ -61,46 +61,54 @@ _THEIRS_ALONE = {"compare", "threshold", "fidelity", "num_captions", "data", "gu
     "rivals",
     multiple=True,
     type=click.Choice(["torch.compile", "plain-onnx", *PRECISIONS]),
-    help="Time this too, in the same rounds; a precision is the folder's engines in it. Repeatable."
-    "  [default: all there are, or none with --quick]",
+    help="Also time this in the same rounds; a precision means the folder's engines in it. "
+    "Repeatable.  [default: all, or none with --quick]",
 )
 @click.option(
-    "--peer-var", type=FOLDER, help="Time the public VAR code in this clone, too: same shapes."
+    "--peer-var",
+    type=FOLDER,
+    help="Also time the public VAR code in this clone, with the same shapes.",
 )
 @click.option(
     "--sweep",
     is_flag=True,
-    help="Also batch sizes 1 to 8 with 1 and 2 threads, and guidance ended early.",
+    help="Also measure batch sizes 1 to 8 with 1 and 2 threads, and guidance that ends early.",
 )
 @click.option(
     "--compare",
     type=(FILE, FILE),
     metavar="OLD NEW",
-    help="Compare two bench.json instead; exit 1 when the engines became slower.",
+    help="Compare two bench.json files instead; exit 1 if the engines became slower.",
 )
 @click.option(
     "--threshold",
     default="5%",
     show_default=True,
-    help="How much slower is too slow, for --compare.",
+    help="Allowed slowdown, for --compare.",
 )
 @click.option(
     "--fidelity",
     is_flag=True,
-    help="Measure instead whether pictures show what their prompts name.",
+    help="Measure instead whether pictures show the content of their prompts.",
 )
 @click.option(
-    "--num-captions", type=COUNT, default=200, show_default=True, help="Of each split, for it."
+    "--num-captions",
+    type=COUNT,
+    default=200,
+    show_default=True,
+    help="Captions of each split, for --fidelity.",
 )
-@click.option("--data", default="emoji", show_default=True, help="Captioned pictures, for it.")
+@click.option(
+    "--data", default="emoji", show_default=True, help="Captioned pictures, for --fidelity."
+)
 @click.option(
     "--guidance-until",
     type=click.IntRange(0),
     metavar="SCALES",
-    help="Guide the first SCALES scales only, for it.",
+    help="Guide only the first SCALES scales, for --fidelity.",
 )
 @seed_option("Seed of the images made.")
-@output_dir_option("outputs/bench", "Where bench.json, bench.md and bench.html go.")
+@output_dir_option("outputs/bench", "Folder for bench.json, bench.md and bench.html.")
 @json_option
 @verbose_option
 def bench(
@@ -116,7 +124,7 @@ def bench(
     rivals: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Measure speed, memory and parity of engines beside PyTorch, or the fidelity of pictures."""
+    """Measure speed, memory and parity of engines and PyTorch, or the fidelity of pictures."""
     _refuse_options_of_other_uses(
         "--compare" if compare is not None else "--fidelity" if fidelity else None
     )
@@ -168,8 +176,8 @@ def _refuse_options_of_other_uses(use: str | None) -> None:
             continue
         given = parameter.opts[0]
         takers = [other for other, names in _OF_USES.items() if name in names]
-        belongs = f"it is for {' and '.join(takers)}" if use is None else f"leave it out with {use}"
-        raise ConfigError(f"{given} means nothing here: {belongs}")
+        belongs = f"it is for {' and '.join(takers)}" if use is None else f"omit it with {use}"
+        raise ConfigError(f"{given} has no effect here: {belongs}")
 
 
 def _compare_results(old: Path, new: Path, *, threshold: str, as_json: bool) -> None:

@@ -1,1 +1,1 @@
-"""Export: a checkpoint's stages -> ONNX -> engines, each proven against PyTorch first."""
+"""Export: a checkpoint's stages -> ONNX -> engines, each compared with PyTorch first."""

@@ -1,4 +1,4 @@
-"""Builds one stage: module -> ONNX -> lint -> parity -> engine; only what passes stays."""
+"""Builds one stage: module -> ONNX -> lint -> parity -> engine; failed builds are not kept."""
 
 import logging
 import shutil
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 Report: TypeAlias = Callable[[PlannedBuild, str, float, str], None]
 
-# Where a build stands when a phase begins, as a share of it.
+# The fraction of a build that is done when a phase begins.
 _START = {"onnx": 0.0, "lint": 0.5, "parity": 0.55, "build": 0.7}
 
 
 class StageBuilder:
-    """Holds the model and its reference while stages are built from it."""
+    """The model and its reference, from which stages are built."""
 
     def __init__(self, plan: ExportPlan, store: EngineStore, report: Report) -> None:
         self._plan, self._store, self._report = plan, store, report
@@ -54,7 +54,7 @@ class StageBuilder:
 
     @cached_property
     def reference(self) -> Reference:
-        """What the model generates in PyTorch."""
+        """The reference: the model's calls and images in PyTorch."""
         started = time.monotonic()
         reference = record_reference(self._plan, self.system)
         seconds = time.monotonic() - started
@@ -62,7 +62,7 @@ class StageBuilder:
         return reference
 
     def build(self, build: PlannedBuild) -> Variant:
-        """Return the finished variant, whose files lie in the staging folder.
+        """Return the finished variant; its files are in the staging folder.
 
         Raises ExportError when a step fails and ParityError when the stage misses its gate.
         """
@@ -114,7 +114,7 @@ class StageBuilder:
         return model
 
     def _metadata(self, stage: str) -> dict[str, str]:
-        """Return what a graph says about itself."""
+        """Return the metadata of a graph."""
         grids = self._family.grids(self._plan.config)
         return {
             "family": self._family.name,
@@ -125,7 +125,7 @@ class StageBuilder:
         }
 
     def _check(self, build: PlannedBuild, model: Path) -> dict[str, Any]:
-        """Hold the graph to the reference."""
+        """Compare the graph with the reference."""
         self._report(build, "parity", _START["parity"], "comparing with PyTorch")
         backend, checked = self._checker(build, model)
         gate, recordings = self._declared(build)[build.stage].gate, self.reference.recordings
@@ -154,10 +154,10 @@ class StageBuilder:
         }
 
     def _checker(self, build: PlannedBuild, model: Path) -> tuple[Backend, str]:
-        """Return what runs the stage for its check, and that in words."""
+        """Return the backend that runs the stage for its check, and its name in words."""
         stages_io = {build.stage: build.io}
         if build.stored_precision == "bf16":
-            # ONNX Runtime's CPU has no bfloat16 kernels to speak of.
+            # ONNX Runtime on a CPU has hardly any bfloat16 kernels.
             modules = self._stages(build)
             backend = TorchBackend(modules, stages_io, kv_layout=build.kv_layout, device="cpu")
             return backend, "the same modules in PyTorch bfloat16"
@@ -191,9 +191,9 @@ class StageBuilder:
         return self._modules
 
     def check_images(self, manifest: Manifest) -> Manifest:
-        """Return the manifest with what whole images from its stages showed.
+        """Return the manifest with the results of whole images from its stages.
 
-        Only ONNX Runtime can be run here; its figures are kept with the last stage.
+        Only ONNX Runtime can be run here; its results are kept with the last stage.
         """
         runnable = {(b.backend, b.precision): b for b in self._plan.builds if not b.profiles}
         for key, build in runnable.items():

@@ -1,4 +1,4 @@
-"""What a compiled engine is tied to; part of its fingerprint, and of the manifest's words on it."""
+"""The machine that a compiled engine needs; part of its fingerprint and of the manifest."""
 
 import platform
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from nsp.backends.nvidia import find_gpu
 def built_for(gpu_archs: Sequence[str]) -> dict[str, str]:
     """Return operating system, processor type and GPU of an engine for `gpu_archs`.
 
-    Without any, or with "current", the GPU is this machine's; it is left out where there is none.
+    Without any, or with "current", it is this machine's GPU, or missing if there is none.
     The runtime refuses an engine on another machine (nsp/artifacts/engine_choice.py).
     """
     target = {"os": platform.system().lower(), "machine": platform.machine()}

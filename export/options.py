@@ -1,4 +1,4 @@
-"""What an export is asked to do, and what it reports while doing it."""
+"""The options of an export, and its progress reports."""
 
 import threading
 from collections.abc import Callable
@@ -22,16 +22,16 @@ class ExportOptions(Config):
     engine_dir: str = "engines"
     precisions: tuple[str, ...] = ("fp32",)
     targets: tuple[str, ...] = (AUTO,)  # names in `nsp.export.targets.TARGETS`, or "auto" alone
-    max_batch: int = 4  # images per batch of TensorRT engines; ONNX Runtime takes any
+    max_batch: int = 4  # images per batch of TensorRT engines; ONNX Runtime has no limit
     static_batch: bool = False  # TensorRT engines of one batch size, for guided images
-    gpu_archs: tuple[str, ...] = ()  # of TensorRT-RTX engines; () is the target's default
-    rebuild: bool = False  # build again what could be reused
+    gpu_archs: tuple[str, ...] = ()  # for TensorRT-RTX engines; () is the target's default
+    rebuild: bool = False  # build everything again
     build_timeout_s: float = 3600.0  # per engine
-    verify: bool = True  # hold the checkpoint to its digests
-    num_threads: int | None = None  # of ONNX Runtime's checks; None: see `nsp.cores`
+    verify: bool = True  # check the checkpoint's digests
+    num_threads: int | None = None  # for ONNX Runtime's checks; None: see `nsp.cores`
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at the checkpoint."""
+        """Check everything that does not need the checkpoint."""
         for name in self.precisions:
             if name not in PRECISION_DTYPES:
                 known = ", ".join(PRECISION_DTYPES)

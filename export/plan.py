@@ -1,4 +1,4 @@
-"""The plan of an export: what is built for which target, what is reused, and why. No torch."""
+"""The plan of an export: what is built for each target, what is reused, and why; no torch."""
 
 import logging
 from collections.abc import Mapping
@@ -36,13 +36,13 @@ class PlannedBuild:
     target: str
     backend: str
     precision: str
-    stored_precision: str  # fp32 where no weight of the stage takes the precision
+    stored_precision: str  # fp32 if the precision changes no weight of the stage
     kv_layout: str
     opset: int
     profiles: tuple[dict[str, Any], ...]
     max_batch: int | None
     gpu_archs: tuple[str, ...]
-    built_for: dict[str, str]  # system and GPU of a compiled engine; an ONNX file fits all
+    built_for: dict[str, str]  # system and GPU of a compiled engine; an ONNX file fits any
     estimated_bytes: int
     precision_map: dict[str, str]
     tools: dict[str, str]
@@ -50,12 +50,12 @@ class PlannedBuild:
     fingerprint: str
     action: Action
     reason: str
-    found: Variant | None = None  # what is reused
-    is_unpublished: bool = False  # what is reused was left by an interrupted export
+    found: Variant | None = None  # the reused variant
+    is_unpublished: bool = False  # whether it is from an interrupted export
 
     @property
     def folder(self) -> str:
-        """Where its files go, relative to the engine folder; a digest of their content follows."""
+        """Folder of its files in the engine folder, without the digest of their content."""
         return f"{self.stage}/{self.backend}-{self.stored_precision}"
 
 
@@ -72,7 +72,7 @@ class ExportPlan:
 
 
 def make_plan(options: ExportOptions, store: EngineStore) -> ExportPlan:
-    """Return the plan for `options` given what the engine folder already holds.
+    """Return the plan for `options` and the present content of the engine folder.
 
     Raises ConfigError, CheckpointError or BackendError for a request that cannot be met.
     """
@@ -96,7 +96,7 @@ def make_plan(options: ExportOptions, store: EngineStore) -> ExportPlan:
 
 
 def _stages(plan: ExportPlan, target: Target, precision: str) -> list[PlannedBuild]:
-    """Return the builds of one target and precision, undecided."""
+    """Return the builds of one target and precision, before the decision to reuse them."""
     family, config, options = plan.record.family, plan.config, plan.options
     kv_layout = family.layout(target.kv_layout)
     dtype = PRECISION_DTYPES[precision]
@@ -157,7 +157,7 @@ def _stages(plan: ExportPlan, target: Target, precision: str) -> list[PlannedBui
 def _profiles(
     plan: ExportPlan, target: Target, stages: Mapping[str, Stage]
 ) -> dict[str, tuple[dict[str, Any], ...]]:
-    """Return {input: [min, opt, max]} of every stage's profiles; none where sizes are free."""
+    """Return {input: [min, opt, max]} for every stage's profiles; none if sizes are free."""
     if not target.compiles:
         return dict.fromkeys(stages, ())
     found = {}
@@ -178,13 +178,13 @@ def _profiles(
 def _decide(
     build: PlannedBuild, earlier: list[PlannedBuild], plan: ExportPlan, store: EngineStore
 ) -> PlannedBuild:
-    """Return `build` with what to do about it, and why."""
+    """Return `build` with the decision to build or reuse it, and the reason."""
     for other in earlier:
         if other.fingerprint == build.fingerprint:
-            reason = f"no weight changes with the precision: same file as {other.precision}"
+            reason = f"the precision changes no weight: same file as {other.precision}"
             return replace(build, action="share", reason=reason, estimated_bytes=0)
     if plan.options.rebuild:
-        return replace(build, reason="asked to rebuild")
+        return replace(build, reason="a rebuild was requested")
     for manifest, why in (
         (store.previous, "unchanged: same model, settings and tools"),
         (store.staged, "finished before the export was interrupted"),
@@ -203,7 +203,7 @@ def _same(manifest: Manifest | None, build: PlannedBuild) -> Variant | None:
 
 
 def _why_build(build: PlannedBuild, plan: ExportPlan, store: EngineStore) -> str:
-    """Return why nothing can be reused."""
+    """Return the reason why nothing can be reused."""
     manifest = store.previous
     if manifest is None:
         return "not exported yet"
@@ -224,7 +224,7 @@ def _why_build(build: PlannedBuild, plan: ExportPlan, store: EngineStore) -> str
     for tool in sorted({*old.tools, *build.tools}):
         before, now = old.tools.get(tool), build.tools.get(tool)
         if before != now:
-            return f"{tool} was {before or 'absent'}, is {now or 'absent'}"
+            return f"{tool} was {before or 'absent'} and is now {now or 'absent'}"
     for fact, now in build.built_for.items():
         if old.device.get(fact) != now:
             return f"built for {fact} {old.device.get(fact) or 'unknown'}, not {now}"

@@ -2,7 +2,7 @@
 
     manifest = export(ExportOptions(checkpoint="runs/1/checkpoint", precisions=("fp16",)))
 
-`plan` says what that would do. Torch is imported only when something has to be built.
+`plan` returns what that would do. Torch is imported only when something must be built.
 """
 
 import errno
@@ -53,15 +53,15 @@ def plan(options: ExportOptions) -> list[PlannedBuild]:
 def export(options: ExportOptions, *, on_event: OnEvent | None = None) -> Manifest:
     """Export a checkpoint to an engine folder and return its manifest.
 
-    What is already there and unchanged is reused; an export that was interrupted goes on where it
-    stopped. Raises ConfigError, CheckpointError or BackendError before anything is written,
-    ParityError when a stage misses its gate, ExportError when a step fails; the engines that were
-    in the folder before stay usable in every case.
+    Existing unchanged stages are reused; an interrupted export continues where it stopped. Raises
+    ConfigError, CheckpointError or BackendError before anything is written, ParityError when a
+    stage fails its gate, ExportError when a step fails; the engines that were in the folder before
+    stay usable in every case.
     """
     store, todo = _prepare(options)
     if store.previous is not None and store.previous.model_hash != todo.model_hash:
         old, new = store.previous.source, source_name(Path(options.checkpoint))
-        logger.warning("%s: engines of %s are replaced by those of %s", store.folder, old, new)
+        logger.warning("%s: replacing the engines of %s by those of %s", store.folder, old, new)
     _check_space(todo, store.folder)
     with _writing(store.folder), store.lock():
         try:
@@ -88,21 +88,21 @@ def _prepare(options: ExportOptions) -> tuple[EngineStore, ExportPlan]:
 
 
 def _check_source(checkpoint: Path) -> None:
-    """Raise ConfigError for engines in place of a checkpoint: an export makes those, of one."""
+    """Raise ConfigError if engines are given instead of a checkpoint."""
     if describe(checkpoint).kind != "engines":
         return
     try:
         source = f": --checkpoint {shlex.quote(read_manifest(checkpoint).source)}"
-    except EngineError:  # not what is asked here
+    except EngineError:  # this check does not need a valid manifest
         source = ""
     raise ConfigError(
-        f"{checkpoint} holds engines, which an export makes; give the checkpoint that these were "
+        f"{checkpoint} has engines, the result of an export; give the checkpoint that these were "
         f"made from{source}"
     )
 
 
 def _untrained(notes: Mapping[str, Any]) -> list[str]:
-    """Return the phases of the run a checkpoint comes from of which no step was made."""
+    """Return the phases without any step, of the run that a checkpoint comes from."""
     run, steps = notes.get("run"), notes.get("steps")
     phases = run.get("phases") if isinstance(run, Mapping) else None
     if not isinstance(phases, list) or not isinstance(steps, Mapping):
@@ -112,7 +112,7 @@ def _untrained(notes: Mapping[str, Any]) -> list[str]:
 
 
 def find_checkpoint(root: Path | None = None) -> Path:
-    """Return the newest training run's checkpoint under `root`/runs, else the bundled demo model.
+    """Return the newest run's checkpoint under `root`/runs, otherwise the bundled demo model.
 
     `root` is the current folder by default. Raises CheckpointError when there is neither.
     """
@@ -123,16 +123,16 @@ def find_checkpoint(root: Path | None = None) -> Path:
         logger.info("checkpoint: %s, the newest of %d training runs", newest, len(found))
         return newest
     if is_checkpoint(DEMO):
-        logger.info("checkpoint: the bundled demo model, because %s holds no training run", runs)
+        logger.info("checkpoint: the bundled demo model, because %s has no training run", runs)
         return DEMO
     raise CheckpointError(
-        f"no checkpoint: {runs} holds no training run and {DEMO} no demo model; "
+        f"no checkpoint: {runs} has no training run, and {DEMO} has no demo model; "
         "run: python train.py, or give --checkpoint"
     )
 
 
 def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
-    """Build what the plan says, check it, and publish it."""
+    """Build the stages of the plan, check them, and publish them."""
     started = time.monotonic()
     manifest = _new_manifest(todo)
     progress = _Progress(todo, on_event)
@@ -164,7 +164,7 @@ def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
 
 
 def _has_work(todo: ExportPlan) -> bool:
-    """Return whether anything is to be built, or was built but not yet tried as a whole."""
+    """Return whether anything must be built, or was built but not yet checked as a whole."""
     return any(build.action == "build" or build.is_unpublished for build in todo.builds)
 
 
@@ -187,7 +187,7 @@ def _new_manifest(todo: ExportPlan) -> Manifest:
 
 
 def _existing(build: PlannedBuild, manifest: Manifest) -> Variant:
-    """Return the variant that is reused, or whose files are shared, in this build's precision."""
+    """Return the variant whose files are reused or shared, in this build's precision."""
     variant = build.found
     if variant is None:
         variant = next(
@@ -198,7 +198,7 @@ def _existing(build: PlannedBuild, manifest: Manifest) -> Variant:
 
 
 def _tokenizer_files(todo: ExportPlan, store: EngineStore) -> dict[str, str]:
-    """Return {path: SHA-256} of the prompt tokenizer's files, laid in the staging folder."""
+    """Copy the prompt tokenizer to the staging folder, and return {path: SHA-256}."""
     source, listed = todo.record.folder / TOKENIZER_DIR, todo.record.files
     names = [n for n in TOKENIZER_FILES if not listed or f"{TOKENIZER_DIR}/{n}" in listed]
     names = [name for name in names if (source / name).is_file()]
@@ -211,7 +211,7 @@ def _tokenizer_files(todo: ExportPlan, store: EngineStore) -> dict[str, str]:
 
 
 def _recorded(builder: "StageBuilder", todo: ExportPlan, store: EngineStore) -> dict[str, str]:
-    """Return {path: SHA-256} of recorded calls for `nsp verify`, laid in the staging folder."""
+    """Write recorded calls for `nsp verify` to the staging folder; return {path: SHA-256}."""
     from nsp.export.proof.kept import kept
 
     with store.new_folder() as folder:
@@ -221,9 +221,9 @@ def _recorded(builder: "StageBuilder", todo: ExportPlan, store: EngineStore) -> 
 
 
 def _check_space(todo: ExportPlan, folder: Path) -> None:
-    """Raise ExportError when the disk has less free space than the planned builds take."""
+    """Raise ExportError when the disk has less free space than the planned builds need."""
     needed = sum(build.estimated_bytes for build in todo.builds if build.action == "build")
-    # A compiled engine has its ONNX graph beside it while it is built.
+    # While an engine is compiled, its ONNX graph also exists.
     needed += max((b.estimated_bytes for b in todo.builds if b.profiles), default=0)
     existing = next(
         path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
@@ -231,14 +231,14 @@ def _check_space(todo: ExportPlan, folder: Path) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ExportError(
-            f"{folder}: this export needs about {_mib(needed)} and the disk has {_mib(free)} free; "
+            f"{folder}: this export needs about {_mib(needed)}, but {_mib(free)} of disk are free; "
             "free some or choose another --engine-dir"
         )
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into an ExportError."""
+    """Turn errors of the operating system into an ExportError."""
     try:
         yield
     except OSError as error:
@@ -254,13 +254,13 @@ def _mib(size: int) -> str:
 
 
 class _Progress:
-    """Turns what happens to single builds into events with the fraction of the whole."""
+    """Turns the progress of single builds into events with the fraction of the whole export."""
 
     def __init__(self, todo: ExportPlan, on_event: OnEvent) -> None:
         self._count, self._done, self._on_event = len(todo.builds), 0, on_event
 
     def report(self, build: PlannedBuild, phase: str, fraction: float, message: str) -> None:
-        """Report a phase of one build, `fraction` of which is done."""
+        """Report that `fraction` of one build is done."""
         self._on_event(
             ExportEvent(
                 stage=build.stage,

@@ -1,4 +1,4 @@
-"""How large the stages of a checkpoint are, read from the headers of its weight files."""
+"""The sizes of a checkpoint's stages, from the headers of its weight files."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,11 @@ from nsp.export.graph.dtypes import matches
 from nsp.family.contract import Stage
 from nsp.weights.weight_files import read_shapes
 
-_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # int8: of what is not quantized
+_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # int8: weights not quantized
 
 
 def stage_bytes(checkpoint: Path, stages: Mapping[str, Stage], precision: str) -> dict[str, int]:
-    """Return the bytes of every stage's weights in a precision.
+    """Return the number of bytes of every stage's weights in a precision.
 
     Raises CheckpointError for an unreadable weight file.
     """

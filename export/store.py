@@ -1,13 +1,13 @@
-"""The engine folder as an export sees it: what is finished and what is in progress.
+"""The engine folder during an export: finished engines and those in progress.
 
-Work in progress lies in `.export/`, beside a manifest of what is finished there. Folders of files
-are named by their content, so publishing adds folders beside those that are served and then renames
-one new manifest over the old one: before that rename readers get the old engines, after it the new
-ones, and a process killed at any moment leaves one or the other. Folders that neither the new
-manifest nor the one before it names are removed, unless a reader is loading from them.
+Work in progress is in `.export/`, with a manifest of the finished parts. Folders of files are named
+by their content, so publishing adds new folders and then renames one new manifest over the old one:
+before that rename readers get the old engines, after it the new ones, and a process killed at any
+moment leaves one or the other. Folders that neither the new manifest nor the previous one names are
+removed, unless a reader is loading from them.
 
-Nothing is written, moved or removed through a link, and only folders of the form that an export
-writes are removed.
+Nothing is written, moved or removed through a link, and only folders with names of an export are
+removed.
 """
 
 import logging
@@ -39,10 +39,10 @@ from nsp.files import file_sha256, inside, locked_file, name_failed_write
 
 logger = logging.getLogger(__name__)
 
-TIMING_CACHE = "tensorrt.timing_cache"  # in the engine folder; of TensorRT, for later builds
+TIMING_CACHE = "tensorrt.timing_cache"  # TensorRT's file in the engine folder, for later builds
 _LOCK_NAME = "lock"
 _BUILD_PREFIX = "build-"
-# What exports of schema 1 wrote, which is removed with the first publish in its place.
+# Files written by exports of schema 1; the first publish in their folder removes them.
 _OLD_VARIANT = re.compile(rf"[a-z_]+-({'|'.join(PRECISION_DTYPES)})")
 _OLD_FILES = {
     TOKENIZER_DIR: ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -54,7 +54,7 @@ class EngineStore:
     """One engine folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what is finished; ConfigError for a folder with a link where an export works."""
+        """Read the finished parts; ConfigError for a link where an export would write."""
         self.folder, self.staging = folder, folder / STAGING_NAME
         self._check_links(STAGING_NAME, MANIFEST_NAME)
         self.previous = _read(folder)
@@ -65,10 +65,10 @@ class EngineStore:
             _inside(self.folder, name)
 
     def check_is_ours(self, stages: Set[str]) -> None:
-        """Raise ConfigError for a folder of something else, of which an export would replace parts.
+        """Raise ConfigError for a folder with other content, which an export might replace.
 
-        Without a readable manifest, what an export left is known by its variants' folders. Folders
-        of stages that are links are refused: what they lead to is not ours.
+        Without a readable manifest, the names of its variants' folders show an earlier export.
+        Stage folders that are links are refused: their content is not ours.
         """
         taken = (TOKENIZER_DIR, RECORDED_DIR, *sorted(stages))
         self._check_links(*taken)
@@ -83,12 +83,12 @@ class EngineStore:
         )
         if held and not (variants and all(known)):
             raise ConfigError(
-                f"{self.folder} holds {held[0]}, which no export wrote; choose another --engine-dir"
+                f"{self.folder} has {held[0]}, which no export wrote; choose another --engine-dir"
             )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder, with its staging folder; raise ExportError when another export does."""
+        """Lock the folder and its staging folder; raise ExportError if another export has it."""
         self.staging.mkdir(parents=True, exist_ok=True)
         with locked_file(self.staging / _LOCK_NAME) as held:
             if not held:
@@ -98,16 +98,16 @@ class EngineStore:
                 )
             if _read(self.folder) != self.previous:
                 raise ExportError(f"another export to {self.folder} ended just now; export again")
-            for path in self.staging.glob(f"{_BUILD_PREFIX}*"):  # of one that was killed
+            for path in self.staging.glob(f"{_BUILD_PREFIX}*"):  # left by a killed export
                 shutil.rmtree(path, ignore_errors=True)
             yield
 
     def intact(self, variant: Variant) -> bool:
-        """Return whether all files of a variant are there with their recorded content."""
+        """Return whether all files of a variant exist with their recorded content."""
         return self._root(variant.files) is not None
 
     def path(self, variant: Variant) -> Path:
-        """Return the file of a variant that is loaded, finished or in progress."""
+        """Return the main file of a variant, finished or in progress."""
         root = self._root(variant.files)
         name = next(iter(variant.files))
         if root is None:
@@ -125,7 +125,7 @@ class EngineStore:
 
     @contextmanager
     def new_folder(self) -> Iterator[Path]:
-        """Yield an empty folder to build in, of which `finish` makes a finished one."""
+        """Yield an empty folder for a build; `finish` turns it into a finished one."""
         path = Path(tempfile.mkdtemp(prefix=_BUILD_PREFIX, dir=self.staging))
         try:
             with name_failed_write(self.folder, path):
@@ -134,9 +134,9 @@ class EngineStore:
             shutil.rmtree(path, ignore_errors=True)
 
     def finish(self, folder: Path, prefix: str, *, first: Sequence[str] = ()) -> dict[str, str]:
-        """Name a folder of `new_folder` by `prefix` and its content.
+        """Rename a folder of `new_folder` to `prefix` and a digest of its content.
 
-        Returns {path in the engine folder: SHA-256} of its files, those called `first` leading.
+        Returns {path in the engine folder: SHA-256} of its files, beginning with `first`.
         """
         paths = sorted(folder.iterdir(), key=lambda path: (path.name not in first, path.name))
         digests = {path.name: file_sha256(path) for path in paths}
@@ -150,21 +150,21 @@ class EngineStore:
 
     @property
     def timing_cache(self) -> Path:
-        """The file in which TensorRT keeps how long kernels took."""
+        """The file in which TensorRT stores the times of kernels."""
         self._check_links(TIMING_CACHE)
         return self.folder / TIMING_CACHE
 
     def record(self, manifest: Manifest) -> None:
-        """Remember what is finished so far, and what an interrupted export had finished before."""
+        """Record the parts finished so far, also those of an interrupted export before."""
         if self.staged is not None and self.staged.family == manifest.family:
             manifest = _with_finished(manifest, self.staged)
         write_manifest(self.staging, manifest)
         self.staged = manifest
 
     def publish(self, manifest: Manifest) -> None:
-        """Lay what is finished beside what is served, then put the new manifest in place.
+        """Move finished parts next to the published ones, then replace the manifest.
 
-        What the manifest before this one names stays, for who reads it now, until the next publish.
+        The parts of the previous manifest stay for its present readers until the next publish.
         """
         for name, digests in _folders(manifest).items():
             self._place(name, digests)
@@ -176,7 +176,7 @@ class EngineStore:
         self.previous, self.staged = manifest, None
 
     def _place(self, name: str, digests: Mapping[str, str]) -> None:
-        """Move a finished folder to its place, unless it is there, whole."""
+        """Move a finished folder to its place, unless it is already there and complete."""
         source, place = self.staging / name, _inside(self.folder, name)
         if not source.is_dir():
             return
@@ -187,11 +187,11 @@ class EngineStore:
         try:
             check_files(self.folder, digests)
         except EngineError:
-            for path in source.iterdir():  # one by one: its readers never miss a file
+            for path in source.iterdir():  # one by one, so that readers always find every file
                 os.replace(path, place / path.name)
 
     def _remove_unnamed(self, manifests: Sequence[Manifest]) -> None:
-        """Remove the folders of files that no manifest names and nobody is loading from."""
+        """Remove folders of files that no manifest names and no reader is loading from."""
         kept = {name for manifest in manifests for name in _folders(manifest)}
         stages = {stage for manifest in manifests for stage in manifest.stages}
         ours = content_folder(stages)
@@ -216,9 +216,10 @@ class EngineStore:
             _remove_empty(self.folder)
 
     def kept(self, manifest: Manifest) -> dict[str, tuple[Variant, ...]]:
-        """Return the variants of the last finished export that stand beside the new `manifest`.
+        """Return the variants of the last finished export that stay in the new `manifest`.
 
-        They are of the same model, and of a backend and precision that this export does not make.
+        They belong to the same model, and to a backend and precision that this export does not
+        make.
         """
         old = self.previous
         if old is None or old.model_hash != manifest.model_hash or old.config != manifest.config:
@@ -231,7 +232,7 @@ class EngineStore:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """Return folder / name; ConfigError where a link there leads elsewhere."""
+    """Return folder / name; ConfigError if it is a link or behind one."""
     try:
         return inside(folder, name)
     except ValueError as error:
@@ -239,14 +240,14 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def with_variant(manifest: Manifest, stage: str, variant: Variant) -> Manifest:
-    """Return the manifest with a variant, in place of one of the same backend and precision."""
+    """Return the manifest with a variant, which replaces one of the same backend and precision."""
     variants = {(v.backend, v.precision): v for v in manifest.stages.get(stage, ())}
     variants[variant.backend, variant.precision] = variant
     return replace(manifest, stages={**manifest.stages, stage: tuple(variants.values())})
 
 
 def _with_finished(manifest: Manifest, staged: Manifest) -> Manifest:
-    """Return the manifest with the variants of another one behind its own, also of other models."""
+    """Return the manifest with another one's variants after its own, also of other models."""
     stages = dict(manifest.stages)
     for stage, variants in staged.stages.items():
         own = stages.get(stage, ())
@@ -256,17 +257,17 @@ def _with_finished(manifest: Manifest, staged: Manifest) -> Manifest:
 
 
 def _read(folder: Path) -> Manifest | None:
-    """Return a folder's manifest, or None when there is none that can be read."""
+    """Return a folder's manifest, or None if it is missing or not readable."""
     try:
         return read_manifest(folder)
     except EngineError as error:
         if folder.name != STAGING_NAME and (folder / MANIFEST_NAME).exists():
-            logger.warning("%s; everything is exported again", error)
+            logger.warning("%s; exporting everything again", error)
         return None
 
 
 def _folders(manifest: Manifest) -> dict[str, dict[str, str]]:
-    """Return the folders that hold a manifest's files, each with {path: SHA-256} of its own."""
+    """Return the folders of a manifest's files, each with its {path: SHA-256}."""
     listed = [manifest.files, manifest.recorded]
     listed += [variant.files for variants in manifest.stages.values() for variant in variants]
     folders: dict[str, dict[str, str]] = {}
@@ -277,13 +278,13 @@ def _folders(manifest: Manifest) -> dict[str, dict[str, str]]:
 
 
 def _remove_unused(path: Path) -> None:
-    """Remove a folder unless a reader holds it; it is then left for a later publish."""
+    """Remove a folder unless a reader has locked it; a later publish then removes it."""
     try:
         with unused(path) as free:
             if free:
                 shutil.rmtree(path, ignore_errors=True)
-    except OSError as error:  # no folder, a link, or not to be opened: then it is not ours
-        logger.warning("%s is left as it is (%s)", path, error.strerror)
+    except OSError as error:  # not a folder, a link, or not readable: then it is not ours
+        logger.warning("%s cannot be removed (%s)", path, error.strerror)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where stages can run: one plain record per target, and what "auto" means on this machine."""
+"""Export targets: one record each, and the meaning of "auto" on this machine."""
 
 import importlib.util
 import logging
@@ -21,20 +21,20 @@ class Target:
     kv_layout: str
     opset: int
     precisions: tuple[str, ...]
-    compiles: bool  # to an engine, else the ONNX file is one
-    gpu_archs: tuple[str, ...] = ()  # that can be built for on any machine; () means this one's GPU
+    compiles: bool  # whether it compiles engines; otherwise the ONNX file is the engine
+    gpu_archs: tuple[str, ...] = ()  # buildable on any machine; () means only this machine's GPU
     default_gpu_archs: tuple[str, ...] = ()
-    times_kernels: bool = False  # its builder tries kernels, and a timing cache spares it work
+    times_kernels: bool = False  # its builder tries kernels, and a timing cache saves time
 
     @property
     def runtime(self) -> BackendRecord:
-        """What runs the engines, and the package that makes them."""
+        """The backend that runs the engines, with the package that makes them."""
         return BACKENDS[self.backend]
 
 
 TARGETS: Mapping[str, Target] = {
-    # Attention with past and present inside the operator is fastest on ONNX Runtime's CPU; it has
-    # no bfloat16 one.
+    # Attention with past and present inside the operator is fastest on ONNX Runtime's CPU, which
+    # does not have it in bfloat16.
     "onnxruntime": Target(
         name="onnxruntime",
         backend="onnxruntime",
@@ -43,8 +43,8 @@ TARGETS: Mapping[str, Target] = {
         precisions=("fp32", "fp16", "int8"),
         compiles=False,
     ),
-    # TensorRT's parsers refuse that operator: attention as matrix products (opset 18), cache as an
-    # argument.
+    # TensorRT's parsers refuse that operator, so attention is matrix products (opset 18) and the
+    # cache is an argument.
     "tensorrt-rtx": Target(
         name="tensorrt-rtx",
         backend="tensorrt_rtx",
@@ -75,21 +75,23 @@ def is_installed(target: Target) -> bool:
 def resolve(options: ExportOptions) -> list[tuple[Target, str]]:
     """Return the (target, precision) pairs to export, in order.
 
-    "auto" is ONNX Runtime and every installed TensorRT; where ONNX Runtime would run on a CPU it
-    adds fp32, which is what a CPU runs fast. Raises ConfigError for an unknown target, a precision
-    a target has not, a GPU architecture that cannot be built for or an option that no target heeds,
-    and BackendError for a target that is not installed.
+    "auto" is ONNX Runtime and every installed TensorRT; if ONNX Runtime would run on a CPU it adds
+    fp32, which is fast on a CPU. Raises ConfigError for an unknown target, a precision that a
+    target does not have, a GPU architecture that cannot be built for or an option that no target
+    uses, and BackendError for a target that is not installed.
     """
     if AUTO in options.targets:
         if len(options.targets) > 1:
-            raise ConfigError(f"target {AUTO!r} stands alone; got {', '.join(options.targets)}")
+            raise ConfigError(
+                f"target {AUTO!r} must be the only one; got {', '.join(options.targets)}"
+            )
         pairs = _automatic(options)
     else:
         pairs = [(_named(n), p) for n in dict.fromkeys(options.targets) for p in options.precisions]
     for target, precision in pairs:
         if precision not in target.precisions:
             raise ConfigError(
-                f"target {target.name} has no {precision}, only {', '.join(target.precisions)}; "
+                f"target {target.name} has only {', '.join(target.precisions)}, not {precision}; "
                 "export it with --fp32 or --fp16, or choose a TensorRT target"
             )
         if not is_installed(target):
@@ -109,13 +111,13 @@ def gpu_archs(target: Target, options: ExportOptions) -> tuple[str, ...]:
     if unknown := [arch for arch in wanted if arch not in target.gpu_archs]:
         raise ConfigError(
             f"target {target.name} cannot build for GPU architecture {unknown[0]!r}; "
-            f"it can for {', '.join(target.gpu_archs)}"
+            f"known: {', '.join(target.gpu_archs)}"
         )
     return wanted
 
 
 def _check_heeded(targets: Sequence[Target], options: ExportOptions) -> None:
-    """Raise ConfigError for an option that changes nothing for any of the targets."""
+    """Raise ConfigError for an option without effect on any of the targets."""
     heeded = {
         "--gpu-arch": (options.gpu_archs, [t for t in targets if t.gpu_archs], "tensorrt-rtx"),
         "--static-batch": (options.static_batch, [t for t in targets if t.compiles], "TensorRT"),
@@ -123,7 +125,7 @@ def _check_heeded(targets: Sequence[Target], options: ExportOptions) -> None:
     for option, (given, heeders, kind) in heeded.items():
         if given and not heeders:
             names = ", ".join(dict.fromkeys(target.name for target in targets))
-            raise ConfigError(f"{option} is for {kind} engines, and the targets are: {names}")
+            raise ConfigError(f"{option} is only for {kind} engines, but the targets are: {names}")
 
 
 def _advice(target: Target) -> str:
@@ -131,7 +133,8 @@ def _advice(target: Target) -> str:
     if (install := target.runtime.install) is not None:
         return f"run: {install}"
     return (
-        f"{target.name} engines run on an NVIDIA GPU, which is not here: export on such a machine"
+        f"{target.name} engines run on an NVIDIA GPU, which this machine does not have; export "
+        "on a machine with one"
     )
 
 
@@ -142,13 +145,13 @@ def _named(name: str) -> Target:
 
 
 def _automatic(options: ExportOptions) -> list[tuple[Target, str]]:
-    """Return what suits this machine and say why."""
+    """Return the targets that suit this machine, and log why."""
     runtime = TARGETS["onnxruntime"]
     precisions = [p for p in options.precisions if p in runtime.precisions]
     asked_narrow = {"fp32", "int8"}.isdisjoint(precisions)
     if asked_narrow and not (precisions and _onnxruntime_has_gpu()):
         precisions.insert(0, "fp32")
-        logger.info("target auto: fp32 too, which ONNX Runtime on a CPU runs fastest")
+        logger.info("target auto: also fp32, which is fastest in ONNX Runtime on a CPU")
     pairs = [(runtime, precision) for precision in precisions]
     for target in (TARGETS["tensorrt-rtx"], TARGETS["tensorrt"]):
         if is_installed(target):

@@ -1,4 +1,4 @@
-"""`nsp export` makes engines; `nsp verify` holds the ones that are there to PyTorch."""
+"""`nsp export` makes engines; `nsp verify` compares existing ones with PyTorch."""
 
 import shlex
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @click.command("export", cls=Verb)
-@checkpoint_option("Model to export.  [default: newest training run, else the bundled demo]")
+@checkpoint_option("Model to export.  [default: newest training run, or the bundled demo]")
 @engine_dir_option
 @precision_options("Export in {}.")
 @click.option(
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
     multiple=True,
     default=("auto",),
     show_default=True,
-    help="auto (all that is installed), onnxruntime, tensorrt, tensorrt-rtx. Repeatable.",
+    help="auto (all installed ones), onnxruntime, tensorrt, tensorrt-rtx. Repeatable.",
 )
 @click.option(
     "--max-batch",
     type=COUNT,
     default=4,
     show_default=True,
-    help="Images per batch of TensorRT engines; ONNX Runtime takes any.",
+    help="Images per batch of TensorRT engines; ONNX Runtime has no limit.",
 )
 @click.option(
     "--static-batch",
     is_flag=True,
-    help="TensorRT engines of one batch size, which smaller batches are padded to, for guided "
-    "images only: faster.",
+    help="Build faster TensorRT engines, for guided images and one batch size only; smaller "
+    "batches are padded.",
 )
 @click.option(
     "--gpu-arch",
@@ -71,9 +71,9 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="Stop the compiler of a TensorRT engine after this long.",
 )
-@threads_option("CPU threads of the checks against PyTorch.")
-@click.option("--rebuild", is_flag=True, help="Build again what could be reused.")
-@click.option("--dry-run", is_flag=True, help="Say what would be built; write nothing.")
+@threads_option("CPU threads for the comparison with PyTorch.")
+@click.option("--rebuild", is_flag=True, help="Build all stages again, also unchanged ones.")
+@click.option("--dry-run", is_flag=True, help="Show what would be built, and write nothing.")
 @no_verify_option
 @json_option
 @verbose_option
@@ -87,10 +87,10 @@ def export_engines(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Export a checkpoint to engines, with parity checked.
+    """Export a checkpoint to engines, and compare them with PyTorch.
 
-    Stages that are built and unchanged are reused; an interrupted export goes on where it stopped.
-    Without a precision, fp32.
+    Existing unchanged stages are reused; an interrupted export continues where it stopped.
+    The default precision is fp32.
     """
     from nsp.console.inspection import describe_folder
     from nsp.console.terminal import progress_bar
@@ -146,11 +146,11 @@ def _report_plan(folder: Path, builds: "Sequence[PlannedBuild]", *, as_json: boo
 
 @click.command("verify", cls=Verb)
 @click.argument("engine_dir", type=FOLDER)
-@checkpoint_option("PyTorch model to hold them to.  [default: what they were exported from]")
+@checkpoint_option("PyTorch model to compare with.  [default: the source of the export]")
 @backend_option
-@precision_options("Check the {} engines instead of what suits the device.")
+@precision_options("Check the {} engines instead of those that suit the device best.")
 @click.option(
-    "--recorded", is_flag=True, help="Use the outputs recorded at export, even beside PyTorch."
+    "--recorded", is_flag=True, help="Use the outputs recorded at export, even with PyTorch."
 )
 @no_verify_option
 @threads_option("CPU threads.")
@@ -167,10 +167,10 @@ def verify_engines(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Hold every stage of ENGINE_DIR to PyTorch, on this machine's backend.
+    """Compare every stage of ENGINE_DIR with PyTorch, on this machine's backend.
 
-    Without torch or the checkpoint, to the outputs recorded at export. A failure names the first
-    wrong tensor; exit 1.
+    Without torch or the checkpoint, the outputs recorded at export are used. A failure names the
+    first wrong tensor; the exit code is then 1.
     """
     from nsp.export.proof.verify import verify
 

@@ -19,7 +19,7 @@ __all__ = ["NspError", "Order", "Pipeline", "__version__", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return what is used, imported then: the command line says what does not load here."""
+    """Import and return a public name on its first use, so that `import nsp` stays quick."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "__version__":
@@ -40,5 +40,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the names that are there once they are used, too."""
+    """Return all names, also those that are imported on their first use."""
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Child processes that run this very package, whatever lies in the current folder."""
+"""Child processes that run this same package, whatever the current folder contains."""
 
 import os
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return this process's environment, with `changes`, in which children import this package.
+    """Return this process's environment with `changes`, so that children import this package.
 
     Run them as `[sys.executable, "-P", "-m", "nsp…"]`: -P keeps the current folder off their path.
     """

@@ -12,10 +12,10 @@ import numpy as np
 from nsp.errors import ConfigError
 from nsp.values import integer, real, shown
 
-_MOST = 2**64  # of an integer: seeds have as many
-# Far beyond any model: of what has more, torch and Python fail in their own words.
+_MOST = 2**64  # the largest integer: as large as seeds can be
+# Far beyond any model: with more, torch and Python fail with errors of their own.
 _MOST_COUNTED = 2**20
-_MOST_ITEMS = 64  # of a list of sizes, such as the levels of an autoencoder
+_MOST_ITEMS = 64  # items of a list of sizes, such as the levels of an autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +67,12 @@ class Config:
                 integer(f"{where}: {name}[{index}]", item, least=least, most=most)
 
     def check_reals(self, where: str, *names: str, least: float, most: float) -> None:
-        """Raise ConfigError naming a field that is no finite number from `least` to `most`."""
+        """Raise ConfigError naming a field that is not a finite number from `least` to `most`."""
         for name in names:
             real(f"{where}: {name}", getattr(self, name), least=least, most=most)
 
     def check_fractions(self, where: str, *names: str) -> None:
-        """Raise ConfigError naming a rate that is no probability below 1."""
+        """Raise ConfigError naming a rate that is not a probability below 1."""
         self.check_reals(where, *names, least=0, most=1)
         for name in names:
             if getattr(self, name) == 1:
@@ -125,7 +125,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
 
 
 def _parse_item(hint: Any, value: Any, where: str) -> Any:
-    """Return an item of a list as `_parse` does; an error of a record in it says which one."""
+    """Return an item of a list as `_parse` does; an error in a record names the item."""
     try:
         return _parse(hint, value, where)
     except ConfigError as error:
@@ -134,9 +134,9 @@ def _parse_item(hint: Any, value: Any, where: str) -> Any:
 
 
 def _parse_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Return `value` as the first option that takes it.
+    """Return `value` as the first of the allowed types that accepts it.
 
-    Records are told apart by their Literal fields.
+    Records are distinguished by their Literal fields.
     """
     if value is None and types.NoneType in options:
         return None
@@ -152,7 +152,7 @@ def _parse_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _in_words(hint: Any) -> str:
-    """Return what a field takes, as a user writes it."""
+    """Return the values that a field accepts, as a user writes them."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))

@@ -1,4 +1,4 @@
-"""How many threads engines take on a processor, and how many cores this process may really use."""
+"""How many threads engines use on a CPU, and how many cores this process may really use."""
 
 import logging
 import math
@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 def num_threads(asked: Any = None) -> int:
     """Return the number of threads to compute with: `asked`, else OMP_NUM_THREADS, else every core.
 
-    OMP_NUM_THREADS is read as OpenMP does: of a list ("4,2") the first number is the outermost
-    level's. An empty one is not set; what is no number from 1 to 1024 is ignored with a warning.
+    OMP_NUM_THREADS is read as OpenMP reads it: in a list ("4,2") the first number is for the
+    outermost level. An empty value counts as not set; a value that is not a number from 1 to 1024
+    is ignored with a warning.
     Raises ConfigError for an `asked` number that is not allowed.
     """
     if asked is not None:
@@ -57,7 +58,7 @@ def usable_cores() -> int:
 
 
 def _siblings(cpu: int) -> str:
-    """Return the hyper-threads that share a core with `cpu`; itself where that is unknown."""
+    """Return the hyper-threads that share a core with `cpu`; only `cpu` if that is unknown."""
     try:
         return Path(_TOPOLOGY.format(cpu)).read_text().strip()
     except OSError:
@@ -65,7 +66,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quotas() -> Iterator[int]:
-    """Yield the cores each control group around this process grants, rounded up."""
+    """Yield the number of cores that each control group of this process allows, rounded up."""
     for group in _own_groups():
         for quota, period in (_v2_quota(group), _v1_quota(group)):
             if quota > 0 and period > 0:
@@ -76,7 +77,7 @@ def _own_groups() -> Iterator[Path]:
     """Yield the folders of the control groups this process is in, and of those around them.
 
     A line of /proc/self/cgroup is "0::/path" (version 2) or "4:cpu,cpuacct:/path" (version 1).
-    A container may see the path of the host and its own group where the tree begins.
+    In a container, the path may be the host's while the tree begins at the container's own group.
     """
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
@@ -97,7 +98,7 @@ def _own_groups() -> Iterator[Path]:
 
 
 def _v2_quota(group: Path) -> tuple[int, int]:
-    """Return microseconds granted in a period: `cpu.max` holds "200000 100000", or "max 100000"."""
+    """Return the allowed microseconds and their period: `cpu.max` is "200000 100000" or "max …"."""
     try:
         granted, period = (group / "cpu.max").read_text().split()
         return int(granted), int(period)
@@ -106,7 +107,7 @@ def _v2_quota(group: Path) -> tuple[int, int]:
 
 
 def _v1_quota(group: Path) -> tuple[int, int]:
-    """Return microseconds granted in a period; -1 is no limit."""
+    """Return the allowed microseconds and their period; -1 means no limit."""
     try:
         granted, period = (
             int((group / name).read_text()) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")

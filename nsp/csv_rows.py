@@ -1,7 +1,6 @@
-"""Reads the rows of a CSV by one set of rules, whoever wrote the table and whatever it is for.
+"""Reads the rows of every CSV table by the same rules.
 
-Quotes are taken at their word: one that is never closed is an error, for it would make one text of
-all rows after it.
+A quote that is never closed is an error, because it would join all rows after it into one text.
 """
 
 import csv
@@ -11,13 +10,13 @@ _LONGEST = 131_072  # characters of a cell: the csv module's own limit, unless a
 
 
 class CsvError(ValueError):
-    """A row that is no row of a CSV; the text says in which line, and why."""
+    """A row that is not valid CSV; the text says in which line, and why."""
 
 
 def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the line in which each row begins, and its cells; raises CsvError.
 
-    `lines` keep their ends. Lines without anything in them are passed over.
+    `lines` keep their line ends. Empty lines are skipped.
     """
     table = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -33,7 +32,7 @@ def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[s
 
 
 def _reason(error: csv.Error, first: int, last: int) -> str:
-    """Return in our words why a row that began in line `first` ends in an error in line `last`."""
+    """Return why a row that began in line `first` failed in line `last`."""
     text = str(error)
     if "unexpected end of data" in text:
         return 'a quote (") that opens in this row is never closed'
@@ -46,4 +45,4 @@ def _reason(error: csv.Error, first: int, last: int) -> str:
             f'a text follows a closing quote{until}; write "" for a quote inside a text, '
             "and close a text with one"
         )
-    return f"no line of a CSV ({text})"
+    return f"not a line of a CSV ({text})"

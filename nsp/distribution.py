@@ -1,8 +1,8 @@
-"""What this project is called where packages are installed, and how more of it is installed.
+"""The name of this project on the package index, and how its optional parts are installed.
 
 The package and the command are `nsp`; on the package index that name belongs to somebody else, and
-asking pip for it would install a stranger's code. So every advice to install something of this
-project is made here: by the path of the checkout that is running, else by the name below.
+asking pip for it would install a stranger's code. So all advice to install a part of this project
+is written here: with the path of the checkout that is running, otherwise with the name below.
 """
 
 import re
@@ -16,10 +16,10 @@ EMOJI_DISTRIBUTION = "nsp-engines-emoji"  # the embedded data set: deploy/emoji_
 
 
 def pip_install(extra: str) -> str:
-    """Return the command that installs an extra of this project, as it is to be typed here.
+    """Return the command that installs an extra of this project on this machine.
 
-    From a checkout that is the checkout itself, wherever it lies, so that no index decides what is
-    installed; from an installed package pip adds what the extra lacks to what is there.
+    A checkout is installed by its path, so that no package index decides what is installed; for an
+    installed package, pip adds only the missing requirements.
     """
     folder = checkout()
     if folder is None:
@@ -28,7 +28,7 @@ def pip_install(extra: str) -> str:
 
 
 def install_emoji() -> str:
-    """Return the command that brings the embedded data set here, where it is absent."""
+    """Return the command that installs the embedded data set when it is missing."""
     folder = checkout()
     if folder is None:
         return f"pip install {EMOJI_DISTRIBUTION}"
@@ -42,15 +42,15 @@ def checkout() -> Path | None:
 
 
 def version() -> str | None:
-    """Return the version of this package, None where nothing tells it."""
+    """Return the version of this package, None if it is unknown."""
     if (folder := checkout()) is not None and (project := _project(folder)) is not None:
         return str(project["version"])
     return installed_version(DISTRIBUTION)
 
 
 def installed_version(distribution: str) -> str | None:
-    """Return the version pip has on record for a distribution, None when it is not installed."""
-    from importlib import metadata  # 15 ms that generating an image need not spend
+    """Return the installed version of a distribution, None when it is not installed."""
+    from importlib import metadata  # takes 15 ms, which generating an image does not need
 
     try:
         return metadata.version(distribution)
@@ -59,7 +59,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def extras() -> dict[str, list[str]]:
-    """Return the requirements of every extra of this project; none where nothing tells them."""
+    """Return the requirements of every extra of this project; empty if they are unknown."""
     if (folder := checkout()) is not None and (project := _project(folder)) is not None:
         return {name: list(lines) for name, lines in project["optional-dependencies"].items()}
     from importlib import metadata
@@ -78,13 +78,13 @@ def extras() -> dict[str, list[str]]:
 
 @cache
 def _project(folder: Path) -> dict[str, Any] | None:
-    """Return the [project] table of our pyproject.toml in a folder; None where there is none."""
+    """Return the [project] table of our pyproject.toml in a folder; None if it is not there."""
     if not (folder / "pyproject.toml").is_file():
         return None
     import tomllib
 
     try:
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    except (OSError, ValueError, KeyError):  # not readable, or of something else
+    except (OSError, ValueError, KeyError):  # not readable, or the file of another project
         return None
     return project if project.get("name") == DISTRIBUTION else None

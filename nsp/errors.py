@@ -1,4 +1,4 @@
-"""Every error nsp raises on purpose.
+"""All errors that nsp raises on purpose.
 
 NspError
 ├── ConfigError         a configuration value or option that is not allowed
@@ -17,27 +17,27 @@ NspError
 One line each: what was given, what is allowed, what to do next. `cli.py` prints that line and exits
 with 1 (`ConfigError` from an option: 2); everything else is a bug and keeps its traceback.
 
-Messages quote what came from outside: file names, keys, texts of libraries. `one_line` keeps such a
-quotation from breaking the line, the terminal or the encoder, whatever it holds.
+Messages quote text from outside: file names, keys, texts of libraries. `one_line` makes sure that
+no such text breaks the line, the terminal or the encoder.
 """
 
 import re
 
 from nsp.distribution import pip_install
 
-_MAX_WORD = 300  # characters of one word: longer than any path that a file system takes in one part
+_MAX_WORD = 300  # characters of one word: no file system allows a longer file name
 _MAX_LINE = 3000
-# Controls, separators that terminals or editors break lines at, marks that reorder text, and half
-# characters (bytes of a file name that are not UTF-8, as Python holds them).
+# Control characters, separators that break lines in terminals or editors, marks that reorder text,
+# and lone surrogates (Python's form of bytes in a file name that are not UTF-8).
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def one_line(text: str) -> str:
-    """Return `text` as one line of bounded length that any UTF-8 stream takes.
+    """Return `text` as one line of limited length that any UTF-8 stream accepts.
 
-    What cannot be shown is written as an escape (`\\n`, `\\xe9`, `\\u2028`); words of more than
-    300 characters and lines of more than 3,000 lose their middle, so that a message keeps what
-    happened at its head and what to do at its end.
+    Characters that cannot be shown become escapes (`\\n`, `\\xe9`, `\\u2028`). Words of more than
+    300 characters and lines of more than 3,000 lose their middle: the beginning of a message says
+    what happened, and its end says what to do.
     """
     words = (_without_middle(word, _MAX_WORD) for word in text.strip().split(" "))
     return _without_middle(_UNSHOWN.sub(_escape, " ".join(words)), _MAX_LINE)
@@ -54,8 +54,8 @@ def _escape(found: re.Match[str]) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-# What libraries say, each in its own kind of error, when the process gets no more memory: the
-# loader, C++, PyTorch, Python's threads, ONNX Runtime and the operating system.
+# The messages of libraries when no memory is left, each in an error type of its own: the loader,
+# C++, PyTorch, Python's threads, ONNX Runtime and the operating system.
 _MEMORY_HINTS = re.compile(
     "failed to map segment|bad_alloc|bad allocation|not enough memory|can't allocate memory|"
     "cannot allocate memory|failed to allocate memory|out of memory|can't start new thread|"
@@ -65,9 +65,9 @@ _MEMORY_HINTS = re.compile(
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Return whether an error, or one it came from, says that memory is exhausted."""
+    """Return whether an error, or one of its causes, says that no memory is left."""
     cause: BaseException | None = error
-    for _ in range(20):  # chains may be circles
+    for _ in range(20):  # a chain of causes may be a circle
         if cause is None:
             return False
         if isinstance(cause, MemoryError) or _MEMORY_HINTS.search(str(cause)):
@@ -97,7 +97,7 @@ class CheckpointError(NspError):
 
 
 class TrainingError(NspError):
-    """A training run cannot go on: its loss went wrong, and going back did not help."""
+    """A training run cannot continue: its loss went wrong, and going back did not help."""
 
 
 class FeedError(NspError):

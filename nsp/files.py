@@ -1,6 +1,6 @@
-"""How files are read and written: JSON with its damage named; results whole, or not at all.
+"""How files are read and written: damaged JSON is explained; results are complete or absent.
 
-Folders made by somebody else are hostile: `inside` and `locked_file` never lead out of them.
+A folder from somebody else may be an attack: `inside` and `locked_file` never lead out of it.
 """
 
 import errno
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     values = parse_json(content.decode("utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"a JSON {type(values).__name__} instead of an object")
-    json.dumps(values, ensure_ascii=False).encode()  # half characters could not be shown
+    json.dumps(values, ensure_ascii=False).encode()  # lone surrogates could not be shown
     return values
 
 
@@ -46,9 +46,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_regular(path: Path, *, follow_link: bool = True) -> Iterator[io.BufferedReader]:
     """Yield a regular file, open for reading.
 
-    Raises OSError, also for what is no regular file: a pipe would wait, a device has no end.
+    Raises OSError, also if it is not a regular file: a pipe would block, a device has no end.
     """
-    # Not blocking: what was a file when it was looked at may be a pipe by now.
+    # Not blocking: since the check, the file may have been replaced by a pipe.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_link else os.O_NOFOLLOW)
     handle = os.open(path, flags)
     try:
@@ -61,7 +61,7 @@ def open_regular(path: Path, *, follow_link: bool = True) -> Iterator[io.Buffere
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Return the value of a JSON text; ValueError with the reason in one line, as `read_json`."""
+    """Return the value of a JSON text; raises ValueError with the reason, like `read_json`."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -85,7 +85,7 @@ def _children(value: Any) -> list[Any]:
 
 
 def name_problem(path: Path) -> str | None:
-    """Return why other programs cannot open a path, None for one that they can.
+    """Return why other programs cannot open a path, or None if they can.
 
     ONNX Runtime and safetensors take paths as UTF-8; names in Latin-1 are common in old folders and
     on network drives.
@@ -101,11 +101,11 @@ def name_problem(path: Path) -> str | None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return folder / name, where `name` (posix, relative) leads to a place in that folder.
+    """Return folder / name, where `name` (relative, with "/") stays inside that folder.
 
-    Raises ValueError with the reason for an absolute name, one with parts such as `..`, and one of
-    which a part that exists is a symbolic link: what is read, written, moved or removed there might
-    be a file of somebody else. The folder itself may be reached by links.
+    Raises ValueError with the reason for an absolute name, for one with parts such as `..`, and for
+    one that passes through a symbolic link: it could lead to the files of somebody else. The path
+    of the folder itself may contain links.
     """
     parts = name.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
@@ -120,17 +120,17 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextmanager
 def locked_file(path: Path) -> Iterator[bool]:
-    """Yield whether this process holds the lock of `path` until the block ends.
+    """Yield whether this process has the lock of `path`; it keeps the lock until the block ends.
 
-    The file is made when it is missing; what it holds is left alone. Raises OSError when it cannot
-    be opened, also when it is a link or no regular file: a lock in a folder of somebody else must
-    not touch other files.
+    A missing file is created; the content of an existing one stays. Raises OSError when it cannot
+    be opened, also when it is a link or not a regular file: a lock in a folder of somebody else
+    must not touch other files.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     handle = os.open(path, flags, 0o644)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file, so it cannot be a lock", str(path))
+            raise OSError(errno.EINVAL, "is not a regular file, so it cannot be a lock", str(path))
         held = True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,8 +145,8 @@ def locked_file(path: Path) -> Iterator[bool]:
 def write_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `folder` when the block ends without an error.
 
-    After an error nothing is left of it and `folder` is as it was. Raises OSError naming a file
-    that cannot be written, or `folder` itself where that is a file.
+    After an error the new folder is removed and `folder` is as it was. Raises OSError naming a
+    file that cannot be written, or `folder` itself if it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -172,7 +172,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
 def _make_partial(folder: Path) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:  # names a folder that nobody asked for
+    except OSError as error:  # the error names a temporary folder that the user does not know
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
@@ -180,23 +180,23 @@ def _make_partial(folder: Path) -> Path:
 def write_file(path: Path) -> Iterator[Path]:
     """Yield a path whose file becomes `path` when the block ends without an error.
 
-    After an error nothing is left of it. Raises OSError naming `path` when it cannot be written.
+    After an error the new file is removed. Raises OSError naming `path` when it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of a name that nobody can have laid a link under.
+    # A random name, so that nobody can have put a link there.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with name_failed_write(path, partial):
             mode = _create(partial)
             yield partial
-            partial.chmod(mode)  # safetensors makes its files anew, readable for the owner alone
+            partial.chmod(mode)  # safetensors replaces the file by one that only the owner can read
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _create(path: Path) -> int:
-    """Make an empty file that was not there, and return its mode: what the umask leaves."""
+    """Create a new empty file, and return its mode, as the umask allows it."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         return stat.S_IMODE(os.fstat(handle).st_mode)
@@ -206,10 +206,10 @@ def _create(path: Path) -> int:
 
 @contextmanager
 def name_failed_write(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Make a write that fails in the block an OSError that names `path`.
+    """Turn a failed write in the block into an OSError that names `path`.
 
-    Python names no file when the disk is full, safetensors has an error of its own for it, and
-    neither knows that `partial` is only the temporary name of `path`.
+    When the disk is full, Python names no file and safetensors raises an error of its own; neither
+    knows that `partial` is only the temporary name of `path`.
     """
     try:
         yield
@@ -220,13 +220,13 @@ def name_failed_write(path: Path, partial: Path | None = None) -> Iterator[None]
         where = path
         if named is not None:
             if partial is None or not named.is_relative_to(partial):
-                raise  # of a file that is not ours
+                raise  # the error is about another file
             where = path / named.relative_to(partial)
         raise OSError(number, os.strerror(number), str(where)) from error
 
 
 def _failed_write(error: Exception) -> tuple[int | None, Path | None]:
-    """Return the number of a failed write and the file it names; no number for another error."""
+    """Return the errno of a failed write and the file it names; no errno for other errors."""
     from safetensors import SafetensorError
 
     if isinstance(error, OSError) and (error.filename or error.errno in _DISK_ERRORS):

@@ -1,8 +1,8 @@
-"""What a path is, and what to type for it: the one place behind every message of a wrong path.
+"""What is at a path, and what to type instead: every message about a wrong path comes from here.
 
-Engine folders, checkpoints, runs, weights and data sets are all handed over as paths, and any of
-them is sooner or later given where another is expected. A command that misses what it needs asks
-here what is there instead. Nothing is loaded, and no library but Python's own is needed.
+Engine folders, checkpoints, runs, weights and data sets are all given as paths, and sooner or later
+a user gives one where another is expected. A command that does not find what it needs asks here
+what is there instead. Nothing is loaded, and only Python's own library is needed.
 """
 
 import errno
@@ -31,10 +31,10 @@ _NEEDED = {
     "data": "a data set is needed here",
 }
 _HUB_KEYS = {"_class_name", "_diffusers_version", "architectures", "model_type"}
-_MAX_CONFIG = 1 << 20  # bytes of a config.json that are looked at
-_MAX_LOOKED = 2000  # entries of a folder that are looked at
-_MAX_BELOW = 50  # folders in it that are looked into
-# What a folder is by the suffixes in it, first come first served.
+_MAX_CONFIG = 1 << 20  # bytes of a config.json that are read
+_MAX_LOOKED = 2000  # entries of a folder that are examined
+_MAX_BELOW = 50  # folders inside it that are examined
+# The kind of a folder by the file suffixes in it; the first match counts.
 _CONTENTS = (
     ("parquet", "holds parquet files", (".parquet", ".arrow")),
     ("shards", "holds .tar files (shards)", (".tar",)),
@@ -51,29 +51,29 @@ _CONTENTS = (
 _WEIGHTS = {
     "safetensors": "is a weights file (safetensors)",
     "torch": "is a weights file (torch.save)",
-    "legacy torch": "is a weights file (torch.save of before torch 1.6)",
+    "legacy torch": "is a weights file (torch.save before torch 1.6)",
 }
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies at a path."""
+    """What is at a path."""
 
     kind: str
-    words: str  # to follow the path: "is an engine folder"
+    words: str  # the text after the path: "is an engine folder"
     path: Path
     model: Path | None = None  # the checkpoint or engine folder that is meant
-    remedy: str = ""  # what to do about it, whatever was wanted
+    remedy: str = ""  # what to do about it, whatever kind was expected
 
 
 def describe(path: Path) -> Found:
-    """Return what lies at a path; never raises, and waits for no pipe or device."""
+    """Return what is at a path; never raises, and never waits for a pipe or device."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
         return _unreachable(path, error)
     except ValueError:
-        return Found("missing", "is no path: it holds what no name can", path)
+        return Found("missing", "is not a path: no file name can have its characters", path)
     if not stat.S_ISDIR(mode):
         return _file(path)
     try:
@@ -85,12 +85,12 @@ def describe(path: Path) -> Found:
 
 
 def wrong_path(path: Path, wanted: Wanted, found: Found | None = None) -> str:
-    """Return the error about a path at which `wanted` is not: what is there, and what to type."""
+    """Return the error for a path that is not `wanted`: what is there, and what to type."""
     found = found or describe(path)
     return f"{path} {found.words}; {_advice(found, wanted)}"
 
 
-# Kinds of which nothing better can be said than that what was wanted is not there.
+# For these kinds the message can only say that the expected thing is not there.
 NOTHING = ("missing", "empty", "folder", "onnx", "unfinished export")
 
 
@@ -101,7 +101,7 @@ def check_output(folder: Path, option: str = "--output-dir") -> None:
             return
         if os.path.lexists(each):
             words = "is a file" if each.is_file() else describe(each).words
-            where = "" if each == folder else f"lies in {each}, which "
+            where = "" if each == folder else f"is inside {each}, which "
             problem = f"{where}{words}; choose another {option}"
             raise NotADirectoryError(errno.ENOTDIR, problem, str(folder))
 
@@ -110,7 +110,7 @@ def _unreachable(path: Path, error: OSError) -> Found:
     if error.errno == errno.ELOOP:
         return Found("link loop", "is a link that leads back to itself", path)
     if error.errno == errno.ENAMETOOLONG:
-        return Found("missing", "is longer than a name may be", path)
+        return Found("missing", "is longer than a file name may be", path)
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         if os.path.islink(path):
             target = os.readlink(path)
@@ -120,7 +120,7 @@ def _unreachable(path: Path, error: OSError) -> Found:
 
 
 def _file(path: Path) -> Found:
-    """Return what a file is; one of a model's folder stands for the folder."""
+    """Return what a file is; a file of a model folder stands for that folder."""
     sniffed = sniff(path)
     if sniffed.is_spoilt:
         return Found("spoilt", sniffed.words, path, remedy=sniffed.remedy)
@@ -159,7 +159,7 @@ def _folder(path: Path, names: set[str]) -> Found:
     if "model_index.json" in names or config is not None:
         return Found("hub model", "is a model folder of Hugging Face", path)
     if "config.json" in names and not (path / "config.json").is_dir() and config is None:
-        # A pipe, a device, a link to nowhere: the folder is a model's, whatever else is in it.
+        # A pipe, a device or a broken link named config.json: it is still a model folder.
         found = describe(path / "config.json")
         remedy = found.remedy or "copy the folder again, with the file itself"
         return Found("spoilt", f"has a config.json that {found.words}", path, remedy=remedy)
@@ -169,7 +169,7 @@ def _folder(path: Path, names: set[str]) -> Found:
 
 
 def _config_kind(path: Path) -> str | None:
-    """Return whose config.json this is: "checkpoint" for ours, also where it is damaged."""
+    """Return whose config.json this is: "checkpoint" for ours, even if it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -183,7 +183,7 @@ def _config_kind(path: Path) -> str | None:
 
 
 def _by_content(path: Path, names: set[str]) -> Found:
-    """Return a folder by the kind of files in it and in the folders below."""
+    """Return what a folder is, by the kinds of files in it and in the folders below."""
     folders = sorted(names)[:_MAX_BELOW]
     for name in folders:
         if (kind := _model_folder(path / name)) is not None:
@@ -194,7 +194,7 @@ def _by_content(path: Path, names: set[str]) -> Found:
     for kind, words, wanted in _CONTENTS:
         if not suffixes.isdisjoint(wanted):
             return Found(kind, words, path)
-    return Found("folder", "is a folder of something else", path)
+    return Found("folder", "is a folder of another kind", path)
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -206,7 +206,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _advice(found: Found, wanted: Wanted) -> str:
-    """Return what to do with what was found where something else was wanted."""
+    """Return what to do with what was found in place of what was wanted."""
     path, needed = shlex.quote(str(found.path)), _NEEDED[wanted]
     if found.remedy:
         return found.remedy
@@ -230,7 +230,7 @@ def _advice(found: Found, wanted: Wanted) -> str:
 
 
 def _for_model(found: Found, model: str, wanted: Wanted) -> str:
-    """Return how to use the model folder that a path is, has in it, or lies in."""
+    """Return how to use the model folder that is at a path, inside it, or around it."""
     assert found.model is not None
     is_engines = _model_folder(found.model) == "engines"
     taken = ("engines", "--engine-dir") if is_engines else ("--checkpoint", "--start-from")
@@ -239,5 +239,5 @@ def _for_model(found: Found, model: str, wanted: Wanted) -> str:
     if is_engines:
         return f"use: --engine-dir {model}" if wanted == "--checkpoint" else _NEEDED[wanted]
     if wanted == "engines":
-        return f"make engines of it with: nsp export --checkpoint {model}"
+        return f"make engines from it with: nsp export --checkpoint {model}"
     return f"use: --checkpoint {model}" if wanted == "--engine-dir" else _NEEDED[wanted]

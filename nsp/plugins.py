@@ -1,7 +1,7 @@
-"""Things found by name: built-in ones by a table, others through entry points of packages.
+"""Finds objects by name: built-in ones in a table, others through entry points of packages.
 
-A built-in name is never looked up among the entry points and wins a clash. A plugin that does not
-import, or whose package was removed in part, is one warning and never stops another.
+A built-in name is never looked up among the entry points, and wins a clash. A plugin that fails to
+import, or whose package was partly removed, gives one warning and never stops another plugin.
 """
 
 import importlib
@@ -26,7 +26,7 @@ class Plugins:
         self._left_out: set[str] = set()  # plugins that were warned about
 
     def load(self, name: str) -> object | None:
-        """Return what `name` stands for, imported now; None for an unknown or broken one."""
+        """Import and return the object called `name`; None if it is unknown or broken."""
         if name in self.built_in:
             module, _, attribute = self.built_in[name].partition(":")
             found: object = getattr(importlib.import_module(module), attribute)
@@ -39,7 +39,7 @@ class Plugins:
         except Exception as error:  # whatever somebody else's package raises while it is imported
             self._leave_out(
                 name,
-                f"{self.group} {name!r} of package {_package(entry)} does not load and is left out "
+                f"{self.group} {name!r} of package {_package(entry)} cannot be loaded and is left out "
                 f"({type(error).__name__}: {error})",
             )
             return None

@@ -1,8 +1,8 @@
-"""What a file is, by its first bytes, whatever its name ends in; needs neither torch nor NumPy.
+"""What a file is, by its first bytes and not by its suffix; needs neither torch nor NumPy.
 
-A parser's first complaint ("header too large") says nothing to somebody who holds a Git LFS
-pointer, the web page of a sign-in, or half a download. Every error about a file that cannot be used
-asks here first. Nothing but regular files is opened: a pipe would wait, a device has no end.
+The error of a parser ("header too large") does not help a user who has a Git LFS pointer, the web
+page of a sign-in, or half a download. Every error about a file that cannot be used asks here first.
+Only regular files are opened: a pipe would block, a device has no end.
 """
 
 import errno
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-_HEAD = 512  # bytes that tell what a file is
+_HEAD = 512  # the first bytes, which show what a file is
 _ZIP_TAIL = 22 + 0xFFFF  # the end record of a ZIP archive and the longest comment after it
-_MAX_HEADER = 100_000_000  # bytes; the safetensors library takes no longer one
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _SHOWN_TEXT = 60  # characters of a text that is quoted
 _TORCH_LEGACY = bytes.fromhex(
     "80028a0a6cfc9c46f9206aa850192e"
@@ -28,13 +28,13 @@ _OFFSETS = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d{1,20}\s*,\s*(\d{1,20})\s*\
 _ONNX = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]")  # ir_version, another field
 _PAGE = re.compile(rb"<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE)
 
-# What nobody means to have, and what to do about it.
+# Kinds that nobody wants, and what to do about each.
 _REMEDIES = {
-    "missing": "give the path of a file that is there",
-    "folder": "give a file in it",
+    "missing": "give the path of an existing file",
+    "folder": "give a file inside it",
     "special": "give a regular file",
     "link loop": "give the file itself",
-    "unreadable": "give it to your user, or allow reading it with chmod",
+    "unreadable": "make your user its owner, or allow reading it with chmod",
     "empty": "download or copy it again",
     "lfs pointer": "run: git lfs pull, or download the file itself",
     "annex pointer": "run: git annex get, or download the file itself",
@@ -45,7 +45,7 @@ _REMEDIES = {
 _WORDS = {
     "missing": "does not exist",
     "folder": "is a folder",
-    "special": "is no regular file but a pipe, socket or device",
+    "special": "is not a regular file but a pipe, socket or device",
     "link loop": "is a link that leads back to itself",
     "unreadable": "cannot be read",
     "empty": "is empty: 0 bytes",
@@ -67,7 +67,7 @@ _WORDS = {
     "gguf": "is a GGUF file",
     "picture": "is a picture",
     "parquet": "is a Parquet table",
-    "other": "is of no known kind",
+    "other": "is a file of an unknown kind",
 }
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (_TORCH_LEGACY, "legacy torch"),
@@ -95,20 +95,20 @@ class Sniffed:
     """What a file is: one of the kinds in `_WORDS`."""
 
     kind: str
-    size: int = 0  # bytes there are
-    whole_size: int | None = None  # bytes there should be, or that a pointer stands for
+    size: int = 0  # bytes it has
+    whole_size: int | None = None  # bytes it should have, or that a pointer stands for
     is_cut: bool = False  # its end is missing
     is_at_least: bool = False  # `whole_size` is a lower bound: the header is cut too
     detail: str = ""  # the reason it cannot be read, or the first line of a text
 
     @property
     def is_spoilt(self) -> bool:
-        """Return whether nobody can mean this file: a pointer, a page, empty, cut, not readable."""
+        """Return whether it is surely a mistake: a pointer, a page, empty, cut or unreadable."""
         return self.kind in _REMEDIES or self.is_cut
 
     @property
     def words(self) -> str:
-        """Return what it is, to follow the name of the file: "is a Git LFS pointer ..."."""
+        """Return what it is, as text after the file's name: "is a Git LFS pointer ..."."""
         words = _WORDS[self.kind]
         if self.kind == "lfs pointer" and self.whole_size is not None:
             return f"{words} that stands for a file of {self.whole_size:,} bytes"
@@ -120,14 +120,15 @@ class Sniffed:
 
     @property
     def remedy(self) -> str:
-        """Return what to do about it; empty where that depends on what was wanted."""
+        """Return what to do about it; empty if that depends on what the user wanted."""
         return _REMEDIES.get(self.kind, "download or copy it again" if self.is_cut else "")
 
 
 def sniff(path: Path) -> Sniffed:
     """Return what the file at `path` is; never raises.
 
-    Reads 512 bytes, and what tells how long it should be: a header of safetensors, a ZIP's end.
+    Reads 512 bytes, and the part that says how long the file should be: the header of a
+    safetensors file, the end of a ZIP archive.
     """
     try:
         found = os.stat(path)
@@ -135,7 +136,7 @@ def sniff(path: Path) -> Sniffed:
             return Sniffed(kind="folder")
         if not stat.S_ISREG(found.st_mode):
             return Sniffed(kind="special")
-        # Whoever swaps the file for a pipe in between must not make us wait.
+        # If the file is replaced by a pipe in between, we must not wait for it.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
@@ -156,7 +157,7 @@ def sniff_bytes(content: bytes) -> Sniffed:
 
 
 def explain(path: Path, *, expected: str, found: Sniffed | None = None) -> str:
-    """Return one sentence about a file that is not what was `expected` ("a file of weights").
+    """Return one sentence about a file that is not the `expected` kind ("a file of weights").
 
     It says what the file is and what to do.
     """
@@ -187,7 +188,7 @@ def _of_file(file: BinaryIO, size: int) -> Sniffed:
 
 
 def _safetensors(file: BinaryIO, size: int, length: int) -> Sniffed:
-    """Return a safetensors file, with the size that its header asks for."""
+    """Return a safetensors file, with the size that its header implies."""
     file.seek(8)
     header = file.read(length)
     ends = (int(match[1]) for match in _OFFSETS.finditer(header))
@@ -202,7 +203,7 @@ def _safetensors(file: BinaryIO, size: int, length: int) -> Sniffed:
 
 
 def _zip(file: BinaryIO, size: int, head: bytes) -> Sniffed:
-    """Return a ZIP archive, which torch writes too; without its end record it is cut."""
+    """Return a ZIP archive (torch writes them too); without its end record it is cut."""
     length = struct.unpack_from("<H", head.ljust(30, b"\0"), 26)[0]
     first = head[30 : 30 + length]
     is_torch = b"/" in first and first.rpartition(b"/")[2] in (
@@ -216,7 +217,7 @@ def _zip(file: BinaryIO, size: int, head: bytes) -> Sniffed:
 
 
 def _other(head: bytes) -> str:
-    """Return the kind of a file without a signature at its very start."""
+    """Return the kind of a file that has no signature at its start."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if _PAGE.match(start):
         return "web page"
@@ -236,7 +237,7 @@ def _other(head: bytes) -> str:
 
 
 def _is_text(head: bytes) -> bool:
-    """Return whether bytes are UTF-8 without control characters; a last letter may be cut."""
+    """Return whether bytes are UTF-8 without control characters; the last one may be cut."""
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,8 +1,9 @@
-"""What a number, a flag, a text or a path is, wherever it was given.
+"""Checks of numbers, flags, texts and paths, the same wherever a user gives them.
 
-The command line, Python and JSON files hand over anything: a NumPy scalar is the number it holds, a
-truth value is no number, and what no computer can hold is refused here, before it is used. Each
-function returns Python's own value or raises ConfigError with what was given and what is allowed.
+The command line, Python and JSON files may give anything: a NumPy scalar counts as its number, a
+truth value is not a number, and a value too large for any computer is refused here, before it is
+used. Each function returns Python's own value or raises ConfigError with what was given and what is
+allowed.
 """
 
 import math
@@ -14,32 +15,32 @@ from typing import Any
 
 from nsp.errors import ConfigError
 
-MOST = 2**31 - 1  # of things to count: more than any machine holds
+MOST = 2**31 - 1  # the largest count: more than fits into any machine
 _MAX_SHOWN = 80  # characters of a wrong value in an error
 
 
 def shown(value: Any) -> str:
     """Return `value` as one short line, for an error."""
-    if is_integer(value) and abs(int(value)) >= 10**_MAX_SHOWN:  # Python refuses to write long ones
+    if is_integer(value) and abs(int(value)) >= 10**_MAX_SHOWN:  # Python refuses to print long ones
         return f"an integer of {int(value).bit_length()} bits"
     try:
         text = " ".join(repr(value).split())
-    except Exception as error:  # whatever an object of somebody else raises
+    except Exception as error:  # an object of somebody else may raise anything
         return f"a {type(value).__name__} ({type(error).__name__})"
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
 
 
 def is_integer(value: Any) -> bool:
-    """Return whether this is an integer of Python or NumPy, and no truth value."""
+    """Return whether this is an integer of Python or NumPy, and not a truth value."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def integer(name: str, value: Any, *, least: int, most: int = MOST) -> int:
     """Return an integer from `least` to `most`."""
     if not is_integer(value) or int(value) < least:
-        raise ConfigError(f"{name} is an integer of at least {least}, not {shown(value)}")
+        raise ConfigError(f"{name} must be an integer of at least {least}, not {shown(value)}")
     if int(value) > most:
-        raise ConfigError(f"{name} is at most {most}, not {shown(value)}")
+        raise ConfigError(f"{name} must be at most {most}, not {shown(value)}")
     return int(value)
 
 
@@ -49,7 +50,7 @@ def count(name: str, value: Any, *, most: int = MOST) -> int:
 
 
 def seed(value: Any) -> int:
-    """Return a seed: what NumPy's Philox generators take."""
+    """Return a seed, in the range that NumPy's Philox generators accept."""
     if not is_integer(value) or not 0 <= int(value) < 2**64:
         raise ConfigError(f"seed={shown(value)} must be an integer between 0 and 2**64 - 1")
     return int(value)
@@ -57,14 +58,14 @@ def seed(value: Any) -> int:
 
 def real(name: str, value: Any, *, least: float, most: float) -> float:
     """Return a finite number from `least` to `most`."""
-    expected = f"{name} is a number from {least:g} to {most:g}"
+    expected = f"{name} must be a number from {least:g} to {most:g}"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ConfigError(f"{expected}, not {shown(value)}")
     try:
         found = float(value)
     except OverflowError:
         found = math.inf
-    if not least <= found <= most:  # false for NaN, too
+    if not least <= found <= most:  # also false for NaN
         raise ConfigError(f"{expected}, not {shown(value)}")
     return found
 
@@ -73,7 +74,7 @@ def flag(name: str, value: Any) -> bool:
     """Return a truth value: True or False, of Python or NumPy, or the integers 1 and 0."""
     scalar = type(value).__name__ in ("bool", "bool_") or is_integer(value)
     if not scalar or value not in (0, 1):
-        raise ConfigError(f"{name} is True or False, not {shown(value)}")
+        raise ConfigError(f"{name} must be True or False, not {shown(value)}")
     return bool(value)
 
 
@@ -82,21 +83,25 @@ def choice(name: str, value: Any, known: Iterable[str] = ()) -> str:
     options = tuple(known)
     if not isinstance(value, str):
         expected = f"one of {', '.join(options)}" if options else "a text"
-        raise ConfigError(f"{name} is {expected}, not {shown(value)}")
+        raise ConfigError(f"{name} must be {expected}, not {shown(value)}")
     if options and value not in options:
         raise ConfigError(f"{name} {value!r} is unknown; known: {', '.join(options)}")
     return str(value)
 
 
 def path(name: str, value: Any) -> Path:
-    """Return a path that this system's files can have."""
+    """Return a path that is possible on this system."""
     if not isinstance(value, str | os.PathLike) or isinstance(value, bytes):
-        raise ConfigError(f"{name} is a path, not {shown(value)}")
+        raise ConfigError(f"{name} must be a path, not {shown(value)}")
     try:
         found = Path(value)
         encoded = os.fsencode(found)
-    except (TypeError, ValueError) as error:  # half of a character, or a path of bytes
-        raise ConfigError(f"{name} {shown(value)} is no path: it holds what no name can") from error
+    except (TypeError, ValueError) as error:  # a lone surrogate, or a path of bytes
+        raise ConfigError(
+            f"{name} {shown(value)} is not a path: no file name can have its characters"
+        ) from error
     if b"\0" in encoded:
-        raise ConfigError(f"{name} {shown(value)} is no path: it holds what no name can")
+        raise ConfigError(
+            f"{name} {shown(value)} is not a path: no file name can have its characters"
+        )
     return found

@@ -1,11 +1,11 @@
-"""Walks a folder of somebody's: every regular file below it, each folder once, nothing opened.
+"""Walks a user's folder: lists every regular file below it, each folder once, and opens none.
 
-Links to files and to folders are followed, with three exceptions, so that a walk ends and every
-picture counts once whatever the links say:
+Links to files and to folders are followed, with three exceptions, so that a walk always ends and
+every picture counts once:
 
 - A link to the folder itself or to one above it is not followed.
-- A folder that several links lead to, or that also lies in the tree itself, is walked once: in the
-  tree if it lies there, else through the first link (shortest path, then alphabetical order).
+- A folder that several links lead to, or that is also in the tree itself, is walked once: at its
+  place in the tree, otherwise through the first link (shortest path, then alphabetical order).
 - What is neither a regular file nor a folder (a broken link, a FIFO, a socket, a device) is never
   opened, and reported.
 
@@ -33,7 +33,7 @@ _KINDS = {
 
 @dataclass
 class Walk:
-    """What lies below a folder, by names relative to it with "/" between parts.
+    """The content of a folder, by names relative to it with "/" between the parts.
 
     Names are as the file system has them: bytes that are not UTF-8 are lone surrogates.
     """
@@ -50,10 +50,10 @@ def walk_folder(
     follow_links: bool = True,
     most_entries: int = MOST_ENTRIES,
 ) -> Walk:
-    """Return what lies below `root`; hidden files and folders only where `hidden` is set.
+    """Return the content of `root`; hidden files and folders only if `hidden` is set.
 
     Without `follow_links`, links to folders are not followed (links to files are files either way).
-    Raises OSError when `root` itself cannot be listed, and DataError when it holds more than
+    Raises OSError when `root` itself cannot be listed, and DataError when it has more than
     `most_entries` files and folders. A folder below that cannot be listed is in `unusable`.
     """
     walk = Walk()
@@ -61,7 +61,7 @@ def walk_folder(
     num_entries = 0
     folders, links = deque([(root, "")]), deque[tuple[Path, str]]()
     while folders or links:
-        # Links wait until the folders of the tree are through, so that those keep their own names.
+        # Links come after all folders of the tree, so that those keep their own names.
         folder, prefix = folders.popleft() if folders else links.popleft()
         try:
             identity = _identity(folder.stat())
@@ -79,8 +79,8 @@ def walk_folder(
         num_entries += len(entries)
         if num_entries > most_entries:
             raise DataError(
-                f"{root} holds more than {most_entries:,} files and folders; give the folder that "
-                "holds what is meant"
+                f"{root} has more than {most_entries:,} files and folders; give the smaller folder "
+                "with the files you mean"
             )
         for entry in entries:
             if entry.name.startswith(".") and not hidden:
@@ -114,10 +114,10 @@ def files_below(root: Path, *, most_entries: int = MOST_ENTRIES) -> Iterator[Pat
 
 
 def _above(root: Path) -> set[tuple[int, int]]:
-    """Return the folders above `root`, which no link may lead to."""
+    """Return the folders above `root`; links to them are not followed."""
     found = set()
     for folder in root.resolve().parents:
-        with suppress(OSError):  # closed to us, so that nothing below a link to it could be listed
+        with suppress(OSError):  # not readable, so nothing below a link to it could be listed
             found.add(_identity(folder.stat()))
     return found
 
@@ -127,13 +127,13 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return "file", "folder", or why it is neither; a link is what it leads to."""
+    """Return "file", "folder", or why it is neither; links are followed."""
     try:
         mode = entry.stat().st_mode
     except FileNotFoundError:
         return "a broken link"
-    except OSError as error:  # a link to itself, or through a folder that is closed to us
-        return f"cannot be looked at: {error.strerror}"
+    except OSError as error:  # a link to itself, or through a folder that is not readable
+        return f"cannot be read: {error.strerror}"
     if stat.S_ISDIR(mode):
         return "folder"
     return "file" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "not a file")

@@ -70,7 +70,7 @@ def test_generate_leaves_named_pngs_and_a_sheet_and_prints_their_paths(generate,
     assert sorted(p.name for p in out.iterdir()) == [*names, "contact_sheet.png"]
     lines = result.stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[:4]] == [str(out / name) for name in names]
-    assert all(line.endswith(" ms (first batch: with loading)") for line in lines[:2])
+    assert all(line.endswith(" ms (first batch, includes loading)") for line in lines[:2])
     assert all(line.endswith(" ms") for line in lines[2:4])
     assert lines[4:] == [f"contact sheet: {out / 'contact_sheet.png'}"]
 

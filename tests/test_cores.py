@@ -114,6 +114,6 @@ def test_an_omp_num_threads_that_is_no_number_is_ignored_with_a_warning(
 
 @pytest.mark.parametrize("asked", [0, -1, 1.5, True, "2", 10**30, 1025, np.array([1]), [2]])
 def test_a_number_of_threads_that_cannot_be_is_refused(machine: Path, asked: Any) -> None:
-    with pytest.raises(ConfigError, match="num_threads is"):
+    with pytest.raises(ConfigError, match="num_threads must be"):
         num_threads(asked)
     assert num_threads(np.int64(3)) == 3

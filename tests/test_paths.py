@@ -129,7 +129,7 @@ COMMANDS = {
 }
 SAID = [
     ("generate --checkpoint", "engines", "is an engine folder; use: --engine-dir 'PLACE/engines'"),
-    ("export", "engines", "holds engines, which an export makes; give the checkpoint"),
+    ("export", "engines", "has engines, the result of an export; give the checkpoint"),
     ("generate --checkpoint", "runs/mine", "training run; use: 'PLACE/runs/mine/checkpoint'"),
     ("generate --checkpoint", "runs/new", "that has no checkpoint yet; continue it with: python"),
     (
@@ -157,15 +157,23 @@ SAID = [
     ),
     ("generate --engine-dir", "hub", "is a model folder of Hugging Face; an engine folder"),
     ("generate --engine-dir", "broken", "is a link to PLACE/nothing, which does not exist"),
-    ("generate --engine-dir", "pipe", "is no regular file but a pipe"),
+    ("generate --engine-dir", "pipe", "is not a regular file but a pipe"),
     ("inspect", "weights.pth", "is a weights file (safetensors); use: nsp convert"),
     ("inspect", "runs/mine", "training run; use: 'PLACE/runs/mine/checkpoint'"),
     ("inspect", "pointer.safetensors", "is a Git LFS pointer; run: git lfs pull"),
     ("inspect", "stopped", "the export was not finished"),
     ("inspect", "parquet", "holds parquet files"),
-    ("verify", "checkpoint", "make engines of it with: nsp export --checkpoint 'PLACE/checkpoint'"),
+    (
+        "verify",
+        "checkpoint",
+        "make engines from it with: nsp export --checkpoint 'PLACE/checkpoint'",
+    ),
     ("verify", "picture.png", "is a picture; an engine folder (with manifest.json) is needed"),
-    ("bench", "runs/mine", "make engines of it with: nsp export --checkpoint 'PLACE/runs/mine/che"),
+    (
+        "bench",
+        "runs/mine",
+        "make engines from it with: nsp export --checkpoint 'PLACE/runs/mine/che",
+    ),
     ("bench", "prompts.txt", 'is text ("a red apple"); an engine folder'),
     ("export", "hub/unet", "is a model folder of Hugging Face"),
     ("export", "empty.pth", "is empty: 0 bytes; download or copy it again"),
@@ -262,7 +270,10 @@ def _broken(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (_pipe, "has a config.json that is no regular file but a pipe, socket or device; give a"),
+        (
+            _pipe,
+            "has a config.json that is not a regular file but a pipe, socket or device; give a",
+        ),
         (_loop, "has a config.json that is a link that leads back to itself; copy the folder"),
         (_broken, "has a config.json that is a link to /nowhere/config.json, which does not exist"),
     ],

@@ -69,9 +69,9 @@ def test_a_broken_or_removed_plugin_is_a_warning_and_stops_no_other(
         assert plugins.load("broken") is None
         assert plugins.load("gone") is None
     first, second = caplog.messages
-    assert "'broken' of package broken_one does not load" in first
+    assert "'broken' of package broken_one cannot be loaded" in first
     assert "OSError: half written" in first
-    assert "'gone' of package gone_one does not load" in second
+    assert "'gone' of package gone_one cannot be loaded" in second
     assert plugins.load("good").__name__ == "Thing"  # type: ignore[attr-defined]
     assert plugins.load("never heard of") is None
 

@@ -53,7 +53,7 @@ def test_a_numpy_scalar_is_the_number_it_holds() -> None:
 
 @pytest.mark.parametrize("value", [True, 0, -1, 1.0, "1", None, 10**30, np.array(1), [1]])
 def test_what_is_no_number_of_things_is_refused(value: Any) -> None:
-    assert refused(lambda: values.count("n", value)).startswith("n is")
+    assert refused(lambda: values.count("n", value)).startswith("n must be")
     assert "16610 bits" in refused(lambda: values.count("n", 10**5000))
 
 
@@ -92,7 +92,7 @@ def test_more_images_than_a_run_makes_are_refused_before_they_are_listed() -> No
         message = refused(
             lambda count=count: make_orders(VarSampling(), prompts=["a", "b"], num_images=count)
         )
-        assert "num_images is at most" in message or f"at most {MAX_IMAGES}" in message
+        assert "num_images must be at most" in message or f"at most {MAX_IMAGES}" in message
 
 
 GENERATE = ["prompts", "class_ids", "seed", "trace", "uniforms", "forced_tokens", "gumbel", "noise"]

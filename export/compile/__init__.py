@@ -1,1 +1,1 @@
-"""Graphs compiled to engines, in a process of their own."""
+"""Compiles graphs to engines, in separate processes."""

@@ -1,7 +1,7 @@
 """The child process of an engine build: `python -m nsp.export.compile.build_child JOB.json`.
 
-Progress and the result go to stdout as JSON, one object a line. The build is stopped when stdin
-ends: the parent asks for it, or is gone. Imports neither torch nor onnxruntime.
+Progress and the result go to stdout as JSON, one object per line. The build is stopped when stdin
+ends, because the parent closed it or died. Imports neither torch nor onnxruntime.
 """
 
 import json
@@ -21,7 +21,7 @@ def main(job_file: str) -> int:
     job = json.loads(Path(job_file).read_text())
     stop = _stop_request()
     started = time.monotonic()
-    # Polygraphy reads it when it is imported, which compile_engine does.
+    # Polygraphy reads it when compile_engine imports it.
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(job["module"] == "tensorrt_rtx"))
     try:
         device = compile_engine(
@@ -45,7 +45,7 @@ def main(job_file: str) -> int:
 def _stop_request() -> threading.Event:
     """Return an event that is set when stdin ends.
 
-    A signal's handler would wait for the compiler, which holds the main thread.
+    A signal handler would have to wait for the compiler, which blocks the main thread.
     """
     stop = threading.Event()
 

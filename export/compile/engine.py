@@ -1,7 +1,7 @@
-"""One engine from one graph, compiled in a child process: a crash there takes nothing with it.
+"""Compiles one graph to an engine in a child process, so that a crash ends only the child.
 
-Ctrl-C and the timeout ask the child to stop between two steps of the compiler, so that what it
-measured is kept, and end it when it does not.
+Ctrl-C and the timeout ask the child to stop between two steps of the compiler, which keeps its
+measurements, and kill it if it does not stop.
 """
 
 import json
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 ENGINE_NAME = "engine.plan"
 _CHILD = "nsp.export.compile.build_child"
-_GRACE_S = 10.0  # for a child that is asked to stop; TensorRT asks back every second or so
+_GRACE_S = 10.0  # time for a child to stop; TensorRT checks about every second
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What a build gave besides the file."""
+    """The results of a build besides the file."""
 
-    device: dict[str, str] = field(default_factory=dict)  # what it was built for, in words
-    peak_mib: float = 0.0  # of the compiler's process
+    device: dict[str, str] = field(default_factory=dict)  # the machine it was built for, in words
+    peak_mib: float = 0.0  # peak memory of the compiler's process
 
 
 def build_engine(
@@ -49,8 +49,8 @@ def build_engine(
 ) -> Engine:
     """Compile the graph `model` to the engine `plan`.
 
-    `timing_cache` is the file in which a target that tries kernels keeps how long they took. Raises
-    ExportError with one line for a refused graph, a crash, a timeout or too little memory.
+    `timing_cache` is the file for kernel times of a target that tries kernels. Raises ExportError
+    with one line for a refused graph, a crash, a timeout or too little memory.
     """
     target = TARGETS[build.target]
     times_kernels = timing_cache is not None and target.times_kernels
@@ -66,7 +66,7 @@ def build_engine(
     try:
         outcome = _run_child(job, label, timeout_s, on_progress, child)
     finally:
-        if timing_cache is not None:  # what a child that was killed while writing leaves
+        if timing_cache is not None:  # remove what a child leaves if it is killed while writing
             for partial in timing_cache.parent.glob(f".{timing_cache.name}.*.partial"):
                 partial.unlink(missing_ok=True)
     if error := outcome.get("error"):
@@ -125,7 +125,7 @@ def _started(child: str, job_file: Path, log: Any) -> Iterator[subprocess.Popen[
         stderr=log,
         text=True,
         env=environment(),
-        process_group=0,  # Ctrl-C reaches this process alone, which stops the child in order
+        process_group=0,  # Ctrl-C reaches only this process, which stops the child properly
     )
     try:
         yield process
@@ -136,13 +136,13 @@ def _started(child: str, job_file: Path, log: Any) -> Iterator[subprocess.Popen[
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Ask the child to stop, and end it when it does not; nothing where it has ended."""
+    """Ask the child to stop, and kill it if it does not; do nothing if it has ended."""
     try:
         assert process.stdin is not None
         process.stdin.close()
         process.wait(_GRACE_S)
     except subprocess.TimeoutExpired:
-        logger.debug("the build does not stop by itself")
+        logger.debug("the build does not stop when asked; killing it")
     finally:
         process.kill()
         process.wait()
@@ -150,7 +150,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def _time_limit(process: subprocess.Popen[str], seconds: float) -> Iterator[threading.Event]:
-    """Stop the child after `seconds`; yield an event that is set by then."""
+    """Stop the child after `seconds`; yield an event that is set when that happens."""
     reached = threading.Event()
 
     def stop() -> None:
@@ -166,7 +166,7 @@ def _time_limit(process: subprocess.Popen[str], seconds: float) -> Iterator[thre
 
 
 def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects the child writes, one a line; the rest is TensorRT's own talk."""
+    """Yield the JSON objects that the child writes, one per line; skip TensorRT's messages."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("{"):

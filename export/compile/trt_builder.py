@@ -1,13 +1,13 @@
-"""ONNX graphs to engines with TensorRT or TensorRT for RTX, built by Polygraphy: one code path.
+"""Builds engines from ONNX graphs with TensorRT or TensorRT for RTX, using Polygraphy.
 
-Runs in a child process (build_child.py), which chooses Polygraphy's flavour before it is imported.
-TensorRT-RTX builds ahead of time for the architectures named, without a GPU; TensorRT builds for
-the GPU of this machine, trying many kernels.
+It runs in a child process (build_child.py), which selects TensorRT or TensorRT for RTX before
+Polygraphy is imported. TensorRT-RTX builds for the given architectures, without a GPU; TensorRT
+builds for the GPU of this machine and tries many kernels.
 
-Ours, because Polygraphy cannot do it:
-- progress and a build that stops when asked: it passes a monitor on but has none;
-- the timing cache: it writes one only after success, and uses a damaged one without a word;
-- architectures: its RTX config takes those named or this machine's, never both, and keeps TF32 on;
+We do these things ourselves, because Polygraphy cannot do them:
+- progress and stopping on request: it accepts a monitor but has none;
+- the timing cache: it writes one only after success, and uses a damaged one without a warning;
+- architectures: its RTX config takes given ones or this machine's, never both, and keeps TF32 on;
 - several execution contexts: its runner has one (nsp/backends runs engines without it).
 """
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 OnProgress: TypeAlias = Callable[[float, str], None]
 Profile: TypeAlias = Mapping[str, Sequence[Sequence[int]]]  # input -> min, opt, max
 
-# What TensorRT says, in one way or another, when the GPU's or the host's memory is exhausted.
+# TensorRT's messages when the memory of the GPU or the host is exhausted.
 _MEMORY_HINTS = ("out of memory", "outofmemory", "memory allocation", "insufficient memory")
 _EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt", "polygraphy": "export"}
 
@@ -44,13 +44,13 @@ def compile_engine(
     on_progress: OnProgress,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
-    """Write the engine of `model` to `plan` and return what it was built for.
+    """Write the engine of `model` to `plan` and return the machine that it was built for.
 
-    One optimization profile per entry of `profiles`, in order. `timing_cache` is read, when it fits
-    this GPU and version, and written, also by a build that fails or is stopped. Weights outside the
-    model file are found beside it. Raises MissingExtraError when the module is absent, ConfigError
-    for an architecture it does not build for, ExportError with TensorRT's own words when it refuses
-    and when `should_stop`, asked at every step, says so.
+    It has one optimization profile per entry of `profiles`, in order. `timing_cache` is read if it
+    fits this GPU and version, and written, also by a build that fails or is stopped. External
+    weights are read from the folder of the model file. Raises MissingExtraError when the module is
+    absent, ConfigError for an architecture it cannot build for, ExportError with TensorRT's message
+    when it refuses, and when `should_stop`, called at every step, returns True.
     """
     trt = _import(module)
     polygraphy = _import("polygraphy.backend.trt")
@@ -68,8 +68,8 @@ def compile_engine(
             told = [each for each in problems if each.startswith("In node")] or problems
             raise ExportError(f"{module} cannot read the graph: {_one_line(told)}") from error
         inputs = [network.get_input(i).name for i in range(network.num_inputs)]
-        # TF32, which it clears, rounds the inputs of float32 products to 10 bits, fp16's precision;
-        # what is float32 in a graph is so because it decides tokens.
+        # This turns off TF32, which rounds the inputs of float32 products to 10 bits, the precision
+        # of fp16. Tensors of a graph are float32 because they decide tokens.
         config = polygraphy.create_config(
             builder,
             network,
@@ -99,11 +99,11 @@ def _import(module: str) -> ModuleType:
         name = module.partition(".")[0]
         raise MissingExtraError(name, _EXTRAS[name]) from error
     except ImportError as error:  # a driver or CUDA library is missing
-        raise ExportError(f"{module} is installed but does not load: {error}") from error
+        raise ExportError(f"{module} is installed but cannot be loaded: {error}") from error
 
 
 def _set_archs(trt: Any, config: Any, gpu_archs: Sequence[str]) -> None:
-    """Tell the builder which architectures to build for; without any it takes this machine's."""
+    """Set the architectures to build for; without any, the builder uses this machine's GPU."""
     if not gpu_archs:
         return
     config.num_compute_capabilities = len(gpu_archs)
@@ -116,7 +116,7 @@ def _set_archs(trt: Any, config: Any, gpu_archs: Sequence[str]) -> None:
 
 
 def _profile(polygraphy: ModuleType, sizes: Profile, inputs: Sequence[str]) -> Any:
-    """Return one optimization profile; inputs the graph does not need are left out."""
+    """Return one optimization profile, without inputs that the graph does not have."""
     profile = polygraphy.Profile()
     for name in inputs:
         profile.add(name, *map(tuple, sizes[name]))
@@ -125,9 +125,9 @@ def _profile(polygraphy: ModuleType, sizes: Profile, inputs: Sequence[str]) -> A
 
 @contextmanager
 def _timing_cache(config: Any, path: Path | None, problems: list[str]) -> Iterator[None]:
-    """Let the builder use the times in the file `path`, and keep there what it measures.
+    """Let the builder use the times in the file `path`, and store its measurements there.
 
-    The file is replaced in one move, so that whatever ends the build leaves a whole one.
+    The file is replaced atomically, so that it is complete however the build ends.
     """
     if path is None:
         yield
@@ -138,8 +138,8 @@ def _timing_cache(config: Any, path: Path | None, problems: list[str]) -> Iterat
         if cache is not None and config.set_timing_cache(cache, False):
             break
     if known and problems:
-        logger.warning("%s is of another GPU or version, or damaged: started anew", path)
-        problems.clear()  # they are not the build's
+        logger.warning("%s is for another GPU or version, or damaged; starting a new one", path)
+        problems.clear()  # they do not belong to the build
     try:
         yield
     finally:
@@ -148,12 +148,12 @@ def _timing_cache(config: Any, path: Path | None, problems: list[str]) -> Iterat
 
 
 def _refusal(module: str, problems: Sequence[str], *, stopped: bool) -> str:
-    """Return one line about a build that gave no engine."""
+    """Return one line about a build without a result."""
     if stopped:
         return "the build was stopped"
     if any(hint in problem.lower() for problem in problems for hint in _MEMORY_HINTS):
         return (
-            f"{module} ran out of memory while building; close what else uses the GPU, or use a "
+            f"{module} ran out of memory while building; end other programs on the GPU, or use a "
             f"smaller --max-batch ({_one_line(problems)})"
         )
     return f"{module} cannot build an engine: {_one_line(problems)}"
@@ -167,13 +167,13 @@ def _one_line(problems: Sequence[str]) -> str:
 
 @contextmanager
 def _errors() -> Iterator[list[str]]:
-    """Yield a list that gets what TensorRT says is wrong; nothing of its talk is printed."""
+    """Yield a list that collects TensorRT's errors; none of its messages is printed."""
     from polygraphy.logger import G_LOGGER
 
     problems: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
-        if record.levelno == logging.ERROR:  # graver are Polygraphy's summaries, which say less
+        if record.levelno == logging.ERROR:  # higher levels are Polygraphy's summaries, less exact
             problems.append(record.getMessage())
         return False
 
@@ -187,7 +187,7 @@ def _errors() -> Iterator[list[str]]:
 
 
 def _monitor(trt: Any, on_progress: OnProgress, should_stop: Callable[[], bool]) -> Any:
-    """Return a progress monitor that reports the outermost phase's share and can end the build."""
+    """Return a progress monitor that reports the outermost phase and can stop the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Which dtype each weight of a stage has in an export; no torch."""
+"""The dtype of each weight of a stage in an export; without torch."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -22,6 +22,6 @@ def precision_map(stage: Stage, precision: str) -> dict[str, str]:
 
 
 def stored_precision(stage: Stage, precision: str) -> str:
-    """Return the precision a stage really has: fp32 where no weight takes the one asked for."""
+    """Return the precision that a stage really has: fp32 if the requested one changes no weight."""
     narrow = stage.int8 if precision == "int8" else stage.half
     return precision if narrow else "fp32"

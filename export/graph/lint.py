@@ -1,8 +1,8 @@
-"""Graph lint: what is refused, crashes or silently computes something else is found before a build.
+"""Graph lint: finds graphs that a builder would refuse, crash on or silently compute wrongly.
 
-Every rule is a function (graph, build) -> findings. Sources of the rules are measurements with ONNX
-Runtime 1.31 and TensorRT-RTX 1.7 unless a rule says otherwise. Shapes are inferred by ONNX's own
-checker; of Polygraphy's loaders those that fold constants or cut graphs need onnx-graphsurgeon.
+Every rule is a function (graph, build) -> findings. The rules come from measurements with ONNX
+Runtime 1.31 and TensorRT-RTX 1.7 unless a rule names another source. ONNX's own checker infers
+shapes; Polygraphy's loaders for folding constants and cutting graphs would need onnx-graphsurgeon.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +39,7 @@ _RANDOM = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong with a graph."""
+    """One problem of a graph."""
 
     rule: str
     node: str
@@ -47,7 +47,7 @@ class Finding:
 
 
 class Graph:
-    """A model's graph with the look-ups rules need; large weights stay on disk."""
+    """A model's graph with the look-ups that rules need; large weights stay on disk."""
 
     def __init__(self, model: Any, path: Path | None = None) -> None:
         self.model, self.graph, self.path = model, model.graph, path
@@ -80,7 +80,7 @@ class Graph:
 
     @cached_property
     def types(self) -> dict[str, int]:
-        """The element type of every tensor whose type is stated."""
+        """The element type of every tensor with a known type."""
         values = (*self.graph.input, *self.graph.output, *self.graph.value_info)
         types = {value.name: value.type.tensor_type.elem_type for value in values}
         return types | {tensor.name: tensor.data_type for tensor in self.graph.initializer}
@@ -104,9 +104,9 @@ Rule: TypeAlias = Callable[[Graph, PlannedBuild], Iterator[Finding]]
 
 
 def lint(graph: Graph, build: PlannedBuild) -> list[Finding]:
-    """Return everything wrong with a graph for what it is to be built for.
+    """Return all problems of a graph for a build.
 
-    ONNX's checker is asked last, about what the other rules, which say more, let pass.
+    ONNX's checker comes last, because the messages of the other rules are more precise.
     """
     rules = [*_EVERYWHERE, *(_COMPILED if build.profiles else _ONNXRUNTIME)]
     found = [finding for rule in rules for finding in rule(graph, build)]
@@ -126,7 +126,7 @@ def check_graph(path: Path, build: PlannedBuild) -> None:
 
 
 def _declared_tensors(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """Inputs and outputs are those declared: order, dtype, and free axes that stayed free."""
+    """Inputs and outputs must be as declared: order, dtype, and free axes that are still free."""
     for side, declared, values in (
         ("input", build.io.inputs, graph.graph.input),
         ("output", build.io.outputs, graph.graph.output),
@@ -134,7 +134,7 @@ def _declared_tensors(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
         names = [value.name for value in values]
         if names != list(declared):
             missing = sorted(set(declared) ^ set(names)) or names
-            yield Finding("declared-tensors", missing[0], f"{side}s are not those declared")
+            yield Finding("declared-tensors", missing[0], f"the {side}s are not as declared")
             continue
         for value in values:
             problem = _type_problem(value.type.tensor_type, declared[value.name])
@@ -143,7 +143,7 @@ def _declared_tensors(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
 
 
 def _type_problem(found: Any, declared: Axes) -> str | None:
-    """Return what differs between a graph's tensor and its declaration."""
+    """Return the difference between a graph's tensor and its declaration in words."""
     if found.elem_type != _DTYPES[declared.dtype]:
         return f"is {TensorProto.DataType.Name(found.elem_type)}, declared {declared.dtype}"
     dims = found.shape.dim
@@ -159,17 +159,19 @@ def _type_problem(found: Any, declared: Axes) -> str | None:
 
 
 def _random(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """Random numbers are inputs: seeds differ between runtimes, and TensorRT ignores them."""
+    """Random numbers must be inputs: seeds differ between runtimes, and TensorRT ignores them."""
     for node in graph.graph.node:
         if node.op_type in _RANDOM:
-            yield Finding("random", node.name, f"{node.op_type} draws inside the graph")
+            yield Finding(
+                "random", node.name, f"{node.op_type} draws random numbers inside the graph"
+            )
 
 
 def _operators(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """Only standard operators of the planned opset."""
+    """Only standard operators of the planned opset are allowed."""
     for opset in graph.model.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version != build.opset:
-            message = f"opset is {opset.version}, planned {build.opset}"
+            message = f"opset is {opset.version}, but {build.opset} is planned"
             yield Finding("operators", "graph", message)
     for node in graph.graph.node:
         if node.domain not in ("", "ai.onnx"):
@@ -177,7 +179,7 @@ def _operators(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
 
 
 def _float64(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """No double precision: TensorRT has none, and it is never meant."""
+    """There must be no double precision: TensorRT has none, and it is never intended."""
     for name, kind in graph.types.items():
         if kind == TensorProto.DOUBLE:
             yield Finding("float64", name, "tensor is float64")
@@ -189,7 +191,7 @@ def _float64(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
 
 
 def _half_range(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """No infinite constants in half precision: masked that way, a row of them becomes NaN."""
+    """There must be no infinite half-precision constants: a fully masked row would become NaN."""
     for name, tensor in graph.constants.items():
         if tensor.data_type in _HALF:
             values = np.asarray(numpy_helper.to_array(tensor), np.float32)
@@ -205,9 +207,9 @@ def _bfloat16(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
 
 
 def _attention(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """TensorRT refuses Attention with a cache, ignores nonpad_kv_seqlen and needs fp32 split up.
+    """TensorRT refuses Attention with a cache or in fp32, and ignores nonpad_kv_seqlen.
 
-    It crashes when query, key and value are one tensor.
+    It crashes when query, key and value are the same tensor.
     """
     for node in graph.graph.node:
         if node.op_type != "Attention":
@@ -227,9 +229,9 @@ def _attention(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
 
 
 def _topk(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """TensorRT's TopK takes K < 3840 in every profile.
+    """TensorRT's TopK allows K < 3840 in every profile.
 
-    It refuses a larger constant, but builds a range of sizes that goes beyond without a word.
+    It refuses a larger constant, but builds a larger range of sizes without an error.
     """
     for node in graph.graph.node:
         if node.op_type != "TopK":
@@ -244,7 +246,7 @@ def _topk(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
             yield Finding("topk", node.name, "K is neither a constant nor the size of an input")
             continue
         if largest > TENSORRT_RANKS:
-            message = f"K goes up to {largest}; TensorRT takes {TENSORRT_RANKS}"
+            message = f"K goes up to {largest}, but TensorRT allows {TENSORRT_RANKS}"
             yield Finding("topk", node.name, message)
 
 
@@ -260,7 +262,7 @@ def _resize(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
 
 
 def _checker(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """What ONNX requires: known operators, types and shapes that fit, files of weights."""
+    """ONNX's own rules: known operators, matching types and shapes, existing weight files."""
     try:
         onnx.checker.check_model(graph.path or graph.model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -1,4 +1,4 @@
-"""Narrowing weights: a copy of a model whose declared parts are float16 or bfloat16."""
+"""Narrows weights: makes a copy of a model with its declared parts in float16 or bfloat16."""
 
 import copy
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from nsp.family.contract import Stage
 
 
 def at_precision(system: nn.Module, stages: Mapping[str, Stage], precision: str) -> Any:
-    """Return `system` for "fp32", else a copy with the weights declared `half` in that precision.
+    """Return `system` for "fp32", otherwise a copy with its `half` weights in that precision.
 
     The modules compute in the dtype of their weights, so nothing else changes. For "int8" the model
-    stays as it is: its graphs are quantized (quantize.py).
+    does not change: its graphs are quantized (quantize.py).
     """
     if precision in ("fp32", "int8"):
         return system

@@ -1,4 +1,4 @@
-"""Stages to ONNX: names, dtypes and free axes come from the stage's declaration alone."""
+"""Exports stages to ONNX; the stage's declaration gives all names, dtypes and free axes."""
 
 import logging
 import warnings
@@ -17,13 +17,13 @@ from nsp.stage.io import Axes, Sizes, StageIO, sample_arrays
 
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
-# Below this the weights lie in the model file; above, beside it, where a runtime maps them into
-# memory.
+# Smaller weights are in the model file; larger ones are in a file next to it, which a runtime
+# maps into memory.
 _INLINE_BYTES = 1 << 20
 
 
 class _Positional(nn.Module):
-    """A stage behind one star argument: its dynamic axes are one tuple whatever its signature."""
+    """A stage with one star argument, so that its dynamic axes are one tuple."""
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ def export_stage(
 ) -> Path:
     """Write `stage` as ONNX to `folder` and return the model's path.
 
-    The same model gives the same bytes. The graph is called `name`, its free axes as declared, and
-    `metadata` says where it is from.
+    The same model gives the same bytes. The graph is called `name`, its free axes have their
+    declared names, and `metadata` describes its origin.
 
-    `trace_sizes` gives every free axis a size of its own, at least 2. Raises ExportError when the
+    `trace_sizes` gives every free axis a different size of at least 2. Raises ExportError when the
     exporter fails.
     """
     arguments = tuple(_tensors(io, trace_sizes))
@@ -84,7 +84,7 @@ def export_stage(
 
 
 def _name_axes(values: Sequence[onnx_ir.Value], declared: Mapping[str, Axes]) -> None:
-    """Spell free axes as declared; one that became a constant stays so, for the lint to find."""
+    """Name free axes as declared; an axis that became a constant stays, for the lint to find."""
     for value, spec in zip(values, declared.values(), strict=True):
         if value.shape is not None and len(value.shape) == len(spec.words):
             value.shape = onnx_ir.Shape(
@@ -96,13 +96,13 @@ def _name_axes(values: Sequence[onnx_ir.Value], declared: Mapping[str, Axes]) ->
 
 
 def _tensors(io: StageIO, sizes: Sizes) -> Iterator[Tensor]:
-    """Yield inputs to trace with, in the declared dtypes."""
+    """Yield inputs for tracing, in the declared dtypes."""
     for spec, array in zip(io.inputs.values(), sample_arrays(io, sizes).values(), strict=True):
         yield torch.from_numpy(np.asarray(array)).to(getattr(torch, spec.dtype))
 
 
 def save(model: onnx_ir.Model, folder: Path, metadata: Mapping[str, str]) -> Path:
-    """Write a model with `metadata`, without the exporter's notes: paths that differ between runs.
+    """Write a model with `metadata`, without the exporter's notes, whose paths differ between runs.
 
     Returns its path.
     """
@@ -130,7 +130,7 @@ def _strip(model: onnx_ir.Model) -> None:
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Keep a library's remarks off the terminal: absent operators, axes that share a name."""
+    """Hide a library's messages about missing operators and axes with the same name."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

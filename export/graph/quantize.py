@@ -1,4 +1,4 @@
-"""Eight-bit matrix products for CPUs: weights are rounded once, activations at every run."""
+"""Eight-bit matrix products for CPUs: weights are rounded once, activations in every run."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from nsp.export.graph.onnx_export import quiet, save
 
 
 def quantize(path: Path) -> None:
-    """Replace the model at `path` by one whose products with constant matrices are of integers.
+    """Replace the model at `path` by one that computes products with constant matrices in integers.
 
-    Weights have one scale per column. They are unsigned: where a CPU lacks VNNI, sums of products
-    of unsigned activations with signed weights saturate in 16 bits.
+    Weights have one scale per column. They are unsigned, because on a CPU without VNNI, sums of
+    products of unsigned activations with signed weights saturate in 16 bits.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     metadata = dict(onnx_ir.load(path).metadata_props)
     narrow = path.with_name("quantized.onnx")
-    with quiet("root"):  # a hint to infer shapes first, which the exporter has done
+    with quiet("root"):  # hides a hint to infer shapes first, which the exporter has done
         quantize_dynamic(
             path,
             narrow,

@@ -1,1 +1,1 @@
-"""Exported stages held to PyTorch."""
+"""Compares exported stages with PyTorch."""

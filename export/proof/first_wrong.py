@@ -1,8 +1,8 @@
-"""The first wrong tensor of an ONNX stage: its graph beside a fresh export of the PyTorch model.
+"""Finds the first wrong tensor of an ONNX stage by comparing it with a fresh export.
 
-Both graphs get the same inputs, with their inner tensors made outputs, some at a time. Exports are
-deterministic, so in the same precision tensors of the same name are the same quantity. The fresh
-graph is run without graph optimisations.
+The graph and a fresh export of the PyTorch model get the same inputs, and their inner tensors
+become outputs, some at a time. Exports are deterministic, so in the same precision tensors of the
+same name have the same meaning. The fresh graph is run without graph optimisations.
 """
 
 import os
@@ -26,18 +26,18 @@ from nsp.stage.arena import HostArrays
 from nsp.stage.backend import Backend
 from nsp.stage.io import Shape, StageIO
 
-_AT_ONCE = 64  # inner tensors held in memory together
+_AT_ONCE = 64  # inner tensors in memory at the same time
 
 
 @dataclass(frozen=True)
 class NodeError:
-    """One tensor out of tolerance; everything before it is within."""
+    """The first tensor outside the tolerance, in order of computation."""
 
     call: int  # of the stage, from 0, over all recordings
     tensor: str
     node: str
     op: str
-    error: float  # over the range of the reference's
+    error: float  # divided by the range of the reference's tensor
 
 
 def first_wrong_tensor(
@@ -59,7 +59,7 @@ def first_wrong_tensor(
     the graphs have no inner tensors in common.
     """
     if system is None:
-        raise ExportError("the PyTorch model is needed to search for it; give --checkpoint")
+        raise ExportError("the search needs the PyTorch model; give --checkpoint")
     from nsp.export.graph.narrow import at_precision
     from nsp.export.graph.onnx_export import export_stage
 
@@ -82,7 +82,7 @@ def first_wrong_tensor(
         known = {name for name, _, _ in _tensors(path)}
         inner = [each for each in _tensors(graph) if each[0] in known]
         if not inner:
-            raise ExportError(f"{graph} and a fresh export share no tensor names")
+            raise ExportError(f"{graph} and a fresh export have no tensor names in common")
         for start in range(0, len(inner), _AT_ONCE):
             part = inner[start : start + _AT_ONCE]
             names = [name for name, _, _ in part]
@@ -102,14 +102,14 @@ def first_wrong_tensor(
 
 
 def _tensors(graph: Path) -> list[tuple[str, str, str]]:
-    """Return (tensor, node, operator) of what nodes compute, in order of computation."""
+    """Return (tensor, node, operator) for all outputs of nodes, in order of computation."""
     import onnx
 
     nodes = onnx.load(graph, load_external_data=False).graph.node
     return [
         (name, node.name, node.op_type)
         for node in nodes
-        if node.op_type != "Constant"  # which Polygraphy makes no outputs
+        if node.op_type != "Constant"  # Polygraphy cannot turn these into outputs
         for name in node.output
         if name
     ]
@@ -125,7 +125,7 @@ class _Probe:
 
         folder.mkdir(parents=True)
         for path in graph.parent.iterdir():
-            if path.is_file() and path != graph:  # weights beside the graph
+            if path.is_file() and path != graph:  # external weights
                 _link(path, folder / path.name)
         model = onnx.load(graph, load_external_data=False)
         self.names = names
@@ -148,7 +148,7 @@ class _Probe:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make `target` the same file; ONNX Runtime follows no symbolic link out of a folder."""
+    """Make `target` the same file, not a symbolic link: ONNX Runtime does not follow these."""
     try:
         os.link(source, target)
     except OSError:
@@ -156,9 +156,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 class _Both(Backend):
-    """Runs the graph under test beside the fresh one and notes what differs.
+    """Runs the graph under test and the fresh one, and records the differences.
 
-    What it returns, and so what the cache grows by, is the fresh one's.
+    It returns the outputs of the fresh graph, which also go into the cache.
     """
 
     name = "both"

@@ -1,9 +1,9 @@
-"""Sampled tokens compared: agreement, divergence, and whether rounding explains a flip.
+"""Compares sampled tokens: agreement, divergence, and whether rounding explains a flip.
 
 A token is sampled by inverting the filtered cumulative distribution at a uniform number. Its margin
-is that number's distance to the nearer edge of the token's interval in the reference; where the
-measured error of the distribution is smaller than the margin, the token cannot flip, so a flip
-beyond it is a wrong computation and not rounding.
+is that number's distance to the nearer edge of the token's interval in the reference. If the
+measured error of the distribution is smaller than the margin, rounding cannot flip the token, so a
+flip means a wrong computation.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from nsp.stage.backend import Backend
 
 _HALF_ULP = 2.0**-24  # the stage sums V probabilities in float32: V roundings of at most this
 _MAX_STORED_FLIPS = 16
-# What a stage that draws may take beside logits, and the value at which each does nothing.
+# Further inputs that a drawing stage may have, and for each the value without effect.
 _SETTINGS = (("temperature", 1, np.float32), ("top_p", 1, np.float32), ("top_k", 0, np.int64))
 
 
@@ -27,18 +27,18 @@ _SETTINGS = (("temperature", 1, np.float32), ("top_p", 1, np.float32), ("top_k",
 class Flip:
     """One token that differs."""
 
-    margin: float  # of the reference's token, in probability
+    margin: float  # margin of the reference's token, in probability
     error: float  # largest difference of the two cumulative distributions, as float32 sums
 
     @property
     def is_benign(self) -> bool:
-        """Whether rounding explains it."""
+        """Whether rounding can explain it."""
         return self.margin <= self.error
 
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Figures of one part of the loop, over all batches."""
+    """Results of one part of the loop, over all batches."""
 
     num_tokens: int
     top1: int  # tokens whose most likely code agrees
@@ -47,11 +47,11 @@ class TokenFigures:
 
     @property
     def agreement(self) -> float:
-        """Share of sampled tokens that agree."""
+        """Fraction of sampled tokens that agree."""
         return 1 - len(self.flips) / self.num_tokens
 
     def plus(self, other: "TokenFigures") -> "TokenFigures":
-        """Return the figures of both."""
+        """Return the combined results of both."""
         return TokenFigures(
             self.num_tokens + other.num_tokens,
             self.top1 + other.top1,
@@ -74,9 +74,9 @@ class TokenFigures:
 
 
 def compare_tokens(backend: Backend, select: Call, logits: NDArray[Any]) -> TokenFigures:
-    """Return how the tokens sampled from `logits` compare to those of the recorded `select` call.
+    """Compare the tokens sampled from `logits` with those of the recorded `select` call.
 
-    `backend` is the reference, which samples from both with the same uniform numbers.
+    `backend` is the reference, which samples from both logits with the same uniform numbers.
     """
     feeds: dict[str, Any] = {name: backend.upload(array) for name, array in select.feeds.items()}
     feeds["logits"] = backend.upload(logits)
@@ -93,7 +93,7 @@ def compare_tokens(backend: Backend, select: Call, logits: NDArray[Any]) -> Toke
 
 
 def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):  # infinite logits become NaN, which passes no gate
+    with np.errstate(invalid="ignore"):  # infinite logits become NaN, which fails every gate
         shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result
@@ -120,10 +120,10 @@ def _flips(
 def _cumulative(
     select: Call, images: NDArray[np.int64], guided: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """Return the cumulative distributions (M, V) of M tokens, in float64, as they are drawn from.
+    """Return the cumulative distributions (M, V) for drawing M tokens, in float64.
 
-    `images` says whose settings each token has, `guided` holds their logits. All codes are ranked,
-    which fits the settings of every image.
+    `images` gives the image whose settings each token has, `guided` the logits. All codes are
+    ranked, which is right for the settings of every image.
     """
     batch = select.feeds["uniforms"].shape[0]
     temperature, top_p, top_k = (

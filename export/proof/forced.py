@@ -1,8 +1,8 @@
-"""Recorded calls of a stage made again: each gets what PyTorch gave it (teacher forcing).
+"""Repeats recorded calls of a stage with PyTorch's inputs (teacher forcing).
 
-A stage that alone has the key/value cache grows its own, so that its errors add up as they do in
-use. Where several stages share one, each finds PyTorch's, and what it adds is compared too.
-Engines of one batch size get smaller batches padded. This module needs no torch.
+If only one stage uses the key/value cache, it fills its own, so that its errors accumulate as in
+real use. If several stages share a cache, each gets PyTorch's, and its own additions are compared
+too. For engines of one batch size, smaller batches are padded. This module needs no torch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,15 +29,15 @@ from nsp.stage.io import Axes, StageIO
 
 @dataclass(frozen=True)
 class Repeated:
-    """One recorded call and what the stage under test made of it."""
+    """One recorded call and the outputs of the stage under test."""
 
     call: Call
     following: Call | None  # the next recorded call of any stage
-    found: Arrays  # what the call has outputs of
+    found: Arrays  # outputs of the stage under test, by the names that the call has
 
 
 def repeat(stage: str, io: StageIO, backend: Backend, recording: Recording) -> Iterator[Repeated]:
-    """Yield every recorded call of the stage that is to be compared."""
+    """Yield every recorded call of the stage that should be compared."""
     cache = _Cache(stage, io, backend, recording)
     followers = (*recording.calls[1:], None)
     for call, following in zip(recording.calls, followers, strict=True):
@@ -63,7 +63,7 @@ class _Cache:
         names = [*io.inputs, *io.outputs]
         specs = [{**io.inputs, **io.outputs}[name] for name in names if is_cached(name)]
         self.arena: KVArena | None = None
-        self._is_full = full_size(backend) is not None  # whatever a call has
+        self._is_full = full_size(backend) is not None  # whether all calls are padded
         if specs and recording.kv is not None:
             rows = cache_rows(backend, specs[0], recording.kv.rows)
             self.arena = backend.new_arena(replace(recording.kv, rows=rows, dtype=specs[0].dtype))
@@ -72,7 +72,7 @@ class _Cache:
         self.is_own = self.arena is not None and not recording.has_cache
 
     def given(self, call: Call) -> Mapping[str, Any]:
-        """Return where the call's new keys and values go."""
+        """Return the buffers for the call's new keys and values."""
         if self.arena is None:
             return {}
         self._keep(call)
@@ -83,14 +83,14 @@ class _Cache:
         return self.arena.past() if self.arena is not None and self._reads else {}
 
     def as_recorded(self, name: str, array: Any, call: Call) -> NDArray[Any]:
-        """Return an output in the form in which it is recorded: new keys and values alone."""
+        """Return an output in its recorded form: only the new keys and values."""
         found = self._backend.download(array)
         if is_cached(name) and self._backend.kv_layout == "present":  # (G, H, P + L, K)
             return found[:, :, -call.num_new :].transpose(2, 0, 1, 3)
         return found
 
     def advance(self, call: Call) -> None:
-        """Take what a call added into the cache: the stage's own, or PyTorch's."""
+        """Add a call's new keys and values to the cache: the stage's own, or PyTorch's."""
         if self.arena is None or not call.num_new:
             return
         self._keep(call)
@@ -101,14 +101,14 @@ class _Cache:
         self.arena.advance(call.num_new)
 
     def _keep(self, call: Call) -> None:
-        """Drop the rows that are gone once guidance has ended; engines of one size have all."""
+        """Remove null rows when guidance has ended; engines of one batch size keep all rows."""
         if self.arena is None or self._is_full:
             return
         if call.rows and call.rows < self.arena.shape.rows:
             self.arena.keep_rows(call.rows)
 
     def _force(self, recorded: Mapping[str, NDArray[Any]], call: Call) -> None:
-        """Write recorded keys and values (L, G, H, K) where the cache grows next."""
+        """Write recorded keys and values (L, G, H, K) as the next part of the cache."""
         assert self.arena is not None
         past = self.arena.past()
         for name, place in self.arena.new(call.num_new).items():
@@ -120,8 +120,8 @@ class _Cache:
 
 
 def uploaded(backend: Backend, array: NDArray[Any], spec: Axes) -> Any:
-    """Return an array of the reference in the dtype the stage takes."""
-    if spec.dtype == "bfloat16":  # NumPy has none: the torch backend narrows it
+    """Return an array of the reference in the dtype of the stage's input."""
+    if spec.dtype == "bfloat16":  # NumPy does not have it: the torch backend narrows the array
         import torch
 
         tensor: Any = backend.upload(array)

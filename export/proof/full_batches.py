@@ -1,4 +1,4 @@
-"""Recorded calls of smaller batches on engines that take full ones: rows repeated, and cut back."""
+"""Pads recorded calls of smaller batches for engines that need full ones, and cuts results."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -10,19 +10,20 @@ from nsp.stage.backend import Backend
 from nsp.stage.io import Axes, StageIO
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
-Rows: TypeAlias = Mapping[str, NDArray[np.int64]]  # of an axis: which given row every row repeats
+Rows: TypeAlias = Mapping[str, NDArray[np.int64]]  # axis -> the given row that each row repeats
 
 
 def full_size(backend: Backend) -> int | None:
-    """Return the one number of images that a backend takes; None where it takes others, too."""
+    """Return the only number of images that a backend accepts; None if it accepts several."""
     return backend.batch_sizes[0] if len(backend.batch_sizes) == 1 else None
 
 
 def full_rows(backend: Backend, io: StageIO, feeds: Arrays) -> Rows:
-    """Return the rows of a call made full, by axis (B images, G rows); none where it may stay.
+    """Return the rows that fill up a call, by axis (B images, G rows); empty if it is full.
 
-    Engines for one batch size take all images with their null rows. Where a stage has both axes,
-    null rows follow the images; without null rows the images stand in for them, with guidance 1.
+    Engines for one batch size need all images with their null rows. If a stage has both axes, null
+    rows follow the images; in a call without null rows, the images are used for them, with
+    guidance 1.
     """
     full = full_size(backend)
     if full is None:
@@ -31,7 +32,7 @@ def full_rows(backend: Backend, io: StageIO, feeds: Arrays) -> Rows:
     sizes = {w: n for axes, shape in words for w, n in zip(axes, shape, strict=True)}
     images, rows = sizes.get("B"), sizes.get("G")
     if max(images or 0, -(-(rows or 0) // 2)) > full:
-        return {}  # larger than the engines: they say so
+        return {}  # larger than the engines allow, which they report
     found = {}
     if images is not None:
         found["B"] = np.minimum(np.arange(full), images - 1)
@@ -43,7 +44,7 @@ def full_rows(backend: Backend, io: StageIO, feeds: Arrays) -> Rows:
 
 
 def cache_rows(backend: Backend, past: Axes, rows: int) -> int:
-    """Return the rows of a cache for full batches; `rows` where there are more, or any will do."""
+    """Return the rows of a cache for full batches; `rows` if it is larger or any size fits."""
     full = full_size(backend)
     if full is None:
         return rows
@@ -60,12 +61,12 @@ def padded(array: NDArray[Any], rows: int, axis: int) -> NDArray[Any]:
 
 
 def kept_rows(rows: Rows) -> Rows:
-    """Return where the rows that were given are among the full ones."""
+    """Return the indices of the given rows among the full ones."""
     return {axis: np.unique(repeats, return_index=True)[1] for axis, repeats in rows.items()}
 
 
 def take(arrays: Arrays, specs: Mapping[str, Axes], rows: Rows) -> dict[str, NDArray[Any]]:
-    """Return arrays with other rows along the axes that `rows` names."""
+    """Return arrays with the rows along the axes replaced as `rows` says."""
     found = dict(arrays)
     for name, array in arrays.items():
         for place, word in enumerate(specs[name].words):

@@ -1,4 +1,4 @@
-"""What every precision must reach, and whether one output of a stage reaches it. No torch."""
+"""The limits of every precision, and whether an output of a stage is within them; no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ _HIGHEST_PSNR = 200.0  # stands for equal pictures
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a precision must reach."""
+    """The limits of one precision."""
 
-    relative_error: float  # max abs error of an output over its range; logits and images aside
-    logits_error: float  # the same of logits
-    token_agreement: float  # of sampled tokens, per unit of the loop
-    psnr_db: float  # of decoded images
+    relative_error: float  # max abs error of an output / its range, except logits and images
+    logits_error: float  # the same for logits
+    token_agreement: float  # fraction of sampled tokens, per unit of the loop
+    psnr_db: float  # least PSNR of decoded images
 
     def allowed_flips(self, num_tokens: int) -> int:
-        """Return how many of the tokens may differ: the share allowed, and what chance adds.
+        """Return how many of the tokens may differ: the allowed fraction, and a margin for chance.
 
-        Whether a draw falls beside an edge is luck, of which few tokens have much: three standard
-        deviations of that many draws are granted.
+        It is chance whether a draw is close to an edge, and with few tokens chance matters more:
+        three standard deviations of that many draws are allowed in addition.
         """
         share = 1 - self.token_agreement
         spread = (num_tokens * share * self.token_agreement) ** 0.5
@@ -34,8 +34,8 @@ class Limits:
     def allowed(self, gate: Gate, name: str, expected: NDArray[Any]) -> float:
         """Return the largest absolute error that an output may have anywhere.
 
-        Of a picture any finite error may pass, which its PSNR judges; this is then the error at
-        which the PSNR is at its limit if all pixels have it.
+        For a picture the PSNR decides, so a single pixel may have any finite error; this then
+        returns the error at which the PSNR is at its limit if all pixels have it.
         """
         if np.issubdtype(expected.dtype, np.integer):
             return 0.0
@@ -48,22 +48,22 @@ class Limits:
 
 LIMITS: Mapping[str, Limits] = {
     "fp32": Limits(relative_error=1e-4, logits_error=1e-4, token_agreement=1.0, psnr_db=80),
-    # Tokens and images are the gates in half precision; errors are held to what rounding can do.
+    # In half precision tokens and images are the gates; limits of errors follow from rounding.
     "fp16": Limits(relative_error=1e-2, logits_error=2e-2, token_agreement=0.99, psnr_db=45),
-    # 8 bits of mantissa for 11: errors eight times as large.
+    # 8 bits of mantissa instead of 11: errors are eight times as large.
     "bf16": Limits(relative_error=8e-2, logits_error=0.16, token_agreement=0.92, psnr_db=27),
-    # Opt-in. Seen with a small trained model: 2.4 % of the range, 86 % of the worst scale.
+    # Opt-in. Measured with a small trained model: 2.4 % of the range, 86 % of the worst scale.
     "int8": Limits(relative_error=5e-2, logits_error=5e-2, token_agreement=0.8, psnr_db=80),
 }
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How one output differs from what was expected; what is not a number is infinitely wrong."""
+    """The difference of an output from the expected one; NaN counts as infinitely wrong."""
 
     max_abs: float
     mean_abs: float
-    range: float  # of what was expected: largest minus smallest
+    range: float  # largest minus smallest expected value
     is_integer: bool
 
     @property
@@ -87,14 +87,14 @@ def difference(expected: NDArray[Any], found: NDArray[Any]) -> Difference:
 
 
 def relative_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """Return the largest difference over the range of what was expected."""
+    """Return the largest difference divided by the range of the expected output."""
     return difference(expected, found).relative
 
 
 def problem(
     limits: Limits, gate: Gate, name: str, expected: NDArray[Any], found: NDArray[Any]
 ) -> str | None:
-    """Return in words how an output misses its gate; None where it does not."""
+    """Return in words how an output fails its gate; None if it passes."""
     apart = difference(expected, found)
     if apart.is_integer:
         agreement = float(np.mean(expected == found)) if expected.size else 1.0

@@ -1,8 +1,8 @@
-"""Which recorded calls an engine folder keeps: few enough for a small file.
+"""Selects the recorded calls that an engine folder keeps, few enough for a small file.
 
-Of many equal calls the first, one of each span of sizes and the last are compared; of the others
-only what the cache needs is kept. So a loop of a thousand steps takes little more room than one of
-ten.
+Of many similar calls the first, one for each span of sizes and the last are compared; from the
+others only the cache's part is kept. So a loop of a thousand steps needs little more space than one
+of ten.
 """
 
 from collections import Counter
@@ -18,10 +18,10 @@ MOST_BYTES = 50 * 10**6
 
 
 def kept(recordings: Sequence[Recording], *, most_bytes: int = MOST_BYTES) -> list[Recording]:
-    """Return recordings with the calls worth keeping, of every stage at least one.
+    """Return recordings with the selected calls, at least one for every stage.
 
-    A stage is compared in the first recording that calls it. Where the arrays take more than
-    `most_bytes`, the largest calls of stages that have several are left out.
+    A stage is compared in the first recording that calls it. If the arrays need more than
+    `most_bytes`, the largest calls of stages with several calls are left out.
     """
     compared, keys = _chosen(recordings), dict[int, str]()
     found = _thin(recordings, compared)
@@ -36,7 +36,7 @@ def kept(recordings: Sequence[Recording], *, most_bytes: int = MOST_BYTES) -> li
 
 
 def _chosen(recordings: Sequence[Recording]) -> dict[int, Call]:
-    """Return by identity the calls to compare: of each stage one per sizes, and the last."""
+    """Return by identity the calls to compare: for each stage one per span, and the last."""
     chosen, seen = dict[int, Call](), set[str]()
     for recording in recordings:
         unseen = [call for call in recording.calls if call.stage not in seen]
@@ -52,7 +52,7 @@ def _span(call: Call) -> tuple[object, ...]:
 
 
 def _thin(recordings: Sequence[Recording], compared: Mapping[int, Call]) -> list[Recording]:
-    """Return the recordings without what is neither compared nor needed by a cache."""
+    """Return the recordings without arrays that are neither compared nor needed by a cache."""
     found = []
     for recording in recordings:
         here = {call.stage for call in recording.calls if id(call) in compared}
@@ -60,10 +60,10 @@ def _thin(recordings: Sequence[Recording], compared: Mapping[int, Call]) -> list
         for call in recording.calls:
             if id(call) in compared:
                 calls.append(call)
-            elif here and call.new:  # of a cache that stages share, what was added is enough
+            elif here and call.new:  # for a shared cache, the added part is enough
                 calls.append(replace(call, feeds={}, outputs=call.new, is_compared=False))
             elif call.num_new and not recording.has_cache and call.stage in here:
-                # A stage with a cache of its own makes all its calls again.
+                # A stage with its own cache repeats all its calls.
                 calls.append(replace(call, outputs={}, is_compared=False))
         if here:
             found.append(replace(recording, calls=tuple(calls)))
@@ -75,7 +75,7 @@ def _arrays(call: Call) -> list[NDArray[Any]]:
 
 
 def _num_bytes(recordings: Sequence[Recording], keys: dict[int, str]) -> int:
-    """Return what the arrays take, equal ones once; `keys` remembers which are equal."""
+    """Return the bytes of the arrays, equal ones counted once; `keys` has their digests."""
     sizes = {}
     for array in (a for each in recordings for call in each.calls for a in _arrays(call)):
         if id(array) not in keys:

@@ -1,8 +1,8 @@
 """Parity gates: an exported stage must compute what PyTorch computes, on PyTorch's own inputs.
 
-Every stage is fed the recorded calls of the reference. Where the gate is sampled tokens, its logits
-go through the reference's own selection with the recorded random numbers, so that tokens can be
-compared one by one.
+Every stage gets the inputs of the reference's recorded calls. If the gate is sampled tokens, the
+reference's selection draws tokens from the stage's logits with the recorded random numbers, so that
+tokens can be compared one by one.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from nsp.stage.io import StageIO
 if TYPE_CHECKING:
     from nsp.export.proof.flips import TokenFigures
 
-_MOST_UNITS = 16  # that figures are kept of: scales, blocks of tokens, ranges of timesteps
+_MOST_UNITS = 16  # parts with results of their own: scales, blocks of tokens, timestep ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Subject:
     io: StageIO
     gate: Gate
     backend: Backend
-    precision: str  # that it is stored in
+    precision: str  # precision of the stored stage
     label: str  # for messages: "step (onnxruntime fp16)"
 
 
@@ -47,7 +47,7 @@ class _OutputErrors:
 
 @dataclass
 class _Unit:
-    """What was measured in one part of the loop."""
+    """The results of one part of the loop."""
 
     steps: tuple[int, int]  # the first and the last one
     calls: int = 0
@@ -67,7 +67,7 @@ class _Unit:
 
 @dataclass
 class _Report:
-    """Everything measured about one stage."""
+    """All results of one stage."""
 
     unit: str
     outputs: dict[str, _OutputErrors] = field(default_factory=dict)
@@ -94,10 +94,10 @@ class _Report:
 def check_stage(
     subject: Subject, recordings: Sequence[Recording], selection: Backend | None = None
 ) -> dict[str, Any]:
-    """Return a stage's measured figures (JSON-ready); raise ParityError at a missed gate.
+    """Return a stage's results (JSON-ready); raise ParityError when a gate fails.
 
-    `selection` is PyTorch's backend, which draws tokens from the stage's logits; without it the
-    logits alone are compared.
+    `selection` is PyTorch's backend, which draws tokens from the stage's logits; without it only
+    the logits are compared.
     """
     report = _Report("scale" if not recordings else recordings[0].unit)
     for recording in recordings:
@@ -109,21 +109,23 @@ def check_stage(
             _compare(subject, report, unit, repeated)
             _draw(subject, unit, repeated, selection)
     if not report.calls:
-        raise ParityError(f"{subject.label}: the reference never calls this stage; it is unchecked")
+        raise ParityError(
+            f"{subject.label}: not checked, because the reference never calls this stage"
+        )
     for unit in report.units.values():
         _check_tokens(subject, report.unit, unit)
     return report.to_dict()
 
 
 def _steps(step: int, num_steps: int) -> tuple[int, int]:
-    """Return the first and the last step of the part of the loop whose figures are kept as one."""
+    """Return the first and the last step of a part of the loop with common results."""
     size = -(-num_steps // _MOST_UNITS)
     first = step // size * size
     return first, max(first, min(first + size, num_steps) - 1)
 
 
 def _compare(subject: Subject, report: _Report, unit: _Unit, repeated: Repeated) -> None:
-    """Compare one call's outputs; raise ParityError for one beyond its limit."""
+    """Compare one call's outputs; raise ParityError for an output beyond its limit."""
     limits = LIMITS[subject.precision]
     for name, expected in repeated.call.outputs.items():
         found = repeated.found[name]
@@ -144,7 +146,7 @@ def _compare(subject: Subject, report: _Report, unit: _Unit, repeated: Repeated)
 
 
 def _draw(subject: Subject, unit: _Unit, repeated: Repeated, selection: Backend | None) -> None:
-    """Draw tokens from the stage's logits and count those that differ."""
+    """Draw tokens from the stage's logits and count the different ones."""
     gate, following = subject.gate, repeated.following
     if selection is None or not isinstance(gate, Tokens) or following is None:
         return
@@ -157,7 +159,7 @@ def _draw(subject: Subject, unit: _Unit, repeated: Repeated, selection: Backend 
 
 
 def _check_tokens(subject: Subject, name: str, unit: _Unit) -> None:
-    """Raise ParityError where too many tokens differ, or one that rounding does not explain."""
+    """Raise ParityError if too many tokens differ, or one that rounding cannot explain."""
     if unit.tokens is None:
         return
     first, last = unit.steps

@@ -1,7 +1,7 @@
-"""Recorded stage calls, and a file of the few that an engine folder keeps.
+"""Recorded stage calls, and the file with the few calls that an engine folder keeps.
 
-With that file an engine folder can be checked where no PyTorch is installed. This module needs
-neither torch nor the exporter.
+With that file an engine folder can be checked without PyTorch. This module needs neither torch nor
+the exporter.
 """
 
 import hashlib
@@ -30,21 +30,21 @@ _SCHEMA = 2
 class Call:
     """One call of a stage: inputs and outputs, in float32 as PyTorch has them.
 
-    No past is recorded: it is what earlier calls added. What a call adds, `new_*` (L, G, H, K), is
-    among its outputs where several stages share the cache.
+    The past is not recorded, because earlier calls added it. If several stages share the cache, the
+    outputs also have the added part, `new_*` (L, G, H, K).
     """
 
     stage: str
-    step: int  # of the loop it belongs to; decoding afterwards counts as a step more
+    step: int  # step of the loop; decoding afterwards counts as one more step
     feeds: Mapping[str, NDArray[Any]]
     outputs: Mapping[str, NDArray[Any]]
-    num_new: int = 0  # tokens the cache grew by
-    rows: int = 0  # of the cache it met; 0 without one
-    is_compared: bool = True  # or is only there for what it adds to the cache
+    num_new: int = 0  # tokens added to the cache
+    rows: int = 0  # rows of the cache; 0 without one
+    is_compared: bool = True  # False: it is only needed to fill the cache
 
     @cached_property
     def new(self) -> dict[str, NDArray[Any]]:
-        """The outputs that the cache grew by."""
+        """The outputs that were added to the cache."""
         return {name: array for name, array in self.outputs.items() if is_cached(name)}
 
 
@@ -59,7 +59,7 @@ class Recording:
 
     @cached_property
     def has_cache(self) -> bool:
-        """Whether calls carry what they added to a cache: one that several stages share."""
+        """Whether calls have the part that they added to a cache shared by several stages."""
         return any(call.new for call in self.calls)
 
 
@@ -97,12 +97,12 @@ def write_recorded(recordings: Sequence[Recording], folder: Path, *, model_hash:
 
 
 def packed(array: NDArray[Any]) -> NDArray[Any]:
-    """Return the array in one piece; a scalar stays one."""
+    """Return the array contiguous; a scalar stays a scalar."""
     return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def array_key(array: NDArray[Any]) -> str:
-    """Return a name that equal arrays have in common."""
+    """Return a name that is the same for equal arrays."""
     content = f"{array.dtype}{array.shape}".encode() + packed(array).tobytes()
     return hashlib.sha256(content).hexdigest()[:24]
 
@@ -110,17 +110,19 @@ def array_key(array: NDArray[Any]) -> str:
 def read_recorded(folder: Path, manifest: Manifest) -> tuple[Recording, ...]:
     """Return the recordings of an engine folder.
 
-    Raises EngineError when there are none, they are damaged, or of another model.
+    Raises EngineError when there are none, or they are damaged or of another model.
     """
     if not manifest.recorded:
-        raise EngineError(f"{folder} holds no recorded outputs")
+        raise EngineError(f"{folder} has no recorded outputs")
     check_files(folder, manifest.recorded)
     path = folder / next(iter(manifest.recorded))
     try:
         found = read_metadata(path)
         same_model = found.get("model_hash") == manifest.model_hash
         if found.get("schema") != str(_SCHEMA) or not same_model:
-            raise EngineError(f"{path} is of another model or version; export the folder again")
+            raise EngineError(
+                f"{path} belongs to another model or version; export the folder again"
+            )
         arrays = read_arrays(path)
         return tuple(_recording(each, arrays) for each in json.loads(found["plan"]))
     except CheckpointError as error:

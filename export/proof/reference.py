@@ -1,6 +1,6 @@
-"""What is correct: real prompts through the PyTorch model in float32, with every stage call kept.
+"""The reference: the PyTorch model in float32 with real prompts; every stage call is recorded.
 
-Exported stages are held to these calls one by one (forced.py).
+Exported stages are compared with these calls one by one (forced.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from nsp.stage.backend import TENSORRT_RANKS, Loop, T
 
 @dataclass(frozen=True)
 class Generated:
-    """One batch of images and everything that was called to make it."""
+    """One batch of images and all stage calls that made it."""
 
     orders: Sequence[Order[Any]]
     recording: Recording
@@ -31,7 +31,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Reference:
-    """The PyTorch model and what it generated."""
+    """The PyTorch model and its generated batches."""
 
     pipeline: Pipeline
     batches: tuple[Generated, ...]
@@ -47,26 +47,26 @@ class Reference:
         return tuple(batch.recording for batch in self.batches)
 
     def smallest_first(self) -> list[Recording]:
-        """Return the recordings of one image each, or of the smallest batch, that first."""
+        """Return the recordings of single images, or that of the smallest batch."""
         first, *others = sorted(self.batches, key=lambda batch: len(batch.orders))
         return [first.recording, *(b.recording for b in others if len(b.orders) == 1)]
 
 
 class RecordingBackend(TorchBackend):
-    """The torch backend, keeping every call of one batch."""
+    """The torch backend, which records every call of one batch."""
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start again."""
         self._calls: list[Call] = []
         self._kv: KVShape | None = None
         self._unit, self._num_steps, self._step = "scale", 1, 0
 
     def recording(self) -> Recording:
-        """Return what was recorded since `forget`."""
+        """Return the recording since `forget`."""
         return Recording(tuple(self._calls), self._kv, self._unit, self._num_steps)
 
     def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
-        """Return what the loop yields, having noted which step calls belong to."""
+        """Yield the results of the loop, and record the step that each call belongs to."""
         for made in super().play(name, inputs, loop):
             if isinstance(made, Step):
                 self._unit, self._num_steps, self._step = made.unit, made.total, made.index + 1
@@ -75,12 +75,12 @@ class RecordingBackend(TorchBackend):
     def run(
         self, stage: str, feeds: Mapping[str, Any], outputs: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return all outputs, having noted them and the feeds."""
+        """Return all outputs, after recording them and the feeds."""
         given = outputs or {}
         results = super().run(stage, feeds, outputs)
         cached = [t for n, t in (*feeds.items(), *results.items()) if is_cached(n)]
-        # torch makes new tensors for all but the cache, of which a written part stays as it is: so
-        # nothing here changes later.
+        # torch creates new tensors for everything but the cache, and written parts of the cache do
+        # not change, so nothing recorded here changes later.
         call = Call(
             stage=stage,
             step=self._step,
@@ -101,7 +101,7 @@ class RecordingBackend(TorchBackend):
         return sum(any(is_cached(name) for name in each) for each in names) > 1
 
     def new_arena(self, shape: KVShape) -> KVArena:
-        """Return an empty arena, having noted its size."""
+        """Return an empty arena, after recording its size."""
         self._kv = shape
         return super().new_arena(shape)
 
@@ -112,9 +112,9 @@ def _array(tensor: Any) -> NDArray[Any]:
 
 
 def record_reference(plan: ExportPlan, system: Any) -> Reference:
-    """Return what `system` generates for the family's own orders, which call every stage.
+    """Return the reference of `system` for the family's example orders, which call every stage.
 
-    Where latents grow, the pictures on the way are decoded too: so every size is checked.
+    If latents grow, intermediate pictures are also decoded, so that every size is checked.
     """
     family = plan.record.family
     backend = RecordingBackend(
@@ -130,13 +130,13 @@ def record_reference(plan: ExportPlan, system: Any) -> Reference:
         tokenizer=system.prompt_tokenizer,
         sampling=plan.sampling,
     )
-    if any(build.profiles for build in plan.builds):  # compiled stages are called as TensorRT would
+    if any(build.profiles for build in plan.builds):  # call compiled stages as TensorRT would
         backend.max_ranks = TENSORRT_RANKS
     batches = []
     for orders in family.examples(plan.config, plan.sampling):
         backend.forget()
         if pipeline.prompts is not None:
-            pipeline.prompts.forget()  # every batch calls its text encoder
+            pipeline.prompts.forget()  # so that every batch calls its text encoder
         trace = pipeline.trace(orders)
         for latent in trace.latents:
             if latent.shape != trace.latents[-1].shape:

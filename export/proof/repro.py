@@ -1,7 +1,7 @@
-"""A parity failure as a folder that shows it again without this package, with Polygraphy alone.
+"""Writes a parity failure to a folder from which Polygraphy alone can reproduce it.
 
-It holds the graph, the inputs of the failing call, cache included, and what PyTorch returned for
-them, in Polygraphy's JSON. The error names the command.
+The folder has the graph, the inputs of the failing call with its cache, and PyTorch's outputs, in
+Polygraphy's JSON. The error names the command.
 """
 
 import logging
@@ -36,12 +36,12 @@ def reproducible(
     graph: Path | None,
     folder: Path,
 ) -> Iterator[Backend]:
-    """Yield `backend`, watched: a ParityError of the block names a command that shows it again.
+    """Yield `backend`, observed: a ParityError in the block names a command to reproduce it.
 
-    `calls` are those recorded; the block repeats those of `stage`, in order. `allowed` is the
-    largest absolute error of an output. `graph` is what ONNX Runtime runs, None where another
-    runtime does. The files go to a new folder beside `folder`. An error that no output of its call
-    shows, such as too many other tokens, stays as it is.
+    `calls` are the recorded ones; the block repeats those of `stage`, in order. `allowed` is the
+    largest absolute error of an output. `graph` is the graph for ONNX Runtime, None for another
+    runtime. The files go to a new folder next to `folder`. An error that is not visible in the
+    outputs of one call, such as too many different tokens, does not change.
     """
     watched = _Watched(backend)
     try:
@@ -50,7 +50,7 @@ def reproducible(
         if graph is None or not watched.num_runs:
             raise
         repeated = [c for c in calls if c.stage == stage and (c.is_compared or not c.new)]
-        expected = {  # layout "present" returns past and new in one, which nothing recorded is
+        expected = {  # layout "present" returns past and new together, which is never recorded
             name: array
             for name, array in repeated[watched.num_runs - 1].outputs.items()
             if not (is_cached(name) and backend.kv_layout == "present")
@@ -62,9 +62,9 @@ def reproducible(
             made = _new_folder(folder, stage)
             command = write_repro(made, graph, watched.feeds, expected, limits)
         except (ImportError, OSError) as problem:
-            logger.warning("the failure is not kept for Polygraphy: %s", problem)
+            logger.warning("the failure cannot be saved for Polygraphy: %s", problem)
             raise error from None
-        raise ParityError(f"{error}; to see it again: {command}") from error
+        raise ParityError(f"{error}; to reproduce it, run: {command}") from error
 
 
 def write_repro(
@@ -72,15 +72,15 @@ def write_repro(
 ) -> str:
     """Write one call to `folder` and return the command that runs and compares it.
 
-    `allowed` is the largest absolute error of every output. The command ends with exit code 1 where
-    one is beyond it, with 0 otherwise.
+    `allowed` is the largest absolute error of every output. The command ends with exit code 1 if
+    one is beyond it, otherwise with 0.
     """
     from polygraphy.comparator import RunResults
     from polygraphy.json import save_json
     from polygraphy.logger import G_LOGGER
 
     for path in graph.parent.iterdir():
-        if path.is_file():  # the graph, and weights beside it; to be changed, so no links
+        if path.is_file():  # the graph and its weights; copies, because users may change them
             shutil.copyfile(path, folder / path.name)
     inputs, outputs = folder / "inputs.json", folder / "outputs.json"
     results = RunResults()
@@ -95,21 +95,21 @@ def write_repro(
 
 
 def _new_folder(beside: Path, stage: str) -> Path:
-    """Return a new empty folder for a failure of `stage`; among temporary files if need be."""
+    """Return a new empty folder for a failure of `stage`, in the temporary folder if needed."""
     target = beside.absolute()
     try:
         return Path(tempfile.mkdtemp(prefix=f"{target.name}-parity-{stage}-", dir=target.parent))
-    except OSError:  # engines may lie where nothing can be written
+    except OSError:  # the place of the engines may not be writable
         return Path(tempfile.mkdtemp(prefix=f"nsp-parity-{stage}-"))
 
 
 def _within(found: NDArray[Any], expected: NDArray[Any], allowed: float) -> bool:
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    return bool((difference <= allowed).all())  # not where one is not a number
+    return bool((difference <= allowed).all())  # False for NaN
 
 
 class _Watched(Backend):
-    """A backend that keeps what its last run took and returned."""
+    """A backend that keeps the inputs and outputs of its last run."""
 
     name = "watched"
 

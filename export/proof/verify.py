@@ -1,7 +1,7 @@
-"""`nsp verify`: every stage of an engine folder held to PyTorch, on the backend at hand.
+"""`nsp verify`: compares every stage of an engine folder with PyTorch, on this machine's backend.
 
-Where PyTorch or the checkpoint is missing, stages are held to the outputs recorded at export. A
-stage that fails on ONNX Runtime is searched for its first wrong tensor (first_wrong.py).
+Without PyTorch or the checkpoint, stages are compared with the outputs recorded at export. In a
+stage that fails on ONNX Runtime, the first wrong tensor is searched (first_wrong.py).
 """
 
 import importlib.util
@@ -34,19 +34,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StageCheck(Config):
-    """What the check of one stage showed."""
+    """The result of the check of one stage."""
 
     stage: str
     passed: bool
     calls: int
-    largest_error: float | None  # of any output, over its range; None where that was not reached
-    error: str | None  # the gate that was missed
+    largest_error: float | None  # of all outputs, relative to their ranges; None if not measured
+    error: str | None  # the gate that failed
     first_wrong: str | None = None  # tensor, operator and error, or why there is none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification(Config):
-    """What the check of an engine folder showed."""
+    """The result of the check of an engine folder."""
 
     engine_dir: str
     backend: str
@@ -67,7 +67,7 @@ class Verification(Config):
 
 @dataclass(frozen=True)
 class _Truth:
-    """What stages are held to: recorded calls, and with PyTorch the model they come from."""
+    """What stages are compared with: recorded calls and, with PyTorch, their model."""
 
     words: str
     recordings: tuple[Recording, ...]
@@ -85,12 +85,12 @@ def verify(
     verify_digests: bool = True,
     num_threads: int | None = None,
 ) -> Verification:
-    """Return what every stage's check showed; stages that fail are in it, not raised.
+    """Return the results of all stages; a failed stage does not raise an error.
 
-    `recorded`: hold them to the recorded outputs even where PyTorch could be asked.
-    `verify_digests=False` takes engines and a checkpoint that differ from their digests.
+    `recorded`: use the recorded outputs even if PyTorch is available.
+    `verify_digests=False` accepts engines and a checkpoint that differ from their digests.
     `num_threads` as for `open_engine_dir`. Raises
-    EngineError for a folder that is damaged, of another machine, or has nothing to be held to,
+    EngineError for a folder that is damaged, for another machine, or has nothing to compare with,
     BackendError for a backend that does not work, CheckpointError for a `checkpoint` that does not
     fit.
     """
@@ -140,7 +140,7 @@ def _truth(
     limit: int | None,
     verify_digests: bool,
 ) -> _Truth:
-    """Return what to hold the stages to: PyTorch where it can be asked."""
+    """Return what to compare the stages with: PyTorch if it is available."""
     if not recorded and importlib.util.find_spec("torch") is not None:
         try:
             source = checkpoint or find_source(folder, manifest)
@@ -148,16 +148,18 @@ def _truth(
         except CheckpointError as error:
             if checkpoint is not None:
                 raise
-            logger.warning("recorded outputs instead of PyTorch: %s", error)
+            logger.warning("using recorded outputs instead of PyTorch: %s", error)
         else:
             return _live_truth(record, limit)
     elif checkpoint is not None:
-        raise CheckpointError(f"{checkpoint} cannot be run: torch is not installed or not wanted")
+        raise CheckpointError(
+            f"{checkpoint} cannot be run: torch is missing, or --recorded was given"
+        )
     try:
         recordings = read_recorded(folder, manifest)
     except EngineError as error:
         raise EngineError(
-            f"{error}, and PyTorch cannot be asked; give --checkpoint where torch is installed, or "
+            f"{error}, and PyTorch is not available; install torch and give --checkpoint, or "
             "export the folder again"
         ) from error
     return _Truth("outputs recorded at export", recordings)
@@ -165,15 +167,15 @@ def _truth(
 
 def _matching_checkpoint(folder: Path, manifest: Manifest, *, verify: bool) -> CheckpointRecord:
     if not is_checkpoint(folder):
-        raise CheckpointError(f"no checkpoint at {folder}; give it with --checkpoint")
+        raise CheckpointError(f"there is no checkpoint at {folder}; give it with --checkpoint")
     record = read_checkpoint(folder, verify=verify)
     if record.weights_hash() != manifest.model_hash:
-        raise CheckpointError(f"{folder} holds another model than the engines were made from")
+        raise CheckpointError(f"{folder} has another model than the one the engines were made from")
     return record
 
 
 def _live_truth(record: CheckpointRecord, limit: int | None) -> _Truth:
-    """Return PyTorch's own calls, made now; only batches that the engines take."""
+    """Return PyTorch's calls, made now; only batches that fit the engines."""
     from nsp.export.plan import ExportPlan
     from nsp.export.proof.reference import record_reference
 
@@ -192,7 +194,7 @@ def _live_truth(record: CheckpointRecord, limit: int | None) -> _Truth:
 
 
 def _graphs(folder: Path, manifest: Manifest, engines: Engines) -> Mapping[str, Variant]:
-    """Return the variants whose graphs ONNX Runtime runs; none of another backend."""
+    """Return the variants that ONNX Runtime runs; none for another backend."""
     if engines.backend.name != "onnxruntime":
         return {}
     chosen, device = choose_backend(folder, manifest, engines.backend.name, None)
@@ -209,7 +211,7 @@ def _check(
     precision: str,
     truth: _Truth,
 ) -> StageCheck:
-    """Return what one stage showed, with its first wrong tensor where it failed."""
+    """Return the result of one stage, with its first wrong tensor if it failed."""
     graph = folder / next(iter(variant.files)) if variant is not None else None
     try:
         with reproducible(
@@ -272,8 +274,8 @@ def _locate(
 def _in_words(found: NodeError | None) -> str:
     if found is None:
         return (
-            "none: with its inner tensors made visible the graph computes what PyTorch computes, "
-            "so an optimisation of the runtime is at fault"
+            "none: with its inner tensors as outputs the graph computes the same as PyTorch, so "
+            "an optimisation of the runtime causes the error"
         )
     return (
         f"{found.tensor!r}, output of {found.op} {found.node!r} in call {found.call}: max abs "

@@ -1,4 +1,4 @@
-"""Whole images from exported stages, free-running: reported for all, required of fp32."""
+"""Compares whole images from exported stages with PyTorch; only fp32 must agree."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,11 +25,11 @@ def check_images(
     kv_layout: str,
     precision: str,
 ) -> dict[str, Any]:
-    """Return how images from exported stages compare to PyTorch's: tokens that agree, and PSNR.
+    """Compare images from exported stages with PyTorch's: fraction of equal tokens, and PSNR.
 
-    In half precision one early flip legitimately changes the image. In fp32 all tokens must agree,
-    and where a family draws none, images must, else ParityError; images made with `more_smooth` are
-    only reported, for there rounding feeds back through mixed codes.
+    In half precision one early flip may change the image. In fp32 all tokens must agree, or images
+    if a family draws no tokens; otherwise ParityError is raised. Images made with `more_smooth` are
+    only reported, because rounding errors grow through their mixed codes.
     """
     backend = OnnxRuntimeBackend(
         files,
@@ -68,7 +68,7 @@ def check_images(
 
 
 def _agreement(expected: Trace, found: Trace) -> float | None:
-    """Return the share of sampled tokens that agree; None where none are drawn."""
+    """Return the fraction of sampled tokens that agree; None if no tokens are drawn."""
     if not found.tokens:
         return None
     before, now = (np.concatenate(each.tokens, 1) for each in (expected, found))
@@ -76,7 +76,7 @@ def _agreement(expected: Trace, found: Trace) -> float | None:
 
 
 def _check_image(precision: str, psnr: float) -> None:
-    """Raise ParityError for a whole fp32 image that is another one."""
+    """Raise ParityError for a whole fp32 image that differs too much."""
     limit = LIMITS["fp32"].psnr_db
     if precision == "fp32" and psnr < limit:
         raise ParityError(

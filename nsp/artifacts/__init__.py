@@ -1,1 +1,1 @@
-"""What lies on disk: checkpoint and engine folders."""
+"""Checkpoint folders and engine folders on disk."""

@@ -1,8 +1,8 @@
-"""Checkpoint folders of any family: config.json says which family reads the rest.
+"""Checkpoint folders of any family: config.json names the family that reads the rest.
 
-config.json also holds the SHA-256 of every other file of the model and of its own content, so that
-a folder that was damaged or changed is refused instead of drawing something else. Only files listed
-there are read. Folders written before that have no digests: they load, which is logged.
+config.json also has the SHA-256 of every other file of the model and of its own content, so that a
+folder that was damaged or changed is refused instead of giving other images. Only files listed
+there are read. Older folders have no digests: they are loaded, with a log message.
 """
 
 import dataclasses
@@ -49,14 +49,14 @@ class ConfigFile(Config):
 
 @contextmanager
 def write_checkpoint(folder: Path, about: ConfigFile) -> Iterator[Path]:
-    """Yield a folder for the weights; with config.json it replaces `folder` once it is whole."""
+    """Yield a folder for the weights; once complete, it replaces `folder` with config.json."""
     with write_folder(folder) as partial:
         yield partial
         _write_config(partial, about)
 
 
 def write_digests(folder: str | Path) -> None:
-    """Bring the digests in a checkpoint's config.json in line with its files as they are now."""
+    """Update the digests in a checkpoint's config.json to its present files."""
     _write_config(Path(folder), _read_config(Path(folder) / CONFIG_NAME))
 
 
@@ -70,7 +70,7 @@ def _write_config(folder: Path, about: ConfigFile) -> None:
 
 
 def _own_digest(values: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of config.json's keys but for the digest, however they are written."""
+    """Return the SHA-256 of config.json's keys except the digest, in a canonical form."""
     plain = json.loads(json.dumps({n: value for n, value in values.items() if n != "digest"}))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -78,7 +78,7 @@ def _own_digest(values: Mapping[str, Any]) -> str:
 def _files_of(folder: Path) -> list[str]:
     """Return the names of the files a model consists of, in order.
 
-    Not of a card (*.md): what is written about a model does not make it another one.
+    A model card (*.md) does not count: a text about a model does not change the model.
     """
     files = (path for path in files_below(folder) if path.suffix != ".md")
     names = (path.relative_to(folder).as_posix() for path in files)
@@ -93,7 +93,7 @@ def _hash_files(folder: Path, names: list[str]) -> dict[str, str]:
 
     def hashed(name: str) -> str:
         path = folder / name
-        found = sniff(path)  # a pipe would be waited for
+        found = sniff(path)  # opening a pipe would block
         if found.kind == "missing":
             raise CheckpointError(
                 f"{path} is missing; the checkpoint is incomplete, copy or write it again"
@@ -111,7 +111,7 @@ def _hash_files(folder: Path, names: list[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """What config.json says."""
+    """The content of config.json."""
 
     folder: Path
     family: AnyFamily
@@ -125,13 +125,13 @@ class CheckpointRecord:
     def load(self) -> Any:
         """Return the model with its weights (torch), in float32 and eval mode.
 
-        Raises CheckpointError for a file that differs from what was written, unless that is not
-        to be verified, and for a folder that was replaced meanwhile.
+        Raises CheckpointError for a file that changed since it was written, unless verification is
+        off, and for a folder that was replaced meanwhile.
         """
         if not self.files:
             log.info("%s was written before checkpoints had digests: not verified", self.folder)
         elif not self.verify:
-            log.warning("%s is not verified: its files may be of another model", self.folder)
+            log.warning("%s is not verified: its files may belong to another model", self.folder)
         else:
             self.digests  # noqa: B018 - raises
         from nsp.artifacts.model_parts import load_system
@@ -145,7 +145,7 @@ class CheckpointRecord:
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
-        """The SHA-256 of every file as it is, by name, computed once.
+        """The SHA-256 of every present file, by name, computed once.
 
         Raises CheckpointError for the first that differs from the listed one.
         """
@@ -169,7 +169,7 @@ class CheckpointRecord:
 
 @contextmanager
 def _permitted(folder: Path) -> Iterator[None]:
-    """Make a file or folder that may not be read a CheckpointError."""
+    """Turn missing permission to read a file or folder into a CheckpointError."""
     try:
         yield
     except PermissionError as error:
@@ -179,12 +179,12 @@ def _permitted(folder: Path) -> Iterator[None]:
 
 
 def _why_different(folder: Path, name: str) -> str:
-    """Return the line for a file whose SHA-256 is not the listed one."""
+    """Return the message for a file whose SHA-256 differs from the listed one."""
     path = folder / name
     found = sniff(path)
     if found.is_spoilt or (path.suffix == ".safetensors" and found.kind != "safetensors"):
         return explain(path, expected="a file of weights", found=found)
-    return f"{path} differs from what was written (SHA-256); {_repair(folder)}"
+    return f"{path} changed since it was written (SHA-256); {_repair(folder)}"
 
 
 def _repair(folder: Path) -> str:
@@ -197,22 +197,22 @@ def _repair(folder: Path) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether `folder` holds a checkpoint's config.json, permitted to read or not."""
+    """Return whether `folder` has a checkpoint's config.json, readable or not."""
     return sniff(folder / CONFIG_NAME).kind not in ("missing", "folder", "special", "link loop")
 
 
 def read_checkpoint(folder: Path, *, verify: bool = True) -> CheckpointRecord:
-    """Return the record of a checkpoint folder; with `verify` its digests are held to.
+    """Return the record of a checkpoint folder; with `verify` its digests are checked.
 
-    Raises CheckpointError when config.json is missing, damaged, changed, or lists what is not in
-    the folder, ConfigError for an unknown family.
+    Raises CheckpointError when config.json is missing, damaged or changed, or lists a file that is
+    not in the folder, ConfigError for an unknown family.
     """
     path = folder / CONFIG_NAME
     if not is_checkpoint(folder) or describe(folder).kind == "hub model":
         raise CheckpointError(wrong_path(folder, "--checkpoint"))
     values = _read_config(path)
     _check_names(folder, values.files)
-    has_digests = values.files or values.digest  # one without the other was taken out
+    has_digests = values.files or values.digest  # if only one exists, the other was removed
     if verify and has_digests and _own_digest(values.to_dict()) != values.digest:
         raise CheckpointError(
             f"{path} was changed since it was written (digest); {_repair(folder)}"
@@ -238,9 +238,9 @@ def read_checkpoint(folder: Path, *, verify: bool = True) -> CheckpointRecord:
 
 
 def _read_config(path: Path) -> ConfigFile:
-    """Return what config.json holds; CheckpointError when it is missing, damaged or unreadable."""
+    """Return config.json's content; CheckpointError if it is missing, damaged or unreadable."""
     if sniff(path).kind == "missing":
-        raise CheckpointError(f"{path.parent} is no checkpoint folder: {CONFIG_NAME} is missing")
+        raise CheckpointError(f"{path.parent} is not a checkpoint folder: {CONFIG_NAME} is missing")
     try:
         return ConfigFile.from_dict(read_settings(path))
     except ConfigError as error:
@@ -255,10 +255,10 @@ def _check_names(folder: Path, names: Mapping[str, str]) -> None:
         if not inside or path.as_posix() != name or name in (".", CONFIG_NAME):
             raise CheckpointError(f"{folder / CONFIG_NAME} lists {name!r}, which is not inside it")
         for each in (path, *path.parents[:-1]):
-            if os.path.islink(folder / each):  # False where it may not be looked at
+            if os.path.islink(folder / each):  # False without permission
                 raise CheckpointError(
-                    f"{folder / each} is a link, and the files of a checkpoint must lie in its "
-                    "folder; copy it with its files (cp -rL) and use the copy"
+                    f"{folder / each} is a link, but the files of a checkpoint must be in its "
+                    "folder; copy the folder with its files (cp -rL) and use the copy"
                 )
 
 

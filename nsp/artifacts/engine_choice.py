@@ -1,4 +1,4 @@
-"""Which backend and which variant of every stage an engine folder is run with."""
+"""Chooses the backend for an engine folder, and one variant of every stage."""
 
 import logging
 import platform
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VariantSet:
-    """One variant of every stage that fit together: same cache layout, same cache dtype."""
+    """One variant of every stage; all have the same cache layout and cache dtype."""
 
     precision: str
     kv_layout: str
@@ -36,14 +36,14 @@ def choose_backend(
 ) -> tuple[BackendRecord, Device]:
     """Return the backend `name`, or for "auto" the registry's first that works, and its device.
 
-    Raises ConfigError for an unknown backend, EngineError when the folder holds no engines for it
-    or they are for another machine, BackendError when it does not work here.
+    Raises ConfigError for an unknown backend, EngineError when the folder has no engines for it or
+    they are for another machine, BackendError when it does not work here.
     """
     if name != "auto":
         record = backend_record(name)
         if record.runs != "engines":
             raise ConfigError(
-                f"{folder} holds engines, which the {record.name} backend does not run; "
+                f"{folder} has engines, which the {record.name} backend cannot run; "
                 "use --backend auto, or give a checkpoint folder"
             )
         _check_complete(folder, manifest, record)
@@ -63,7 +63,7 @@ def choose_backend(
             folder,
             record.name,
             where,
-            f", because {'; '.join(refusals)}" if refusals else ", the first in order that works",
+            f", because {'; '.join(refusals)}" if refusals else ", the first that works",
         )
         return record, where
     if not refusals:
@@ -72,7 +72,7 @@ def choose_backend(
             f"{folder}: no backend has an engine of every stage (known: {known}); "
             f"{repair(folder, manifest)}"
         )
-    raise BackendError(f"{folder}: no backend works here: {'; '.join(refusals)}")
+    raise BackendError(f"{folder}: no backend works on this machine: {'; '.join(refusals)}")
 
 
 def _check_complete(folder: Path, manifest: Manifest, record: BackendRecord) -> None:
@@ -80,7 +80,7 @@ def _check_complete(folder: Path, manifest: Manifest, record: BackendRecord) -> 
     again = repair(folder, manifest, backend=record.built_for)
     lacking = [stage for stage in manifest.stages if not manifest.variants(stage, record.built_for)]
     if len(lacking) == len(manifest.stages):
-        held = ", ".join(manifest.backends()) or "none that is complete"
+        held = ", ".join(manifest.backends()) or "no complete set"
         raise EngineError(f"{folder} has no engines for {record.name} (it has: {held}); {again}")
     if lacking:
         raise EngineError(
@@ -90,7 +90,7 @@ def _check_complete(folder: Path, manifest: Manifest, record: BackendRecord) -> 
 
 
 def _working_device(record: BackendRecord, device: Device | None) -> Device:
-    """Return where the backend runs; raise BackendError when it does not, or not on `device`."""
+    """Return the backend's device; raise BackendError if it does not work, or not on `device`."""
     state = availability(record.name)
     if not state.works or state.device is None:
         fix = f"; run: {state.install}" if state.install else ""
@@ -102,7 +102,9 @@ def _working_device(record: BackendRecord, device: Device | None) -> Device:
         raise ConfigError(f"{record.name} runs on {known}, not on {device!r}")
     if device == "cuda" and state.device == "cpu":
         fix = f"; run: {state.install}" if state.install else ""
-        raise BackendError(f"{record.name} cannot use a GPU here: it {state.reason}{fix}")
+        raise BackendError(
+            f"{record.name} cannot use a GPU on this machine: it {state.reason}{fix}"
+        )
     return device
 
 
@@ -119,7 +121,7 @@ def _check_targets(folder: Path, manifest: Manifest, record: BackendRecord) -> N
 
 
 def _differences(record: BackendRecord, variant: Variant) -> Iterator[str]:
-    """Yield what an engine was built for and what is here instead."""
+    """Yield each difference between the machine that an engine was built for and this one."""
     if record.portable:
         return
     here = {
@@ -129,13 +131,13 @@ def _differences(record: BackendRecord, variant: Variant) -> Iterator[str]:
     for name, found in here.items():
         built = variant.device.get(name)
         if built is not None and built != found:
-            yield f"{name} {built}, this is {found}"
+            yield f"{name} {built}, but this machine has {found}"
     built, version = variant.tools.get(record.module), record.version()
     if built is not None and version is not None and built != version:
-        yield f"{record.module} {built}, installed is {version}"
+        yield f"{record.module} {built}, but {version} is installed"
     built, gpu = variant.device.get("compute_capability"), find_gpu()
     if built is not None and gpu is not None and gpu.compute_capability not in built.split():
-        yield f"compute capability {built}, {gpu.name} has {gpu.compute_capability}"
+        yield f"compute capability {built}, but {gpu.name} has {gpu.compute_capability}"
 
 
 def choose_variants(
@@ -146,10 +148,11 @@ def choose_variants(
     device: Device,
     precision: str | None,
 ) -> VariantSet:
-    """Return one variant per stage, in the asked precision or the one the device prefers.
+    """Return one variant per stage, in the requested precision or the one the device prefers.
 
-    A stage that exists in one precision only (sampling is always fp32) joins any set its tensors
-    fit. Raises EngineError when no complete set exists, ConfigError for an unknown precision.
+    A stage that exists in only one precision (sampling is always fp32) is used in any set that its
+    tensors fit. Raises EngineError when no complete set exists, ConfigError for an unknown
+    precision.
     """
     if precision is not None and precision not in PRECISION_DTYPES:
         known = ", ".join(PRECISION_DTYPES)
@@ -190,7 +193,7 @@ def _fitting(
     declared: Mapping[str, StageIO],
     precision: str,
 ) -> dict[str, Variant]:
-    """Return a variant, the best one, for each stage that has some with the declared tensors."""
+    """Return the best variant of each stage that has variants with the declared tensors."""
     order = [precision, *(name for name in PRECISION_DTYPES if name != precision)]
     found = {}
     for stage, io in declared.items():
@@ -208,8 +211,8 @@ def _fitting(
 
 def _misfit(manifest: Manifest, stage: str, precision: str) -> str:
     if stage not in manifest.stages:
-        return f"stage {stage} is missing, the export is incomplete"
+        return f"stage {stage} is missing because the export is incomplete"
     return (
-        f"no {precision} engine of stage {stage} has the tensors this nsp expects "
-        "(exported by another version?)"
+        f"no {precision} engine of stage {stage} has the tensors that this nsp expects "
+        "(perhaps another version exported it)"
     )

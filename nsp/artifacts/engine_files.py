@@ -1,9 +1,9 @@
-"""The files of an engine folder, checked, and held from the reading of its manifest to their use.
+"""The files of an engine folder, checked, and locked from reading the manifest to their use.
 
-An export removes folders that no manifest has named since the export before the last. A reader
-locks the folders it will load from (shared; an export skips those), so that what it has verified is
-what it loads, however long that takes. Where the file system has no locks, a folder can vanish
-under a reader; the caller then reads the manifest again.
+An export removes folders that neither of the last two manifests names. A reader locks the folders
+that it will load from (a shared lock; an export skips locked folders), so that it loads the files
+that it verified, however long that takes. On a file system without locks, a folder can disappear
+during reading; the caller then reads the manifest again.
 """
 
 import errno
@@ -26,12 +26,12 @@ from nsp.sniff import explain, sniff
 
 logger = logging.getLogger(__name__)
 
-_READ_BY_NAME = "tokenizer/"  # there a file that is not listed changes nothing
+_READ_BY_NAME = "tokenizer/"  # in this folder, unlisted files have no effect
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 class MissingFileError(EngineError):
-    """A listed file is not there: lost, or replaced since the manifest was read."""
+    """A listed file is missing: lost, or replaced since the manifest was read."""
 
 
 class SpoiltFileError(EngineError):
@@ -39,13 +39,13 @@ class SpoiltFileError(EngineError):
 
 
 class HeldFiles:
-    """Listed files of an engine folder; none of them is removed by an export until `release`."""
+    """Listed files of an engine folder; no export removes them until `release`."""
 
     def __init__(self, folder: Path, digests: Mapping[str, str]) -> None:
-        """Lock the folders of `digests` ({name: SHA-256}), and look at each file.
+        """Lock the folders of `digests` ({name: SHA-256}), and check that each file exists.
 
-        Raises MissingFileError for one that is gone, EngineError for one that is linked, no regular
-        file or may not be read.
+        Raises MissingFileError for a missing file, EngineError for one that is a link, is not a
+        regular file or is not readable.
         """
         self.folder, self.digests = folder, digests
         self._handles: list[int] = []
@@ -65,15 +65,15 @@ class HeldFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the folders go."""
+        """Release the folders."""
         self.release()
 
     def __del__(self) -> None:
-        """Let the folders go."""
+        """Release the folders."""
         self.release()
 
     def release(self) -> None:
-        """Let the folders go; for a second time without effect."""
+        """Release the folders; a second call has no effect."""
         with self._lock:
             handles, self._handles = self._handles, []
         for handle in handles:

@@ -1,4 +1,4 @@
-"""The manifest of an engine folder: what was built, from what, for what, and how well it matches.
+"""The manifest of an engine folder: the engines, their source, machine and measured errors.
 
 engines/
   manifest.json
@@ -7,9 +7,9 @@ engines/
   step/tensorrt_rtx-fp16-77aa…/engine.plan
   reference/d0d0…/calls.safetensors            recorded calls, for `nsp verify`
 
-Folders of files are named by what they hold, so a name always means the same bytes: an export adds
-folders, then renames one new manifest over the old one. The manifest protects itself by a digest of
-its own content. Only files that it lists are read, and their names are held to this form.
+Folders of files are named by their content, so a name always means the same bytes: an export adds
+folders, then renames one new manifest over the old one. The manifest protects itself with a digest
+of its own content. Only files that it lists are read, and their names must have this form.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ PRECISION_DTYPES: Mapping[str, str] = {
     "int8": "float32",
 }
 
-CONTENT_DIGITS = 16  # of the SHA-256 that ends a folder's name
+CONTENT_DIGITS = 16  # digits of the SHA-256 at the end of a folder's name
 _FILE = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _DIGEST = rf"[0-9a-f]{{{CONTENT_DIGITS}}}"
 _VARIANT = rf"[a-z_]+-(?:{'|'.join(PRECISION_DTYPES)})-{_DIGEST}"
@@ -75,10 +75,10 @@ class Variant(Config):
     parity: dict[str, Any] = field(default_factory=dict)  # measured at export
     build_seconds: float = 0.0
     build_peak_mib: float = 0.0  # memory of the compiler's process; 0 where nothing is compiled
-    fingerprint: str  # of everything that decides its content
+    fingerprint: str  # digest of everything that decides its content
 
     def __post_init__(self) -> None:
-        """Check what loading and running rely on."""
+        """Check the values that loading and running need."""
         if self.kv_layout not in ARENAS:
             raise ConfigError(f"kv_layout {self.kv_layout!r} is not one of {', '.join(ARENAS)}")
         if self.max_batch is not None and self.max_batch < 1:
@@ -98,7 +98,7 @@ class Variant(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Config):
-    """Everything an engine folder says about itself."""
+    """The whole description of an engine folder."""
 
     schema: int
     family: str
@@ -114,7 +114,7 @@ class Manifest(Config):
         """Check the settings."""
         try:
             record = family_record(self.family)
-        except ConfigError:  # `check_names` tells of it, with the folder
+        except ConfigError:  # `check_names` reports it, with the folder
             return
         record.sampling.from_dict(self.sampling)
 
@@ -129,10 +129,10 @@ class Manifest(Config):
         return self.family_record.config.from_dict(self.config)
 
     def check_names(self, folder: Path) -> None:
-        """Raise EngineError for a stage or file that no export writes; `folder` is for the message.
+        """Raise EngineError for a stage or file that no export would write.
 
-        An export moves and removes what a manifest names and a reader opens it, so names come from
-        the family: they must never lead elsewhere.
+        An export moves and removes the files that a manifest names, and a reader opens them, so the
+        names must follow from the family and never lead elsewhere. `folder` is for the message.
         """
         try:
             record = self.family_record
@@ -150,7 +150,7 @@ class Manifest(Config):
             if stage not in stages:
                 known = ", ".join(stages)
                 raise EngineError(
-                    f"{folder}: the manifest names a stage {stage!r}; a model of family "
+                    f"{folder}: the manifest names a stage {stage!r}, but a model of family "
                     f"{self.family} has {known}; {repair(folder)}"
                 )
             form = rf"{re.escape(stage)}/{_VARIANT}/{_FILE}"
@@ -175,7 +175,8 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     """Return the manifest of an engine folder.
 
     Raises EngineError when it is missing, damaged, changed since it was written (unless `verify` is
-    off), of another schema, of a model this nsp does not know, or lists what no export writes.
+    off), of another schema, of a model this nsp does not know, or lists files that no export
+    writes.
     """
     try:
         path = inside(folder, MANIFEST_NAME)
@@ -206,25 +207,27 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
             raise EngineError(
                 f"{path} is damaged (changed since it was written); {repair(folder, manifest)}"
             )
-        logger.warning("%s was changed since it was written; it is used unverified", path)
+        logger.warning("%s was changed since it was written; using it without verification", path)
     manifest.check_names(folder)
     return manifest
 
 
 def _why_missing(folder: Path) -> str:
-    """Return why a folder has no manifest, and what to do."""
+    """Return the reason why a folder has no manifest, and what to do."""
     if (folder / STAGING_NAME).is_dir():
-        return f"{folder}: the export was not finished; {repair(folder)}; it goes on from there"
+        return (
+            f"{folder}: the export was not finished; {repair(folder)}; it will continue from there"
+        )
     found = describe(folder)
     if found.kind not in NOTHING:
         return wrong_path(folder, "engines", found)
     if not folder.exists():
         return f"{folder} does not exist; {repair(folder)}"
-    return f"{folder} is no engine folder: {MANIFEST_NAME} is missing; {repair(folder)}"
+    return f"{folder} is not an engine folder: {MANIFEST_NAME} is missing; {repair(folder)}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json in one move."""
+    """Write manifest.json atomically."""
     values = manifest.to_dict()
     values[_DIGEST_KEY] = _content_digest(json.loads(json.dumps(values)))
     with write_file(folder / MANIFEST_NAME) as partial:
@@ -232,17 +235,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _content_digest(values: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a manifest's values, however they are spaced and ordered."""
+    """Return the SHA-256 of a manifest's values, in a canonical form."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def content_name(digests: Mapping[str, str]) -> str:
-    """Return what a folder of files is called: {name: SHA-256} in a few digits."""
+    """Return the name of a folder of files: a short digest of {name: SHA-256}."""
     text = json.dumps(sorted(digests.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:CONTENT_DIGITS]
 
 
 def content_folder(stages: Iterable[str]) -> re.Pattern[str]:
-    """Return the form of the folders that an export of these stages writes."""
+    """Return the pattern of the folder names that an export of these stages writes."""
     owners = "|".join(map(re.escape, stages))
     return re.compile(rf"(?:{owners})/{_VARIANT}|(?:{TOKENIZER_DIR}|{RECORDED_DIR})/{_DIGEST}")

@@ -1,4 +1,4 @@
-"""How much GPU memory an engine folder takes, worked out from its manifest before it is loaded."""
+"""The GPU memory that an engine folder needs, computed from its manifest before loading."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from nsp.stage.io import Shape, Sizes, StageIO, array_bytes
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes; scratch memory joins them, which only a loaded engine knows."""
+    """Bytes, without scratch memory, which is known only after loading."""
 
     weights: int  # the engines' files: weights, and kernels of a few MiB each
-    buffers: int  # what the stages write in one loop at the largest batch, the KV arena included
+    buffers: int  # outputs of the stages in one loop at the largest batch, with the KV arena
     max_batch: int | None
 
     def __str__(self) -> str:
@@ -26,11 +26,10 @@ class MemoryPlan:
 
 
 def plan_memory(folder: Path, variants: Mapping[str, Variant]) -> MemoryPlan | None:
-    """Return the plan for engines with profiles; None where sizes are free and memory grows.
+    """Return the plan for engines with profiles; None if sizes are free and memory grows.
 
-    A loop runs every profile of every stage once, and the arena is what its steps write into.
-    (Where guidance ends early, half of the arena is copied: that much more.) Raises EngineError for
-    a file that is missing.
+    A loop runs every profile of every stage once, and its steps write into the arena. (If guidance
+    ends early, half of the arena is copied in addition.) Raises EngineError for a missing file.
     """
     if not any(variant.profiles for variant in variants.values()):
         return None

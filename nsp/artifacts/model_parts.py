@@ -1,4 +1,4 @@
-"""The model of a checkpoint folder, put together from the parts that lie in it (torch)."""
+"""Builds the model of a checkpoint folder from its parts (torch)."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path

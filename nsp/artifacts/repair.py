@@ -1,4 +1,4 @@
-"""What an error about an engine folder ends with: the command that makes its engines again."""
+"""The end of every error about an engine folder: the command that builds its engines again."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ DEMO = Path(__file__).parents[1] / "demo"  # the bundled model
 
 
 class _Variant(Protocol):
-    """What is read here of a manifest's variant."""
+    """The parts of a manifest's variant that are needed here."""
 
     @property
     def backend(self) -> str:
@@ -25,7 +25,7 @@ class _Variant(Protocol):
 
 
 class Exported(Protocol):
-    """What is read here of a manifest, whose own errors end with these commands."""
+    """The parts of a manifest that are needed here; its own errors end with these commands."""
 
     @property
     def source(self) -> str:
@@ -49,9 +49,10 @@ def repair(
 ) -> str:
     """Return the end of an error line: how to export `folder` again, from the same model.
 
-    With the manifest at hand the command names the checkpoint, the precisions it tells of and its
-    backend, where that is one; those of `backend` only where one is given, and `precision` beside
-    them. Without it the user is reminded to give the checkpoint: the default might be another.
+    With a manifest, the command names the checkpoint, the precisions of the manifest and its
+    backend, if there is only one. If `backend` is given, only its precisions are named, and also
+    `precision`. Without a manifest the user is reminded to give the checkpoint, because the default
+    may be another one.
     """
     if manifest is None:
         return _unknown(folder)
@@ -65,7 +66,7 @@ def repair(
 
 
 def repair_unread(folder: Path, values: Mapping[str, Any]) -> str:
-    """Return the same for a manifest of another schema, from what can be told of its values."""
+    """Return the same for a manifest of another schema, from the values that can be read."""
     source, stages = values.get("source"), values.get("stages")
     if not isinstance(source, str) or not isinstance(stages, dict):
         return _unknown(folder)
@@ -94,13 +95,13 @@ def _command(
     if backend is not None:
         words += ["--target", backend.replace("_", "-")]
     elif drop_fp32 and precisions != {"fp32"}:
-        precisions = precisions - {"fp32"}  # target "auto" adds it where it is of use
+        precisions = precisions - {"fp32"}  # target "auto" adds it if it is useful
     words += [f"--{name}" for name in sorted(precisions)]
     return f"run: {shlex.join(words)}"
 
 
 def source_name(checkpoint: Path) -> str:
-    """Return what a checkpoint folder is called: its own name, or that of the run it lies in.
+    """Return the name of a checkpoint folder: its own, or that of the run around it.
 
     A manifest keeps this name and the model's hash, never a path of the machine that built it.
     """
@@ -109,10 +110,10 @@ def source_name(checkpoint: Path) -> str:
 
 
 def source_candidates(folder: Path, name: str) -> Iterable[Path]:
-    """Yield checkpoint folders called `name` in the places where they are kept.
+    """Yield checkpoint folders called `name` in the usual places.
 
-    Those are the package (its demo model), and `runs`, `checkpoints` and the folders themselves in
-    the current folder and beside the engine folder. Whether one is the same model, its hash says.
+    These are the package (its demo model), `runs`, `checkpoints`, and folders of that name, both in
+    the current folder and next to the engine folder. The model hash shows whether it is the same.
     """
     from nsp.artifacts.checkpoint import is_checkpoint  # engines that are in order need no repair
 
@@ -129,7 +130,7 @@ def source_candidates(folder: Path, name: str) -> Iterable[Path]:
 def find_source(folder: Path, manifest: Exported) -> Path:
     """Return the checkpoint that the engines in `folder` were exported from, found by its hash.
 
-    Raises CheckpointError where it lies in none of the places it is looked for.
+    Raises CheckpointError if it is in none of the usual places.
     """
     from nsp.artifacts.checkpoint import read_checkpoint
 
@@ -138,17 +139,17 @@ def find_source(folder: Path, manifest: Exported) -> Path:
         try:
             if read_checkpoint(path).weights_hash() == manifest.model_hash:
                 return path
-            others.append(f"{path} holds another model")
+            others.append(f"{path} has another model")
         except (NspError, OSError) as error:
             others.append(str(error))
     looked = f" ({'; '.join(others)})" if others else ""
     raise CheckpointError(
         f"the checkpoint {manifest.source} (model {manifest.model_hash[:12]}) is not in runs/, "
-        f"checkpoints/ or beside {folder}{looked}; give it with --checkpoint"
+        f"checkpoints/ or next to {folder}{looked}; give it with --checkpoint"
     )
 
 
 def _short(path: Path) -> str:
-    """Return a path inside the current folder relative to it, another one as it is."""
+    """Return a path inside the current folder relative to it, and other paths unchanged."""
     here = Path.cwd()
     return os.path.relpath(path, here) if path.is_relative_to(here) else str(path)

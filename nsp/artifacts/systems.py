@@ -1,4 +1,4 @@
-"""Models of any family written to checkpoint folders (torch); model_parts.py reads them.
+"""Writes models of any family to checkpoint folders (torch); model_parts.py reads them.
 
 config.json      {"family": ..., "config": {...}, ...}
 PART/            model.safetensors, for every part the family names ("predictor", "vae")
@@ -24,7 +24,7 @@ def save_checkpoint(
     notes: Mapping[str, Any],
     sampling: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `system` to `folder`, replacing what is there only once everything is on disk.
+    """Write `system` to `folder`; existing content is replaced only when everything is on disk.
 
     `notes` (JSON-ready) say where the weights come from; `sampling` are settings that suit this
     model. Both are kept in config.json.

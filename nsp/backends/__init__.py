@@ -1,1 +1,1 @@
-"""Runtimes: each runs stages on named arrays."""
+"""Runtime backends: each runs stages on named arrays."""

@@ -22,7 +22,7 @@ Device: TypeAlias = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend works here, in words for a user."""
+    """Whether a backend works on this machine, in words for a user."""
 
     works: bool
     reason: str  # what it runs on, or why it does not work
@@ -39,8 +39,8 @@ class BackendRecord:
     runs: Literal["checkpoints", "engines"]
     module: str  # the optional package it needs
     distributions: tuple[str, ...]  # names under which pip knows that package
-    extra: str | None = None  # the extra of this project that brings it; None: always required
-    needs_gpu: bool = False  # of no use on a machine without an NVIDIA GPU
+    extra: str | None = None  # the extra of this project that installs it; None: always required
+    needs_gpu: bool = False  # useless on a machine without an NVIDIA GPU
     needs: str  # in words
     probe: Callable[["BackendRecord"], Availability]
     # "module:name" of (stage files, stages' I/O, kv_layout, device, num_threads) -> Backend;
@@ -61,14 +61,14 @@ class BackendRecord:
 
     @property
     def install(self) -> str | None:
-        """The command that installs the package; None where it would be of no use."""
+        """The command that installs the package; None if that would be useless."""
         if self.needs_gpu and find_gpu() is None:
             return None
         return f"pip install {self.module}" if self.extra is None else pip_install(self.extra)
 
     @property
     def repair(self) -> str | None:
-        """The command that mends a damaged installation; None where it would be of no use."""
+        """The command that repairs a damaged installation; None if that would be useless."""
         return _reinstall_onnxruntime() if self.name == "onnxruntime" else self.install
 
     def load(self) -> Any:
@@ -85,14 +85,14 @@ class BackendRecord:
         return self.recorded_version() or "unknown"
 
     def recorded_version(self) -> str | None:
-        """Return the version pip has on record, whether or not the module is there."""
+        """Return the version that pip has recorded, even if the module is missing."""
         return next(
             (found for name in self.distributions if (found := installed_version(name))), None
         )
 
 
 def backend_record(name: str) -> BackendRecord:
-    """Return the record of a backend ("tensorrt-rtx" and "tensorrt_rtx" are the same one).
+    """Return the record of a backend ("tensorrt-rtx" and "tensorrt_rtx" are the same).
 
     Raises ConfigError naming the known ones.
     """
@@ -127,12 +127,16 @@ def availability(name: str) -> Availability:
         if record.recorded_version() is None or importlib.util.find_spec(record.module) is None:
             needs = f"{record.module} is not installed; {record.needs}"
             return Availability(False, needs, record.install)
-        reason = f"{record.module} is installed in part: pip lists it, its files are gone"
-    except Exception as error:  # whatever a broken installation raises while it is imported
+        reason = (
+            f"{record.module} is only partly installed: pip lists it, but its files are missing"
+        )
+    except Exception as error:  # importing a broken installation may raise anything
         if lacks_memory(error):
             reason = f"there is not enough memory to load {record.module} ({error})"
             return Availability(False, " ".join(reason.split()))
-        reason = f"{record.module} is installed but does not load: {type(error).__name__}: {error}"
+        reason = (
+            f"{record.module} is installed but cannot be loaded: {type(error).__name__}: {error}"
+        )
     return Availability(False, " ".join(reason.split()), record.repair)
 
 
@@ -145,7 +149,7 @@ def _probe_torch(record: BackendRecord) -> Availability:
     install = None
     if not cuda and (gpu := find_gpu()) is not None:
         install = "pip install --force-reinstall 'torch==2.13.*'"
-        where += f"; {gpu.name} is here, but this build of torch does not use it"
+        where += f"; this machine has {gpu.name}, but this build of torch cannot use it"
     device: Device = "cuda" if cuda else "cpu"
     return Availability(True, f"runs checkpoints on the {where}", install, device, detail)
 
@@ -164,29 +168,31 @@ def _probe_onnxruntime(record: BackendRecord) -> Availability:
     reason = f"runs engines on the GPU {gpu.name}" if cuda and gpu else "runs engines on the CPU"
     install = None
     if all(installed_version(name) for name in ("onnxruntime", "onnxruntime-gpu")):
-        # Both own the folder onnxruntime/: the one installed last wins, and removing either breaks
-        # the other.
+        # Both use the folder onnxruntime/: the one installed last overwrites the other, and
+        # removing either breaks the other.
         reason += "; onnxruntime and onnxruntime-gpu are both installed and overwrite each other"
         if gpu:
             install = _reinstall_onnxruntime()
         else:
-            reason += ", which does no harm here until one of them is removed"
+            reason += ", which works until one of them is removed"
     elif gpu and not cuda:
         if built_for_cuda:
-            reason += f"; its CUDA provider does not start on {gpu.name} (CUDA or cuDNN missing?)"
+            reason += (
+                f"; its CUDA provider cannot start on {gpu.name} (perhaps CUDA or cuDNN is missing)"
+            )
             install = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         else:
-            reason += f"; {gpu.name} is here, but onnxruntime without -gpu does not use it"
+            reason += f"; this machine has {gpu.name}, but onnxruntime without -gpu cannot use it"
             install = _reinstall_onnxruntime()
     return Availability(True, reason, install, device, detail)
 
 
 def _reinstall_onnxruntime() -> str:
-    """Return the command that leaves this machine with the one ONNX Runtime that suits it.
+    """Return the command that installs the ONNX Runtime that suits this machine.
 
-    The two packages have their files in one folder, so on a machine with a GPU both go before the
-    GPU's comes. Elsewhere either will do, and pip fetches it before anything is removed: without
-    a network what works goes on working.
+    The two packages have their files in one folder, so on a machine with a GPU both are removed
+    before the GPU package is installed. Elsewhere either works, and pip downloads it before it
+    removes anything, so without a network the present installation stays.
     """
     if find_gpu() is None:
         return "pip install --force-reinstall --no-deps onnxruntime"
@@ -194,16 +200,18 @@ def _reinstall_onnxruntime() -> str:
 
 
 def _probe_tensorrt(record: BackendRecord) -> Availability:
-    """Report what can be built and run.
+    """Return whether engines can be built and run.
 
-    The module is imported (0.6 s, and 500 MB of libraries) only where it may run.
+    The module (0.6 s, and 500 MB of libraries) is imported only if it may be able to run.
     """
     gpu = find_gpu()
     detail = {record.module: record.version() or "unknown"}
     builds = not record.build_needs_gpu or gpu is not None
-    can = "builds engines here" if builds else "cannot build engines here"
+    can = "builds engines on this machine" if builds else "cannot build engines on this machine"
     if gpu is None:
-        return Availability(False, f"{can}, cannot run them: no NVIDIA driver", None, None, detail)
+        return Availability(
+            False, f"{can} and cannot run them: no NVIDIA driver", None, None, detail
+        )
     detail |= {
         "gpu": gpu.name,
         "compute_capability": gpu.compute_capability,
@@ -212,22 +220,22 @@ def _probe_tensorrt(record: BackendRecord) -> Availability:
     needed = _cuda_needed(record)
     if int(gpu.driver_cuda.split(".")[0]) < needed:
         reason = (
-            f"{can}, cannot run them: the driver of {gpu.name} is for CUDA {gpu.driver_cuda}, "
-            f"{record.module} needs one for CUDA {needed}.0 or later"
+            f"{can} and cannot run them: the driver of {gpu.name} is for CUDA {gpu.driver_cuda}, "
+            f"but {record.module} needs one for CUDA {needed}.0 or later"
         )
         return Availability(False, reason, None, "cuda", detail)
     if not _has_cuda_bindings():
-        reason = f"{can}, cannot run them: cuda-bindings, which reach the GPU, are not installed"
+        reason = f"{can} and cannot run them: the package cuda-bindings is not installed"
         return Availability(False, reason, record.install, "cuda", detail)
     from nsp.backends.tensorrt.trt_backend import why_not_here
 
     if reason := why_not_here(record.module):
-        return Availability(False, f"{can}, cannot run them: {reason}", None, "cuda", detail)
+        return Availability(False, f"{can} and cannot run them: {reason}", None, "cuda", detail)
     return Availability(True, f"runs engines on the GPU {gpu.name}", None, "cuda", detail)
 
 
 def _cuda_needed(record: BackendRecord) -> int:
-    """Return the major version of CUDA an installed package is built for."""
+    """Return the major CUDA version that an installed package is built for."""
     name = next((name for name in record.distributions if installed_version(name)), "")
     return 12 if name.endswith("cu12") else 13
 

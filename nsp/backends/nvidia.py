@@ -1,4 +1,4 @@
-"""Which NVIDIA GPU this machine has, asked of the driver itself: no CUDA toolkit, no torch."""
+"""Finds this machine's NVIDIA GPU through its driver, without the CUDA toolkit or torch."""
 
 import ctypes
 import sys
@@ -14,7 +14,7 @@ class Gpu:
 
     name: str
     compute_capability: str  # "9.0"
-    driver_cuda: str  # newest CUDA version the driver runs, "13.0"
+    driver_cuda: str  # newest CUDA version that the driver supports, "13.0"
 
 
 @cache

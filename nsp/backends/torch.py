@@ -1,4 +1,4 @@
-"""The `torch` backend: the definition of correct, straight from a checkpoint's modules."""
+"""The `torch` backend: runs a checkpoint's own modules and so defines what is correct."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -36,7 +36,7 @@ class TorchBackend(Backend):
     def run(
         self, stage: str, feeds: Mapping[str, Any], outputs: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return all outputs; modules allocate them, and those in `outputs` are copied there."""
+        """Return all outputs; modules allocate them, and named ones are copied into `outputs`."""
         io = self.stages_io[stage]
         io.check(feeds, stage)
         try:
@@ -72,14 +72,19 @@ class TorchBackend(Backend):
 
 
 def _usable_device(device: Any) -> torch.device:
-    """Return the device; raise ConfigError for an unknown one, BackendError without it here."""
+    """Return the device; ConfigError for an unknown one, BackendError if it is not available."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"device {shown(device)} is unknown; give cpu, cuda or cuda:1") from error
     try:
         torch.empty(1, device=found).cpu()
-    except (RuntimeError, AssertionError) as error:  # no GPU, no driver, or a build without either
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # no GPU, no driver, or a build without GPU support
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BackendError(f"torch cannot use {device} here ({reason}); use cpu") from error
+        raise BackendError(
+            f"torch cannot use {device} on this machine ({reason}); use cpu"
+        ) from error
     return found

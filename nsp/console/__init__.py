@@ -1,1 +1,1 @@
-"""What the command line shows and takes."""
+"""The command line: its options, and what it shows."""

@@ -1,7 +1,7 @@
-"""How every nsp command behaves: exit codes, errors in one line, logs on stderr, shared options.
+"""The common behaviour of all nsp commands: exit codes, one-line errors, logs, shared options.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An expected error (NspError, a file
-that cannot be read or written, no more memory) is one line; a bug keeps its traceback.
+that cannot be read or written, no memory left) is one line; a bug keeps its traceback.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
-# Optional package -> the extra that brings it. Modules that need one import it at their head, as
-# nothing of theirs works without it; this is where that becomes advice.
+# Optional package -> the extra that installs it. Modules that cannot work without such a package
+# import it at their top; the import error becomes advice here.
 _EXTRAS = {
     "torch": "export",
     "transformers": "export",
@@ -46,7 +46,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclasses.dataclass
 class _Settings:
-    """What holds for the whole command line."""
+    """State of the whole command line."""
 
     verbose: bool = False
 
@@ -75,7 +75,7 @@ class OneLineErrors(click.Command):
         except click.Abort:
             click.echo("interrupted: files already written are complete", err=True)
             code = INTERRUPTED
-        except BrokenPipeError:  # whoever reads has read enough
+        except BrokenPipeError:  # the reader closed the pipe
             drop_unwritten()
             code = FAILED
         except Exception as error:
@@ -96,22 +96,22 @@ class Program(OneLineErrors, click.Group):
 def open_standard_streams() -> None:
     """Raise OSError when the process was started without a standard output.
 
-    Its other streams are opened on nothing where they are closed: a picture or an engine would
-    else get the number of stderr, and what a library prints would be written into it.
+    If another standard stream is closed, it is opened on /dev/null: otherwise a picture or an
+    engine could get the file number of stderr, and library messages would be written into it.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     if sys.stdout is None:
-        raise OSError("standard output is closed; give it a file, or /dev/null")
+        raise OSError("standard output is closed; redirect it to a file or to /dev/null")
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths that are not UTF-8 are printed as they are
         sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def drop_unwritten() -> None:
-    """Drop what could not be written to the standard output: Python would try again at its end."""
+    """Discard unwritten standard output: Python would try to write it again when it exits."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -122,7 +122,7 @@ def drop_unwritten() -> None:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """Return what a user reads about an expected error, and the exit code; raise another again."""
+    """Return the user's message about an expected error, and the exit code; re-raise others."""
     if not isinstance(error, NspError | click.ClickException) and lacks_memory(error):
         said = next(iter(str(error).strip().splitlines()[-1:]), "") or type(error).__name__
         return f"not enough memory ({said}); free some, or raise the limit of this process", FAILED
@@ -140,7 +140,7 @@ def explain(error: Exception) -> tuple[str, int]:
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         advice = "; free some space and run it again" if error.errno == errno.ENOSPC else ""
         problem = str(error.strerror or error)
-        if problem.startswith(("is ", "lies ")):  # our own words go on the sentence
+        if problem.startswith("is "):  # the text continues the sentence
             where = where.replace(": ", " ")
         return f"{where}{problem}{advice}", FAILED
     if isinstance(error, NspError):
@@ -153,10 +153,10 @@ def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None
 
 
 class _Path(click.Path):
-    """A path that this system's files can have; click itself looks it up first and fails."""
+    """A path that is possible on this system; click itself would look it up and fail."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return the path; a wrong usage names its option."""
+        """Return the path; an impossible one is a wrong usage that names the option."""
         try:
             values.path("the path", value)
         except ConfigError as error:
@@ -174,7 +174,7 @@ verbose_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_be_verbose,
-    help="Log details, and show the traceback of an error.",
+    help="Log details, and show tracebacks of errors.",
 )
 
 
@@ -201,7 +201,7 @@ engine_dir_option = click.option(
 no_verify_option = click.option(
     "--no-verify",
     is_flag=True,
-    help="Take files that differ from their recorded SHA-256, such as ones edited by hand.",
+    help="Accept files that differ from their recorded SHA-256, such as files edited by hand.",
 )
 
 backend_option = click.option(
@@ -213,7 +213,7 @@ backend_option = click.option(
 
 
 def threads_option(help_text: str) -> Callable[[_F], _F]:
-    """Return the option --threads; `nsp.cores` decides where it is not given."""
+    """Return the option --threads; without it, `nsp.cores` decides."""
     default = "[default: OMP_NUM_THREADS, else every core this process may use]"
     return click.option(
         "--threads", type=click.IntRange(1, MAX_THREADS), help=f"{help_text}  {default}"
@@ -222,7 +222,7 @@ def threads_option(help_text: str) -> Callable[[_F], _F]:
 
 @contextlib.contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """Let PyTorch compute with so many threads until the block ends; None is as it would."""
+    """Let PyTorch compute with `threads` threads until the block ends; None changes nothing."""
     if threads is None:
         yield
         return
@@ -237,7 +237,7 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def seed_option(help_text: str) -> Callable[[_F], _F]:
-    """Return the option --seed: what NumPy's Philox generators take."""
+    """Return the option --seed, in the range that NumPy's Philox generators accept."""
     return click.option("--seed", type=SEED, default=0, show_default=True, help=help_text)
 
 
@@ -256,12 +256,12 @@ def precision_options(help_text: str) -> Callable[[_F], _F]:
 
 
 def given_precisions(options: dict[str, Any]) -> tuple[str, ...]:
-    """Return the precisions asked for; their flags are taken out of `options`."""
+    """Return the requested precisions; their flags are removed from `options`."""
     return tuple(name for name in PRECISIONS if options.pop(name))
 
 
 def one_precision(options: dict[str, Any]) -> str | None:
-    """Return the precision asked for, if any, as `given_precisions`; ConfigError for two."""
+    """Return the requested precision, or None, as `given_precisions`; ConfigError for two."""
     given = given_precisions(options)
     if len(given) > 1:
         raise ConfigError(f"--{given[0]} and --{given[1]} are both given; choose one")
@@ -286,7 +286,7 @@ def print_json(value: Any) -> None:
 
 
 def print_tables(tables: "Iterable[RenderableType]") -> None:
-    """Print tables of rich on stdout."""
+    """Print rich tables on stdout."""
     from nsp.console.terminal import results_console
 
     console = results_console()
@@ -295,8 +295,8 @@ def print_tables(tables: "Iterable[RenderableType]") -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raise ConfigError when it holds something else."""
+    """Return the JSON object in a file; raise ConfigError when it contains something else."""
     try:
         return files.read_json(path)
     except ValueError as error:
-        raise ConfigError(f"{path} holds no JSON object: {error}") from error
+        raise ConfigError(f"{path} does not contain a JSON object: {error}") from error

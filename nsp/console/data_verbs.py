@@ -26,13 +26,13 @@ _SHOWN = 8  # entries of a list in the table; stats.json has more
 
 source_argument = click.argument("source")
 skip_option = click.option(
-    "--skip-bad-files", is_flag=True, help="Leave out what cannot be used, with a warning each."
+    "--skip-bad-files", is_flag=True, help="Leave out unusable files, with a warning for each."
 )
 
 
 @click.group("data", cls=Program)
 def data() -> None:
-    """Build, pack and look at sets of captioned pictures.
+    """Build, pack and examine sets of captioned pictures.
 
     SOURCE is `emoji` (the embedded set), a folder, a .tar, or hf:NAME_OR_FOLDER[:SPLIT].
     """
@@ -41,7 +41,10 @@ def data() -> None:
 @data.command()
 @click.option("--font", type=FILE, required=True, help="NotoColorEmoji.ttf.")
 @click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Tar to write."
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Tar file to write.",
 )
 @verbose_option
 def build(*, font: Path, output: Path) -> None:
@@ -55,13 +58,13 @@ def build(*, font: Path, output: Path) -> None:
 @data.command()
 @source_argument
 @click.argument("output_dir", type=FOLDER)
-@click.option("--samples-per-shard", type=COUNT, help="Where a shard ends, by samples ...")
+@click.option("--samples-per-shard", type=COUNT, help="Size of a shard in samples, or ...")
 @click.option(
     "--shard-size-mb",
     type=click.FloatRange(min=0, min_open=True),
-    help="... or by size, in 10^6 bytes.  [default: 100]",
+    help="... size of a shard in 10^6 bytes.  [default: 100]",
 )
-@seed_option("Seed of the order.")
+@seed_option("Seed of the shuffled order.")
 @skip_option
 @json_option
 @verbose_option
@@ -78,7 +81,7 @@ def pack(
     """Write SOURCE as webdataset shards with an index into a new folder OUTPUT_DIR.
 
     The order is shuffled; the same source and options give the same bytes. Held-out samples are
-    packed with their list, and kept from training as before.
+    packed with their list and stay excluded from training.
     """
     from nsp.data.pack import pack as pack_shards
 
@@ -99,12 +102,12 @@ def pack(
 
 @data.command()
 @source_argument
-@output_dir_option("outputs/data", "Where stats.json and samples.png go.")
+@output_dir_option("outputs/data", "Folder for stats.json and samples.png.")
 @seed_option("Seed of the pictures on the sheet.")
 @json_option
 @verbose_option
 def stats(*, source: str, output_dir: Path, seed: int, as_json: bool) -> None:
-    """Count what lies in SOURCE, name what cannot be used, and draw a sample sheet."""
+    """Count the samples of SOURCE, list unusable files, and draw a sample sheet."""
     from nsp.console.terminal import results_console
     from nsp.data.report import summary
     from nsp.data.sources import survey
@@ -158,7 +161,7 @@ def cache(*, source: str, checkpoint: Path, output: Path, skip_bad_files: bool) 
 
 
 def _rows(stats: "Stats", bad: str) -> Iterator[tuple[str, str]]:
-    """Yield what is known, a line each; what is not there has none. `bad` sums the bad files up."""
+    """Yield one line per known fact, none for unknown facts. `bad` summarizes the bad files."""
     width, height, words = stats.width_px, stats.height_px, stats.caption_words
     yield "samples", f"{stats.num_samples} ({stats.num_train} to train on)"
     yield "pictures", f"{stats.num_bytes / 1e6:.1f} MB"
@@ -167,7 +170,7 @@ def _rows(stats: "Stats", bad: str) -> Iterator[tuple[str, str]]:
     yield "sizes", _counter(stats.sizes, stats.num_sizes)
     if stats.num_captions:
         each = stats.captions_per_picture
-        several = f", {each.least:g} to {each.most:g} of a picture" if each.most > 1 else ""
+        several = f", {each.least:g} to {each.most:g} per picture" if each.most > 1 else ""
         yield "captions", f"{stats.num_captions} different{several}"
         yield "caption words", f"{words.least:g} to {words.most:g}, mean {words.mean:.1f}"
         yield "vocabulary", _counter(stats.words, stats.num_words)
@@ -189,7 +192,7 @@ def _rows(stats: "Stats", bad: str) -> Iterator[tuple[str, str]]:
     if held.absent:
         yield "held out, absent", _names(held.absent)
     if held.same_picture:
-        yield "held-out pictures", f"{_names(held.same_picture)}: in training too"
+        yield "held-out pictures", f"{_names(held.same_picture)}: also in training"
     if stats.problems:
         yield "cannot be used", f"{bad}; stats.json lists each"
     if stats.unused:

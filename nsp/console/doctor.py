@@ -1,4 +1,4 @@
-"""What this machine offers: software, hardware, runtime backends, and what could be installed."""
+"""What this machine has: software, hardware, runtime backends, and what could be installed."""
 
 import os
 import platform
@@ -15,13 +15,13 @@ from nsp.distribution import checkout, extras, installed_version, pip_install, v
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# Made of other extras; replaces onnxruntime, about which that backend's own line speaks.
+# Extras that combine others or replace onnxruntime; the line of that backend describes it.
 _NOT_LISTED = ("all", "gpu")
 _FOR_A_GPU = ("tensorrt", "tensorrt-rtx")
 
 
 def examine() -> dict[str, Any]:
-    """Return what this machine has and lacks, JSON-ready; no engine is loaded."""
+    """Return what this machine has and what is missing, JSON-ready; no engine is loaded."""
     gpu = find_gpu()
     return {
         "nsp": version(),
@@ -77,7 +77,7 @@ def _of_checkout(found: Mapping[str, Any]) -> str:
 
 
 def _os_name() -> str:
-    """Return the distribution's name where there is one, with kernel and machine."""
+    """Return the Linux distribution's name, if there is one, with kernel and machine."""
     try:
         name = platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
@@ -96,7 +96,7 @@ def _cpu_name() -> str:
 
 
 def _ram_bytes() -> int:
-    """Return the memory this process may use: the machine's, or less in a control group."""
+    """Return the memory that this process may use: the machine's, or a control group's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
@@ -106,10 +106,10 @@ def _ram_bytes() -> int:
 
 
 def _extras(*, has_gpu: bool) -> list[dict[str, Any]]:
-    """Return every extra of this project with the requirements that are not installed.
+    """Return every extra of this project with its missing requirements.
 
-    Presence is all that is checked: pip knows about versions. What only an NVIDIA GPU runs is not
-    to be installed without one.
+    Only presence is checked; versions are pip's task. Without an NVIDIA GPU, packages that need
+    one are not recommended.
     """
     found = []
     for extra, requirements in extras().items():

@@ -1,4 +1,4 @@
-"""`nsp convert` makes a checkpoint folder; `nsp inspect` and `nsp doctor` say what there is."""
+"""`nsp convert` makes a checkpoint folder; `nsp inspect` and `nsp doctor` show what exists."""
 
 import shlex
 from pathlib import Path
@@ -36,15 +36,13 @@ class ConvertVerb(Verb):
 
 @click.command(cls=ConvertVerb)
 @click.option("--family", "family_name", required=True, help="Model family of the weights.")
-@click.option(
-    "--config", type=FILE, help="JSON with constructor arguments that shapes do not tell."
-)
+@click.option("--config", type=FILE, help="JSON with model arguments that the weights do not show.")
 @click.option("--output-dir", type=FOLDER, required=True, help="Checkpoint folder to write.")
 @verbose_option
 def convert(
     *, family_name: str, config: Path | None, output_dir: Path, **files: Path | None
 ) -> None:
-    """Turn published weights into a checkpoint folder."""
+    """Convert published weights to a checkpoint folder."""
     from nsp.family.registry import family
     from nsp.paths import check_output
 
@@ -66,7 +64,7 @@ def convert(
 @json_option
 @verbose_option
 def inspect(*, folder: Path, as_json: bool) -> None:
-    """Show what an engine or checkpoint folder says about itself."""
+    """Show the description stored in an engine or checkpoint folder."""
     from nsp.console.inspection import describe_folder, render_folder
 
     found = describe_folder(folder)
@@ -80,10 +78,10 @@ def inspect(*, folder: Path, as_json: bool) -> None:
 @json_option
 @verbose_option
 def doctor(*, as_json: bool) -> None:
-    """Say what works on this machine and what to install.
+    """Show what works on this machine and what to install.
 
-    Lists every backend with the reason why it does or does not work, and what optional packages
-    are missing. Changes nothing.
+    Lists every backend, whether it works and why, and the missing optional packages. Changes
+    nothing.
     """
     from nsp.console.doctor import examine, render_findings
 

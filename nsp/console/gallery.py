@@ -1,4 +1,4 @@
-"""Generates a run of images into a folder: PNGs with their metadata, and a contact sheet.
+"""Generates images into a folder: PNG files with metadata, and a contact sheet.
 
 outputs/
   000_red-apple_seed0.png                  one file per image
@@ -37,7 +37,7 @@ _MAX_SHEET = 128  # pictures on a contact sheet: it is held in memory
 
 @dataclass(frozen=True)
 class GalleryProgress:
-    """What is done after one scale step."""
+    """The progress after one scale step."""
 
     images_done: int  # by earlier batches
     images: int  # of the run
@@ -48,7 +48,7 @@ class GalleryProgress:
 
     @property
     def activity(self) -> str:
-        """What is being made."""
+        """The current activity in words."""
         first, last = self.images_done + 1, self.images_done + self.batch
         which = str(first) if first == last else f"{first}-{last}"
         return f"image {which} of {self.images}: {_UNITS[self.unit]}"
@@ -61,12 +61,12 @@ class WrittenImage:
     order: Order[Any]
     path: Path
     ms: float  # time of its batch divided by the images in it, without writing
-    warm: bool  # False in the first batch: its time has what the backend still loads in it
+    warm: bool  # False in the first batch: its time includes loading by the backend
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """What a run left on disk."""
+    """The files that a run wrote."""
 
     images: tuple[WrittenImage, ...]
     contact_sheet: Path
@@ -152,7 +152,7 @@ def _write_step(folder: Path, names: Sequence[str], unit: Unit, step: StreamStep
 def _write_sheet(
     folder: Path, planned: Sequence[Order[Any]], pictures: Sequence[NDArray[np.uint8]]
 ) -> Path:
-    """Write the contact sheet; seeds are in the titles where they differ."""
+    """Write the contact sheet; titles have the seeds if these differ."""
     shown = planned[: len(pictures)]
     if len(shown) < len(planned):
         logger.warning(
@@ -173,7 +173,7 @@ def _title(order: Order[Any]) -> str:
 
 
 def _metadata(order: Order[Any]) -> dict[str, str]:
-    """Return what one image adds to the metadata."""
+    """Return the metadata of one image."""
     settings = {"seed": str(order.seed), "sampling": json.dumps(order.sampling.to_dict())}
     if order.negative is not None:
         settings["negative_prompt"] = order.negative
@@ -181,7 +181,7 @@ def _metadata(order: Order[Any]) -> dict[str, str]:
 
 
 def _condition(order: Order[Any]) -> dict[str, str | int]:
-    """Return what the image should show, by the name of its kind."""
+    """Return what the image should show, under the name of its kind."""
     if order.condition is None:
         return {}
     kind = "prompt" if isinstance(order.condition, str) else "class_id"
@@ -189,7 +189,7 @@ def _condition(order: Order[Any]) -> dict[str, str | int]:
 
 
 def _shared_metadata(pipeline: Pipeline) -> dict[str, str]:
-    """Return the metadata that all images of a run have."""
+    """Return the metadata common to all images of a run."""
     return {
         "family": pipeline.family.name,
         "model": pipeline.model_hash,

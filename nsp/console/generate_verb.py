@@ -47,33 +47,33 @@ if TYPE_CHECKING:
 @click.option(
     "--prompts-file",
     type=FILE,
-    help="Text file with one prompt per line; .csv or .jsonl with prompt or class, "
+    help="Text file with one prompt per line, or .csv or .jsonl with prompt or class, "
     "seed, negative_prompt and settings such as guidance_scale.",
 )
-@click.option("--negative-prompt", help="What not to show, in place of the null condition.")
+@click.option("--negative-prompt", help="What not to show; used instead of the null condition.")
 @click.option("--class-id", "class_ids", type=int, multiple=True, help="Class. Repeatable.")
 @click.option(
     "--num-images",
     type=COUNT,
-    help="Images for each prompt.  [default: 1; with next-scale what --batch-size says]",
+    help="Images for each prompt.  [default: 1; for next-scale, the value of --batch-size]",
 )
 @click.option(
     "--seed",
     type=SEED,
-    help="Same seed and backend, same image. The k-th image of a prompt has seed SEED + k.  "
-    "[default: 0; 42 of next-scale]",
+    help="The same seed and backend give the same image; image k of a prompt has seed SEED + k.  "
+    "[default: 0; 42 for next-scale]",
 )
-@click.option("--batch-size", type=COUNT, help="Images made at once; changes none of them.")
+@click.option("--batch-size", type=COUNT, help="Images made at once; it does not change them.")
 @click.option("--device", help="cpu or cuda.  [default: a GPU if there is one]")
 @backend_option
-@precision_options("Run {} engines instead of what suits the device.")
+@precision_options("Run {} engines instead of those that suit the device best.")
 @threads_option("CPU threads.")
 @click.option(
     "--save-intermediates",
     is_flag=True,
     help="Save the pictures on the way, such as after every scale.",
 )
-@output_dir_option("outputs", "Where the images go.")
+@output_dir_option("outputs", "Folder for the images.")
 @no_verify_option
 @json_option
 @verbose_option
@@ -148,7 +148,7 @@ def generate(
         print_json({"backend": pipeline.backend.name, **gallery.to_dict()})
         return
     for image in gallery.images:
-        note = "" if image.warm else " (first batch: with loading)"
+        note = "" if image.warm else " (first batch, includes loading)"
         click.echo(f"{image.path}  {image.ms:.1f} ms{note}")
     click.echo(f"contact sheet: {gallery.contact_sheet}")
 

@@ -1,4 +1,4 @@
-"""What an engine folder or a checkpoint folder says about itself."""
+"""The description of an engine folder or a checkpoint folder."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_MAX_TEXT = 400  # characters of a long list that are shown; --json has all of them
+_MAX_TEXT = 400  # characters shown of a long list; --json has all of it
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
     """Return the manifest of an engine folder, or the configuration of a checkpoint, JSON-ready.
 
-    "sizes" holds the bytes of every file, null for one that is missing. Raises EngineError or
-    CheckpointError when it is neither or is damaged.
+    "sizes" has the bytes of every file, null for a missing one. Raises EngineError or
+    CheckpointError when it is damaged or neither of the two.
     """
     if is_checkpoint(folder):
         return _describe_checkpoint(folder)
@@ -54,10 +54,12 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _digests_in_words(folder: Path) -> str:
-    """Return whether the files are those that were written."""
+    """Return whether the files are unchanged since they were written."""
     try:
         record = read_checkpoint(folder)
-        return "match" if record.files and record.digests else "none: written before there were any"
+        return (
+            "match" if record.files and record.digests else "none: the folder is older than digests"
+        )
     except CheckpointError as error:
         return str(error)
 
@@ -154,7 +156,7 @@ def _files_table(names: Iterable[str], sizes: Mapping[str, int | None]) -> "Tabl
 
 
 def _lines(name: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (heading, text): plain values together, what is nested under its own heading."""
+    """Return (heading, text): plain values together, nested ones under their own headings."""
     plain, nested = {}, []
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Lists of what to make: a text file of prompts, a CSV table or JSON lines, read as what it is.
+"""Lists of images to generate: a text file of prompts, a CSV table or JSON lines.
 
 prompts.txt    one prompt per line
 images.csv     a header with the columns prompt (or text, caption) or class (or class_id), seed,
@@ -23,7 +23,7 @@ from nsp import values
 from nsp.csv_rows import CsvError, csv_rows
 from nsp.errors import ConfigError
 
-_MAX_BYTES = 64 << 20  # of a list: a million long prompts
+_MAX_BYTES = 64 << 20  # size of a list: enough for a million long prompts
 _COLUMNS = {
     "prompt": "prompt",
     "text": "prompt",
@@ -34,8 +34,8 @@ _COLUMNS = {
     "negative_prompt": "negative_prompt",
 }
 _KNOWN = "prompt (or text, caption), class (or class_id), seed, negative_prompt"
-_DELIMITERS = (",", ";", "\t", "|")  # as spreadsheets write them, by country
-_MAX_SEED = 2**63 - 1  # as of --seed
+_DELIMITERS = (",", ";", "\t", "|")  # spreadsheets use different ones in different countries
+_MAX_SEED = 2**63 - 1  # the same as for --seed
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class ListedImage:
 
     prompt: str | None = None
     class_id: int | None = None
-    seed: int | None = None  # in place of that of the whole run
+    seed: int | None = None  # instead of the seed of the whole run
     negative: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # in place of the whole run's
+    settings: Mapping[str, Any] = field(default_factory=dict)  # instead of the whole run's
     where: str = ""  # file and line, for messages
 
 
@@ -58,7 +58,7 @@ def read_list(
     `settings` are names of columns beside the known ones: settings of the model, checked later.
     `has_condition`: every row must have a prompt or a class.
 
-    Raises ConfigError naming the file, and the line of what is not allowed there.
+    Raises ConfigError naming the file, and the line that has something wrong.
     """
     content = _read(path)
     suffix = path.suffix.lower()
@@ -69,25 +69,27 @@ def read_list(
     )
     found = tuple(rows)
     if not found:
-        raise ConfigError(f"{path} holds no prompts; write one per line")
+        raise ConfigError(f"{path} contains no prompts; write one per line")
     if {row.prompt is None for row in found} == {True, False}:
-        raise ConfigError(f"{path} holds prompts and classes; a model takes one kind: choose")
+        raise ConfigError(
+            f"{path} has prompts and classes, but a model takes only one kind; choose one"
+        )
     return found
 
 
 def _read(path: Path) -> bytes:
-    """Return the content of a file, or of a pipe; ConfigError for one without end."""
+    """Return the content of a file or a pipe; ConfigError if it is too long."""
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise ConfigError(
-            f"{path} is larger than {_MAX_BYTES >> 20} MiB; cut the list in several files"
+            f"{path} is larger than {_MAX_BYTES >> 20} MiB; split the list into several files"
         )
     return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _check_kind(path: Path, kind: str, content: bytes) -> None:
-    """Raise ConfigError for a file that is another kind of list than its name says."""
+    """Raise ConfigError for a file whose content does not fit its suffix."""
     head = content[:4096].lstrip()
     if kind != "jsonl" and b"".join(head.split()).startswith((b'{"', b'[{"', b'["')):
         raise ConfigError(
@@ -101,7 +103,7 @@ def _check_kind(path: Path, kind: str, content: bytes) -> None:
 
 
 def _delimiter(header: bytes) -> str | None:
-    """Return what parts the columns of a table's header, None when the line is none."""
+    """Return the delimiter of a table's header, None when the line is not a header."""
     text = header.decode("utf-8", "replace")
     for each in _DELIMITERS:
         names = [name.strip(" \r\"'").lower() for name in text.split(each)]
@@ -117,8 +119,8 @@ def _text_rows(
 ) -> Iterator[ListedImage]:
     """Yield a prompt per line.
 
-    Lines end in a line feed, with a carriage return before it or not; other separators of Unicode
-    belong to a prompt.
+    Lines end with a line feed, or with carriage return and line feed; other separators of Unicode
+    are part of a prompt.
     """
     for number, line in enumerate(content.replace(b"\r\n", b"\n").split(b"\n"), 1):
         prompt = _checked_text(path, number, _decoded(path, number, line))
@@ -141,8 +143,8 @@ def _csv_rows(
                 continue
             if len(cells) != len(names):
                 raise ConfigError(
-                    f"{path}, line {number}: {len(cells)} cells, the header has {len(names)}; "
-                    'write "…" around a text with the separator in it'
+                    f"{path}, line {number}: {len(cells)} cells, but the header has {len(names)}; "
+                    'write quotes "…" around a text that contains the separator'
                 )
             row = dict(zip(names, (cell.strip() for cell in cells), strict=True))
             yield _row(path, number, {n: _number(n, cell) for n, cell in row.items()})
@@ -151,7 +153,7 @@ def _csv_rows(
 
 
 def _number(name: str, cell: str) -> Any:
-    """Return what a cell holds: a number, a truth value or a text; an empty one is none."""
+    """Return the value of a cell: a number, a truth value or a text; None if it is empty."""
     if name in ("prompt", "negative_prompt"):
         return cell
     if not cell:
@@ -176,10 +178,10 @@ def _json_rows(
         try:
             pairs = json.loads(text, object_pairs_hook=_Pairs)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}, line {number}: no JSON ({error})") from error
+            raise ConfigError(f"{path}, line {number}: not valid JSON ({error})") from error
         if not isinstance(pairs, _Pairs):
             raise ConfigError(
-                f"{path}, line {number}: {values.shown(pairs)} is no object; write "
+                f"{path}, line {number}: {values.shown(pairs)} is not an object; write "
                 '{"prompt": "…", "seed": 1}'
             )
         given = [name for name, _ in pairs]
@@ -189,32 +191,32 @@ def _json_rows(
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """The keys and values of a JSON object as they stand there: keys may repeat."""
+    """The keys and values of a JSON object as written: keys may repeat."""
 
 
 def _checked_columns(
     path: Path, number: int, given: list[str], settings: Sequence[str], has_condition: bool
 ) -> list[str]:
-    """Return what each column is; ConfigError for an unknown or repeated one."""
+    """Return the field of each column; ConfigError for an unknown or repeated one."""
     names: list[str] = []
     for each in given:
         word = each.strip().lower().replace("-", "_")
         name = _COLUMNS.get(word, word if word in settings else None)
         if name is None:
             raise ConfigError(
-                f"{path}, line {number}: column {values.shown(each)} is not known; known are "
+                f"{path}, line {number}: column {values.shown(each)} is unknown; known: "
                 f"{', '.join((_KNOWN, *settings))}"
             )
         kinds = {"prompt", "class"}
         if name in names or (name in kinds and kinds & set(names)):
             raise ConfigError(
-                f"{path}, line {number}: column {values.shown(each)} says again what another says; "
+                f"{path}, line {number}: column {values.shown(each)} repeats another column; "
                 "keep one of them"
             )
         names.append(name)
     if has_condition and not {"prompt", "class"} & set(names):
         raise ConfigError(
-            f"{path}, line {number}: no column prompt and none class; known: {_KNOWN}"
+            f"{path}, line {number}: there is no column prompt or class; known: {_KNOWN}"
         )
     return names
 
@@ -254,7 +256,7 @@ def _decoded(path: Path, number: int, line: bytes) -> str:
 
 
 def _checked_text(path: Path, number: int, text: str) -> str:
-    """Return a prompt without space around it; ConfigError when it is no plain text."""
+    """Return a prompt without spaces around it; ConfigError when it is not plain text."""
     prompt = text.strip()
     odd = [c for c in prompt if unicodedata.category(c) in ("Cc", "Cs") and c != "\t"]
     if odd:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class SamplingVerb(Verb):
-    """A verb with an option for every setting of every family, made when they are asked for."""
+    """A verb with an option for every setting of every family, created when needed."""
 
     _settings: Sequence[click.Option] = ()
 
@@ -52,9 +52,9 @@ class SamplingVerb(Verb):
 
 
 def sampling_options(known: Sequence[str]) -> Iterator[click.Option]:
-    """Yield an option for every setting of these families; its help names those that have it.
+    """Yield an option for every setting of these families; its help names the families.
 
-    One name may be two families' only with one type: another one of a plugin is left out.
+    Two families may share a name only with the same type: a plugin's other type is left out.
     """
     owners: dict[str, list[str]] = {}
     options: dict[str, dict[str, Any]] = {}
@@ -65,7 +65,7 @@ def sampling_options(known: Sequence[str]) -> Iterator[click.Option]:
             made = _option(hints[each.name], each.metadata.get("help", ""))
             if options.setdefault(each.name, made)["type"] != made["type"]:
                 logger.warning(
-                    "the setting %s of family %s has another type than that of %s and is left out",
+                    "the setting %s of family %s is left out: its type is not that of family %s",
                     *(each.name, name, owners[each.name][0]),
                 )
                 continue
@@ -78,7 +78,7 @@ def sampling_options(known: Sequence[str]) -> Iterator[click.Option]:
 
 
 def _option(hint: Any, help_text: str) -> dict[str, Any]:
-    """Return what click is told about a field of this type."""
+    """Return click's arguments for a field of this type."""
     arguments = [each for each in typing.get_args(hint) if each is not types.NoneType]
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return _option(arguments[0], help_text)
@@ -96,7 +96,7 @@ def setting_names(owner: "AnyFamily") -> tuple[str, ...]:
 
 
 def check_settings(owner: "AnyFamily", given: Iterable[str]) -> None:
-    """Raise ConfigError for an option that is another family's."""
+    """Raise ConfigError for an option that belongs to another family."""
     known = setting_names(owner)
     if foreign := [name for name in given if name not in known]:
         raise ConfigError(
@@ -111,14 +111,16 @@ def check_conditions(
     class_ids: Sequence[int],
     listed: Sequence["ListedImage"],
 ) -> None:
-    """Raise ConfigError for conditions that no model of the family takes, before one is loaded.
+    """Raise ConfigError for conditions that no model of the family accepts, before one is loaded.
 
-    None is a family that is not known yet: loading will say why.
+    None means that the family is not known yet: loading will report why.
     """
     texts = [*prompts, *(row.prompt for row in listed if row.prompt is not None)]
     has_classes = bool(class_ids) or any(row.class_id is not None for row in listed)
     if texts and has_classes:
-        raise ConfigError("prompts and class ids are both given; a model takes one kind: choose")
+        raise ConfigError(
+            "prompts and class ids are both given; a model takes only one kind: choose"
+        )
     if owner is None and not texts and not has_classes:
         raise ConfigError("nothing to generate: give at least one prompt or class id")
     if owner is None or not owner.takes_no_prompt:
@@ -139,8 +141,8 @@ def planned_orders(
 ) -> "list[Order[S]]":
     """Return the orders of a command line: its own conditions, then those of a list.
 
-    The k-th image of the same condition has `seed` + k, wherever it stands; a row of a list may
-    have a seed, a negative prompt and settings of its own.
+    The k-th image of the same condition has `seed` + k, wherever it is in the list; a row of a list
+    may have its own seed, negative prompt and settings.
     """
     from nsp.pipeline.orders import check_total, make_orders
 

@@ -1,6 +1,6 @@
-"""What the commands show on a terminal, and in plain lines where there is none.
+"""Shows progress, logs and tables on a terminal, or as plain lines without one.
 
-rich is imported when something is drawn: `nsp generate` has engines to load meanwhile.
+rich is imported only when something is drawn, while `nsp generate` already loads engines.
 """
 
 import logging
@@ -17,15 +17,15 @@ from nsp.errors import one_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-_OURS = "nsp"  # the package whose information is shown
-_WIDE = 200  # columns of a table that no terminal limits
+_OURS = "nsp"  # the package whose log messages of level INFO are shown
+_WIDE = 200  # columns of a table without a terminal
 _DRAW_SECONDS = 0.1  # drawing a bar takes about a millisecond
 
 logger = logging.getLogger(__name__)
 
 
 def results_console() -> "Console":
-    """Return a console on stdout; tables are not squeezed into 80 columns when it is a pipe."""
+    """Return a console on stdout; if that is a pipe, tables may be wider than 80 columns."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else _WIDE
@@ -33,9 +33,9 @@ def results_console() -> "Console":
 
 
 class _StderrLines(logging.Handler):
-    """Writes each record as one line to what stderr is now (a progress bar may have taken it over).
+    """Writes each record as one line to the present stderr (a progress bar may have replaced it).
 
-    A warning is shown once: the same prompt may come by in several batches.
+    A warning is shown once: the same prompt may occur in several batches.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class _StderrLines(logging.Handler):
 
 @contextmanager
 def logs_on_stderr(*, verbose: bool) -> Iterator[None]:
-    """Show our log records, and everybody's warnings, until the block ends."""
+    """Show our log records, and the warnings of all packages, until the block ends."""
     handler, root = _StderrLines(), logging.getLogger()
     ours = logging.getLogger(_OURS)
     before = ours.level
@@ -74,7 +74,7 @@ def logs_on_stderr(*, verbose: bool) -> Iterator[None]:
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Yield `show(activity, done, total)`: a bar on a terminal, a line per activity elsewhere.
 
-    Nothing is drawn between its calls: what is measured there is not disturbed.
+    Nothing is drawn between its calls, so that drawing does not disturb measurements.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         yield _ActivityLines()
@@ -122,7 +122,7 @@ class _ActivityLines:
         self._last = ""
 
     def __call__(self, activity: str, done: int, total: int) -> None:
-        """Log `activity` when it is another one."""
+        """Log `activity` when it changed."""
         if activity != self._last:
             logger.info("%s", activity)
         self._last = activity

@@ -1,4 +1,4 @@
-"""The options of `python train.py`, how a run ends, and what is said of it."""
+"""The options of `python train.py`, the end of a run, and its final report."""
 
 import json
 import logging
@@ -40,58 +40,66 @@ SCALE = click.IntRange(min=0)
     "--preset",
     help="Named run: emoji, quick, smoke, next-scale, next-scale-sdxl.  [default: emoji]",
 )
-@click.option("--config", type=FOLDER, help="JSON file of a run, instead of a preset.")
+@click.option(
+    "--config", type=FOLDER, help="JSON file with a run's configuration, instead of a preset."
+)
 @click.option(
     "--data", "--data-dir", help="'emoji', a .tar, a folder, hf:NAME_OR_FOLDER, or shards."
 )
-@click.option("--val-dir", help="Pictures to validate on, in place of the held-out ones.")
+@click.option("--val-dir", help="Pictures to validate on, instead of the held-out ones.")
 @click.option("--num-workers", type=SCALE, help="Processes that read pictures ahead.")
-@click.option("--stream", is_flag=True, help="Read --data (shards, paths or URLs) as it comes.")
-@click.option("--token-cache", help="Tokens of the pictures, made by nsp data cache.")
+@click.option("--stream", is_flag=True, help="Read --data (shards, paths or URLs) as a stream.")
+@click.option("--token-cache", help="File with the pictures' tokens, made by nsp data cache.")
 @click.option("--text-encoder", help="Pretrained CLIP or pipeline folder to start from.")
 @click.option(
     "--output-dir",
     type=FOLDER,
-    help="Run folder, with samples in it.  [default: runs/PRESET or runs/NAME of FILE]",
+    help="Run folder, also for samples.  [default: runs/PRESET or runs/NAME of FILE]",
 )
-@click.option("--checkpoint-dir", help="Folder of saved steps.  [default: in the run folder]")
-@click.option("--log-dir", help="Folder of TensorBoard's files.  [default: in the run folder]")
-@click.option("--vae", "pretrained_vae", help="AutoencoderKL folder to take (next-scale).")
-@click.option("--initial-size", type=COUNT, help="Side of the first latent (next-scale).")
-@click.option("--target-size", type=COUNT, help="Side of the image in pixels (next-scale).")
-@click.option("--scale-factor", type=COUNT, help="From a latent's side to the next (next-scale).")
-@click.option("--batch-size", type=COUNT, help="Pictures of a step, over all devices.")
-@click.option("--learning-rate", type=float, help="Peak of every phase.")
-@click.option("--num-epochs-per-scale", type=COUNT, help="Length of training (next-scale).")
-@click.option("--progressive", is_flag=True, help="One scale after the other (next-scale).")
+@click.option("--checkpoint-dir", help="Folder for saved steps.  [default: in the run folder]")
+@click.option("--log-dir", help="Folder for TensorBoard files.  [default: in the run folder]")
+@click.option("--vae", "pretrained_vae", help="AutoencoderKL folder to use (next-scale).")
+@click.option("--initial-size", type=COUNT, help="Side length of the first latent (next-scale).")
+@click.option("--target-size", type=COUNT, help="Side length of the image in px (next-scale).")
+@click.option(
+    "--scale-factor", type=COUNT, help="Ratio of a latent's side to the one before (next-scale)."
+)
+@click.option("--batch-size", type=COUNT, help="Pictures per step, over all devices.")
+@click.option("--learning-rate", type=float, help="Peak learning rate of every phase.")
+@click.option("--num-epochs-per-scale", type=COUNT, help="Epochs for each scale (next-scale).")
+@click.option("--progressive", is_flag=True, help="Train one scale after the other (next-scale).")
 @click.option("--start-scale", type=SCALE, help="First scale to train (next-scale).  [default: 0]")
-@click.option("--end-scale", type=SCALE, help="Last scale to train.  [default: the finished one]")
+@click.option("--end-scale", type=SCALE, help="Last scale to train.  [default: the final scale]")
 @click.option("--save-every", type=COUNT, help="Epochs between saved steps.")
 @click.option("--validate-every", type=COUNT, help="Epochs between validations.")
-@click.option("--steps", type=int, help="Steps of every phase, instead of the preset's.")
+@click.option("--steps", type=int, help="Steps of every phase, instead of the preset's numbers.")
 @click.option("--phase", help="Stop after this phase.")
-@click.option("--from-phase", help="Leave out the phases before this one (with --start-from).")
+@click.option("--from-phase", help="Skip the phases before this one (needs --start-from).")
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of weights, data order and samples."
 )
 @click.option("--precision", help="auto, fp32, bf16 or fp16.")
 @click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU, if any]")
-@click.option("--start-from", help="Checkpoint folder whose weights to start with.")
-@click.option("--parallel", help="How several processes share the work: ddp or fsdp.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU if there is one]"
+)
+@click.option("--start-from", help="Checkpoint folder with the weights to start from.")
+@click.option("--parallel", help="How several processes share the work (ddp or fsdp).")
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile.")
 @click.option(
     "--activation-checkpointing/--no-activation-checkpointing",
     default=None,
-    help="Compute activations twice to save memory.",
+    help="Recompute activations to save memory.",
 )
 @click.option("--mlflow", help="Record to MLflow: 'local', a folder, or a server's URI.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
-@click.option("--resume-from", type=FOLDER, help="Continue the run this folder is of, or lies in.")
 @click.option(
-    "--accept-changed-data", is_flag=True, help="Resume although the data changed meanwhile."
+    "--resume-from",
+    type=FOLDER,
+    help="Continue the run of this folder, which may be inside the run folder.",
 )
-@click.option("--skip-bad-files", is_flag=True, help="Leave bad pictures out instead of stopping.")
+@click.option("--accept-changed-data", is_flag=True, help="Resume although the data has changed.")
+@click.option("--skip-bad-files", is_flag=True, help="Leave out bad pictures instead of stopping.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(
     preset: str | None,
@@ -106,10 +114,10 @@ def main(
     fp16: bool,
     **changes: Any,
 ) -> None:
-    """Train phase after phase; leaves a checkpoint folder that `nsp export` takes."""
+    """Train phase after phase; the result is a checkpoint folder for `nsp export`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config: Path | None = changes["config"]
-    preset = preset and preset.replace("-", "_")  # both spellings name it
+    preset = preset and preset.replace("-", "_")  # both spellings are allowed
     folder = output_dir or Path("runs") / (config.stem if config else preset or "emoji")
     try:
         open_standard_streams()
@@ -121,7 +129,9 @@ def main(
             folder, resume = run_of(resume_from, output_dir), True
         if fp16:
             if changes["precision"] not in (None, "fp16"):
-                raise ConfigError(f"--fp16 and --precision {changes['precision']}: give one")
+                raise ConfigError(
+                    f"--fp16 and --precision {changes['precision']} are both given; choose one"
+                )
             changes["precision"] = "fp16"
         run = configure(
             preset, folder if resume else None, skip_bad_files=skip_bad_files, **changes
@@ -163,14 +173,14 @@ def main(
 
 
 def _take_defaults(preset: str, output_dir: Path | None, changes: dict[str, Any]) -> Path | None:
-    """Fill in what a preset has for options that are not given; return the run folder, if any."""
+    """Fill in a preset's own defaults for missing options; return the run folder, if any."""
     from nsp.training.presets import option_defaults
 
     defaults = dict(option_defaults(preset))
     if not defaults:
         return output_dir
     if changes["data"] is None:
-        raise ConfigError(f"--preset {preset} has no pictures of its own: give --data-dir")
+        raise ConfigError(f"--preset {preset} has no pictures of its own; give --data-dir")
     folder: Path = defaults.pop("output_dir")
     in_epochs = ("num_epochs_per_scale", "save_every", "validate_every")
     for name, value in defaults.items():
@@ -180,7 +190,7 @@ def _take_defaults(preset: str, output_dir: Path | None, changes: dict[str, Any]
 
 
 def _stopped(folder: Path, phase: str | None, skip_bad_files: bool) -> str:
-    """Return how a stopped run goes on."""
+    """Return the message with the command that continues a stopped run."""
     again = ["python", "train.py", "--resume", "--output-dir", str(folder)]
     again += ["--phase", phase] if phase else []
     again += ["--skip-bad-files"] if skip_bad_files else []
@@ -188,21 +198,21 @@ def _stopped(folder: Path, phase: str | None, skip_bad_files: bool) -> str:
 
 
 def run_of(path: Path, output_dir: Path | None) -> Path:
-    """Return the run folder that `path` is or lies in; raise ConfigError when there is none."""
+    """Return the run folder at or around `path`; raise ConfigError when there is none."""
     if not path.exists():
-        raise ConfigError(f"--resume-from {path}: there is no such folder")
+        raise ConfigError(f"--resume-from {path}: the folder does not exist")
     found = next((each for each in (path, *path.parents) if (each / "run.json").is_file()), None)
-    found = found or output_dir  # saved steps that lie elsewhere
+    found = found or output_dir  # saved steps may be outside the run folder
     if found is None or (output_dir is not None and found.resolve() != output_dir.resolve()):
         raise ConfigError(
-            f"--resume-from {path}: no run.json there or above it, or that of another run than "
+            f"--resume-from {path}: no run.json in it or above it, or one of another run than "
             "--output-dir; give the run's folder"
         )
     return found
 
 
 def summary(run: "RunConfig", folder: Path) -> list[str]:
-    """Return what each phase reached and where a run's things lie, a line each."""
+    """Return lines about the progress of each phase and the places of a run's files."""
     lines = []
     for phase in run.phases:
         log = folder / phase.name / "log.jsonl"

@@ -1,4 +1,4 @@
-"""What the options of `python train.py` make of a preset, a file or a resumed run."""
+"""The run that the options of `python train.py` make from a preset, a file or a resumed run."""
 
 import dataclasses
 from pathlib import Path
@@ -38,12 +38,11 @@ def configure(
     skip_bad_files: bool = False,
     **changes: Any,
 ) -> "RunConfig":
-    """Return the run a command line describes: a file's, a preset's or a resumed folder's, changed.
+    """Return the run that a command line describes: from a file, a preset or a resumed folder.
 
-    What of a preset an option can change is taken from the resumed run where the option is not
-    given, so that the command line that started a run may leave it out. `changes` are fields of
-    RunConfig, None where they stay. Raises ConfigError for an unknown preset or a value that is not
-    allowed.
+    With a preset and a resumed run, options that are not given keep the values of the resumed run,
+    so that they need not be repeated. `changes` are fields of RunConfig; None means no change.
+    Raises ConfigError for an unknown preset or a value that is not allowed.
     """
     from nsp.family.recipe import RunConfig
     from nsp.training.folder import RUN_NAME, stored_run
@@ -54,7 +53,7 @@ def configure(
     if resumed is not None and (resumed / RUN_NAME).is_file():
         stored = stored_run(resumed)
     if preset is not None and config is not None:
-        raise ConfigError(f"--preset {preset} and --config {config}: give one of them")
+        raise ConfigError(f"--preset {preset} and --config {config} are both given; choose one")
     if config is not None:
         if not config.is_file():
             raise ConfigError(f"{config} does not exist; give the JSON file of a run")
@@ -93,20 +92,20 @@ def configure(
 
 
 def _from_phase(run: "RunConfig", name: str) -> "RunConfig":
-    """Return the run without the phases before `name`; their results must come from elsewhere."""
+    """Return the run without the phases before `name`; --start-from must give their results."""
     names = [phase.name for phase in run.phases]
     if name not in names:
         raise ConfigError(f"unknown phase {name!r} of this run; known: {', '.join(names)}")
     if name != names[0] and run.start_from is None:
         raise ConfigError(
-            f"--from-phase {name} leaves out {names[0]}: give the checkpoint that has it with "
+            f"--from-phase {name} leaves out {names[0]}; give the checkpoint that has it with "
             "--start-from"
         )
     return dataclasses.replace(run, phases=run.phases[names.index(name) :])
 
 
 def _with_options_of(run: "RunConfig", stored: "RunConfig") -> "RunConfig":
-    """Return `run` with what command-line options can change as in `stored`."""
+    """Return `run` with the fields that command-line options can change taken from `stored`."""
     steps = {phase.name: phase.steps for phase in stored.phases}
     folder = {k: v for k, v in stored.text_encoder.items() if k == "folder"}
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""How much of somebody's files is read, and how much memory their pictures take at once."""
+"""Limits: how much of a user's file is read, and how much memory decoding may take at once."""
 
 import os
 import threading
@@ -9,16 +9,16 @@ from pathlib import Path
 from nsp.errors import DataError
 from nsp.files import NOT_REGULAR, open_regular
 
-MAX_PICTURE_BYTES = 1 << 30  # of a file: 179 million pixels, uncompressed, in 6 bytes each
+MAX_PICTURE_BYTES = 1 << 30  # of one file: 179 million uncompressed pixels of 6 bytes each
 MAX_CAPTION_BYTES = 1_000_000
-MEMORY_BYTES = 2 << 30  # of pictures being decoded, by one thread or by all of a process
+MEMORY_BYTES = 2 << 30  # for all pictures that a process decodes at the same time
 
 
 def read_regular(path: Path, *, most_bytes: int, offset: int = 0, num_bytes: int = -1) -> bytes:
     """Return the bytes of a file, or `num_bytes` of them from `offset` on.
 
-    Raises OSError, and DataError with the bare reason (no file name) for what is no regular file or
-    longer than `most_bytes`.
+    Raises OSError, and DataError with only the reason (no file name) if it is not a regular file
+    or longer than `most_bytes`.
     """
     try:
         with open_regular(path) as file:
@@ -34,13 +34,13 @@ def read_regular(path: Path, *, most_bytes: int, offset: int = 0, num_bytes: int
 
 
 def check_size(num_bytes: int, most_bytes: int) -> None:
-    """Raise DataError with the bare reason when something is longer than is read."""
+    """Raise DataError with only the reason when something is longer than the limit."""
     if num_bytes > most_bytes:
-        raise DataError(f"{num_bytes:,} bytes; at most {most_bytes:,} are read")
+        raise DataError(f"{num_bytes:,} bytes; at most {most_bytes:,} are allowed")
 
 
 class ByteBudget:
-    """Lets threads hold numbers of bytes at once, as many as fit; one that asks for more, alone."""
+    """Lets threads reserve bytes up to a limit; a thread that needs more runs alone."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -49,7 +49,7 @@ class ByteBudget:
 
     @contextmanager
     def hold(self, num_bytes: int) -> Iterator[None]:
-        """Wait until so much is free, and keep it for the block. Must not be nested."""
+        """Wait until so many bytes are free, and reserve them for the block. Do not nest it."""
         wanted = min(num_bytes, self.num_bytes)
         with self._changed:
             self._changed.wait_for(lambda: self._left >= wanted)

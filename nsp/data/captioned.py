@@ -1,4 +1,4 @@
-"""Lists a folder with captions: what its tables and the files beside pictures say of each."""
+"""Lists a folder with captions, from its tables and from the files next to its pictures."""
 
 import logging
 import posixpath
@@ -30,7 +30,7 @@ METADATA_FILE = "metadata.jsonl"
 
 
 class Beside:
-    """The files of the same name beside pictures."""
+    """The caption files next to pictures, with the same names."""
 
     def __init__(self, root: Path, names: Iterable[str], pictures: Iterable[str]) -> None:
         self._root = root
@@ -44,9 +44,9 @@ class Beside:
             files = {suffix: self._present.get(stem(name) + suffix) for suffix in BESIDE_SUFFIXES}
             if found := {suffix: file for suffix, file in files.items() if file is not None}:
                 self._of[name] = found
-        self.differing: list[str] = []  # pictures whose files say different things
+        self.differing: list[str] = []  # pictures whose files have different captions
         self.suffixes = {suffix for found in self._of.values() for suffix in found}
-        # A .json may be about anything: only what it holds makes it a caption.
+        # A .json may be about anything: only its content shows whether it is a caption.
         self.suffixes -= {JSON_SUFFIX}
         self.has_captions = bool(self.suffixes) or any(map(self._has_caption, self._of))
         self.used = {file for found in self._of.values() for file in found.values()}
@@ -58,7 +58,7 @@ class Beside:
             return False
 
     def captions(self, name: str) -> tuple[Sequence[bytes | str], bool]:
-        """Return what is beside a picture, and whether it is a `.txt`; DataError when it is bad."""
+        """Return a picture's captions, and whether they are from a `.txt`; DataError when bad."""
         if not self.has_files(name):
             return (), False
         files = self._of[name]
@@ -72,11 +72,11 @@ class Beside:
         return captions, CAPTION_SUFFIX in files
 
     def has_files(self, name: str) -> bool:
-        """Return whether anything lies beside a picture."""
+        """Return whether a picture has a file next to it."""
         return name in self._of
 
     def orphans(self) -> list[str]:
-        """Return the caption files without a picture: those of the suffix that most trust."""
+        """Return the caption files without a picture, of the suffix that counts most."""
         main = CAPTION_SUFFIX if CAPTION_SUFFIX in self.suffixes else CAPTIONS_SUFFIX
         return sorted(
             file
@@ -94,12 +94,12 @@ class _Stated:
 
 
 class Tables:
-    """Which pictures of a folder the rows of its tables mean, and what they say of them."""
+    """The pictures of a folder that the rows of its tables name, and their captions."""
 
     def __init__(self, root: Path, names: Iterable[str], found: Iterable[Table]) -> None:
-        """Match every row; DataError where tables of the same rank differ.
+        """Match every row; DataError if tables of the same rank differ.
 
-        Tables of other pictures than those of the folder are not taken.
+        Tables about pictures outside the folder are not used.
         """
         self._root = root
         self._names = set(names)
@@ -112,17 +112,19 @@ class Tables:
         self.captions: dict[str, _Stated] = {}
         self.bad: list[tuple[str, str]] = []  # rows: the picture or row, and the reason
         self.differing: list[str] = []
-        self.taken: list[str] = []  # names of tables
+        self.taken: list[str] = []  # names of the tables that are used
         strange = [(table, self._take(table)) for table in found]
         for table, missing in strange:
             if table.name in self.taken or (not table.is_guess and not self.captions):
                 self.taken += [] if table.name in self.taken else [table.name]
                 reason = f"in {shown(table.name)} but not in the folder"
                 self.bad += [(name, reason) for name in missing]
-        self.is_first = METADATA_FILE in self.taken  # of all there is to say of a picture
+        self.is_first = (
+            METADATA_FILE in self.taken
+        )  # this table counts more than all other captions
 
     def _take(self, table: Table) -> list[str]:
-        """Add the rows of a table whose pictures are here; return the names of the others."""
+        """Add the rows of a table whose pictures exist; return the names in the other rows."""
         named: dict[str, list[str]] = {}
         missing = []
         for row in table.rows:
@@ -140,14 +142,14 @@ class Tables:
                 continue
             if before.table != METADATA_FILE:
                 raise DataError(
-                    f"{self._root}: {shown(before.table)} and {shown(table.name)} say "
-                    f"different things of {shown(name)}; keep one of them"
+                    f"{self._root}: {shown(before.table)} and {shown(table.name)} have "
+                    f"different captions for {shown(name)}; keep one of them"
                 )
             self.differing.append(name)
         return missing
 
     def _find(self, table: str, file_name: str) -> str | None:
-        """Return the file that a row means: beside the table, from the top, or the only such."""
+        """Return the file of a row: relative to the table or to the top, or the only match."""
         spellings = dict.fromkeys((file_name, file_name.replace("\\", "/")))
         for spelling in spellings:
             for folder in dict.fromkeys((posixpath.dirname(table), "")):
@@ -166,19 +168,19 @@ class Tables:
         return None
 
     def _is_hidden_file(self, name: str) -> bool:
-        """Return whether a row means a file that a walk passes over."""
+        """Return whether a row names a file that a walk skips."""
         if name.startswith(("/", "..")) or not is_hidden(name):
             return False
         try:
             return (self._root / name).is_file()
-        except (OSError, ValueError):  # a name that no file system takes
+        except (OSError, ValueError):  # a name that no file system allows
             return False
 
 
 def list_captioned(
     root: Path, names: list[str], pictures: list[str], tables: Tables, beside: Beside
 ) -> Listing:
-    """Return the pictures with the captions that tables and files beside them hold."""
+    """Return the pictures with their captions from tables and from files next to them."""
     listing = Listing(missing=_missing(tables, beside))
     for name, reason in tables.bad:
         listing.refuse(name, reason)
@@ -219,26 +221,27 @@ def list_captioned(
 
 
 def _missing(tables: Tables, beside: Beside) -> str:
-    """Return why a picture has no caption where others have one."""
+    """Return why a picture has no caption although others have one."""
     rows = f"no row in {shown(tables.taken[0])}" if tables.taken else ""
     if len(tables.taken) > 1:
-        rows += " or another such file"
+        rows += " or another table"
     suffixes = sorted(beside.suffixes, reverse=True) or [JSON_SUFFIX]
-    files = f"no caption file of its name ({', '.join(suffixes)})" if beside.has_captions else ""
+    files = f"no caption file with its name ({', '.join(suffixes)})" if beside.has_captions else ""
     return " and ".join(part for part in (rows, files) if part)
 
 
 def _texts(captions: Iterable[bytes | str]) -> set[str]:
     try:
         return {parse_caption(each) for each in captions}
-    except DataError:  # told where the caption is used
+    except DataError:  # reported where the caption is used
         return set()
 
 
 def _warn_of_differing(root: Path, names: list[str]) -> None:
     if names:
         logger.warning(
-            "%s: what is said of %d pictures differs, as of %s; the first of metadata.jsonl, .txt, "
-            "another table, .caption and .json is used: to train on all, list them under captions",
+            "%s: %d pictures have different captions in different files, such as %s; the first of "
+            "metadata.jsonl, .txt, another table, .caption, .json is used; to use all, list them "
+            "under captions",
             *(root, len(names), names[0]),
         )

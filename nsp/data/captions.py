@@ -1,16 +1,16 @@
-"""Reads captions as people have them: tables that name pictures, and files beside a picture.
+"""Reads captions in the usual forms: tables that name pictures, and files next to a picture.
 
 A table has rows with the name of a picture (under one of FILE_KEYS) and its caption or captions
-(under the first of CAPTION_KEYS that is there). It is one of
+(under the first of CAPTION_KEYS that the row has). It is one of
 
-    *.jsonl         an object a line; also a JSON array or object under that name
+    *.jsonl         one object per line; also a JSON array or object in a file of that name
     *.json          an array of such objects; {name: caption or object}; COCO's images/annotations
-    *.csv, *.tsv    with a header line; *caption*.txt too (separated by comma, semicolon, tab or |)
+    *.csv, *.tsv    with a header line; also *caption*.txt (separated by comma, semicolon, tab or |)
     *.parquet       with columns of these names (needs pyarrow)
 
-Beside a picture lie `.txt` (the caption), `.caption` (the same) or `.json` (an object, as
-img2dataset writes it). `nsp data pack` writes several captions as `captions` in a `.json` whose
-first is also the `.txt`, so that readers that know only `.txt` see one caption of each picture.
+Next to a picture there may be `.txt` (the caption), `.caption` (the same) or `.json` (an object, as
+img2dataset writes it). `nsp data pack` writes several captions as `captions` in a `.json`, and the
+first of them also as `.txt`, so that readers that know only `.txt` see one caption per picture.
 """
 
 import io
@@ -32,7 +32,7 @@ FILE_KEYS = ("file_name", "filename", "file", "image", "path", "image_path", "im
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 MAX_TABLE_BYTES = 512 << 20
-MAX_JSON_BYTES = 128 << 20  # of one value, which takes up to 20 times that; COCO's captions: 92 MB
+MAX_JSON_BYTES = 128 << 20  # of one value, which needs up to 20 times the memory; COCO has 92 MB
 _MAX_LINE_BYTES = 4 << 20
 _HEAD_BYTES = 2 * _MAX_LINE_BYTES
 _HEADER_BYTES = 4096
@@ -42,7 +42,7 @@ _SHOWN_KEYS = 8
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a table says of one picture."""
+    """The row of a table about one picture."""
 
     file_name: str
     captions: tuple[str, ...]
@@ -50,16 +50,16 @@ class Row:
 
 @dataclass
 class Table:
-    """The rows of a table; `bad` holds name and reason of those without a name or a caption."""
+    """The rows of a table; `bad` has name and reason of rows without a name or a caption."""
 
-    name: str  # of its file in the folder
+    name: str  # the name of its file in the folder
     rows: list[Row] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
-    is_sure: bool = False  # that it is a table of pictures
-    is_guess: bool = False  # a mapping of texts, which need not be captions
+    is_sure: bool = False  # whether it is surely a table of pictures
+    is_guess: bool = False  # whether it maps names to texts, which may not be captions
 
     def refuse(self, name: str, reason: str) -> None:
-        """Note a row; DataError where so many are bad that the table must be something else."""
+        """Record a bad row; DataError if so many are bad that it cannot be a table of captions."""
         self.bad.append((name, reason))
         if len(self.bad) > _MAX_BAD_ROWS:
             raise DataError(
@@ -68,7 +68,7 @@ class Table:
             )
 
     def take(self, values: Any, number: int) -> None:
-        """Add row `number`, or note why it cannot be used."""
+        """Add row `number`, or record why it cannot be used."""
         where = f"{posixpath.basename(self.name)}:{number}"
         file = _first_text(values, FILE_KEYS) if isinstance(values, dict) else None
         if file is None:
@@ -82,7 +82,7 @@ class Table:
 
 
 def captions_of(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the captions of a row; DataError with the bare reason where it has none."""
+    """Return the captions of a row; DataError with only the reason if it has none."""
     lower = {str(key).strip().lower(): value for key, value in values.items()}
     for key in CAPTION_KEYS:
         found = lower.get(key)
@@ -98,9 +98,9 @@ def captions_of(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_table(root: Path, name: str) -> Table | None:
-    """Return a table, or None when the file is none; DataError when it is one that is damaged.
+    """Return the table in a file, or None if the file is not a table; DataError if it is damaged.
 
-    Every file that is called metadata.jsonl, and every file with "caption" in its name, is one.
+    Every file called metadata.jsonl or with "caption" in its name counts as a table.
     """
     base, suffix = posixpath.basename(name).lower(), posixpath.splitext(name)[1].lower()
     table, where = Table(name), root / name
@@ -114,8 +114,8 @@ def read_table(root: Path, name: str) -> Table | None:
         raise DataError(f"{where} cannot be read: {reason}") from error
     if found is None and "caption" in base:
         raise DataError(
-            f"{where} looks like captions, in no form that is read: give each "
-            f"row the name of a picture ({FILE_KEYS[0]}) and its caption ({_or(CAPTION_KEYS)}), as "
+            f"{where} seems to contain captions, but not in a known form; give each row "
+            f"the name of a picture ({FILE_KEYS[0]}) and its caption ({_or(CAPTION_KEYS)}), as "
             "in metadata.jsonl, or remove the file"
         )
     return found
@@ -124,11 +124,11 @@ def read_table(root: Path, name: str) -> Table | None:
 def captions_beside(
     readers: Mapping[str, Callable[[], bytes]],
 ) -> tuple[Sequence[bytes | str], bool]:
-    """Return the captions in the files beside a picture, and whether these differ.
+    """Return the captions in the files next to a picture, and whether these differ.
 
-    `readers` read the files, by suffix. Where they differ `.txt` is taken, else `.caption`. No
-    captions: the files hold none. Raises DataError with the bare reason when the file that is taken
-    cannot be read; what the others say of it is not needed then.
+    `readers` read the files, by suffix. If the files differ, `.txt` is used, otherwise `.caption`.
+    The result may have no captions. Raises DataError with only the reason when the file to be used
+    cannot be read; the other files are then not needed.
     """
     found: dict[str, bytes] = {}
     for suffix in (CAPTION_SUFFIX, CAPTIONS_SUFFIX, JSON_SUFFIX):
@@ -153,7 +153,7 @@ def captions_beside(
     if not texts:
         return listed, False
     first, others = parse_caption(texts[0]), {each.strip() for each in listed}
-    with suppress(DataError):  # an empty one says nothing
+    with suppress(DataError):  # an empty file does not count
         others |= {parse_caption(each) for each in texts[1:]}
     if listed and listed[0].strip() == first:
         return listed, not others <= {each.strip() for each in listed}
@@ -161,7 +161,7 @@ def captions_beside(
 
 
 def _jsonl(path: Path, table: Table) -> Table | None:
-    """Read an object a line, or what is JSON as a whole."""
+    """Read one object per line, or one JSON value in the whole file."""
     base = posixpath.basename(table.name)
     head = read_regular(path, most_bytes=_HEAD_BYTES, num_bytes=_HEAD_BYTES)
     is_named = base.lower() == "metadata.jsonl" or "caption" in base.lower()
@@ -169,9 +169,9 @@ def _jsonl(path: Path, table: Table) -> Table | None:
     end = "\r" if b"\r" in head and b"\n" not in head else "\n"
     first = _first_line(head.replace(b"\r", b"\n") if end == "\r" else head)
     if not is_named and first[:1] != b"[" and not _is_row(first):
-        return None  # a long log, perhaps: not to be read as a whole
+        return None  # perhaps a long log: do not read all of it
     is_alone = len(head) < _HEAD_BYTES and first == head.strip()
-    # An array, an object over several lines, or a single one that is a mapping.
+    # An array, an object over several lines, or a single line with a mapping.
     if first[:1] == b"[" or first == b"{" or (is_alone and _is_mapping(first)):
         return _whole(read_regular(path, most_bytes=MAX_JSON_BYTES), table)
     table.is_sure = True
@@ -184,7 +184,7 @@ def _jsonl(path: Path, table: Table) -> Table | None:
                 check_size(len(line), _MAX_LINE_BYTES)
                 values = parse_json(line)
             except DataError:
-                table.refuse(f"{base}:{number}", "not JSON: longer than is read")
+                table.refuse(f"{base}:{number}", "not JSON: the line is too long")
             except ValueError as error:
                 table.refuse(f"{base}:{number}", f"not JSON: {_what(error)}")
             else:
@@ -193,8 +193,8 @@ def _jsonl(path: Path, table: Table) -> Table | None:
 
 
 def _lines(file: IO[bytes], end: str) -> Iterator[bytes]:
-    """Yield the lines of a file, those that are too long cut behind _MAX_LINE_BYTES."""
-    # Bytes as letters, and back: only text may end its lines otherwise than in a line feed.
+    """Yield the lines of a file; lines longer than _MAX_LINE_BYTES are cut there."""
+    # Decode bytes as Latin-1 and encode them again: only text files support other line ends.
     text = io.TextIOWrapper(file, "latin-1", newline=end)
     while line := text.readline(_MAX_LINE_BYTES + 1):
         rest = line
@@ -210,7 +210,7 @@ def _json(path: Path, table: Table) -> Table | None:
 
 
 def _whole(content: bytes, table: Table) -> Table | None:
-    """Read JSON that is one value; None when that holds no captions."""
+    """Read one JSON value; None when it has no captions."""
     check_size(len(content), MAX_JSON_BYTES)
     try:
         values = parse_json(content.removeprefix(b"\xef\xbb\xbf"))
@@ -236,7 +236,7 @@ def _whole(content: bytes, table: Table) -> Table | None:
 
 
 def _coco(images: list[Any], annotations: list[Any], table: Table) -> Table | None:
-    """Read COCO's form: names by number, and annotations with the number of their picture."""
+    """Read COCO's form: names by id, and annotations with the id of their picture."""
     names = {}
     for image in images:
         number = image.get("id") if isinstance(image, dict) else None
@@ -277,7 +277,7 @@ def _csv(path: Path, table: Table) -> Table | None:
 
 
 def _text_lines(file: IO[bytes]) -> Iterator[str]:
-    """Yield the lines of a text with their ends; raises ValueError for what is none."""
+    """Yield the lines of a text file with their ends; raises ValueError if it is not text."""
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     try:
         while line := text.readline(_MAX_LINE_BYTES):
@@ -300,14 +300,14 @@ def _parquet(path: Path, table: Table) -> Table | None:
     try:
         file = parquet.ParquetFile(path)
         lower = {field.name.lower(): field.name for field in file.schema_arrow}
-        # A picture itself may be called `image`, too: then the file is a data set of `datasets`.
+        # The column `image` may contain pictures: then the file is a data set of `datasets`.
         pictures = {f.name for f in file.schema_arrow if pyarrow.types.is_nested(f.type)}
         files = [lower[k] for k in FILE_KEYS if k in lower and lower[k] not in pictures]
         captions = [lower[key] for key in CAPTION_KEYS if key in lower]
         if not files or not captions:
             return None
         for batch in file.iter_batches(batch_size=256, columns=files + captions):
-            num_bytes += batch.nbytes  # however well it is packed in the file
+            num_bytes += batch.nbytes  # the uncompressed size
             check_size(num_bytes, MAX_TABLE_BYTES)
             for row in batch.to_pylist():
                 number += 1
@@ -334,7 +334,7 @@ def _first_line(content: bytes) -> bytes:
 
 
 def _is_mapping(line: bytes) -> bool:
-    """Return whether a line is an object, but not a row."""
+    """Return whether a line is a JSON object, but not a row."""
     try:
         values = parse_json(line)
     except ValueError:
@@ -364,7 +364,7 @@ def _has_caption(row: Mapping[str, Any]) -> bool:
 
 
 def _first_text(values: Mapping[str, Any], keys: Iterable[str]) -> str | None:
-    """Return the first text under one of `keys`, whatever their case."""
+    """Return the first text under one of `keys`, in upper or lower case."""
     lower = {str(key).strip().lower(): value for key, value in values.items()}
     found: Iterator[Any] = (lower.get(key) for key in keys)
     return next((each for each in found if isinstance(each, str) and each), None)
@@ -385,5 +385,5 @@ def _reason(error: Exception) -> str:
 
 
 def _what(error: Exception) -> str:
-    """Return what is wrong with JSON, without the place, so that equal reasons are counted."""
+    """Return what is wrong with JSON, without the place, so that equal reasons can be counted."""
     return _reason(error).partition(": line ")[0]

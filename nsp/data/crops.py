@@ -1,4 +1,4 @@
-"""Makes a square of one size from a picture; what is random is a function of (seed, epoch, number).
+"""Cuts a square of one size from a picture; random choices depend on (seed, epoch, number) alone.
 
 Axes: h w of the resized picture, H = W of the square.
 """
@@ -18,10 +18,10 @@ CROP_MARGIN = 1.125  # short side before a crop, in picture sides (the VAR train
 class Crop:
     """How squares are cut: H = W = `image_size_px`.
 
-    With `crop`, the short side is resized to 1.125 x that and a square is cut out: at random when
-    `train`, else the centre one. Without `crop`, a picture of exactly that size is used untouched;
-    any other has its short side resized to it and its centre cut out. `flip` mirrors half of the
-    pictures when `train`; leave it off where captions name a side.
+    With `crop`, the short side is resized to 1.125 times that size and a square is cut out: a
+    random one when `train`, otherwise the centre. Without `crop`, a picture of exactly that size is
+    used unchanged; for others, the short side is resized to it and the centre is cut out. `flip`
+    mirrors half of the pictures when `train`; do not use it if captions mention left or right.
     """
 
     image_size_px: int
@@ -44,12 +44,12 @@ class Crop:
         return np.asarray(_resize_short_side(picture, short_px))
 
     def cut(self, pixels_hw3: NDArray[np.uint8], *, epoch: int, number: int) -> NDArray[np.uint8]:
-        """Return the square (3, H, W) of picture `number`; of that alone and (seed, epoch)."""
+        """Return the square (3, H, W) of picture `number`, from (seed, epoch, number) alone."""
         side = self.image_size_px
         spare_h, spare_w = pixels_hw3.shape[0] - side, pixels_hw3.shape[1] - side
         top, left, mirrored = spare_h // 2, spare_w // 2, False
         if self.train:
-            # A counter of its own for each picture: streams cannot overlap.
+            # Each picture has its own counter, so that random streams cannot overlap.
             philox = np.random.Philox(
                 key=np.array([self.seed, epoch], dtype=np.uint64),
                 counter=np.array([0, 0, 0, number], dtype=np.uint64),

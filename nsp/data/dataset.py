@@ -15,24 +15,24 @@ from nsp.data.sources import ImageSource
 from nsp.errors import DataError
 
 T = TypeVar("T")
-CACHE_BYTES = 1 << 30  # of decoded pictures, over all workers of this process
+CACHE_BYTES = 1 << 30  # for decoded pictures, over all workers of this process
 
 
 class ImageItem(TypedDict):
     """One picture as training sees it."""
 
     image: Tensor  # uint8 (3, H, W)
-    caption: str  # "": the source has no captions
-    class_id: int  # -1: the source has no classes
+    caption: str  # "" means that the source has no captions
+    class_id: int  # -1 means that the source has no classes
     index: int
 
 
 class ImageDataset(Dataset[ImageItem]):
     """The pictures of a source as ImageItems, cut as `Crop` says: H = W = image_size_px.
 
-    Where a picture has several captions, every epoch draws one of them.
-    What is random depends on (seed, epoch, index) alone: neither on the order of reading nor on the
-    number of workers. Call `set_epoch` before iterating.
+    If a picture has several captions, every epoch draws one of them.
+    Random choices depend on (seed, epoch, index) alone, not on the order of reading or the number
+    of workers. Call `set_epoch` before iterating.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ImageDataset(Dataset[ImageItem]):
         seed: int = 0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        """Keep the choices; nothing is read yet. Raises ConfigError for a bad size or seed."""
+        """Store the settings; nothing is read yet. Raises ConfigError for a bad size or seed."""
         self.source = source
         self.image_size_px = image_size_px
         self.train = train
@@ -67,7 +67,7 @@ class ImageDataset(Dataset[ImageItem]):
         """Choose the epoch whose crops, flips and captions come next, in all processes."""
         if get_worker_info() is None:
             self._epoch.fill_(epoch)
-        else:  # another worker may be an epoch ahead: it must not move this one's
+        else:  # another worker may be an epoch ahead: it must not change this worker's epoch
             self._own_epoch = epoch
 
     def __len__(self) -> int:
@@ -91,15 +91,15 @@ class ImageDataset(Dataset[ImageItem]):
         }
 
     def captions(self) -> list[str]:
-        """Return every caption of every picture, in order; `caption_row` says which is whose."""
+        """Return every caption of every picture, in order; `caption_row` gives their indices."""
         return [caption for sample in self.source.samples for caption in sample.captions]
 
     def caption_row(self, index: int) -> int:
-        """Return which of `captions` picture `index` has in this epoch."""
+        """Return the index into `captions` of picture `index` in this epoch."""
         return int(self._first_rows[index]) + self.drawn(index)
 
     def drawn(self, index: int) -> int:
-        """Return which of its captions sample `index` has in this epoch: the first, untrained."""
+        """Return which caption sample `index` has in this epoch; the first unless training."""
         if not self.train:
             return 0
         count = len(self.source.samples[index].captions)
@@ -128,8 +128,8 @@ def to_model_range(image_BCHW: Tensor) -> Tensor:
 
 
 def batches(loader: Iterable[T]) -> Iterator[T]:
-    """Yield what a DataLoader yields; a DataError raised in a worker is the one line it was."""
+    """Yield what a DataLoader yields; a DataError of a worker keeps its one-line message."""
     try:
         yield from loader
-    except DataError as error:  # torch makes its message the worker's traceback
+    except DataError as error:  # torch replaces its message by the worker's traceback
         raise DataError(str(error.args[0]).strip().rpartition("DataError: ")[2]) from error

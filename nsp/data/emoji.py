@@ -2,14 +2,14 @@
 
     nsp data build --font NotoColorEmoji.ttf --output nsp/data/emoji.tar
 
-The same font and the same versions of Pillow, libwebp and `emoji` give the same bytes.
-The result is one tar:
+The same font and the same versions of Pillow, libwebp and `emoji` give the same bytes. The result
+is one tar:
 
     <codepoints>.txt     the caption, UTF-8: "woman firefighter medium-dark skin tone"
     <codepoints>.webp    the picture, lossless, RGB on white; codepoints as "1f469-1f3fe"
-    __heldout__          the samples that only the split 'heldout' shows (see heldout.py)
+    __heldout__          the samples that are only in the split 'heldout' (see heldout.py)
 
-The pictures are Noto Emoji, SIL Open Font License 1.1: see NOTICE.md beside this file.
+The pictures are Noto Emoji, SIL Open Font License 1.1: see NOTICE.md next to this file.
 """
 
 import io
@@ -27,7 +27,7 @@ from nsp.files import write_file
 logger = logging.getLogger(__name__)
 
 HELDOUT_FILE = Path(__file__).with_name("emoji_heldout.tsv")
-STRIKE_PX = 109  # the only size at which the font holds bitmaps
+STRIKE_PX = 109  # the only size at which the font has bitmaps
 CELL_PX = (136, 128)  # advance and height of one bitmap of that strike
 PICTURE_PX = 64
 
@@ -63,8 +63,8 @@ def list_emoji() -> list[Emoji]:
 def load_font(path: Path) -> ImageFont.FreeTypeFont:
     """Return the colour font at its bitmap size, with the layout engine that joins sequences.
 
-    Raises DataError when the file is no font with a 109 px strike, or Pillow lacks RAQM (without
-    it "woman firefighter" is drawn as a woman and a fire engine).
+    Raises DataError when the file is not a font with a 109 px strike, or when Pillow lacks RAQM
+    (without it "woman firefighter" is drawn as a woman and a fire engine).
     """
     if not features.check("raqm"):
         raise DataError(
@@ -83,7 +83,7 @@ def load_font(path: Path) -> ImageFont.FreeTypeFont:
 def renders_as_one_glyph(font: ImageFont.FreeTypeFont, text: str) -> bool:
     """Return whether the font draws `text` as exactly one bitmap.
 
-    An unknown emoji has an empty box; an unknown sequence is as wide as its parts.
+    An unknown emoji has an empty bounding box; an unknown sequence is as wide as its parts.
     """
     return font.getbbox(text) == (0, 0, *CELL_PX)
 
@@ -108,10 +108,10 @@ def encode_webp(picture: Image.Image) -> bytes:
 
 
 def build(font_path: Path, output: Path, *, heldout_path: Path = HELDOUT_FILE) -> int:
-    """Write the tar and return how many pictures it holds.
+    """Write the tar and return the number of its pictures.
 
-    Raises DataError when a held-out emoji is not among the pictures with the same codepoints and
-    caption: a wrong list would let training see what it must not.
+    Raises DataError when no picture has the codepoints and caption of a held-out emoji: with a
+    wrong list, training could see held-out pictures.
     """
     font = load_font(font_path)
     entries = [entry for entry in list_emoji() if renders_as_one_glyph(font, entry.text)]
@@ -120,8 +120,8 @@ def build(font_path: Path, output: Path, *, heldout_path: Path = HELDOUT_FILE) -
     missing = set(rows) - {(entry.codepoints, entry.caption) for entry in entries}
     if missing:
         raise DataError(
-            f"{heldout_path}: {len(missing)} held-out emoji are not drawn by {font_path.name}, "
-            f"first {sorted(missing)[0]}; use fonts-noto-color-emoji 2.042 and emoji 2.16"
+            f"{heldout_path}: {font_path.name} cannot draw {len(missing)} held-out emoji, first "
+            f"{sorted(missing)[0]}; use fonts-noto-color-emoji 2.042 and emoji 2.16"
         )
     members = [(HELDOUT_MEMBER, heldout)]
     for entry in entries:

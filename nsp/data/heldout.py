@@ -1,7 +1,7 @@
-"""The samples that no training run may see: a list of names and captions that travels with them.
+"""Held-out samples, which no training run may see: a list of names and captions in the data set.
 
-A folder or tar carries it as `__heldout__` at its top: a header line, then one `name<TAB>caption`
-a line. It holds out those samples, and all others with one of those captions.
+A folder or tar has it as `__heldout__` at its top: a header line, then one `name<TAB>caption` per
+line. These samples are held out, and all others with one of these captions.
 """
 
 import posixpath
@@ -17,7 +17,7 @@ from nsp.errors import DataError
 from nsp.paths import describe
 
 MAX_HELDOUT_BYTES = 512 << 20
-HELDOUT_MEMBER = "__heldout__"  # webdataset readers pass over names of this form
+HELDOUT_MEMBER = "__heldout__"  # webdataset readers skip names of this form
 
 
 def parse_heldout(content: bytes | str, *, where: str) -> list[tuple[str, str]]:
@@ -34,24 +34,24 @@ def parse_heldout(content: bytes | str, *, where: str) -> list[tuple[str, str]]:
 
 
 def is_heldout(name: str) -> bool:
-    """Return whether a member of a tar is its list, also as `tar` writes it for a folder: ./…."""
+    """Return whether a member of a tar is its list; `tar` may write its name as ./__heldout__."""
     return posixpath.normpath(name) == HELDOUT_MEMBER
 
 
 def read_heldout(folder: Path) -> list[tuple[str, str]]:
-    """Return the list that a folder carries, empty without one; raises DataError."""
+    """Return the list in a folder, empty if there is none; raises DataError."""
     path = folder / HELDOUT_MEMBER
-    # Whatever is called so is a list: passing over what is none would train on what it holds out.
+    # Anything of this name must be a list: if it were ignored, training would see held-out samples.
     try:
         is_file = stat.S_ISREG(path.lstat().st_mode) or path.is_file()
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError:
-        is_file = True  # for all that is known; told when it is opened
+        is_file = True  # perhaps; opening it reports the error
     if not is_file:
         raise DataError(
-            f"{shown(str(path))} {shown(describe(path).words)}; a file that lists what is held out "
-            "is needed here: restore it, or give it another name"
+            f"{shown(str(path))} {shown(describe(path).words)}; a file that lists the held-out "
+            "samples is needed here; restore it, or give this another name"
         )
     try:
         content = read_regular(path, most_bytes=MAX_HELDOUT_BYTES)
@@ -62,13 +62,13 @@ def read_heldout(folder: Path) -> list[tuple[str, str]]:
 
 
 def format_heldout(rows: Iterable[tuple[str, str]]) -> str:
-    """Return the text that `parse_heldout` reads."""
+    """Return the text of a list, as `parse_heldout` reads it."""
     return "name\tcaption\n" + "".join(f"{name}\t{caption}\n" for name, caption in rows)
 
 
 @dataclass(frozen=True)
 class Heldout:
-    """Which samples are held out; a caption counts whatever its case and spacing."""
+    """The held-out samples; captions are compared without regard to case and spacing."""
 
     rows: frozenset[tuple[str, str]]
     names: frozenset[str]
@@ -90,5 +90,5 @@ class Heldout:
 
 
 def fold_caption(caption: str) -> str:
-    """Return what two captions share that differ in case and spacing only."""
+    """Return a caption in a form without differences of case and spacing."""
     return " ".join(caption.casefold().split())

@@ -1,11 +1,11 @@
-"""Lists a data set that Hugging Face's `datasets` reads: a saved folder, a folder of files, a name.
+"""Lists a data set of Hugging Face's `datasets`: a saved folder, a folder of files, or a name.
 
     FOLDER_OR_NAME[:SPLIT]     without SPLIT: `train`, or the only one
 
-Columns are found by type: the one Image column; the one column of strings or of lists of strings,
-or of several the one called `caption`, `captions`, `text` or `prompt`; the one ClassLabel column,
-whose names are the captions where no column holds text. A folder may carry a list `__heldout__`
-(see heldout.py); samples are named by split and row, as in `train-12`.
+Columns are found by type: the only Image column; the only column of strings or lists of strings, or
+if there are several, the one called `caption`, `captions`, `text` or `prompt`; the only ClassLabel
+column, whose class names become the captions if no column has text. A folder may have a list
+`__heldout__` (see heldout.py); samples are named by split and row, as in `train-12`.
 """
 
 import logging
@@ -31,20 +31,20 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "prompt")
 class Cell:
     """The picture in one row."""
 
-    path: Path  # of the data set
+    path: Path  # path of the data set
     column: str
     row: int
     table: Any  # datasets.Dataset with that column, undecoded
 
     def size(self) -> int:
-        """Return 0: how long a cell is shows when it is read."""
+        """Return 0, because the length of a cell is known only when it is read."""
         return 0
 
     def read(self) -> bytes:
-        """Return the bytes of the picture; raises OSError, or DataError with the bare reason."""
+        """Return the bytes of the picture; raises OSError, or DataError with only the reason."""
         try:
             value = self.table[self.row][self.column]
-        except (ValueError, RuntimeError, OSError) as error:  # pyarrow's errors are these
+        except (ValueError, RuntimeError, OSError) as error:  # pyarrow raises these
             raise DataError(f"the row cannot be read: {_line(error)}") from error
         if value is None:
             raise DataError("the row has no picture")
@@ -57,7 +57,7 @@ class Cell:
 
 
 def list_rows(spec: str) -> Listing:
-    """Return the rows of one split; raises DataError where the set or a column is not clear."""
+    """Return the rows of one split; raises DataError if the set or a column is ambiguous."""
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
@@ -87,20 +87,20 @@ def list_rows(spec: str) -> Listing:
 
 
 def _texts(value: str | list[str | None] | None) -> list[str]:
-    """Return the captions in a cell, one or a list."""
+    """Return the captions in a cell, which has one text or a list."""
     values = value if isinstance(value, list) else [value]
     return [text for text in values if text is not None]
 
 
 def _parted(spec: str) -> tuple[str, str | None]:
-    """Return the folder or name, and the split where one is given."""
+    """Return the folder or name, and the split if one is given."""
     name, colon, split = spec.rpartition(":")
     return (name, split) if colon and not Path(spec).exists() else (spec, None)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep bars and retries of the libraries off the terminal: what fails is told in our words."""
+    """Hide progress bars and retries of the libraries; failures are reported in our messages."""
     import datasets
 
     had_bars = not datasets.are_progress_bars_disabled()
@@ -129,8 +129,8 @@ def _load(name: str) -> Any:
             return datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except ConnectionError as error:
         raise DataError(
-            f"hf:{name}: not a folder here, not in the cache of `datasets`, and the hub cannot be "
-            f"reached ({_line(error)}); give a folder, or run this where the hub can be reached"
+            f"hf:{name}: it is not a folder and not in the cache of `datasets`, and the hub "
+            f"cannot be reached ({_line(error)}); give a folder, or use a machine with network"
         ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
@@ -140,11 +140,11 @@ def _load(name: str) -> Any:
 
 
 def _one_split(loaded: Any, name: str, wanted: str | None) -> tuple[str, Any]:
-    """Return a split and what it is called."""
+    """Return a split and its name."""
     if not isinstance(loaded, dict):  # saved as a single split
         own = str(loaded.split or "row")
         if wanted not in (None, own):
-            raise DataError(f"hf:{name} holds one split, {own}; leave out :{wanted}")
+            raise DataError(f"hf:{name} has only one split, {own}; omit :{wanted}")
         return own, loaded
     splits = ", ".join(loaded)
     split = wanted or ("train" if "train" in loaded or len(loaded) != 1 else next(iter(loaded)))
@@ -154,7 +154,7 @@ def _one_split(loaded: Any, name: str, wanted: str | None) -> tuple[str, Any]:
 
 
 def _columns(name: str, features: Any) -> tuple[str, str | None, str | None]:
-    """Return the columns of pictures, of captions and of classes, as far as there are any."""
+    """Return the columns of pictures, captions and classes; None for a missing one."""
     import datasets
 
     def of(wanted: type) -> list[str]:
@@ -166,10 +166,12 @@ def _columns(name: str, features: Any) -> tuple[str, str | None, str | None]:
     texts = texts if len(texts) < 2 else known or texts
     what = f"columns are {first(list(features))}"
     if len(images) != 1:
-        raise DataError(f"hf:{name}: {_found(images)} of type Image, need one; {what}")
+        raise DataError(
+            f"hf:{name}: {_found(images)} of type Image, but exactly one is needed; {what}"
+        )
     if len(texts) > 1:
         raise DataError(
-            f"hf:{name}: {_found(texts)} may hold the caption; keep one, or rename it to caption"
+            f"hf:{name}: {_found(texts)} may have the caption; keep one, or rename one to caption"
         )
     if len(labels) > 1:
         raise DataError(f"hf:{name}: {_found(labels)} of type ClassLabel; keep one")
@@ -181,7 +183,7 @@ def _columns(name: str, features: Any) -> tuple[str, str | None, str | None]:
 
 
 def _holds_text(feature: Any) -> bool:
-    """Return whether a column holds a string, or a list of strings, in each row."""
+    """Return whether a column has a string, or a list of strings, in each row."""
     inner = getattr(feature, "feature", feature)  # of Sequence and List
     if isinstance(inner, list):
         inner = inner[0] if len(inner) == 1 else None

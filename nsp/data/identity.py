@@ -1,15 +1,15 @@
-"""Tells one set of pictures from another by what is in it, wherever it lies, and says what changed.
+"""Recognizes a set of pictures by its content, not its path, and describes what changed.
 
-What a training step sees is a function of the seed, the step and the set: resumed on another set, a
-run would go on with other pictures in another order. `ImageSource.identity()` and
-`ShardSet.identity()` give a record for JSON, without any path; `describe_change` compares two.
+The samples of a training step follow from the seed, the step and the set: resumed on another set, a
+run would continue with other pictures in another order. `ImageSource.identity()` and
+`ShardSet.identity()` return a record for JSON, without any path; `describe_change` compares two.
 
     {"kind": "pictures", "num_samples": 2, "digest": "...", "samples": "...", "names": [...]}
     {"kind": "shards", "num_shards": 1, "digest": "...", "shards": [["a.tar", 10240, "sha256"]]}
 
-`digest` decides whether two sets are the same, order included. The rest is there to say what has
-changed, and is left out of records that would grow too large: `samples` holds short digests of
-name, captions, class and picture of each.
+`digest` decides whether two sets are the same, including their order. The rest serves to describe
+changes and is left out of records that would be too large: `samples` has short digests of the name,
+captions, class and picture of each sample.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from nsp.data.samples import Sample
 
 Identity = dict[str, Any]  # ready for JSON
 
-_MOST_SAMPLES = 100_000  # that are told apart, in 32 letters each
+_MOST_SAMPLES = 100_000  # samples with digests in a record, 32 letters each
 _MOST_NAMES = 10_000
 _MOST_SHARDS = 20_000
-# Letters of the digests of a sample, and where they end: names are looked up, others compared.
+# The letters of a sample's digests, and where each ends: names are looked up, others compared.
 _NAME, _CAPTIONS, _CLASS, _PICTURE = 12, 20, 24, 32
 _NAMED = 5
 
@@ -44,7 +44,7 @@ def _digest(value: object) -> bytes:
 
 
 def identity_of(samples: Sequence[Sample], digests: Sequence[bytes]) -> Identity:
-    """Return what tells listed samples from others; `digests` are those of their files."""
+    """Return the identity of listed samples; `digests` are those of their files."""
     whole, parts = hashlib.blake2b(digest_size=16), []
     for sample, digest in zip(samples, digests, strict=True):
         about = [_digest(part) for part in (sample.name, sample.captions, sample.class_id)]
@@ -61,7 +61,7 @@ def identity_of(samples: Sequence[Sample], digests: Sequence[bytes]) -> Identity
 
 
 def identity_of_shards(shards: Sequence[Shard]) -> Identity:
-    """Return what tells shards from others: names, sizes and, of indexed ones, their SHA-256."""
+    """Return the identity of shards: names, sizes and, if indexed, their SHA-256."""
     listed = [list(shard) for shard in shards]
     return {
         "kind": "shards",
@@ -99,7 +99,7 @@ def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
 
 @dataclass(frozen=True)
 class _Item:
-    """What is known of a sample or shard."""
+    """What is known about a sample or shard."""
 
     key: str
     name: str | None
@@ -109,7 +109,7 @@ class _Item:
 
 
 def _change(names: Sequence[str | None], what: str, how: str) -> str:
-    """Return "2 pictures more: a.png, b.png", as far as names are known; empty for none."""
+    """Return "2 pictures more: a.png, b.png", with the known names; empty if there are none."""
     if not names:
         return ""
     known = [name for name in names if name is not None]
@@ -118,13 +118,13 @@ def _change(names: Sequence[str | None], what: str, how: str) -> str:
 
 
 def _items(record: Mapping[str, Any]) -> dict[tuple[str, int], _Item] | None:
-    """Return the samples or shards by what they are called, and how often that came before."""
+    """Return the samples or shards by name and number of earlier samples of that name."""
     items, seen = {}, Counter[str]()
     try:
         for item in _shards(record) if record["kind"] == "shards" else _samples(record):
             items[item.key, seen[item.key]] = item
             seen[item.key] += 1
-    except (KeyError, TypeError, ValueError):  # left out, or not written by us
+    except (KeyError, TypeError, ValueError):  # missing, or not written by us
         return None
     return items
 

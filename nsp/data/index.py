@@ -1,4 +1,4 @@
-"""`index.json` beside packed shards: what lies in each, so that nobody has to open it to know."""
+"""`index.json` next to packed shards: their content, known without opening them."""
 
 import json
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ class ShardRecord(Config):
 
     file: str
     num_samples: int
-    num_train: int  # of them, not held out
+    num_train: int  # samples that are not held out
     num_bytes: int
     sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex(Config):
-    """The shards of a folder, in order. The list of what is held out opens each of them."""
+    """The shards of a folder, in order. Each begins with the list of held-out samples."""
 
     format: Literal["nsp-shards"] = "nsp-shards"
     version: Literal[1] = 1
@@ -37,7 +37,7 @@ class ShardIndex(Config):
 
 
 def parse_index(text: str | bytes, *, where: str) -> ShardIndex | None:
-    """Return the index, or None when the file is another program's; DataError when damaged."""
+    """Return the index, None if the file is from another program; DataError when damaged."""
     try:
         values: Any = json.loads(text)
         if not isinstance(values, dict) or values.get("format") != "nsp-shards":

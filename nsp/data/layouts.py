@@ -1,24 +1,24 @@
-"""Finds the samples of a folder: which files are pictures, and where their captions are.
+"""Finds the samples of a folder: its pictures and their captions.
 
-Captions are looked for everywhere, and all that are found are used or named:
+Captions are searched everywhere, and all that are found are used or named in a warning:
 
 1. tables anywhere inside (metadata.jsonl and others: see captions.py);
-2. `.txt`, `.caption` or `.json` beside a picture, of its name.
+2. `.txt`, `.caption` or `.json` next to a picture, with its name.
 
-Where a picture has several of these, the first of `metadata.jsonl` at the top, `.txt`, another
-table, `.caption`, `.json` is taken, and a warning says where they differ. Tables of the same rank
-that differ are an error.
+If a picture has several of these, the first of `metadata.jsonl` at the top, `.txt`, another table,
+`.caption`, `.json` is used, and a warning says where they differ. Tables of the same rank that
+differ are an error.
 
-Only a folder without any is read as one of these:
+A folder without captions is read as one of these:
 
-3. Pictures lie in subfolders: the subfolder is the class, and its name the caption.
-4. Pictures lie at the top: a set without captions.
-5. It holds no picture but `.tar` files at its top: shards, read one after the other (see
-   shard_listing.py).
+3. Pictures are in subfolders: the subfolder is the class, and its name the caption.
+4. Pictures are at the top: a set without captions.
+5. There is no picture, but there are `.tar` files at the top: shards, read one after the other
+(see shard_listing.py).
 
-A folder may carry a list `__heldout__` at its top (see heldout.py). Hidden files are passed over;
-other files that play no part are named in a warning. What plays a part and cannot be used (a
-picture without a caption, a caption without a picture) is a Problem.
+A folder may have a list `__heldout__` at its top (see heldout.py). Hidden files are skipped; a
+warning names other files that are not used. A file that should be used but cannot be (a picture
+without a caption, a caption without a picture) is a Problem.
 """
 
 import posixpath
@@ -46,18 +46,18 @@ from nsp.paths import describe, wrong_path
 from nsp.walk import Walk, walk_folder
 
 LAYOUTS = (
-    f"{METADATA_FILE} with file_name and text, a .txt beside each picture, one subfolder per class"
+    f"{METADATA_FILE} with file_name and text, a .txt next to each picture, one subfolder per class"
     ", pictures alone, or .tar shards"
 )
 _ARCHIVES = (".zip", ".rar", ".7z", ".tgz", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-# Kinds of folders, as of nsp/paths.py, of which their pictures make no set.
+# Kinds of folders (see nsp/paths.py) whose pictures are not a data set.
 _OTHERS = ("run", "saved step", "unfinished export", "hub model", "weights folder", "onnx")
-_MOST_LOOKED_AT = 50  # .json files whose names do not say that they hold captions
+_MOST_LOOKED_AT = 50  # .json files examined although their names do not mention captions
 _TELLING = ("metadata", "caption", "annotation", "prompt")
 
 
 def list_folder(root: Path) -> Listing:
-    """Return what lies in a folder; raises DataError when no layout fits, OSError when closed."""
+    """Return a folder's content; raises DataError if no layout fits, OSError if not readable."""
     walk = walk_folder(root)
     names = [name for name in walk.files if name != HELDOUT_MEMBER]
     pictures = [name for name in names if is_picture(name)]
@@ -79,7 +79,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def _tables(root: Path, names: list[str], pictures: list[str]) -> list[Table]:
-    """Return every table of captions, that at the top first."""
+    """Return every table of captions, the one at the top first."""
     stems = {stem(name) for name in pictures}
     candidates = []
     num_looked_at = 0
@@ -89,7 +89,7 @@ def _tables(root: Path, names: list[str], pictures: list[str]) -> list[Table]:
         if suffix not in TABLE_SUFFIXES or name == INDEX_FILE:
             continue
         if suffix in BESIDE_SUFFIXES and stem(name) in stems and base != METADATA_FILE:
-            continue  # of one picture
+            continue  # it belongs to one picture
         if suffix == CAPTION_SUFFIX and "caption" not in base:
             continue
         if suffix == JSON_SUFFIX and not tells:
@@ -102,17 +102,17 @@ def _tables(root: Path, names: list[str], pictures: list[str]) -> list[Table]:
 
 
 def _refuse_packed(root: Path, names: list[str], tables: Tables) -> None:
-    """Raise DataError when all that rows name is still in an archive."""
+    """Raise DataError when all pictures named by rows are still in an archive."""
     archives = [name for name in names if name.lower().endswith(_ARCHIVES)]
     if tables.bad and archives and not tables.captions:
         raise DataError(
-            f"{root}: nothing that {shown(tables.taken[0])} names is in the folder, "
-            f"but {shown(archives[0])} is; unpack it there"
+            f"{root}: the folder has none of the pictures named in {shown(tables.taken[0])}, "
+            f"but it has {shown(archives[0])}; unpack that there"
         )
 
 
 def _refuse_apart(root: Path, names: list[str], pictures: list[str]) -> None:
-    """Raise DataError when captions lie elsewhere than beside the pictures of their names."""
+    """Raise DataError when caption files are not next to the pictures of their names."""
     of = {posixpath.basename(stem(name)): name for name in pictures}
     of |= {posixpath.basename(name): name for name in pictures}
     apart = [
@@ -125,13 +125,13 @@ def _refuse_apart(root: Path, names: list[str], pictures: list[str]) -> None:
         picture = of[posixpath.basename(stem(apart[0]))]
         raise DataError(
             f"{root}: {shown(apart[0])} ({len(apart)} such files) seems to be the "
-            f"caption of {shown(picture)}; put it where it is read, "
+            f"caption of {shown(picture)}; move it to "
             f"{shown(stem(picture) + posixpath.splitext(apart[0])[1].lower())}, or remove it"
         )
 
 
 def _is_prose(path: Path) -> bool:
-    """Return whether a file holds words; boxes of objects, for one, are numbers."""
+    """Return whether a file has words; object boxes, for example, are numbers."""
     try:
         text = read_regular(path, most_bytes=MAX_CAPTION_BYTES).decode("utf-8", "replace")
     except (OSError, DataError):
@@ -152,8 +152,8 @@ def _list_uncaptioned(root: Path, pictures: list[str]) -> Listing:
         given = " or ".join(str(root / folder) for folder in below[:3])
         raise _no_set(
             root,
-            "no picture lies directly in a subfolder, where classes are, as "
-            f"{shown(pictures[0])} does not; give the folder that holds the class folders: {given}",
+            "pictures of classes must be directly in a subfolder, but "
+            f"{shown(pictures[0])} is not; give the folder with the class folders: {given}",
         )
     names = sorted({name.split("/")[0] for name in pictures if "/" in name})
     listing = Listing(class_names=tuple(shown(name) for name in names))
@@ -170,15 +170,15 @@ def _list_uncaptioned(root: Path, pictures: list[str]) -> Listing:
 
 
 def _list_shards(root: Path, names: list[str]) -> Listing:
-    """Return what the shards of a folder without pictures hold."""
+    """Return the content of the shards in a folder without pictures."""
     shards = _shards(names)
     if not shards:
         tables = [name for name in names if name.lower().endswith((".parquet", ".arrow"))]
         archives = [name for name in names if name.lower().endswith(_ARCHIVES)]
         if tables:
             raise DataError(
-                f"{root}: no picture, but {shown(tables[0])}, as Hugging Face's "
-                f"`datasets` keeps them; give hf:{root}"
+                f"{root}: no picture, but {shown(tables[0])}, the form of Hugging Face's "
+                f"`datasets`; give hf:{root}"
             )
         if archives:
             raise DataError(f"{root}: no picture, but {shown(archives[0])}; unpack it")
@@ -189,7 +189,7 @@ def _list_shards(root: Path, names: list[str]) -> Listing:
 
 
 def _no_set(root: Path, reason: str) -> DataError:
-    """Return the error about a folder that is no set: what else of ours it is, or the reason."""
+    """Return the error for a folder that is not a data set: what it is instead, or the reason."""
     found = describe(root)
     if found.model is None and found.kind not in _OTHERS:
         return DataError(f"{root}: {reason}")
@@ -201,7 +201,7 @@ def _shards(names: list[str]) -> list[str]:
 
 
 def _report(walk: Walk, listing: Listing) -> None:
-    """Add what the walk could not use or did not follow."""
+    """Add the entries that the walk could not use or did not follow."""
     for name, reason in walk.unusable:
         suffix = posixpath.splitext(name)[1].lower()
         if (
@@ -212,4 +212,4 @@ def _report(walk: Walk, listing: Listing) -> None:
             listing.refuse(name, reason)
         else:
             listing.leave([f"{name} ({reason})"])
-    listing.leave(f"{name} (a link to a folder that is read already)" for name in walk.not_followed)
+    listing.leave(f"{name} (a link to a folder that is already read)" for name in walk.not_followed)

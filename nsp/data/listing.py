@@ -1,4 +1,4 @@
-"""What a look at a place finds, before any picture is decoded: samples, problems, the rest."""
+"""A listing of a data set before any picture is decoded: samples, problems and other files."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ class FileSlice:
 
     path: Path
     offset: int = 0
-    num_bytes: int = -1  # -1: to the end of the file
+    num_bytes: int = -1  # -1 means to the end of the file
 
     def size(self) -> int:
         """Return the number of bytes; raises OSError."""
         return self.path.stat().st_size if self.num_bytes < 0 else self.num_bytes
 
     def read(self, most_bytes: int = MAX_PICTURE_BYTES) -> bytes:
-        """Return the bytes; opens the file anew, so threads and forked workers do not collide."""
+        """Return the bytes; opens the file each time, so threads and workers do not collide."""
         return read_regular(
             self.path, most_bytes=most_bytes, offset=self.offset, num_bytes=self.num_bytes
         )
@@ -31,7 +31,7 @@ class FileSlice:
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample, where its picture is and, once it was read, the digest of that file's bytes."""
+    """A sample, the place of its picture and, after reading, the digest of that file's bytes."""
 
     sample: Sample
     file: PictureFile
@@ -40,14 +40,16 @@ class Entry:
 
 @dataclass
 class Listing:
-    """What was found. Names go in as the file system has them, and come out fit to be shown."""
+    """What was found. Names come from the file system and are stored in printable form."""
 
     entries: list[Entry] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     class_names: tuple[str, ...] = ()
     heldout: list[tuple[str, str]] = field(default_factory=list)
-    missing: str | None = "no caption"  # why a sample without one is a problem; None: none has any
+    missing: str | None = (
+        "no caption"  # the problem of a sample without one; None: no captions at all
+    )
 
     def add(
         self,
@@ -58,7 +60,7 @@ class Listing:
     ) -> None:
         """Append a sample, and a problem when captions of it are empty or not UTF-8.
 
-        One of which all captions are so is no sample.
+        If all its captions are, it is not a sample.
         """
         texts: dict[str, None] = {}
         reasons = []
@@ -78,11 +80,11 @@ class Listing:
         self.problems.append(Problem(shown(name), reason))
 
     def leave(self, names: Iterable[str]) -> None:
-        """Append what plays no part."""
+        """Append names that are not used."""
         self.unused += [shown(name) for name in names]
 
     def settle(self) -> None:
-        """Make samples without a caption problems, unless the set has no captions at all."""
+        """Turn samples without a caption into problems, unless the set has no captions at all."""
         if self.missing is None:
             return
         bare = [entry.sample.name for entry in self.entries if not entry.sample.captions]

@@ -1,13 +1,13 @@
 """Packs any source into webdataset shards: the same source and options give the same bytes.
 
-    OUTPUT_DIR/train-000000.tar     __heldout__ where the source lists any, then the samples
+    OUTPUT_DIR/train-000000.tar     __heldout__ if the source lists any, then the samples
                                     <key>.<picture suffix>, <key>.txt with the first caption,
-                                    <key>.json with all where there are more (see captions.py)
-                                    and, of classes, <key>.cls
+                                    <key>.json with all if there are more (see captions.py)
+                                    and, for classes, <key>.cls
     OUTPUT_DIR/index.json           counts, sizes and SHA-256 of every shard (see index.py)
 
-Pictures are copied as they are. Held-out samples are packed with their list: every reader of ours
-keeps them from training.
+Pictures are copied unchanged. Held-out samples are packed with their list: all our readers exclude
+them from training.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ from nsp.files import write_folder
 
 logger = logging.getLogger(__name__)
 
-SHARD_SIZE_MB = 100  # of 10**6 bytes, unless asked for otherwise
-_MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the suffix
+SHARD_SIZE_MB = 100  # default size, in 10**6 bytes
+_MAX_KEY_BYTES = 80  # a plain tar header has space for 100, including the suffix
 _SUFFIXES = {
     "AVIF": ".avif",
     "BMP": ".bmp",
     "GIF": ".gif",
     "JPEG": ".jpg",
     "JPEG2000": ".jp2",
-    "MPO": ".jpg",  # a JPEG with more pictures behind the first
+    "MPO": ".jpg",  # a JPEG with more pictures after the first
     "PPM": ".ppm",
     "TIFF": ".tif",
     "WEBP": ".webp",
@@ -58,9 +58,9 @@ def pack(
 ) -> ShardIndex:
     """Write the samples of all splits in an order drawn from `seed`; return the index.
 
-    A shard ends at `samples_per_shard` or, without it, at `shard_size_mb` (10**6 bytes). The order
-    is random because a stream shuffles little: sorted classes would make batches of one class.
-    Raises ConfigError for a folder that is not empty, DataError as `open_source`.
+    A shard has `samples_per_shard` samples or, without it, `shard_size_mb` (10**6 bytes). The order
+    is random because a stream shuffles only a little: sorted classes would give batches of one
+    class. Raises ConfigError for a folder that is not empty, DataError as `open_source`.
     """
     if samples_per_shard is not None and shard_size_mb is not None:
         raise ConfigError("samples per shard and shard size are both given; choose one")
@@ -97,7 +97,7 @@ def _cut(
     most_samples: int | None,
     most_bytes: int,
 ) -> Iterator[dict[int, list[Member]]]:
-    """Yield the members of the samples of each shard, by sample."""
+    """Yield for each shard the members of its samples, sample by sample."""
     shard: dict[int, list[Member]] = {}
     num_bytes = 0
     for number in order:
@@ -116,7 +116,7 @@ def _cut(
 def _members(source: ImageSource, key: str, number: int) -> list[Member]:
     """Return the files of one sample, sorted by name."""
     sample, content = source.samples[number], source.files[number].read()
-    # Readers go by content, not by suffix.
+    # Readers use the content, not the suffix.
     suffix = _SUFFIXES.get(picture_format(content), ".png")
     members = [(key + suffix, content)]
     if sample.captions:
@@ -136,7 +136,7 @@ def _write_shard(
     keys: list[str],
     heldout: Heldout,
 ) -> ShardRecord:
-    """Write one shard, the held-out list at its head, and return its record."""
+    """Write one shard, beginning with the held-out list, and return its record."""
     members: list[Member] = []
     if heldout.rows:
         members.append((HELDOUT_MEMBER, format_heldout(sorted(heldout.rows)).encode()))
@@ -155,13 +155,13 @@ def _write_shard(
 
 
 def _keys(names: Iterable[str]) -> list[str]:
-    """Return a key for each name: the name itself where a tar and a reader of tars can hold it."""
+    """Return a key for each name: the name itself if tar files and their readers allow it."""
     taken: set[str] = set()
     keys = []
     for number, name in enumerate(names):
         folder, base = posixpath.split(posixpath.splitext(name)[0] if "." in name else name)
         key = posixpath.join(folder, base.replace(".", "_"))  # a key ends at the first dot
-        # Readers pass over hidden members.
+        # Readers skip hidden members.
         if len(key.encode()) > _MAX_KEY_BYTES or key in taken or is_hidden(key):
             end = key.encode()[-40:].decode(errors="ignore")
             key = f"{number:09d}-{end.replace('/', '-').replace('.', '_')}"

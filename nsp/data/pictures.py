@@ -1,9 +1,9 @@
 """Decodes the bytes of any picture file into 8-bit RGB, or says why they cannot be used.
 
-The one place of nsp that opens pictures. Its limits are its own, the same under every setting of
-the library that decodes: at most MAX_PIXELS are read; decoding takes at most MEMORY_BYTES, of one
-picture and of all that are decoded side by side (see bounds.py). What a decoder has to say about
-damage stays in our log at debug level; users read our words.
+Only this module of nsp opens pictures. Its limits do not depend on the settings of the decoding
+library: at most MAX_PIXELS are read, and decoding takes at most MEMORY_BYTES, for one picture and
+for all that are decoded at the same time (see bounds.py). A decoder's own messages about damage go
+to our log at debug level; users read our messages.
 """
 
 import ctypes
@@ -30,10 +30,10 @@ PICTURE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff"}
     | {".webp"}
 )
-MAX_PIXELS = 178_956_970  # where Pillow draws the line too, unless told otherwise
+MAX_PIXELS = 178_956_970  # Pillow's default limit
 _MEMORY = ByteBudget(MEMORY_BYTES)
-_SMALL_FILE = 16 << 20  # bytes that any number of threads may read at once
-# Bytes a pixel that a decoder itself takes beside the picture it makes, and those it keeps after.
+_SMALL_FILE = 16 << 20  # bytes; any number of threads may read files up to this size at once
+# Bytes per pixel that a decoder needs besides its result, and those that it keeps afterwards.
 _DECODER_BYTES = {
     "AVIF": (10, 6),
     "JPEG": (8, 0),  # progressive CMYK
@@ -41,30 +41,30 @@ _DECODER_BYTES = {
     "MPO": (8, 0),
     "WEBP": (12, 8),
 }
-_STRIP_PIXELS = 1 << 20  # of a transparent picture, laid on white at once
+_STRIP_PIXELS = 1 << 20  # pixels of a transparent picture that are put on white at once
 _NARROW_MODES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 _WITH_ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
 
 
 class PictureFile(Protocol):
-    """Where the bytes of one picture lie; safe to read from any thread and to pickle."""
+    """The place of one picture's bytes; safe to read from any thread and to pickle."""
 
     @property
     def path(self) -> Path:
         """The file to repair when the picture is damaged."""
 
     def size(self) -> int:
-        """Return how many bytes it has, as far as that is known before reading; raises OSError."""
+        """Return its number of bytes, if that is known before reading; raises OSError."""
 
     def read(self) -> bytes:
-        """Return the bytes; raises OSError, or DataError with the bare reason."""
+        """Return the bytes; raises OSError, or DataError with only the reason."""
 
 
 def decode_rgb(content: bytes) -> Image.Image:
     """Return the whole picture as RGB, upright (EXIF orientation), transparency on white.
 
-    Of an animation, the first frame. 16-bit greyscale keeps its high byte. Raises DataError with
-    the bare reason (no file name) when the bytes are empty, truncated, not a picture or too large.
+    An animation gives its first frame. 16-bit greyscale keeps its high byte. Raises DataError with
+    only the reason (no file name) when the bytes are empty, truncated, not a picture or too large.
     """
     with _decoding():
         picture = _opened(content)
@@ -80,7 +80,7 @@ def picture_in_memory(file: PictureFile) -> Iterator[tuple[bytes, Image.Image]]:
     """
     num_bytes = file.size()
     check_size(num_bytes, MAX_PICTURE_BYTES)
-    if num_bytes > _SMALL_FILE:  # and nobody knows yet what it claims to be: alone
+    if num_bytes > _SMALL_FILE:  # its header is not known yet, so it is read alone
         with _MEMORY.hold(_MEMORY.num_bytes):
             content = file.read()
             with _decoding():
@@ -112,20 +112,20 @@ def read_text_chunks(path: Path) -> dict[str, str]:
 
 
 def _opened(content: bytes) -> ImageFile.ImageFile:
-    """Return a picture of which only the header is read; raises DataError, and as Pillow does."""
+    """Return a picture with only its header read; raises DataError and Pillow's errors."""
     if not content:
         raise DataError("the file is empty")
     try:
         picture = Image.open(io.BytesIO(content))
     except UnidentifiedImageError as error:
         raise DataError(_not_a_picture(content)) from error
-    if picture.format == "EPS":  # a program, which Pillow has Ghostscript run
+    if picture.format == "EPS":  # a program, which Pillow would run with Ghostscript
         raise DataError("a PostScript file; convert it to PNG")
     _check_pixels(picture.width * picture.height)
     if (needed := _memory_of(picture)) > MEMORY_BYTES:
         raise DataError(
-            f"{picture.width} x {picture.height} pixels, which take {needed / 2**30:.1f} GiB of "
-            f"memory to decode from {picture.format}; at most {MEMORY_BYTES >> 30} GiB are taken: "
+            f"{picture.width} x {picture.height} pixels, which need {needed / 2**30:.1f} GiB of "
+            f"memory to decode from {picture.format}; at most {MEMORY_BYTES >> 30} GiB are used; "
             "make it smaller, or convert it to JPEG or PNG"
         )
     return picture
@@ -134,13 +134,13 @@ def _opened(content: bytes) -> ImageFile.ImageFile:
 def _check_pixels(count: int) -> None:
     if count > MAX_PIXELS:
         raise DataError(
-            f"{count / 1e6:,.0f} million pixels; at most {MAX_PIXELS / 1e6:.0f} million are read: "
+            f"{count / 1e6:,.0f} million pixels; at most {MAX_PIXELS / 1e6:.0f} million are read; "
             "make it smaller"
         )
 
 
 def _not_a_picture(content: bytes) -> str:
-    """Return what bytes are that no decoder knows."""
+    """Return what bytes are if no decoder knows them."""
     found = sniff_bytes(content)
     if found.is_spoilt:
         return f"not a picture: it {found.words}; {found.remedy}"
@@ -148,10 +148,10 @@ def _not_a_picture(content: bytes) -> str:
 
 
 def _memory_of(picture: ImageFile.ImageFile) -> int:
-    """Return the bytes that decoding takes at most, by what the header says."""
+    """Return the most bytes that decoding can need, according to the header."""
     stored = _NARROW_MODES.get(picture.mode, 4)
     decoding, kept = _DECODER_BYTES.get(picture.format or "", (0, 0))
-    further = 8 if picture.mode.startswith("I") else 4  # turned upright, or made RGB
+    further = 8 if picture.mode.startswith("I") else 4  # to rotate it, or to convert it to RGB
     pixels = picture.width * picture.height
     in_strips = 0
     if picture.mode in _WITH_ALPHA or "transparency" in picture.info:
@@ -160,22 +160,24 @@ def _memory_of(picture: ImageFile.ImageFile) -> int:
 
 
 def _to_rgb(opened: ImageFile.ImageFile) -> Image.Image:
-    """Return what `decode_rgb` does, without a copy where nothing changes: it may be large."""
+    """Return the result of `decode_rgb`; without a copy if nothing changes, as it may be large."""
     opened.load()
     is_16_bit = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
     ImageOps.exif_transpose(opened, in_place=True)
     image: Image.Image = opened
     if is_16_bit:
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):  # Pillow would clip these at 255 without a word
-        raise DataError(f"pixel mode {image.mode} has no fixed white; convert it to 8 or 16 bit")
+    elif image.mode in ("I", "F"):  # Pillow would clip these at 255 without a warning
+        raise DataError(
+            f"pixel mode {image.mode} has no fixed white value; convert it to 8 or 16 bit"
+        )
     if image.has_transparency_data:
         return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return a transparent picture on white, by strips: whole, it would be there five times."""
+    """Return a transparent picture on white, strip by strip, to avoid five copies in memory."""
     rgb = Image.new("RGB", image.size)
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
@@ -187,13 +189,13 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Make whatever a decoder raises a DataError with a bare reason in our words."""
+    """Turn any error of a decoder into a DataError with a reason for users."""
     try:
         with _quiet():
             yield
     except DataError:
         raise
-    except Image.DecompressionBombError as error:  # of a part, or of a lower limit of the process
+    except Image.DecompressionBombError as error:  # for a part, or by a lower limit of the process
         told = re.search(r"\((\d+) pixels\)", str(error))
         _check_pixels(int(told[1]) if told else MAX_PIXELS + 1)
         raise DataError("more pixels than this process lets Pillow read; make it smaller") from None
@@ -209,15 +211,15 @@ def _damage(error: Exception) -> str:
     if "truncated" in text or "unexpected end" in text or "not enough image data" in text:
         return "cut short: its end is missing"
     if isinstance(error, NotImplementedError) or "not available" in text or "unsupported" in text:
-        return "of a kind that cannot be decoded here; convert it to PNG or JPEG"
+        return "in a format that cannot be decoded here; convert it to PNG or JPEG"
     return "damaged: it cannot be decoded"
 
 
 class _Quiet:
-    """Blocks in which Pillow and libtiff say nothing, in any number of threads.
+    """Blocks in which Pillow and libtiff print nothing, in any number of threads.
 
-    Warning filters, the level of Pillow's log and libtiff's handlers are the process's: the first
-    thread to come changes them, the last one restores.
+    Warning filters, the level of Pillow's log and libtiff's handlers belong to the whole process:
+    the first thread changes them, and the last one restores them.
     """
 
     def __init__(self) -> None:
@@ -248,13 +250,13 @@ class _Quiet:
 
 @contextmanager
 def _silent_libtiff() -> Iterator[None]:
-    """Keep libtiff from writing to the terminal, which it does in C, past all of Python's streams.
+    """Keep libtiff from writing to the terminal, which it does in C, without Python's streams.
 
-    Taking its handlers away is its own way, and leaves what other threads write to stderr alone.
+    Removing its handlers is its documented way, and does not affect other threads' use of stderr.
     """
     setters = []
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
-        # Found through Pillow's module, which is linked to the libtiff that it uses, if to any.
+        # Found through Pillow's module, which is linked to the libtiff that it uses, if it has one.
         setter = getattr(ctypes.CDLL(_imaging.__file__), name, None)
         if setter is not None:
             setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p

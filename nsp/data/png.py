@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs that say what made them, under names that say what they show."""
+"""Writes PNG files with metadata on their origin, and names them after their content."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from nsp.files import write_file
 
-_SLUG_BYTES = 60  # leaves room for the rest of a name below the usual limit of 255
+_SLUG_BYTES = 60  # so that the whole name stays below the usual limit of 255
 
 
 def slug(text: str) -> str:
@@ -24,15 +24,15 @@ def slug(text: str) -> str:
 def write_png(
     path: Path, pixels_HW3: NDArray[np.uint8], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a PNG with `metadata` in its text chunks: all of it, or nothing when it fails.
+    """Write a PNG with `metadata` in its text chunks; if that fails, no file is left.
 
-    Text outside Latin-1 goes into the PNG's international chunks, as the format asks.
+    Text outside Latin-1 goes into international text chunks, as the format requires.
     """
     write_image(path, Image.fromarray(pixels_HW3), metadata)
 
 
 def write_image(path: Path, image: Image.Image, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a Pillow image as `write_png` does."""
+    """Write a Pillow image, like `write_png`."""
     text = PngInfo()
     for key, value in (metadata or {}).items():
         text.add_text(key, value)

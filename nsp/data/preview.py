@@ -1,4 +1,4 @@
-"""A few pictures to look at, of a data set or a stream."""
+"""A few sample pictures of a data set or a stream."""
 
 from itertools import islice
 from typing import Any
@@ -10,7 +10,7 @@ from nsp.data.stream import ShardStream
 
 
 def preview(data: ImageDataset | ShardStream, count: int, *, seed: int) -> list[Any]:
-    """Return up to `count` items: any, chosen by `seed`; or the first of a stream's shards."""
+    """Return up to `count` items: random ones chosen by `seed`, or the first of a stream."""
     if isinstance(data, ShardStream):
         return list(islice(iter(data.in_order()), count))
     rng = np.random.default_rng(seed)

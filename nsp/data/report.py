@@ -1,4 +1,4 @@
-"""Reports of many things in few words: reasons counted, the first names of each."""
+"""Short reports about many files: each reason with its count and the first names."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from nsp.data.samples import Problem
 MOST_NAMED = 10
 _MOST_REASONS = 8
 _NAMES_OF_EACH = 3
-_MOST_LETTERS = 240  # of one name or reason
+_MOST_LETTERS = 240  # letters of one name or reason
 
 
 def by_reason(problems: Iterable[Problem]) -> list[tuple[str, list[str]]]:
@@ -22,7 +22,7 @@ def by_reason(problems: Iterable[Problem]) -> list[tuple[str, list[str]]]:
 def summary(problems: Iterable[Problem]) -> str:
     """Return the reasons with their counts and a few names: "400: the file is empty (a, b, ...)".
 
-    A reason that applies to one file is told after its name: "a (the file is empty)".
+    For a reason that applies to one file, the name comes first: "a (the file is empty)".
     """
     reasons = by_reason(problems)
     shown = [_one_reason(reason, names) for reason, names in reasons[:_MOST_REASONS]]
@@ -32,7 +32,7 @@ def summary(problems: Iterable[Problem]) -> str:
 
 
 def first(names: Sequence[str], count: int = MOST_NAMED, total: int | None = None) -> str:
-    """Return the first names, and how many more there are of `total` or of all."""
+    """Return the first names, and how many more there are (of `total`, if given)."""
     rest = (len(names) if total is None else total) - min(count, len(names))
     more = f" and {rest} more" if rest > 0 else ""
     return ", ".join(_short(name) for name in names[:count]) + more

@@ -1,4 +1,4 @@
-"""What a captioned picture is made of, wherever it lies, and what makes one unusable."""
+"""The parts of a captioned picture from any source, and the reasons why one is unusable."""
 
 import posixpath
 import re
@@ -10,7 +10,7 @@ import numpy as np
 from nsp.data.pictures import PICTURE_SUFFIXES
 from nsp.errors import DataError
 
-MAX_CLASSES = 1_000_000  # a larger number is no class
+MAX_CLASSES = 1_000_000  # a larger number is not a class
 CAPTION_SUFFIX, CLASS_SUFFIX = ".txt", ".cls"
 CAPTIONS_SUFFIX, JSON_SUFFIX = ".caption", ".json"  # other places of captions (see captions.py)
 BESIDE_SUFFIXES = frozenset({CAPTION_SUFFIX, CAPTIONS_SUFFIX, JSON_SUFFIX})
@@ -20,9 +20,9 @@ TAR_SUFFIXES = PICTURE_SUFFIXES | BESIDE_SUFFIXES | {CLASS_SUFFIX}
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture: `name` is its path in the folder (or its key in the tar), fit to be shown.
+    """One picture: `name` is its path in the folder or its key in the tar, in printable form.
 
-    `captions` are all its different ones, empty in a set without captions.
+    `captions` are all its different captions, empty in a set without captions.
     """
 
     name: str
@@ -47,19 +47,19 @@ class Problem:
 
 
 def shown(name: str) -> str:
-    """Return a name of the file system as text that any encoder takes: `\\xe9` for a stray byte."""
+    """Return a file name as text that can be encoded: `\\xe9` for a byte that is not UTF-8."""
     return _HALF_CHARACTER.sub(_escape, name)
 
 
 def _escape(found: re.Match[str]) -> str:
-    code = ord(found[0])  # U+DC80 to U+DCFF: a byte that was not UTF-8, as Python holds it
+    code = ord(found[0])  # U+DC80 to U+DCFF: Python's form of a byte that was not UTF-8
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 def drawn_caption(count: int, *, seed: int, epoch: int, number: int) -> int:
-    """Return which of `count` captions sample `number` has in an epoch; of that alone and `seed`.
+    """Return which of `count` captions sample `number` has in an epoch, depending only on `seed`.
 
-    Crops draw from the same key at another counter (see crops.py), so neither moves the other.
+    Crops use the same key with another counter (see crops.py), so neither affects the other.
     """
     if count < 2:
         return 0
@@ -73,7 +73,7 @@ def drawn_caption(count: int, *, seed: int, epoch: int, number: int) -> int:
 def tar_key(name: str) -> tuple[str, str]:
     """Return the webdataset key and the suffix of a member: a key ends at its file's first dot.
 
-    A key is fit to be shown: bytes that are not UTF-8 are escaped.
+    A key is printable: bytes that are not UTF-8 are escaped.
     """
     folder, base = posixpath.split(posixpath.normpath(shown(name)))
     stem, dot, suffix = base.partition(".")
@@ -86,11 +86,11 @@ def leads_out(key: str) -> bool:
 
 
 def check_key(key: str) -> None:
-    """Raise DataError with the bare reason for a key under which no tar should be unpacked."""
+    """Raise DataError with only the reason for a key that is not safe to unpack."""
     if leads_out(key):
         raise DataError("its name leads out of the tar; pack it again with relative names")
     if "\0" in key:
-        raise DataError("its name holds a null character")
+        raise DataError("its name has a null character")
 
 
 def is_picture(name: str) -> bool:
@@ -104,30 +104,30 @@ def stem(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file, or a folder it lies in, is hidden."""
+    """Return whether a file, or a folder around it, is hidden."""
     return any(part.startswith(".") for part in posixpath.normpath(name).split("/"))
 
 
 def picture_suffix(suffixes: Iterable[str]) -> str:
-    """Return the suffix of a tar sample's one picture; DataError with the bare reason without."""
+    """Return the suffix of a tar sample's only picture; otherwise DataError with the reason."""
     pictures = [suffix for suffix in suffixes if suffix in PICTURE_SUFFIXES]
     if len(pictures) != 1:
         what = " and ".join(pictures) if pictures else "no picture"
-        raise DataError(f"a caption needs one picture, it has {what}")
+        raise DataError(f"a caption needs one picture, but it has {what}")
     return pictures[0]
 
 
 def parse_caption(caption: bytes | str) -> str:
-    """Return the caption as text; DataError with the bare reason when it is none."""
+    """Return the caption as text; DataError with only the reason if it is not text."""
     try:
         text = caption.decode("utf-8-sig") if isinstance(caption, bytes) else caption
-        text.encode()  # JSON can spell half a character
+        text.encode()  # JSON can contain lone surrogates
     except UnicodeError as error:
         raise DataError("its caption is not UTF-8") from error
     if not text.strip():
         raise DataError("its caption is empty")
-    if "\0" in text:  # bytes of something else, such as UTF-16 without its mark
-        raise DataError("its caption holds a null character")
+    if "\0" in text:  # other bytes, such as UTF-16 without a byte-order mark
+        raise DataError("its caption has a null character")
     return text.strip()
 
 

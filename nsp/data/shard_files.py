@@ -1,4 +1,4 @@
-"""Opens the files of shards, here or behind a URL."""
+"""Opens shards, as local files or by URL."""
 
 import tarfile
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from nsp.data.bounds import check_size
 from nsp.data.tars import open_tar
 from nsp.errors import ConfigError, DataError
 
-_CUT_OFF = (23, 141, -13)  # how curl, a shell and others end when we read no further
+_CUT_OFF = (23, 141, -13)  # exit codes of curl, a shell and others when we stop reading
 
 
 @contextmanager
 def opened(url: str) -> Iterator[tarfile.TarFile]:
     """Yield a shard open for `walk`, as webdataset opens it; raises tarfile.TarError or OSError.
 
-    The command that fetches a URL may hold a token, so no error repeats it.
+    The command that fetches a URL may contain a token, so no error repeats it.
     """
     from webdataset.gopen import gopen  # type: ignore[import-untyped]
 
@@ -27,7 +27,7 @@ def opened(url: str) -> Iterator[tarfile.TarFile]:
         file: IO[bytes] = gopen(url)
     except OSError:
         raise
-    except Exception as error:  # every scheme has a library of its own
+    except Exception as error:  # every scheme has its own library
         raise OSError(f"cannot be opened: {type(error).__name__}: {error}") from error
     try:
         with open_tar(file, seekable=local_path(url) is not None) as archive:
@@ -44,7 +44,7 @@ def opened(url: str) -> Iterator[tarfile.TarFile]:
 
 
 def _end(file: IO[bytes]) -> int:
-    """Close what was opened; return the exit status of a command that failed by itself, else 0."""
+    """Close a shard; return the exit status of a command that failed by itself, otherwise 0."""
     with suppress(OSError):
         file.close()
     status: int | None = getattr(file, "status", None)
@@ -52,7 +52,7 @@ def _end(file: IO[bytes]) -> int:
 
 
 def extract(archive: tarfile.TarFile, info: tarfile.TarInfo, most_bytes: int) -> bytes:
-    """Return what a member holds; DataError with the bare reason when that is too much."""
+    """Return the content of a member; DataError with only the reason if it is too large."""
     check_size(info.size, most_bytes)
     file = archive.extractfile(info)
     assert file is not None  # a regular file
@@ -60,7 +60,7 @@ def extract(archive: tarfile.TarFile, info: tarfile.TarInfo, most_bytes: int) ->
 
 
 def expand(spec: str | Path) -> tuple[str, ...]:
-    """Return the URLs of the shards in a folder, or of a path or URL that may hold braces."""
+    """Return the URLs of the shards in a folder, or of a path or URL that may contain braces."""
     if Path(spec).is_dir():
         urls = [str(path) for path in sorted(Path(spec).glob("*.tar")) if path.name[0] != "."]
         if not urls:
@@ -75,13 +75,13 @@ def expand(spec: str | Path) -> tuple[str, ...]:
 
 
 def check_scheme(url: str, allow_commands: bool) -> None:
-    """Raise ConfigError for a URL that cannot be read, or that may not be."""
+    """Raise ConfigError for a URL that cannot be read or is not allowed."""
     from webdataset.gopen import gopen_schemes
 
     scheme = urlparse(url).scheme
     if scheme == "pipe" and not allow_commands:
         raise ConfigError(
-            f"{url} would run a command of the shell; mount what it reads, or use an https: URL"
+            f"{url} would run a shell command; mount its source as a folder, or use an https: URL"
         )
     if scheme and scheme != "file" and scheme not in gopen_schemes:
         known = ", ".join(sorted({*gopen_schemes, "file"} - {"__default__", "pipe"}))
@@ -89,7 +89,7 @@ def check_scheme(url: str, allow_commands: bool) -> None:
 
 
 def local_path(url: str) -> Path | None:
-    """Return the path of a URL on this machine, None for another."""
+    """Return the path of a URL on this machine, None for other URLs."""
     parts = urlparse(url)
     if parts.scheme == "file":
         return Path(url2pathname(parts.path))

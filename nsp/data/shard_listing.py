@@ -1,7 +1,7 @@
 """Lists the samples of one tar: `<key>.<picture suffix>` with `<key>.txt`, `.caption` or `.json`.
 
-It is uncompressed, as webdataset has it, and may hold the number of a class in `<key>.cls`;
-`index.json` beside it (see pack.py) names classes. It may carry a list `__heldout__`.
+It is uncompressed, as webdataset requires, and may have the number of a class in `<key>.cls`;
+`index.json` next to it (see pack.py) names classes. It may have a list `__heldout__`.
 """
 
 import posixpath
@@ -30,17 +30,17 @@ from nsp.data.samples import (
 from nsp.data.tars import open_tar, walk
 from nsp.errors import DataError
 
-MISSING = "no .txt with its caption in the tar"
+MISSING = "the tar has no .txt with its caption"
 
 
 def list_tar(path: Path) -> Listing:
-    """Return what lies in an uncompressed tar; raises DataError when it cannot be read."""
+    """Return the content of an uncompressed tar; raises DataError when it cannot be read."""
     try:
         with path.open("rb") as file, open_tar(file, seekable=True) as archive:
             members = list(walk(archive))
     except (tarfile.TarError, OSError) as error:
         raise DataError(
-            f"{path}: not a whole, uncompressed tar ({error}); unpack a compressed one first"
+            f"{path}: not a complete, uncompressed tar ({error}); decompress a compressed one first"
         ) from error
     listing = Listing(missing=None)
     index = read_index(path.parent)
@@ -51,7 +51,7 @@ def list_tar(path: Path) -> Listing:
     for member in sorted(members, key=lambda member: posixpath.normpath(member.name)):
         held = FileSlice(path, member.offset_data, member.size)
         key, suffix = tar_key(member.name)
-        if is_heldout(member.name):  # there may be several lists, as of tars that were joined
+        if is_heldout(member.name):  # joined tars may have several lists
             content = held.read(MAX_HELDOUT_BYTES)
             listing.heldout += parse_heldout(content, where=f"{path}: {HELDOUT_MEMBER}")
         elif is_hidden(member.name) and not leads_out(key):
@@ -73,7 +73,7 @@ def list_tar(path: Path) -> Listing:
 
 
 def _add(listing: Listing, key: str, by_suffix: Mapping[str, FileSlice]) -> None:
-    """Add one sample, or the reason that it is none."""
+    """Add one sample, or the reason why it is not a sample."""
     texts = by_suffix.keys() & BESIDE_SUFFIXES
     try:
         check_key(key)

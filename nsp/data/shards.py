@@ -1,4 +1,4 @@
-"""Finds the tar shards of a set, here or behind a URL, and reads one from its head to its end."""
+"""Finds the tar shards of a set, local or by URL, and reads a shard from beginning to end."""
 
 import logging
 import tarfile
@@ -44,12 +44,12 @@ from nsp.errors import DataError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
-_HEAD_PICTURES = 20  # that tell whether a set has captions
+_HEAD_PICTURES = 20  # first pictures, which show whether a set has captions
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """One captioned picture as the shard holds it; `content` is empty where it was passed over."""
+    """One captioned picture as stored in the shard; `content` is empty if it was skipped."""
 
     key: str
     captions: tuple[str, ...]  # empty in a set without any
@@ -59,21 +59,21 @@ class RawSample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSet:
-    """The shards of a set, in order, and what is known before any is read through."""
+    """The shards of a set, in order, and what is known before they are read."""
 
     urls: tuple[str, ...]
-    records: Mapping[str, ShardRecord]  # of the urls that an index.json lists
+    records: Mapping[str, ShardRecord]  # by URL, for shards listed in an index.json
     class_names: tuple[str, ...]
     heldout: Heldout
-    has_captions: bool  # as far as the head of the first shard tells; a set has them, or has none
+    has_captions: bool  # by the first samples of the first shard; all have captions, or none
 
     def identity(self) -> Identity:
-        """Return what tells these shards from others, wherever they lie (see identity.py)."""
+        """Return the identity of these shards, which does not depend on paths (see identity.py)."""
         return identity_of_shards([self._shard(url) for url in self.urls])
 
     def _shard(self, url: str) -> Shard:
-        """Return file name, bytes and SHA-256 of a shard, as far as they are known."""
-        name = url.partition("?")[0].rpartition("/")[2]  # behind "?" there may be a token
+        """Return file name, bytes and SHA-256 of a shard; unknown ones are None or empty."""
+        name = url.partition("?")[0].rpartition("/")[2]  # after "?" there may be a token
         if record := self.records.get(url):
             return name, record.num_bytes, record.sha256
         path = local_path(url)
@@ -81,12 +81,12 @@ class ShardSet:
 
 
 def find_shards(spec: str | Path, *, allow_commands: bool = False) -> ShardSet:
-    """Return the shards of a folder, or of a path or URL that may hold braces: a-{000..127}.tar.
+    """Return the shards of a folder, or of a path or URL with braces such as a-{000..127}.tar.
 
-    The held-out list is gathered from a file `__heldout__` beside local shards, from every local
-    shard that no `index.json` lists (their members are walked through here, once), and from the
-    first member of the first shard. Raises DataError for shards that do not exist, ConfigError for
-    a URL that cannot be read; `pipe:` URLs run a command of the shell and need `allow_commands`.
+    The held-out list is collected from a file `__heldout__` next to local shards, from every local
+    shard that no `index.json` lists (their members are listed once here), and from the first member
+    of the first shard. Raises DataError for shards that do not exist, ConfigError for a URL that
+    cannot be read; `pipe:` URLs run a shell command and need `allow_commands`.
     """
     try:
         import webdataset.gopen  # type: ignore[import-untyped]  # noqa: F401
@@ -108,9 +108,9 @@ def find_shards(spec: str | Path, *, allow_commands: bool = False) -> ShardSet:
     rows = [row for path in {path.parent for path in local.values()} for row in read_heldout(path)]
     unlisted = [url for url in local if url not in records]
     if unlisted:
-        logger.info("%s: looking through %d shards for held-out lists", spec, len(unlisted))
+        logger.info("%s: searching %d shards for held-out lists", spec, len(unlisted))
     for url in unlisted:
-        with suppress(tarfile.TarError, OSError):  # told when the shard is read
+        with suppress(tarfile.TarError, OSError):  # reported when the shard is read
             rows += _list_inside(url)
     has_captions = True
     try:
@@ -129,28 +129,28 @@ def find_shards(spec: str | Path, *, allow_commands: bool = False) -> ShardSet:
 
 
 def wrong_sizes(shards: ShardSet) -> list[Problem]:
-    """Return the local shards that are longer or shorter than index.json says."""
+    """Return the local shards whose size differs from index.json."""
     found = []
     for url, record in shards.records.items():
         path = local_path(url)
         if path is not None and path.stat().st_size != record.num_bytes:
-            reason = f"{path.stat().st_size} bytes, {INDEX_FILE} says {record.num_bytes}"
+            reason = f"{path.stat().st_size} bytes, but {INDEX_FILE} says {record.num_bytes}"
             found.append(Problem(url, reason))
     return found
 
 
 class ShardReader:
-    """Reads the training samples of shards: none that is held out. Copies may read elsewhere."""
+    """Reads the training samples of shards, without held-out ones. Copies may read elsewhere."""
 
     def __init__(self, known: ShardSet) -> None:
         self._known = known
-        self._noted: set[str] = set()  # suffixes of members that play no part
+        self._noted: set[str] = set()  # suffixes of unused members
 
     def read(self, url: str, *, skip: int = 0) -> Iterator[RawSample | Problem]:
-        """Yield the samples in order; the first `skip` without their pictures, which is cheap.
+        """Yield the samples in order; the first `skip` come without pictures, which is quick.
 
-        A sample or shard that cannot be used is a Problem instead. Raises DataError for a held-out
-        list that was not known beforehand: what it names may have been yielded.
+        A sample or shard that cannot be used gives a Problem instead. Raises DataError for a
+        held-out list that was not known before: its samples may already have been yielded.
         """
         number, key = 0, "its head"
         try:
@@ -164,7 +164,7 @@ class ShardReader:
             yield Problem(url, f"{line_of(error)}; its samples after {key} are lost")
 
     def _members(self, url: str, archive: tarfile.TarFile) -> Iterator["_Member"]:
-        """Yield the members that make samples."""
+        """Yield the members that belong to samples."""
         can_rewind = local_path(url) is not None
         for info in walk(archive):
             key, suffix = tar_key(info.name)
@@ -174,7 +174,7 @@ class ShardReader:
                 continue
             elif suffix in TAR_SUFFIXES:
                 content = None
-                if not can_rewind:  # what is too long is refused when it is asked for
+                if not can_rewind:  # a member that is too long is refused when it is used
                     fits = info.size <= MAX_PICTURE_BYTES
                     content = extract(archive, info, MAX_PICTURE_BYTES) if fits else b""
                 yield _Member(key, suffix, archive, info, content)
@@ -185,14 +185,14 @@ class ShardReader:
         rows = parse_heldout(content, where=f"{url}: {HELDOUT_MEMBER}")
         if unknown := set(rows) - self._known.heldout.rows:
             raise DataError(
-                f"{url} holds out {len(unknown)} samples that the first shard does not, as "
-                f"{min(unknown)}; put the list at the head of every shard, as nsp data pack does"
+                f"{url} lists {len(unknown)} held-out samples that the first shard does not list, "
+                f"first {min(unknown)}; put the whole list first in every shard, like nsp data pack"
             )
 
     def _sample(
         self, url: str, key: str, members: list["_Member"], with_picture: bool
     ) -> RawSample | Problem | None:
-        """Return one sample, or why it is none; None when it is held out."""
+        """Return one sample, or the problem with it; None when it is held out."""
         by_suffix: dict[str, _Member] = {}
         if {member.suffix for member in members} == {JSON_SUFFIX}:
             self._note(url, JSON_SUFFIX, members[0].info.name)
@@ -217,7 +217,7 @@ class ShardReader:
         return RawSample(key, captions, class_id, content)
 
     def _captions(self, by_suffix: Mapping[str, "_Member"]) -> tuple[str, ...]:
-        """Return the captions of a sample; DataError for one without, in a set that has them."""
+        """Return the captions of a sample; DataError if it has none but the set has captions."""
         texts = by_suffix.keys() & BESIDE_SUFFIXES
         found, _ = captions_beside(
             {each: partial(by_suffix[each].read, MAX_CAPTION_BYTES) for each in texts}
@@ -226,11 +226,11 @@ class ShardReader:
         if not captions and self._known.has_captions:
             raise DataError(MISSING)
         if captions and not self._known.has_captions:
-            raise DataError("it has a caption, and the samples at the head of the set have none")
+            raise DataError("it has a caption, but the first samples of the set have none")
         return captions
 
     def _note(self, url: str, suffix: str, name: str) -> None:
-        """Name the first member of a suffix that plays no part."""
+        """Warn once about each suffix of unused members."""
         if suffix not in self._noted:
             self._noted.add(suffix)
             logger.warning("%s: not used: %s and others like it", url, shown(name))
@@ -238,7 +238,7 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class _Member:
-    """One member of a tar; of a tar that cannot be rewound, what it holds."""
+    """One member of a tar, with its content if the tar cannot be rewound."""
 
     key: str
     suffix: str
@@ -247,7 +247,7 @@ class _Member:
     content: bytes | None
 
     def read(self, most_bytes: int) -> bytes:
-        """Return what it holds; DataError with the bare reason when that is too much."""
+        """Return its content; DataError with only the reason if it is too large."""
         check_size(self.info.size, most_bytes)
         if self.content is None:
             return extract(self.archive, self.info, most_bytes)
@@ -255,7 +255,7 @@ class _Member:
 
 
 def _indexes(urls: Iterable[str]) -> Iterator[tuple[str, ShardIndex]]:
-    """Yield every index.json beside shards with the folder it is in, as the urls spell it."""
+    """Yield every index.json next to shards, with its folder as written in the URLs."""
     for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
         path = local_path(f"{folder}/x")
         if path is not None:
@@ -274,13 +274,13 @@ def _remote_index(url: str) -> ShardIndex | None:
     try:
         with closing(gopen(url)) as file:
             return parse_index(file.read(), where=url)
-    except Exception:  # of any library; where the index lies is a guess, and all works without
-        logger.info("%s: not found; shards are read where they could be passed over", url)
+    except Exception:  # from any library; the index's place is a guess, and it is not required
+        logger.info("%s: not found; shards must be read even where they could be skipped", url)
         return None
 
 
 def _list_inside(url: str) -> list[tuple[str, str]]:
-    """Return the held-out rows of a shard, wherever in it they are."""
+    """Return the held-out rows from anywhere in a shard."""
     rows = []
     with opened(url) as archive:
         for info in walk(archive):
@@ -291,9 +291,9 @@ def _list_inside(url: str) -> list[tuple[str, str]]:
 
 
 def _head(url: str) -> tuple[list[tuple[str, str]], bool]:
-    """Return the held-out rows that a shard opens with, and whether it has captions.
+    """Return the held-out rows at the beginning of a shard, and whether it has captions.
 
-    A picture without one is a bad file in a set with captions, and as it should be in another.
+    In a set with captions a picture without one is a bad file; in other sets it is normal.
     """
     rows: list[tuple[str, str]] = []
     num_pictures = 0
@@ -316,6 +316,6 @@ def _head(url: str) -> tuple[list[tuple[str, str]], bool]:
 def _is_caption(archive: tarfile.TarFile, info: tarfile.TarInfo, suffix: str) -> bool:
     try:
         found, _ = captions_beside({suffix: partial(extract, archive, info, MAX_CAPTION_BYTES)})
-    except DataError:  # told when the sample is read
+    except DataError:  # reported when the sample is read
         return suffix != JSON_SUFFIX
     return bool(found)

@@ -21,10 +21,10 @@ def contact_sheet(
     columns: int | None = None,
     lines: int = 2,
 ) -> Image.Image:
-    """Return one image with all pictures (N of (H, W, 3)) in rows of `columns`, titled below.
+    """Return one image with all pictures (N of (H, W, 3)) in rows of `columns`, titles below.
 
-    Titles are wrapped to `lines` lines and cut there. Pictures under 96 px are enlarged without
-    smoothing, so that what is seen is what was made.
+    Titles are wrapped and cut after `lines` lines. Pictures under 96 px are enlarged without
+    smoothing, so that their true pixels are visible.
     """
     count = len(pictures)
     columns = columns or min(8, max(1, math.ceil(math.sqrt(count))))
@@ -49,7 +49,7 @@ def contact_sheet(
 
 
 def side_by_side(pictures: Iterable[object]) -> bytes | None:
-    """Return Pillow pictures beside each other as a PNG, for notebooks; None for anything else."""
+    """Return Pillow pictures side by side as a PNG, for notebooks; None for anything else."""
     shown = [each for each in pictures if isinstance(each, Image.Image)]
     if not shown:
         return None

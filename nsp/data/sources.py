@@ -1,4 +1,4 @@
-"""Opens captioned pictures, wherever they lie, as one ImageSource."""
+"""Opens captioned pictures from any kind of place as one ImageSource."""
 
 import importlib.util
 import logging
@@ -38,19 +38,19 @@ __all__ = [
     "survey",
 ]
 
-EMOJI_TAR = Path(__file__).with_name("emoji.tar")  # of a checkout; wheels have it apart
+EMOJI_TAR = Path(__file__).with_name("emoji.tar")  # in a checkout; wheels have it separately
 EMOJI_PACKAGE = "nsp_emoji_data"
 HUB_PREFIX = "hf:"
 Split = Literal["train", "heldout", "all"]
-_MOST_WARNINGS = 20  # of bad files that are left out; the rest is counted
+_MOST_WARNINGS = 20  # bad files with a warning of their own; the rest is counted
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Pictures that were all found readable; pixels are read on demand.
+    """Pictures that were all checked and are readable; pixels are read on demand.
 
     `class_names` is empty unless the source is a folder of class folders; a sample's `class_id`
-    is an index into it. `digests` are of the files' bytes, as they were when all were read. Safe to
+    is an index into it. `digests` are those of the files' bytes when they were checked. Safe to
     share between threads and to pickle to worker processes.
     """
 
@@ -65,32 +65,32 @@ class ImageSource:
 
     @property
     def has_captions(self) -> bool:
-        """Return whether every sample has a caption: all have one, or none."""
+        """Return whether the samples have captions: either all have one, or none."""
         return all(sample.captions for sample in self.samples)
 
     def identity(self) -> Identity:
-        """Return what tells these samples from others, wherever they lie (see identity.py)."""
+        """Return the identity of these samples, which depends on no path (see identity.py)."""
         digests = self.digests or [digest_of(file.read()) for file in self.files]
         return identity_of(self.samples, digests)
 
     def load(self, index: int) -> Image.Image:
-        """Return picture `index` as RGB at its own size; DataError when it was damaged since."""
+        """Return picture `index` as RGB at its own size; DataError if it is damaged now."""
         try:
             return decode_rgb(self.files[index].read())
         except (OSError, DataError) as error:
             name = self.samples[index].name
             raise DataError(
-                f"{name} in {self.files[index].path} was readable when training started and is not "
+                f"{name} in {self.files[index].path} was readable when training started but is not "
                 f"now ({error}); restore the file and resume"
             ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """All that was found at a place, usable or not, before a split is chosen."""
+    """Everything found at a place, usable or not, before a split is chosen."""
 
     place: str
-    entries: list[Entry]  # whose picture decodes
+    entries: list[Entry]  # those with a picture that can be decoded
     problems: list[Problem]
     unused: list[str]
     class_names: tuple[str, ...]
@@ -113,9 +113,9 @@ class Survey:
 
 
 def emoji_tar() -> Path:
-    """Return the embedded set: the checkout's, else that of the installed package of its own.
+    """Return the embedded set of the checkout, otherwise of its own installed package.
 
-    Raises DataError with the command that brings it where there is neither.
+    Raises DataError with the command that installs it when there is neither.
     """
     if EMOJI_TAR.exists():
         return EMOJI_TAR
@@ -132,9 +132,9 @@ def open_source(
 
     `spec` is 'emoji' (the embedded set), a `.tar`, a folder, or 'hf:NAME_OR_FOLDER[:SPLIT]' (a data
     set that Hugging Face's `datasets` reads); nsp/data/layouts.py and nsp/data/hub.py say how each
-    is read. Where the source lists held-out samples (the emoji set does, and so does every copy of
-    its tar), 'train' and 'heldout' part it by name and by caption, and 'train' is without copies of
-    held-out pictures; elsewhere 'train' is everything.
+    is read. If the source lists held-out samples (the emoji set does, and so does every copy of
+    its tar), it is divided into 'train' and 'heldout' by name and by caption, and 'train' has no
+    copies of held-out pictures; otherwise 'train' is everything.
     Raises DataError naming the files that cannot be used; with `skip_bad_files` each is logged as a
     warning and left out.
     """
@@ -147,7 +147,7 @@ def open_source(
 
 
 def readable(found: Survey, *, skip_bad_files: bool) -> Survey:
-    """Return the survey; DataError naming what cannot be used, or a warning for each."""
+    """Return the survey; DataError naming the unusable files, or a warning for each."""
     if found.problems and not skip_bad_files:
         raise DataError(
             f"{found.place}: {len(found.problems)} files cannot be used: "
@@ -162,9 +162,9 @@ def readable(found: Survey, *, skip_bad_files: bool) -> Survey:
 
 
 def survey(spec: str | Path) -> Survey:
-    """Return what lies at `spec`, each picture decoded once; DataError when that is no source."""
+    """Return what is found at `spec`, each picture decoded once; DataError if it is no source."""
     where, listing = _list(str(spec))
-    place = shown(where)  # a log file or a test's report takes no half characters
+    place = shown(where)  # a log file cannot contain lone surrogates
     listing.settle()
     if listing.unused:
         logger.warning("%s: not used: %s", place, first(listing.unused))
@@ -180,13 +180,13 @@ def survey(spec: str | Path) -> Survey:
 
 
 def _numbered_classes(entries: list[Entry]) -> tuple[str, ...]:
-    """Return names for classes that have numbers only."""
+    """Return names for classes that have only numbers."""
     numbers = [number for entry in entries if (number := entry.sample.class_id) is not None]
     return tuple(str(number) for number in range(max(numbers, default=-1) + 1))
 
 
 def _list(spec: str) -> tuple[str, Listing]:
-    """Return the place that messages name, and what lies there."""
+    """Return the place as named in messages, and its listing."""
     if spec.startswith(HUB_PREFIX):
         from nsp.data.hub import list_rows
 
@@ -196,14 +196,14 @@ def _list(spec: str) -> tuple[str, Listing]:
         return str(path), list_folder(path)
     if path.suffix == ".tar" and os.path.isfile(path) and not sniff(path).is_spoilt:
         listing = list_tar(path)
-        listing.heldout += read_heldout(path.parent)  # beside it, as shards have it
+        listing.heldout += read_heldout(path.parent)  # shards have the list next to them
         return str(path), listing
     accepted = f"'emoji', a .tar, hf:NAME, or a folder with {LAYOUTS}"
     raise DataError(f"{wrong_path(path, 'data')}; accepted are {accepted}")
 
 
 def _decode_all(place: str, entries: list[Entry]) -> tuple[list[Entry], list[Problem]]:
-    """Return the entries whose picture decodes, and a problem for each of the others."""
+    """Return the entries whose picture can be decoded, and a problem for each other entry."""
     started = time.monotonic()
     logger.info("%s: checking %d pictures", place, len(entries))
     with ThreadPoolExecutor() as pool:  # Pillow's decoders release the interpreter lock
@@ -214,7 +214,7 @@ def _decode_all(place: str, entries: list[Entry]) -> tuple[list[Entry], list[Pro
 
 
 def _checked(entry: Entry) -> Entry | Problem:
-    """Return the entry with the digest of its picture, or why that cannot be decoded."""
+    """Return the entry with its picture's digest, or the reason why that cannot be decoded."""
     try:
         with picture_in_memory(entry.file) as (content, _):
             return replace(entry, digest=digest_of(content))
@@ -223,7 +223,7 @@ def _checked(entry: Entry) -> Entry | Problem:
 
 
 def _reason(error: OSError | DataError) -> str:
-    """Return why a file cannot be used, without its name, so that equal reasons are counted."""
+    """Return why a file cannot be used, without its name, so that equal reasons can be counted."""
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     return str(error)
@@ -235,8 +235,8 @@ def _choose(place: str, entries: list[Entry], heldout: Heldout, split: Split) ->
         return entries
     if split == "heldout" and not heldout.rows:
         raise DataError(
-            f"{place}: lists no held-out samples; add a file {HELDOUT_MEMBER} with a header line "
-            "and name<TAB>caption lines at its top"
+            f"{place}: there is no list of held-out samples; add a file {HELDOUT_MEMBER} at the "
+            "top, with a header line and lines of name<TAB>caption"
         )
     absent = heldout.names - {entry.sample.name for entry in entries}
     if absent:
@@ -244,7 +244,7 @@ def _choose(place: str, entries: list[Entry], heldout: Heldout, split: Split) ->
     covered = [each for each in entries if heldout.covers(each.sample.name, each.sample.captions)]
     if split == "heldout" or not covered:
         return covered if split == "heldout" else entries
-    # A held-out picture under another name and caption would be seen all the same.
+    # Otherwise training would see a held-out picture under another name and caption.
     pictures = {entry.digest for entry in covered}
     names = {entry.sample.name for entry in covered}
     rest = [entry for entry in entries if entry.sample.name not in names]

@@ -1,4 +1,4 @@
-"""Counts what lies in a source: sizes, captions, classes, duplicates, bad and held-out files."""
+"""Statistics of a source: sizes, captions, classes, duplicates, bad and held-out files."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from nsp.data.sources import Survey
 from nsp.errors import DataError
 from nsp.files import write_file
 
-MOST_NAMED = 20  # sizes, words, classes and duplicates that are listed
+MOST_NAMED = 20  # most sizes, words, classes and duplicates in a list
 SHEET_PICTURES = 48
 SHEET_SIDE_PX = 128
 _ROWS_AT_ONCE = 32
@@ -34,7 +34,7 @@ _TITLE_LETTERS = 500  # more than a sheet has room for
 
 @dataclass(frozen=True, kw_only=True)
 class Spread(Config):
-    """The least, the median, the mean and the most of some numbers."""
+    """Minimum, median, mean and maximum of some numbers."""
 
     least: float
     median: float
@@ -43,7 +43,7 @@ class Spread(Config):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Return the spread of at least one number."""
+        """Return the spread of one or more numbers."""
         return cls(
             least=min(values),
             median=statistics.median(values),
@@ -54,7 +54,7 @@ class Spread(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Duplicates(Config):
-    """Samples that are the same in one respect; of the largest groups, the first names."""
+    """Samples with the same picture or caption, and the first names of the largest groups."""
 
     num_groups: int
     num_extra: int  # samples beyond the first of each group
@@ -63,31 +63,31 @@ class Duplicates(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutStats(Config):
-    """The held-out list against what is there."""
+    """The held-out list compared with the samples."""
 
     num_listed: int
     num_found: int  # samples withheld from training, by name or by caption
     absent: tuple[str, ...]  # listed names without a sample
     num_by_caption_only: int  # withheld although the list does not name them
-    same_picture: tuple[str, ...]  # training samples with the very picture of a held-out one
+    same_picture: tuple[str, ...]  # training samples with the same picture as a held-out one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats(Config):
-    """All that `nsp data stats` tells. Counters list the most frequent first."""
+    """The result of `nsp data stats`. Counters list the most frequent first."""
 
     place: str
     num_samples: int
     num_train: int
-    num_bytes: int  # of the picture files
+    num_bytes: int  # size of the picture files
     width_px: Spread
     height_px: Spread
     sizes: dict[str, int]
     num_sizes: int
     caption_words: Spread  # of every caption
     captions_per_picture: Spread
-    num_captions: int  # different ones
-    num_words: int  # different ones: the vocabulary
+    num_captions: int  # number of different captions
+    num_words: int  # number of different words, the vocabulary
     words: dict[str, int]
     classes: dict[str, int]
     duplicate_pictures: Duplicates
@@ -100,11 +100,11 @@ class Stats(Config):
 
 @dataclass(frozen=True)
 class _Look:
-    """What one picture is."""
+    """The facts about one picture."""
 
     size: tuple[int, int]
     num_bytes: int
-    digest: bytes  # of size and pixels: equal pictures in different files are equal
+    digest: bytes  # digest of size and pixels: the same for equal pictures in different files
 
 
 def collect(found: Survey) -> Stats:
@@ -153,7 +153,7 @@ def collect(found: Survey) -> Stats:
 
 
 def sample_sheet(found: Survey, *, count: int = SHEET_PICTURES, seed: int = 0) -> Image.Image:
-    """Return a contact sheet of pictures drawn from all usable ones, whole and with captions."""
+    """Return a contact sheet of random usable pictures, uncropped and with captions."""
     picks = np.random.default_rng(seed).permutation(len(found.entries))[:count]
     chosen = [found.entries[index] for index in sorted(picks.tolist())]
     side = min(SHEET_SIDE_PX, max(_longer_side(entry) for entry in chosen))
@@ -162,7 +162,7 @@ def sample_sheet(found: Survey, *, count: int = SHEET_PICTURES, seed: int = 0) -
 
 
 def write_stats(stats: Stats, found: Survey, output_dir: Path, *, seed: int = 0) -> Path:
-    """Write stats.json and samples.png, each in one move; return the path of the sheet."""
+    """Write stats.json and samples.png, each atomically; return the path of the sheet."""
     with write_file(output_dir / "stats.json") as partial:
         partial.write_text(
             json.dumps(stats.to_dict(), ensure_ascii=False, indent=1) + "\n", "utf-8"
@@ -179,7 +179,7 @@ def _longer_side(entry: Entry) -> int:
 
 
 def _padded(entry: Entry, side: int) -> NDArray[np.uint8]:
-    """Return the whole picture in a square of white."""
+    """Return the whole picture on a white square."""
     with picture_in_memory(entry.file) as (_, picture):
         fitted = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, color="white")
     return np.asarray(fitted, np.uint8)
@@ -188,7 +188,9 @@ def _padded(entry: Entry, side: int) -> NDArray[np.uint8]:
 def _look(entry: Entry) -> _Look:
     with picture_in_memory(entry.file) as (content, picture):
         digest = hashlib.sha256(repr(picture.size).encode())
-        for top in range(0, picture.height, _ROWS_AT_ONCE):  # a copy of all could be large
+        for top in range(
+            0, picture.height, _ROWS_AT_ONCE
+        ):  # a copy of the whole picture could be large
             bottom = min(top + _ROWS_AT_ONCE, picture.height)
             digest.update(picture.crop((0, top, picture.width, bottom)).tobytes())
         return _Look(picture.size, len(content), digest.digest())

@@ -1,10 +1,10 @@
-"""Serves pictures from tar shards as they are read, for sets too large to list: exact on resume.
+"""Streams pictures from tar shards, for sets too large to list; resumes exactly.
 
 endless list of shards   every epoch's permutation, one after the other
 -> lane                  every (world_size x num_lanes)-th of that list
--> samples               of the lane's shards, shuffled in blocks that end with the epoch
--> batches               `batch_size` samples each; step k of a rank is from lane k % num_lanes
--> worker                steps first, first + num_workers, ...: as DataLoader collects them
+-> samples               samples of the lane's shards, shuffled in blocks that end with the epoch
+-> batches               `batch_size` samples each; step k of a rank comes from lane k % num_lanes
+-> worker                steps first, first + num_workers, ..., as DataLoader collects them
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from nsp.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-MAX_LANES = 8  # unless asked for; a power of two, as numbers of workers mostly are
-MAX_EMPTY_EPOCHS = 20  # of a lane, in a row, before a set is found to hold nothing
-_MAX_WORKERS = 1024  # that count what they leave out
+MAX_LANES = 8  # default limit; a power of two, like most numbers of workers
+MAX_EMPTY_EPOCHS = 20  # empty epochs of a lane, in a row, before a set counts as empty
+_MAX_WORKERS = 1024  # workers that can count the samples they leave out
 
 
 class StreamItem(TypedDict):
@@ -39,28 +39,30 @@ class StreamItem(TypedDict):
 
     image: Tensor  # uint8 (3, H, W)
     caption: str
-    class_id: int  # -1: none
+    class_id: int  # -1 means no class
     key: str
 
 
 class ShardStream(IterableDataset[StreamItem]):
     """The training samples of tar shards as StreamItems, H = W = image_size_px, cut as `Crop` says.
 
-    Guaranteed, while the shards stay as they are:
+    Guarantees, as long as the shards do not change:
 
-    - With `train`, it never ends. The batch of step k on one rank is a function of (shards, seed,
-      batch_size, rank, world_size, num_lanes, shuffle_buffer, k) alone: neither of the number of
-      DataLoader workers nor of `start_step`, from which on batches are given. Passing over the
-      steps before decodes nothing; shards whose length `index.json` tells are not even opened.
-    - Over all ranks, every sample comes once in every epoch. Ranks (and lanes) need not be in the
-      same epoch: they drift apart as far as shards differ in length.
-    - No sample is held out: neither by name nor by caption.
-    - What cannot be used is a DataError that names it. With `skip_bad_files` it is a warning, and
-      counts in `num_left_out`. A sample that is found bad when it is decoded leaves its place to
-      another of its batch, so that no later batch moves.
-    - Without `train`, every sample comes once, in order, and the stream ends.
+    - With `train`, it never ends. The batch of step k on one rank depends only on (shards, seed,
+      batch_size, rank, world_size, num_lanes, shuffle_buffer, k), not on the number of DataLoader
+      workers or on `start_step`, the first step to be yielded. Skipping the steps before decodes
+      nothing; shards with a length in `index.json` are not even opened.
+      - Over all ranks, every sample comes once in every epoch. Ranks (and lanes) may be in
+        different
+      epochs: they drift apart if shards differ in length.
+      - No held-out sample is served, whether held out by name or by caption.
+      - A file that cannot be used raises a DataError that names it. With `skip_bad_files` it gives
+        a
+      warning and counts in `num_left_out`. If a sample fails to decode, another sample of its batch
+      takes its place, so that no later batch moves.
+      - Without `train`, every sample comes once, in order, and the stream ends.
 
-    Each shard is read by one worker where the number of workers divides `num_lanes`, else by
+    Each shard is read by one worker if the number of workers divides `num_lanes`, otherwise by
     several. Iterate it through `loader`: a DataLoader must have the same batch size, and nothing
     may split or shuffle it again (accelerate's `prepare` would).
     """
@@ -82,12 +84,12 @@ class ShardStream(IterableDataset[StreamItem]):
         num_lanes: int | None = None,
         shuffle_buffer: int = 512,
     ) -> None:
-        """Find the shards; of the samples nothing is read yet (see find_shards for the held-out).
+        """Find the shards; no samples are read yet (see find_shards for held-out ones).
 
-        `batch_size` is that of one rank; `num_lanes` None is the largest power of two up to 8 that
-        leaves a shard to every lane of every rank; `shuffle_buffer` samples are kept, undecoded,
-        per lane. Raises ConfigError for numbers that do not fit, DataError for shards that are
-        missing or of another size than index.json says.
+        `batch_size` is that of one rank; `num_lanes` None is the largest power of two up to 8 with
+        a shard for every lane of every rank; each lane keeps `shuffle_buffer` undecoded samples.
+        Raises ConfigError for numbers that do not fit, DataError for shards that are missing or
+        have another size than in index.json.
         """
         super().__init__()
         _check_numbers(batch_size, rank, world_size, start_step, shuffle_buffer)
@@ -104,25 +106,25 @@ class ShardStream(IterableDataset[StreamItem]):
         self._left_out = torch.zeros(_MAX_WORKERS, dtype=torch.int64)
         self._left_out.share_memory_()  # type: ignore[no-untyped-call]  # workers count here
         self._warned: set[str] = set()
-        # What index.json tells holds only where every sample is used.
+        # The counts in index.json are right only if every sample is used.
         records = {} if skip_bad_files else self.shards.records
         if not skip_bad_files and (wrong := wrong_sizes(self.shards)):
             raise DataError(
                 f"{len(wrong)} shards are not as they were packed, first {wrong[0]}; restore it, "
-                "or train on what is left with --skip-bad-files"
+                "or train on the usable samples with --skip-bad-files"
             )
         self._lengths = {url: record.num_train for url, record in records.items()}
 
     @property
     def num_left_out(self) -> int:
-        """How often a sample or shard was left out so far, by all workers.
+        """How many samples and shards were left out so far, by all workers.
 
-        One that comes again in another epoch counts again.
+        A sample left out again in another epoch counts again.
         """
         return int(self._left_out.sum())
 
     def in_order(self) -> "ShardStream":
-        """Return every training sample once, in order, uncropped at random: to look at."""
+        """Return every training sample once, in order, without random crops, to look at."""
         return ShardStream(
             self.shards,
             self._squares.image_size_px,
@@ -139,7 +141,7 @@ class ShardStream(IterableDataset[StreamItem]):
             batch_size=self.batch_size,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # torch's own is the training step's
+            generator=torch.Generator(),  # torch's global generator belongs to the training step
         )
 
     def __iter__(self) -> Iterator[StreamItem]:
@@ -158,13 +160,13 @@ class ShardStream(IterableDataset[StreamItem]):
             yield from self._items(batch)
 
     def _items(self, batch: "list[_Placed]") -> Iterator[StreamItem]:
-        """Yield the batch decoded; when training, another sample stands in for one that cannot."""
+        """Yield the decoded batch; in training, another sample replaces one that is damaged."""
         items = [self._item(placed) for placed in batch]
         good = [item for item in items if item is not None]
         if not good and self.train:
             raise DataError(
-                f"{batch[0].url}: no picture of a whole batch can be decoded, from "
-                f"{batch[0].sample.key} on; repair the shard"
+                f"{batch[0].url}: no picture of the batch that begins with {batch[0].sample.key} "
+                "can be decoded; repair the shard"
             )
         for place, item in enumerate(items):
             if item is not None:
@@ -196,7 +198,7 @@ class ShardStream(IterableDataset[StreamItem]):
         """Yield the samples of a lane, shuffled, from number `start` on."""
         empty = 0
         for epoch in itertools.count() if self.train else (0,):
-            whole = start - start % self._block  # blocks before the one that holds `start`
+            whole = start - start % self._block  # samples in blocks before the block of `start`
             samples = self._in_order(lane, epoch, whole)
             total = sum(1 for _ in itertools.islice(samples, whole))
             drop = start - whole
@@ -214,12 +216,12 @@ class ShardStream(IterableDataset[StreamItem]):
             empty = 0 if total else empty + 1
             if empty > MAX_EMPTY_EPOCHS:
                 raise DataError(
-                    f"{self.shards.urls[0]} and the other {len(self.shards.urls) - 1} shards hold "
-                    "no usable training sample; look at them with: nsp data stats"
+                    f"{self.shards.urls[0]} and the other {len(self.shards.urls) - 1} shards have "
+                    "no usable training sample; examine them with: nsp data stats"
                 )
 
     def _in_order(self, lane: int, epoch: int, skip: int) -> "Iterator[_Placed | None]":
-        """Yield the samples of a lane's epoch as they lie; None for each of the first `skip`."""
+        """Yield the samples of a lane's epoch, unshuffled; None for each of the first `skip`."""
         for url in self._lane_urls(lane, epoch):
             length = self._lengths.get(url)
             if length is not None and length <= skip:
@@ -236,7 +238,7 @@ class ShardStream(IterableDataset[StreamItem]):
             if length not in (None, number) and not self.skip_bad_files:
                 raise DataError(
                     f"{url}: {number} training samples, expected {length}; it has changed, or the "
-                    "index.json beside it is of other shards: pack them again"
+                    "index.json next to it belongs to other shards; pack them again"
                 )
             self._lengths[url] = number
             skip = max(0, skip - number)
@@ -249,7 +251,7 @@ class ShardStream(IterableDataset[StreamItem]):
             order = np.random.default_rng([self.seed, epoch]).permutation(len(urls)).tolist()
         num_slots = self._world_size * self.num_lanes
         slot = lane * self._world_size + self._rank
-        # Counted on through all epochs, so that a remainder does not always go to the same lanes.
+        # Counted through all epochs, so that a remainder does not always go to the same lanes.
         first = (slot - epoch * len(urls)) % num_slots
         return [urls[index] for index in list(order)[first::num_slots]]
 
@@ -257,11 +259,11 @@ class ShardStream(IterableDataset[StreamItem]):
         if not self.train:
             return np.arange(size)
         slot = lane * self._world_size + self._rank
-        # 1: another stream than the order of shards
+        # 1 gives another random stream than the order of shards
         return np.random.default_rng([self.seed, epoch, 1, slot, number]).permutation(size)
 
     def _report(self, problem: Problem) -> None:
-        """Raise, or count and warn, once in this process."""
+        """Raise, or count it and warn once in this process."""
         if not self.skip_bad_files:
             raise DataError(
                 f"{problem}; repair or remove it, or leave it out with --skip-bad-files"
@@ -275,7 +277,7 @@ class ShardStream(IterableDataset[StreamItem]):
 
 @dataclass(frozen=True)
 class _Placed:
-    """A sample, where it lies and when it comes."""
+    """A sample with its shard and its place in the order."""
 
     sample: RawSample
     url: str
@@ -283,13 +285,13 @@ class _Placed:
 
 
 class _Lane:
-    """The samples of one lane, of which each batch is taken once and in order."""
+    """The samples of one lane; each batch is taken once, in order."""
 
     def __init__(self, samples: Iterator[_Placed], position: int) -> None:
         self._samples, self._position = samples, position
 
     def take(self, start: int, count: int) -> list[_Placed]:
-        """Return samples `start` .. `start` + `count` - 1, fewer at the end."""
+        """Return samples `start` .. `start` + `count` - 1, or fewer at the end."""
         passed_over = start - self._position
         self._position = start + count
         return list(itertools.islice(self._samples, passed_over, passed_over + count))
@@ -307,7 +309,7 @@ def _check_numbers(
 
 
 def _choose_lanes(num_shards: int, world_size: int, wanted: int | None, train: bool) -> int:
-    """Return the number of lanes of a rank; ConfigError where one would have no shard."""
+    """Return the number of lanes of a rank; ConfigError if a lane would have no shard."""
     lanes = wanted or 1
     if wanted is None and train:
         while 2 * lanes <= min(MAX_LANES, num_shards // world_size):

@@ -1,1 +1,1 @@
-"""The contract between model families and the rest of the house."""
+"""The contract between model families and the rest of the package."""

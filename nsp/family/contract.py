@@ -1,8 +1,8 @@
-"""What a model family is: one class, and one record per stage. Nothing here imports torch.
+"""The contract of a model family: one class, and one record per stage, without torch.
 
-A family lives in one folder, `nsp/families/NAME/` or a package of its own: the class in
-`__init__.py`, its configuration, stages and loop beside it, and behind `learner` all that needs
-torch. The rest of the house knows families only through this file.
+A family is in one folder, `nsp/families/NAME/`, or in its own package: the class in `__init__.py`,
+its configuration, stages and loop next to it, and everything that needs torch behind `learner`. The
+rest of the package knows families only through this file.
 """
 
 from abc import ABC, abstractmethod
@@ -33,44 +33,44 @@ if TYPE_CHECKING:
     from nsp.stage.backend import Backend
     from nsp.text.tokenizer import PromptTokenizer
 
-API = 1  # of this contract; a plugin of another one is left out with a warning
+API = 1  # version of this contract; plugins for other versions are left out with a warning
 
 Span: TypeAlias = Mapping[str, int | tuple[int, int]]  # one size, or smallest and largest
 Kind: TypeAlias = Literal["prompt", "class", "none"]
 C = TypeVar("C", bound=Config)  # the configuration of its models
 Y = TypeVar("Y", bound="System[Any]")  # the modules of one model, with torch
 
-# Sizes of the reserved axes to trace graphs with: all different and at least 2, since 0 and 1 are
-# taken for constants; rows G may not be fewer than images B. Those of a family's own axes follow.
+# Sizes of the reserved axes for tracing graphs: all different and at least 2, since 0 and 1 would
+# become constants; rows G must not be fewer than images B. A family's own axes get further sizes.
 _TRACED: Sizes = {"B": 3, "G": 6, "N": 4, "R": 7}
 _FIRST_OWN = 9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """All that is declared about one stage.
+    """The whole declaration of one stage.
 
-    Axes that mean the same in every family: B images, G rows (the images, then their null rows),
-    N encoded prompts, R ranks of the logits that top-k and top-p look at. All others are the
-    family's own.
+    These axes mean the same in every family: B images, G rows (the images, then their null rows),
+    N encoded prompts, R ranks of the logits that top-k and top-p use. All other axes belong to the
+    family.
     """
 
     io: StageIO
     # Weights, as patterns of parameter names ("predictor.blocks.*.ffn.fc1.*"). A stage without
     # `half` weights is the same in fp32, fp16 and bf16.
-    half: tuple[str, ...] = ()  # take the precision of the export
-    int8: tuple[str, ...] = ()  # of `half`: matrices that an int8 export quantizes
-    full: tuple[str, ...] = ()  # stay float32
+    half: tuple[str, ...] = ()  # these get the precision of the export
+    int8: tuple[str, ...] = ()  # those of `half` that an int8 export quantizes
+    full: tuple[str, ...] = ()  # these stay float32
     # The family's own axes, one engine profile each, as one size or (smallest, largest); an export
     # adds the reserved ones.
     spans: tuple[Span, ...] = ({},)
     max_ranks: int = 1  # largest R: the number of codes
-    gate: Gate = RANGE  # what it takes for an export of it to be correct
+    gate: Gate = RANGE  # the condition for an export of it to be correct
 
     def profiles(
         self, *, max_batch: int, static_batch: bool, best_ranks: int, max_ranks: int
     ) -> tuple[Sequence[Sizes], ...]:
-        """Return the engine profiles: for each the sizes it spans, the best ones last.
+        """Return the engine profiles: the sizes that each one covers, the best one last.
 
         Batches of 1 to `max_batch` images fit, with guidance (G = 2B rows) or without (G = B), and
         a null prompt for every image; with `static_batch` only full ones with guidance do. R goes
@@ -92,7 +92,7 @@ class Stage:
 
 
 def trace_sizes(stages: Mapping[str, Stage]) -> Sizes:
-    """Return a size of its own for every free axis of a family's stages, to trace graphs with."""
+    """Return a different size for every free axis of a family's stages, for tracing graphs."""
     own = dict.fromkeys(axis for stage in stages.values() for axis in stage.io.free_axes)
     names = [axis for axis in own if axis not in _TRACED]
     return {**_TRACED, **{axis: _FIRST_OWN + number for number, axis in enumerate(names)}}
@@ -145,22 +145,24 @@ class Learner(ABC, Generic[C, Y]):
         tokens: "Sequence[NDArray[np.int64]]",
         latents: "Sequence[NDArray[np.float32]]",
     ) -> "Sequence[NDArray[np.float32]]":
-        """Return what every step of unguided orders gives, from one pass over all as in training.
+        """Return the result of every step of unguided orders, from one pass as in training.
 
-        That is logits (B, L, V) for the `tokens` (B, L) of every step where tokens are drawn, else
-        the latents. A family with a cache has this, so that the two can be compared.
+        The result is logits (B, L, V) for the `tokens` (B, L) of every step if tokens are drawn,
+        otherwise the latents. A family with a cache implements it, to compare the two ways.
         """
-        raise ConfigError("this family compares its cache with nothing: without_cache is missing")
+        raise ConfigError("this family cannot check its cache: it does not implement without_cache")
 
     def reconstruct(self, system: Y, pictures_BHW3: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
-        """Return uint8 pictures (B, H, W, 3) as the tokenizer of images keeps them."""
-        raise ConfigError(f"family {system.family} has no tokenizer of images to rebuild them with")
+        """Return uint8 pictures (B, H, W, 3) as the image tokenizer reconstructs them."""
+        raise ConfigError(
+            f"family {system.family} has no image tokenizer that could reconstruct pictures"
+        )
 
     def write_cache(self, system: Y, data: "ImageDataset", file: Path) -> None:
-        """Write what the tokenizer of images makes of the pictures, for later runs."""
+        """Write the image tokenizer's output for the pictures, for later runs."""
         raise ConfigError(
-            f"family {system.family} has no tokenizer of images: there is nothing to keep in a "
-            "file, and training takes the pictures as they are"
+            f"family {system.family} has no image tokenizer: it trains on the pictures themselves, "
+            "so there is nothing to cache"
         )
 
 
@@ -169,11 +171,11 @@ class Family(ABC, Generic[C, S, Y]):
 
     api: ClassVar[int] = API
     name: ClassVar[str]
-    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # of its cache, best first
+    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # its cache's layouts, best first
     published: ClassVar[Mapping[str, str]] = {}  # the files that `convert` takes, and their help
-    default_prompt: ClassVar[str | None] = None  # of `nsp generate`
+    default_prompt: ClassVar[str | None] = None  # for `nsp generate`
     default_seed: ClassVar[int] = 0
-    default_batch_size: ClassVar[int | None] = None  # None: as many as are made best at once
+    default_batch_size: ClassVar[int | None] = None  # None: the best number for the engines
     takes_no_prompt: ClassVar[bool] = False  # "" stands for no prompt
     # `--batch-size N` without `--num-images` makes N images, as its first implementation does.
     batch_is_images: ClassVar[bool] = False
@@ -187,11 +189,11 @@ class Family(ABC, Generic[C, S, Y]):
 
     @abstractmethod
     def condition(self, config: C) -> Kind:
-        """Return what a picture is asked for by."""
+        """Return the kind of condition for a picture."""
 
     @abstractmethod
     def grids(self, config: C) -> Sequence[tuple[int, int]]:
-        """Return the (h, w) grids of the latents that decode to pictures, the finished one last."""
+        """Return the (h, w) grids of latents that can be decoded, the final one last."""
 
     def cache(self, config: C, rows: int, dtype: str) -> "KVShape | None":
         """Return the size of the key/value cache of one batch; None for a model without one."""
@@ -207,21 +209,21 @@ class Family(ABC, Generic[C, S, Y]):
         return {name: stage.io for name, stage in stages.items()}
 
     def layout(self, wanted: str) -> str:
-        """Return the cache layout `wanted`, or the family's best where it has not that one."""
+        """Return the cache layout `wanted`, or the family's best if it does not have that one."""
         return wanted if wanted in self.kv_layouts else self.kv_layouts[0]
 
     def given(self, config: C) -> Mapping[str, Given]:
-        """Return the arrays that an order may carry beside its condition."""
+        """Return the arrays that an order may have in addition to its condition."""
         return {}
 
     def null_prompt(self, config: C, order: Order[S]) -> str | None:
-        """Return the prompt that stands for an order's null condition; None: a learned one."""
+        """Return the prompt used as an order's null condition; None if the null is learned."""
         return order.negative
 
     def batch_key(self, config: C, order: Order[S]) -> Hashable:
-        """Return what decides shapes and control flow: orders of equal keys may share a batch.
+        """Return the settings that decide shapes and control flow; equal keys may share a batch.
 
-        Names and shapes of what orders carry belong to it, too. Raises ConfigError for settings
+        The names and shapes of an order's given arrays are also part of it. Raises ConfigError for settings
         that this model does not have. Where every order takes the same steps, there is nothing to
         tell apart.
         """
@@ -231,9 +233,9 @@ class Family(ABC, Generic[C, S, Y]):
     def inputs(
         self, config: C, orders: Sequence[Order[S]], text: Encoded | None
     ) -> "dict[str, NDArray[Any]]":
-        """Return all that the loop takes from the host for a batch of orders of equal keys.
+        """Return all inputs of the loop from the host, for a batch of orders with equal keys.
 
-        What the loop does follows from the names and shapes alone, so that it can be recorded.
+        The work of the loop depends only on their names and shapes, so that it can be recorded.
         """
 
     @abstractmethod
@@ -254,7 +256,7 @@ class Family(ABC, Generic[C, S, Y]):
 
     @property
     def recipe_options(self) -> Mapping[str, Mapping[str, Any]]:
-        """What options of `train.py` are for some recipes where they are not given."""
+        """Defaults of options of `train.py` for some recipes."""
         return {}
 
     def with_options(
@@ -270,20 +272,20 @@ class Family(ABC, Generic[C, S, Y]):
         return run
 
     def adopt(self, config: C, trained: C) -> C:
-        """Return `config` with what follows from trained parts, such as a text encoder's width."""
+        """Return `config` with values from trained parts, such as a text encoder's width."""
         return config
 
     def convert(
         self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
     ) -> None:
         """Write a checkpoint folder from published weights, the files named in `published`."""
-        raise ConfigError(f"no weights of family {self.name} are published: train some instead")
+        raise ConfigError(f"family {self.name} has no published weights; train a model instead")
 
     @property
     @abstractmethod
     def learner(self) -> Learner[C, Y]:
-        """What needs torch: new systems, modules of the stages, objectives."""
+        """The part that needs torch: new systems, modules of the stages, objectives."""
 
 
-# The one alias: a caller that holds some family's name cannot know its configuration.
+# The only alias: a caller with the name of a family cannot know its configuration type.
 AnyFamily: TypeAlias = Family[Any, Any, Any]

@@ -1,4 +1,4 @@
-"""What a family gives the trainer: one objective per phase."""
+"""The contract between a family and the trainer: one objective per phase."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,27 +14,27 @@ from torch.utils.data import Dataset
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The file that keeps what the tokenizer makes of the pictures."""
+    """The file that keeps the tokenizer's output for the pictures."""
 
     file: Path
-    is_given: bool = False  # by the user: it must fit, and is never written
+    is_given: bool = False  # whether the user gave it: then it must fit, and is never written
 
 
 class Objective(nn.Module, ABC):
-    """A loss over one batch, and all the trainer must know about the modules behind it.
+    """A loss over one batch, and all that the trainer must know about its modules.
 
-    `trained` holds the modules that learn; frozen ones may hang beside it. The trainer never looks
-    further in. A batch is a cut of one optimizer step's: what `forward` computes must be a mean
-    over samples, and what is random about a sample must be drawn from its `key` (see
-    `order.sample_uniforms`), so that the result does not depend on the number of devices.
+    `trained` has the modules that learn; frozen modules may be next to it. The trainer knows
+    nothing else. A batch is a part of one optimizer step's batch, so `forward` must compute a mean
+    over samples, and random choices for a sample must be drawn from its `key` (see
+    `data_order.sample_uniforms`). Then the result does not depend on the number of devices.
     """
 
     trained: nn.Module
-    needs_captions: bool = False  # what it trains is taught by the captions of the pictures
-    work: float = 1.0  # of a training step, as a share of a full one's: for the throughput
+    needs_captions: bool = False  # whether training needs the captions of the pictures
+    work: float = 1.0  # operations of a step as a fraction of a full one's, for the throughput
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of what learns; frozen modules stay in evaluation mode."""
+        """Set the mode of the trained modules; frozen modules stay in evaluation mode."""
         super().train(False)
         self.training = mode
         self.trained.train(mode)
@@ -44,17 +44,17 @@ class Objective(nn.Module, ABC):
     def dataset(self) -> Dataset[Mapping[str, Any]]:
         """Return the training set; an item is a dictionary of tensors, numbers and strings.
 
-        It is asked for once, before modules are sharded or compiled.
+        It is called once, before modules are sharded or compiled.
         """
 
     def held_out(self) -> Dataset[Mapping[str, Any]] | None:
-        """Return pictures that are never trained on, as `dataset` does, if there are any."""
+        """Return held-out pictures in the form of `dataset`, if there are any."""
         return None
 
     def units(self) -> Sequence[nn.Module]:
-        """Return the repeated parts of the model, to be sharded, compiled, recomputed one by one.
+        """Return the repeated parts of the model, to be sharded, compiled or recomputed one by one.
 
-        They must be called as modules. None by default.
+        The model must call them as modules. The default is an empty list.
         """
         return ()
 
@@ -62,7 +62,7 @@ class Objective(nn.Module, ABC):
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return `loss` (scalar, differentiable) and further scalars to report.
 
-        `batch` is a collated one of `dataset`, with `key` (B,) int64 on the CPU.
+        `batch` is a collated batch of `dataset`, with `key` (B,) int64 on the CPU.
         """
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
@@ -76,14 +76,14 @@ class Objective(nn.Module, ABC):
     def before_step(self, step: int, steps: int) -> bool:
         """Prepare for optimizer step `step` of a phase of `steps`.
 
-        Return whether the step's loss compares with those of other such steps: the guard looks for
-        spikes among these only.
+        Return whether the step's loss can be compared with those of other steps: the guard looks
+        for spikes only among comparable steps.
         """
         return True
 
     def after_step(self, step: int) -> dict[str, float | Tensor]:
-        """Do what belongs between optimizer steps; return further numbers to report.
+        """Do the work between optimizer steps; return further numbers to report.
 
-        Every process calls it: weights changed here must change alike on all of them.
+        Every process calls it, and must change weights in the same way.
         """
         return {}

@@ -1,4 +1,4 @@
-"""An order is one image to make, a step is what is known after a part of the work. No torch."""
+"""An order is one image to make, and a step is the state after a part of the work; no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,9 +21,9 @@ class Sampling(Config):
     """Base of a family's settings of one image; every field has a default."""
 
     def changed(self, settings: Mapping[str, Any], *, beside: tuple[str, ...] = ()) -> Self:
-        """Return these settings with others in their place; ConfigError for a wrong one.
+        """Return these settings with some replaced; ConfigError for an unknown or wrong one.
 
-        `beside` names what else the caller takes, for the message about an unknown name.
+        `beside` names further arguments of the caller, for the message about an unknown name.
         """
         known = [*beside, *(each.name for each in fields(self))]
         if unknown := [name for name in settings if name not in known]:
@@ -35,7 +35,7 @@ class Sampling(Config):
         return self.from_dict({**self.to_dict(), **settings})
 
     def num_ranks(self, num_codes: int) -> int:
-        """Return how many of the largest of `num_codes` logits must be ranked; 1 for none."""
+        """Return how many of the largest of `num_codes` logits must be ranked; 1 if none."""
         return 1
 
 
@@ -44,18 +44,18 @@ S = TypeVar("S", bound=Sampling)
 
 @dataclass(frozen=True, eq=False)
 class Order(Generic[S]):
-    """One image. What it shows depends on nothing else, whatever it shares a batch with."""
+    """One image. Its content depends on nothing else, also not on other orders of its batch."""
 
     condition: str | int | None  # a prompt, a class, or nothing
     seed: int
     sampling: S
-    negative: str | None = None  # a prompt in place of the null condition of guidance
+    negative: str | None = None  # a prompt instead of guidance's null condition
     given: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # for one image, without B
 
 
 @dataclass(frozen=True)
 class Given:
-    """An array that an order may carry in place of a random or a sampled one."""
+    """An array that an order may have instead of random or sampled values."""
 
     shape: Shape  # of one image
     dtype: str
@@ -63,7 +63,7 @@ class Given:
     below: float | None = None  # all values are smaller
 
     def check(self, name: str, array: Any) -> None:
-        """Raise ConfigError unless `array` is what an order may carry under this name."""
+        """Raise ConfigError unless `array` is allowed under this name."""
         expected = f"expected a NumPy array, {self.dtype} {self.shape}"
         if not isinstance(array, np.ndarray):
             raise ConfigError(f"{name} is a {type(array).__name__}; {expected}")
@@ -71,23 +71,23 @@ class Given:
             raise ConfigError(f"{name} is {array.dtype} {array.shape}; {expected}")
         if self.least is None or self.below is None:
             if not bool(np.isfinite(array).all()):
-                raise ConfigError(f"{name} must be finite: it holds NaN or infinity")
-        elif not bool(((array >= self.least) & (array < self.below)).all()):  # NaN, too
-            raise ConfigError(f"{name} must be in [{self.least:g}, {self.below:g}): others are not")
+                raise ConfigError(f"{name} must be finite, but it contains NaN or infinity")
+        elif not bool(((array >= self.least) & (array < self.below)).all()):  # also false for NaN
+            raise ConfigError(f"{name} must be in [{self.least:g}, {self.below:g}), but is not")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The prompts of a batch as the text encoder reads them, made outside the recorded loop."""
+    """The encoded prompts of a batch, made outside the recorded loop."""
 
-    # Outputs of the stage text_encoder, rows first: row i is the prompt of image i; where any
-    # image has a null prompt of its own, row B + i is that of image i, and N is 2B.
+    # Outputs of the stage text_encoder, rows first: row i is the prompt of image i. If any image
+    # has its own null prompt, row B + i is that of image i, and N is 2B.
     states: Mapping[str, NDArray[Any]]
     # (N, T) for those rows: 1 for tokens, 0 for padding, which may come first; its sum over T is
     # the length of a prompt.
     mask: NDArray[np.int64]
-    empty: NDArray[np.bool_]  # (B,) prompts that read as "" does
-    has_null: NDArray[np.bool_]  # (B,) whether row B + i is meant
+    empty: NDArray[np.bool_]  # (B,) whether the prompt has the same tokens as ""
+    has_null: NDArray[np.bool_]  # (B,) whether the image has a null prompt, in row B + i
 
     @property
     def num_prompts(self) -> int:
@@ -103,7 +103,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Step:
-    """What is known after one step of a loop; arrays are the backend's."""
+    """The state after one step of a loop; arrays are the backend's."""
 
     index: int
     total: int
@@ -117,9 +117,9 @@ def stacked(
     name: str,
     drawn: Callable[[Order[S]], NDArray[Any]],
 ) -> NDArray[Any]:
-    """Return one array of every order, (B, ...): what it carries under `name`, or what is drawn.
+    """Return one array for all orders, (B, ...): the given one under `name`, or a drawn one.
 
-    An order that is there several times, as padding is, is drawn once.
+    For an order that occurs several times, as padding does, numbers are drawn once.
     """
     rows = {o: o.given[name] if name in o.given else drawn(o) for o in dict.fromkeys(orders)}
     return np.stack([rows[order] for order in orders])

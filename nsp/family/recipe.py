@@ -1,4 +1,4 @@
-"""What a training run is made of: data, phases, optimizer; stored with every checkpoint."""
+"""The configuration of a training run: data, phases, optimizer; stored with every checkpoint."""
 
 import math
 import re
@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 from nsp.config import Config
 from nsp.errors import ConfigError
 
-SCHEDULES = re.compile(r"constant|cos|lin|lin0|lin00|exp|lin0\.\d+")  # of the learning rate
-LOCAL = "local"  # MLflow's records lie in the run folder
+SCHEDULES = re.compile(r"constant|cos|lin|lin0|lin00|exp|lin0\.\d+")  # for the learning rate
+LOCAL = "local"  # MLflow's records are in the run folder
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # that MLflow writes to
 _SCHEMES = ("file", "http", "https", "databricks", *DATABASES)
-MAX_SEED = 2**32 - 1  # NumPy's global generator takes no more
+MAX_SEED = 2**32 - 1  # the limit of NumPy's global generator
 _COUNTS = (
     "steps",
     "batch_size",
@@ -25,7 +25,7 @@ _COUNTS = (
     "validate_every",
     "log_every",
 )
-# What of a phase a resumed run may change: how long it is, how it is computed and watched.
+# The fields of a phase that a resumed run may change: its length, computation and reports.
 FREE_OF_PHASE = (*(name for name in _COUNTS if name != "batch_size"), "guard")
 
 
@@ -33,7 +33,7 @@ FREE_OF_PHASE = (*(name for name in _COUNTS if name != "batch_size"), "guard")
 class OptimizerConfig(Config):
     """AdamW and its schedules."""
 
-    lr: float  # peak, for the batch size as given
+    lr: float  # peak learning rate for the given batch size
     betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.05
     weight_decay_end: float | None = None  # None: constant
@@ -44,7 +44,7 @@ class OptimizerConfig(Config):
     grad_clip: float = 2.0
 
     def __post_init__(self) -> None:
-        """Check the schedule's name and the ranges of numbers; nan and inf are in none."""
+        """Check the schedule's name and the ranges of numbers; nan and inf are not allowed."""
         if not SCHEDULES.fullmatch(self.schedule):
             raise ConfigError(
                 f"schedule {self.schedule!r} is unknown; known: constant, cos, lin, lin0, lin00, "
@@ -80,8 +80,8 @@ class GuardConfig(Config):
     one phase, or with nothing saved yet, it stops with an error.
     """
 
-    spike_ratio: float = 4.0  # 0: only what is not finite counts
-    window: int = 50  # reports; a spike is looked for once half of them are there
+    spike_ratio: float = 4.0  # 0: only values that are not finite count
+    window: int = 50  # reports; spikes are detected after half as many
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
@@ -96,9 +96,9 @@ class GuardConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Config):
-    """Low-rank adapters in place of full training (Hu et al. 2021, arXiv:2106.09685), by peft.
+    """Low-rank adapters instead of full training (Hu et al. 2021, arXiv:2106.09685), with peft.
 
-    Checkpoint folders hold the weights with the adapters merged in.
+    Checkpoint folders have the weights with the adapters merged in.
     """
 
     rank: int = 16
@@ -116,11 +116,11 @@ class LoraConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig(Config):
-    """One phase of a run: what the family trains under this name, for how long, and how."""
+    """One phase of a run: the family's objective of this name, its length and its settings."""
 
     name: str
     steps: int
-    batch_size: int  # of an optimizer step, over all devices and micro-batches
+    batch_size: int  # pictures per optimizer step, over all devices and micro-batches
     accumulate: int = 1  # micro-batches of a step on each device
     optimizer: OptimizerConfig
     ema_decay: float = 0.0  # 0: no moving average
@@ -129,8 +129,8 @@ class PhaseConfig(Config):
     objective: dict[str, Any] = field(default_factory=dict)  # settings of the family's objective
     sample_every: int = 500
     checkpoint_every: int = 250
-    keep_last: int = 2  # saved steps kept beside the best one
-    validate_every: int = 500  # on the held-out split, where the data has one
+    keep_last: int = 2  # saved steps kept in addition to the best one
+    validate_every: int = 500  # on the held-out split, if the data has one
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -144,12 +144,12 @@ class PhaseConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """Which pictures, at what size, with which augmentation."""
+    """The pictures, their size and their augmentation."""
 
     source: str = "emoji"  # 'emoji', a .tar, a folder, hf:NAME_OR_FOLDER[:SPLIT], or shards
-    stream: bool = False  # read shards (paths or URLs) as they come, without listing them first
-    validation: str | None = None  # pictures to validate on, in place of the held-out ones
-    heldout: str | None = None  # list (name<TAB>caption) of what must not be among the pictures
+    stream: bool = False  # read shards (paths or URLs) in order, without listing them first
+    validation: str | None = None  # pictures to validate on, instead of the held-out ones
+    heldout: str | None = None  # list (name<TAB>caption) of samples that must not be trained on
     token_cache: str | None = None  # made by `nsp data cache`; None: the run makes its own
     crop: bool = False  # resize the short side to 1.125 x size, then crop at random
     flip: bool = False
@@ -163,13 +163,13 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig(Config):
-    """Where a run is recorded; nothing here changes what is trained."""
+    """Where a run is recorded; nothing here changes the training."""
 
-    tensorboard: bool | None = None  # None: where it is installed
-    log_dir: str | None = None  # of TensorBoard; None: in the run folder
+    tensorboard: bool | None = None  # None: if it is installed
+    log_dir: str | None = None  # for TensorBoard; None: in the run folder
     mlflow: str | None = None  # "local": in the run folder; else a folder or a tracking URI
-    experiment: str = "nsp"  # of MLflow
-    run_name: str | None = None  # of MLflow; None: the run folder's name
+    experiment: str = "nsp"  # name of the MLflow experiment
+    run_name: str | None = None  # name in MLflow; None: the run folder's name
 
     def __post_init__(self) -> None:
         """Check the address; a password in it would be stored with every checkpoint."""
@@ -186,7 +186,7 @@ class TrackingConfig(Config):
                 )
             if password is not None:
                 raise ConfigError(
-                    "mlflow: the address holds a password; set MLFLOW_TRACKING_USERNAME and "
+                    "mlflow: the address contains a password; set MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD instead"
                 )
         for name in ("log_dir", "mlflow", "experiment", "run_name"):
@@ -194,7 +194,7 @@ class TrackingConfig(Config):
                 raise ConfigError(f"{name} must not be empty")
 
     def tensorboard_dir(self, folder: Path) -> Path:
-        """Return where TensorBoard's files of the run in `folder` go."""
+        """Return the folder for TensorBoard's files of the run in `folder`."""
         return folder / "tensorboard" if self.log_dir is None else Path(self.log_dir)
 
 
@@ -204,21 +204,21 @@ class RunConfig(Config):
 
     family: str
     model: dict[str, Any]  # the family's configuration as a dictionary
-    text_encoder: dict[str, Any] = field(default_factory=dict)  # of a new text encoder
+    text_encoder: dict[str, Any] = field(default_factory=dict)  # settings of a new text encoder
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[PhaseConfig, ...]
-    sampling: dict[str, Any] = field(default_factory=dict)  # VarSampling that suits the model
-    checkpoint_dir: str | None = None  # of saved steps; None: in the run folder
+    sampling: dict[str, Any] = field(default_factory=dict)  # sampling settings that suit the model
+    checkpoint_dir: str | None = None  # for saved steps; None: in the run folder
     start_from: str | None = None  # checkpoint folder whose weights the run starts with
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"  # how several processes share the work
-    compile: bool = False  # torch.compile of the repeated parts
-    activation_checkpointing: bool = False  # compute activations again instead of keeping them
+    compile: bool = False  # torch.compile for the repeated parts
+    activation_checkpointing: bool = False  # recompute activations instead of keeping them
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        """Check that phases have distinct names and that every library takes the seed."""
+        """Check that phases have distinct names and that every library accepts the seed."""
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names) or not names:
             raise ConfigError(f"phases must be one or more with distinct names, got {names}")

@@ -1,6 +1,6 @@
-"""Families by name: those that come with nsp in a table, others through entry points.
+"""Families by name: built-in ones from a table, others through entry points.
 
-A package of somebody else's declares its family so, and nothing here changes:
+Another package declares its family like this, and nothing here changes:
 
     [project.entry-points."nsp.families"]
     my_family = "my_package:MyFamily"
@@ -16,7 +16,8 @@ from nsp.plugins import Plugins
 if TYPE_CHECKING:
     from nsp.family.contract import AnyFamily
 
-# Reading entry points takes 15 to 25 ms of a start, and they are stale in a checkout.
+# Built-in families need no entry points: reading these takes 15 to 25 ms, and in a checkout they
+# may be out of date.
 BUILT_IN: Mapping[str, str] = {
     "var": "nsp.families.var:Var",
     "next_scale": "nsp.families.next_scale:NextScale",
@@ -34,15 +35,15 @@ def family(name: str) -> "AnyFamily":
 
 
 def _checked(name: str, found: object) -> "AnyFamily":
-    """Return an instance of what a name stands for; ConfigError where it is no family of ours."""
-    from nsp.family.contract import API, Family  # numpy, which help texts do without
+    """Return an instance of the family found under a name; ConfigError if it is not a `Family`."""
+    from nsp.family.contract import API, Family  # needs numpy, which help texts do not need
 
     if not (isinstance(found, type) and issubclass(found, Family)):
         raise ConfigError(f"family {name!r}: {found!r} is not a subclass of nsp's Family")
     if found.api != API:
         raise ConfigError(
-            f"family {name!r} is written for version {found.api} of the contract, this nsp has "
-            f"{API}; install a fitting version of its package"
+            f"family {name!r} is written for version {found.api} of the contract, but this nsp has "
+            f"{API}; install a matching version of its package"
         )
     try:
         made: AnyFamily = found()

@@ -1,4 +1,4 @@
-"""All trainable parts of one model together, as checkpoints hold them."""
+"""All trainable parts of one model together, as in checkpoints."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
@@ -17,7 +17,7 @@ C = TypeVar("C", bound=Config)
 
 
 class System(nn.Module, Generic[C]):
-    """Base of a family's system: its configuration, and where it reads prompts, what reads them."""
+    """Base of a family's system: its configuration and, for prompts, encoder and tokenizer."""
 
     family: ClassVar[str]  # its name
     config: C

@@ -1,1 +1,1 @@
-"""What families share and is hard: attention over an explicit cache, resampling matrices."""
+"""Difficult code shared by families: attention over an explicit cache, resampling matrices."""

@@ -15,7 +15,7 @@ Attend: TypeAlias = Callable[..., tuple[Tensor, KeyValue]]
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Return `x` over its norm along the last axis, in float32: eps 1e-12 is zero in float16."""
+    """Return `x` divided by its norm along the last axis; float32, as float16 has no eps 1e-12."""
     x = x.float()  # F.normalize would be exported with its norms expanded to the size of x
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.clamp_min(1e-12)
@@ -26,9 +26,9 @@ def attend_delta(
 ) -> tuple[Tensor, KeyValue]:
     """Return attention (G,L,H,K) over past and new tokens, and the *new* keys and values only.
 
-    The cache is token-major, (P,G,H,K): what is new is one contiguous slice of the arena, so an
-    engine writes it in place. Plain matrix products and a softmax, which every ONNX runtime and
-    TensorRT parser takes.
+    The cache is token-major, (P,G,H,K): new tokens are one contiguous slice of the arena, so an
+    engine writes them in place. It uses only matrix products and a softmax, which every ONNX
+    runtime and TensorRT parser supports.
     """
     new_k, new_v = k_GLHK.transpose(0, 1), v_GLHK.transpose(0, 1)
     all_k, all_v = new_k, new_v
@@ -64,7 +64,7 @@ def attend_masked(
 ) -> tuple[Tensor, KeyValue]:
     """Return attention (G,L,H,K) under an additive mask (L,L), and the keys and values: training.
 
-    The mask is given in place of a cache.
+    The mask is given instead of a cache.
     """
     mixed = F.scaled_dot_product_attention(
         q_GLHK.transpose(1, 2),

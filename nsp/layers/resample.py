@@ -17,7 +17,7 @@ _BICUBIC_A = -0.75  # the coefficient of torch.nn.functional.interpolate
 def area_matrix(size_in: int, size_out: int) -> NDArray[np.float32]:
     """Return the (size_out, size_in) matrix of adaptive average pooling along one axis.
 
-    Output i averages inputs floor(i n/p) .. ceil((i+1) n/p) - 1; windows overlap where p does not
+    Output i averages inputs floor(i n/p) .. ceil((i+1) n/p) - 1; windows overlap if p does not
     divide n. Equals `torch.nn.functional.interpolate(mode="area")` to 1e-6.
     """
     matrix = np.zeros((size_out, size_in), np.float64)

@@ -1,1 +1,1 @@
-"""From prompts or class ids to images."""
+"""The way from prompts or class ids to images."""

@@ -1,4 +1,4 @@
-"""What calling a pipeline does: batches of any number of orders, pictures of the kind asked for."""
+"""The call of a pipeline: any number of orders in batches, pictures in the requested form."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ class OnStepEnd(Protocol):
     def __call__(
         self, pipe: OrderRunner, step: int, timestep: int, callback_kwargs: dict[str, Any], /
     ) -> object:
-        """Look at a step that ended; what is returned changes nothing."""
+        """Receive a finished step; the return value is ignored."""
 
 
 def call(
@@ -32,7 +32,7 @@ def call(
     output_type: str,
     on_step_end: OnStepEnd | None,
 ) -> PipelineOutput:
-    """Return the images of all orders, made in as many batches as they need."""
+    """Return the images of all orders, in as many batches as needed."""
     for order in orders:
         pipeline.check_order(order)
     made: dict[int, Any] = {}

@@ -1,7 +1,7 @@
-"""Prompts read by the text encoder, once each: a batch of orders takes what it needs from here.
+"""Encodes prompts with the text encoder, once each, for all batches of orders.
 
 The stage `text_encoder` takes `token_ids` (N, T) int64 and, where it declares it, `attention_mask`
-(N, T) int64, which is 0 for padding.
+(N, T) int64, with 0 for padding.
 """
 
 from collections import OrderedDict
@@ -22,7 +22,7 @@ _KEPT = 256  # prompts: 60 MB at the width of CLIP ViT-L/14
 
 
 class PromptEncoder:
-    """Tokenizer and text encoder of one model, with the last prompts it read."""
+    """Tokenizer and text encoder of one model, with the last encoded prompts."""
 
     def __init__(
         self, tokenizer: "PromptTokenizer", backend: Backend, *, max_batch: int | None
@@ -32,10 +32,10 @@ class PromptEncoder:
         self._empty: bytes | None = None
 
     def encode(self, prompts: Sequence[str], nulls: Sequence[str | None]) -> Encoded:
-        """Return the prompts of a batch, and the null prompts of those images that have one."""
+        """Return the encoded prompts of a batch, and the null prompts of images that have one."""
         has_null = np.array([null is not None for null in nulls])
         rows = [*prompts]
-        if has_null.any():  # a row for every image, so that few shapes occur
+        if has_null.any():  # a row for every image, to keep the number of shapes small
             both = zip(prompts, nulls, strict=True)
             rows += [prompt if null is None else null for prompt, null in both]
         tokens = self._tokenizer.tokenize(rows)
@@ -51,7 +51,7 @@ class PromptEncoder:
         return Encoded(states, tokens.mask, empty, has_null)
 
     def forget(self) -> None:
-        """Drop all that was read."""
+        """Delete all encoded prompts."""
         self._kept.clear()
 
     def _forget(self) -> None:
@@ -59,13 +59,13 @@ class PromptEncoder:
             self._kept.popitem(last=False)
 
     def _feeds(self, tokens: "TokenizedPrompts") -> dict[str, NDArray[np.int64]]:
-        """Return what the stage takes."""
+        """Return the inputs of the stage."""
         known = {"token_ids": tokens.token_ids, "attention_mask": tokens.mask}
         declared = self._backend.stages_io[STAGE].inputs
         return {name: array for name, array in known.items() if name in declared}
 
     def _read(self, feeds: Mapping[str, NDArray[np.int64]], prompts: Mapping[bytes, int]) -> None:
-        """Read the rows of those prompts that are not kept; all become the last ones."""
+        """Encode the prompts that are not kept yet; all of them become the last ones."""
         unread = [key for key in prompts if key not in self._kept]
         size = self._max_batch or max(len(unread), 1)
         for start in range(0, len(unread), size):
@@ -81,5 +81,5 @@ class PromptEncoder:
 
 
 def _keys(feeds: Mapping[str, NDArray[np.int64]]) -> list[bytes]:
-    """Return what tells prompts apart: all that the stage is given of each."""
+    """Return a key for each prompt: all that the stage receives of it."""
     return [b"".join(row.tobytes() for row in rows) for rows in zip(*feeds.values(), strict=True)]

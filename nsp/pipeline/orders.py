@@ -1,8 +1,8 @@
-"""Orders made from what users give, and cut into batches; every value is checked here.
+"""Makes orders from the user's arguments and cuts them into batches; checks every value.
 
-The rule of seeds, everywhere: the k-th image of the same condition has seed + k; two prompts share
-the seed; a list gives each image its own. So an image can be made again alone, and does not change
-when others join it.
+Everywhere, seeds follow one rule: the k-th image of the same condition has seed + k; two prompts
+share the seed; a list gives each image its own. So any image can be made again alone, and does not
+change when others are added.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from nsp.family.order import Order, S
 from nsp.stage.backend import Backend
 
 DEFAULT_BATCH_SIZE = 8
-MAX_IMAGES = 1_000_000  # of one run: its list is held in memory, 250 MB then
+MAX_IMAGES = 1_000_000  # per run: the list of its orders then needs 250 MB of memory
 
 
 def make_orders(
@@ -32,16 +32,18 @@ def make_orders(
     negative: str | Sequence[str | None] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> list[Order[S]]:
-    """Return `num_images` orders for every prompt, or class id, or without either.
+    """Return `num_images` orders for every prompt, or class id, or for no condition at all.
 
-    Without either, a list of seeds says how many. `negative` is one prompt for all, or one per
+    Without a condition, a list of seeds gives their number. `negative` is one prompt for all, or one per
     condition; `given` are arrays with a row per image.
-    Raises ConfigError for values of a wrong kind; whether they suit a model is checked later.
+    Raises ConfigError for values of a wrong kind; whether they fit a model is checked later.
     """
     texts = None if prompts is None else prompt_texts(prompts)
     numbers = None if class_ids is None else class_numbers(class_ids).tolist()
     if texts and numbers:
-        raise ConfigError("prompts and class ids are both given; a model takes one kind: choose")
+        raise ConfigError(
+            "prompts and class ids are both given; a model takes only one kind; choose one"
+        )
     if texts == () or numbers == []:
         kind = "prompts" if numbers is None else "class ids"
         raise ConfigError(f"nothing to generate: give one or more {kind}")
@@ -65,8 +67,8 @@ def check_total(num_images: int) -> None:
     """Raise ConfigError for more images than one run makes."""
     if num_images > MAX_IMAGES:
         raise ConfigError(
-            f"{num_images} images are planned; one run makes at most {MAX_IMAGES}: make several, "
-            "each with another seed"
+            f"{num_images} images are requested, but one run makes at most {MAX_IMAGES}; use "
+            "several runs with different seeds"
         )
 
 
@@ -107,29 +109,29 @@ def _nulls(negative: Any, count: int) -> list[str | None]:
 
 
 def _rows(given: Mapping[str, Any], count: int) -> list[dict[str, NDArray[Any]]]:
-    """Return what every order carries, of arrays with a row per image."""
+    """Return the given arrays of every order, from arrays with one row per image."""
     for name, array in given.items():
         if not isinstance(array, np.ndarray):
             raise ConfigError(f"{name} is a {type(array).__name__}; expected a NumPy array")
         if array.ndim == 0 or len(array) != count:
-            raise ConfigError(f"{name} is {array.dtype} {array.shape}; expected a row per image")
+            raise ConfigError(f"{name} is {array.dtype} {array.shape}; expected one row per image")
     return [{name: array[row] for name, array in given.items()} for row in range(count)]
 
 
 def prompt_texts(prompts: Any) -> tuple[str, ...]:
     """Return the prompts of a list, an iterator or a NumPy array of texts; there may be none.
 
-    Raises ConfigError naming the first that is no text.
+    Raises ConfigError naming the first item that is not a text.
     """
     if isinstance(prompts, str | bytes):
-        raise ConfigError(f"prompts is a list of texts: prompts=[{values.shown(prompts)}]")
+        raise ConfigError(f"prompts must be a list of texts: prompts=[{values.shown(prompts)}]")
     ordered = not isinstance(prompts, Mapping | Set)
     try:
         texts = list(prompts) if ordered else None
     except TypeError:
         texts = None
     if texts is None:
-        raise ConfigError(f"prompts is a list of texts, not {values.shown(prompts)}")
+        raise ConfigError(f"prompts must be a list of texts, not {values.shown(prompts)}")
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise ConfigError(f"prompt {number} is {values.shown(text)}, not a text")
@@ -137,7 +139,7 @@ def prompt_texts(prompts: Any) -> tuple[str, ...]:
 
 
 def _text(prompt: str) -> str:
-    """Return `prompt` with half surrogates (bad bytes of a command line) as U+FFFD, to be UTF-8."""
+    """Return `prompt` as valid UTF-8: lone surrogates (bad bytes of a command line) as U+FFFD."""
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -150,26 +152,26 @@ def class_numbers(class_ids: Any) -> NDArray[np.int64]:
     except (TypeError, ValueError):  # rows of different lengths
         ids = np.array(None)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ConfigError(f"class_ids is a list of integers, not {values.shown(class_ids)}")
+        raise ConfigError(f"class_ids must be a list of integers, not {values.shown(class_ids)}")
     return ids.astype(np.int64)
 
 
 def check_condition(family: AnyFamily, config: Any, order: Order[Any]) -> None:
-    """Raise ConfigError unless an order asks for what this model takes."""
+    """Raise ConfigError unless this model accepts the order's condition."""
     kind, condition = family.condition(config), order.condition
     if kind == "none":
         if condition is not None:
             raise ConfigError("this model is unconditional: it takes no prompts and no class ids")
     elif kind == "prompt":
         if isinstance(condition, int):
-            raise ConfigError("this model is text-conditional: it takes prompts, no class ids")
+            raise ConfigError("this model is text-conditional: it takes prompts, not class ids")
         if condition is None:
             raise ConfigError("this model is text-conditional: give one or more prompts")
         if not condition.strip() and not family.takes_no_prompt:
             raise ConfigError("a prompt is empty; write what the image should show")
         return
     elif isinstance(condition, str):
-        raise ConfigError("this model is class-conditional: it takes class ids, no prompts")
+        raise ConfigError("this model is class-conditional: it takes class ids, not prompts")
     elif condition is None:
         raise ConfigError("this model is class-conditional: give one or more class ids")
     elif not 0 <= condition <= config.num_classes:
@@ -178,11 +180,11 @@ def check_condition(family: AnyFamily, config: Any, order: Order[Any]) -> None:
             f"class id {condition} is outside 0..{count - 1} ({count} is the null class)"
         )
     if order.negative is not None:
-        raise ConfigError("negative_prompt: this model takes no prompts")
+        raise ConfigError("this model takes no prompts; omit negative_prompt")
 
 
 class Takes(Protocol):
-    """What cutting batches needs of a pipeline."""
+    """The parts of a pipeline that cutting into batches needs."""
 
     family: AnyFamily
     config: Any
@@ -193,9 +195,9 @@ class Takes(Protocol):
 def cut_batches(
     pipeline: Takes, orders: Sequence[Order[Any]], batch_size: int | None = None
 ) -> list[list[int]]:
-    """Return the orders' places batch by batch; those of equal keys share batches, in order.
+    """Return the orders' indices batch by batch; orders of equal keys share batches, in order.
 
-    Where the backend pads batches, a batch has as many orders as cost no more than `batch_size`.
+    If the backend pads batches, a padded batch is not larger than `batch_size` after padding.
     """
     size = pipeline.backend.padded_batch_size(choose_batch_size(pipeline, batch_size))
     groups: dict[Hashable, list[int]] = {}
@@ -210,7 +212,7 @@ def cut_batches(
 
 
 def choose_batch_size(pipeline: Takes, requested: int | None) -> int:
-    """Return how many images to make at once; raise ConfigError for more than the engines take."""
+    """Return how many images to make at once; ConfigError for more than the engines accept."""
     limit = pipeline.max_batch
     if requested is None:
         return DEFAULT_BATCH_SIZE if limit is None else min(DEFAULT_BATCH_SIZE, limit)

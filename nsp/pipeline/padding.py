@@ -1,4 +1,4 @@
-"""Batches padded to a size that a backend has, and results cut back to the images asked for."""
+"""Pads batches to a size that a backend has, and cuts results to the requested images."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from nsp.stage.backend import Backend
 
 
 def pad_orders(orders: Sequence[Order[Any]], size: int) -> Sequence[Order[Any]]:
-    """Return `size` orders: those given, then the last one again and again."""
+    """Return `size` orders: the given ones, then repeats of the last one."""
     return [*orders, *[orders[-1]] * (size - len(orders))]
 
 
@@ -24,7 +24,7 @@ def cut_step(step: Step, num_images: int) -> Step:
 
 
 def pad_latent(backend: Backend, latent: Array, size: int) -> Array:
-    """Return a latent (size, C, h, w): the rows given, then the last one again and again."""
+    """Return a latent (size, C, h, w): the given rows, then repeats of the last one."""
     count = latent.shape[0]
     if count == size:
         return latent

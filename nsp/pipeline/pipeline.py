@@ -3,7 +3,7 @@
     pipe = nsp.Pipeline.from_pretrained("engines/")
     pipe("red apple", seed=3).images[0].save("apple.png")
 
-`run` is all there is; `generate`, `stream` and the call make orders for it.
+Everything goes through `run`; `generate`, `stream` and the call make orders for it.
 """
 
 import logging
@@ -36,7 +36,7 @@ _ENGINE_OPTIONS = ("precision", "device", "num_threads", "verify")
 
 @dataclass(frozen=True)
 class Origin:
-    """What `load_pipeline` was given: enough to load the same model again in another process."""
+    """The arguments of `load_pipeline`, to load the same model again in another process."""
 
     path: Path
     backend: str
@@ -46,8 +46,8 @@ class Origin:
 class Pipeline(OrderRunner):
     """A loaded model that takes prompts or class ids; `run` takes orders.
 
-    Threads may share one. Pickled (sent to another process, copied) it is the path it was loaded
-    from with its options, and loads again on the other side.
+    Threads may share one. A pickled pipeline (sent to another process, or copied) consists of its
+    path and options, and is loaded again in the other process.
     """
 
     origin: Origin | None = None
@@ -69,7 +69,7 @@ class Pipeline(OrderRunner):
         return load_pipeline(path, backend, **options, **({} if verify else {"verify": False}))
 
     def __repr__(self) -> str:
-        """Return what the model is and what runs it."""
+        """Return the model and its backend in words."""
         model = self.model_hash[:12] or "in memory"
         limit = "any batch" if self.max_batch is None else f"batches of 1 to {self.max_batch}"
         return (
@@ -77,7 +77,7 @@ class Pipeline(OrderRunner):
         )
 
     def __copy__(self) -> "Pipeline":
-        """Return another pipeline of the same backend, which both use in turns."""
+        """Return another pipeline with the same backend, which both use in turn."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
@@ -132,7 +132,7 @@ class Pipeline(OrderRunner):
         negative_prompt: str | Sequence[str | None] | None = None,
         **options: Any,
     ) -> Iterator[StreamStep]:
-        """Return an iterator that makes one step at a time and gives its StreamStep.
+        """Return an iterator that makes one step at a time and yields its StreamStep.
 
         Arguments are those of `generate`, checked before the first step.
         """
@@ -161,14 +161,14 @@ class Pipeline(OrderRunner):
         """Return images as diffusers' pipelines do: pipe("red apple").images[0].save("x.png").
 
         Arguments:
-            prompt, class_id: one or several, of the kind this model takes.
-            num_images_per_prompt: images of each; the k-th has seed `seed` + k.
-            seed: of every condition, or a list with one for each image.
-            negative_prompt: in place of the null condition of guidance; one, or one per prompt.
+            prompt, class_id: one or several, of the kind that this model takes.
+            num_images_per_prompt: images for each; the k-th has seed `seed` + k.
+            seed: one for all conditions, or a list with one for each image.
+            negative_prompt: used instead of guidance's null condition; one, or one per prompt.
             output_type: "pil" pictures, "np" (B, H, W, 3) float32 in [0, 1], or "latent".
             callback_on_step_end: called as callback(pipe, step, timestep, callback_kwargs) with
-                the step's number twice; `callback_kwargs` holds "latents".
-            settings: of the model's sampling, such as guidance_scale; `pipe.sampling` has them.
+                the step's number twice; `callback_kwargs` has "latents".
+            settings: the model's sampling settings, such as guidance_scale; see `pipe.sampling`.
 
         Raises ConfigError for a bad request.
         """
@@ -211,7 +211,7 @@ class Pipeline(OrderRunner):
 
 
 def _several(value: Any) -> Any:
-    """Return one condition as a list of one; a list, or nothing, as it is."""
+    """Return one condition as a list of one; a list or None unchanged."""
     return [value] if isinstance(value, str | int) else value
 
 
@@ -219,11 +219,11 @@ def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pi
     """Return the model in `path`: an engine folder, or a checkpoint folder (PyTorch).
 
     `backend` is "auto" (the fastest that works here; logged with the reason) or a name from
-    `nsp.backends.available`. `options` of engines are `precision`, `device`, `num_threads`
-    and `verify`, as for `open_engine_dir`; a checkpoint has `device` ("cpu", "cuda", "cuda:1";
-    None is the GPU where there is one) and `verify` (False takes files that differ from their
-    digests). Raises ConfigError for another one, and EngineError,
-    CheckpointError or BackendError with what to do.
+    `nsp.backends.available`. `options` for engines are `precision`, `device`, `num_threads`
+    and `verify`, as for `open_engine_dir`; for a checkpoint `device` ("cpu", "cuda", "cuda:1";
+    None is the GPU if there is one) and `verify` (False accepts files that differ from their
+    digests). Raises ConfigError for other options, and EngineError, CheckpointError or
+    BackendError with advice.
     """
     folder, backend = values.path("path", path), values.choice("backend", backend)
     pipeline = _load(folder, backend, options)
@@ -232,7 +232,7 @@ def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pi
 
 
 def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with Python's own values; ConfigError for one of a wrong kind."""
+    """Return the options as Python's own types; ConfigError for a value of a wrong kind."""
     checked = dict(options)
     for name in ("precision", "num_threads"):
         if checked.get(name) is None:
@@ -247,12 +247,12 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_again(origin: Origin, model_hash: str) -> Pipeline:
-    """Return a pipeline that was pickled; CheckpointError when another model lies there now."""
+    """Return a pipeline that was pickled; CheckpointError if its path has another model now."""
     pipeline = load_pipeline(origin.path, origin.backend, **origin.options)
     if pipeline.model_hash != model_hash:
         raise CheckpointError(
-            f"{origin.path} holds another model than the pipeline that was sent here was loaded "
-            "from; load it again with nsp.load_pipeline(path)"
+            f"{origin.path} has another model now than when the pipeline was loaded; load it again "
+            "with nsp.load_pipeline(path)"
         )
     return pipeline
 
@@ -267,13 +267,13 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
     if unknown := [name for name in options if name not in known]:
         raise ConfigError(
             f"{folder} is loaded as {kind}, which has no option {unknown[0]!r}; "
-            f"it has {', '.join(known)}"
+            f"known: {', '.join(known)}"
         )
     options = _checked_options(options)
     if checkpoint:
         if backend not in ("auto", "torch"):
             raise ConfigError(
-                f"{folder} is a checkpoint, which only the torch backend runs; "
+                f"{folder} is a checkpoint, which only the torch backend can run; "
                 f"run: nsp export --checkpoint {folder}"
             )
         return _load_checkpoint(folder, **options)

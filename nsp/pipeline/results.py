@@ -1,4 +1,4 @@
-"""What a pipeline gives back: images, what happened on the way, and the state after a step."""
+"""The results of a pipeline: images, traces of all steps, and the state after a step."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Decoder(Protocol):
-    """What a step needs to show itself: the model it was made with."""
+    """What a step needs to become a picture: the model that made it."""
 
     family: AnyFamily
 
@@ -28,7 +28,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened on the way: one entry per step; no tokens of families that draw none."""
+    """The results of all steps, one entry per step; families without tokens have none here."""
 
     tokens: list[NDArray[np.int64]]  # (B, L_s) sampled
     logits: list[NDArray[np.float32]]  # (B, L_s, V) guided, before temperature and filters
@@ -41,11 +41,11 @@ class GenerateResult:
     """Images of one `Pipeline.generate`."""
 
     images: NDArray[np.uint8]  # (B, H, W, 3)
-    seed: int  # of the first image
+    seed: int  # the seed of the first image
     prompts: tuple[str, ...] = ()
     class_ids: tuple[int, ...] = ()
     trace: Trace | None = None
-    seeds: tuple[int, ...] = ()  # of every image: with it alone the image can be made again
+    seeds: tuple[int, ...] = ()  # the seed of every image, enough to make it again
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,10 +53,10 @@ class PipelineOutput:
     """Images of one call of a pipeline."""
 
     images: "list[Image] | NDArray[np.uint8] | NDArray[np.float32]"  # by `output_type`
-    seeds: tuple[int, ...]  # of every image: with it alone the image can be made again
+    seeds: tuple[int, ...]  # the seed of every image, enough to make it again
 
     def __repr__(self) -> str:
-        """Return what it is, without the pixels."""
+        """Return a description without the pixels."""
         return f"PipelineOutput({len(self.images)} images, seeds={list(self.seeds)})"
 
     def _repr_png_(self) -> bytes | None:
@@ -77,12 +77,12 @@ class StreamStep:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the step was drawn as tokens from a codebook."""
+        """Whether the step drew tokens from a codebook."""
         return "tokens" in self._step.drawn
 
     @property
     def tokens(self) -> NDArray[np.int64]:
-        """Sampled tokens (B, L_s); ConfigError for a family that draws none."""
+        """Sampled tokens (B, L_s); ConfigError for a family that draws no tokens."""
         return self._drawn("tokens")
 
     @property
@@ -102,14 +102,16 @@ class StreamStep:
     def _drawn(self, name: str) -> NDArray[Any]:
         if name not in self._step.drawn:
             raise ConfigError(
-                f"family {self._pipeline.family.name} draws no {name} in this step; see `latent`"
+                f"family {self._pipeline.family.name} has no {name} in this step; use `latent`"
             )
         return self._pipeline.download(self._step.drawn[name])
 
     def _whole(self) -> Any:
         """Return the latent on the backend."""
         if self._step.latent is None:
-            raise ConfigError(f"step {self.scale} ends in the middle of a picture: no latent yet")
+            raise ConfigError(
+                f"step {self.scale} is in the middle of a picture: there is no latent yet"
+            )
         return self._step.latent
 
 

@@ -1,4 +1,4 @@
-"""Runs batches of orders on a backend: the engine room of a pipeline."""
+"""Runs batches of orders on a backend, for the pipeline."""
 
 import logging
 import threading
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Steps(Iterator[T]):
-    """The steps of one batch, each made when it is asked for, one at a time."""
+    """The steps of one batch, each computed only when it is requested."""
 
     def __init__(self, pipeline: "OrderRunner", made: Generator[T]) -> None:
         self._pipeline, self._made = pipeline, made
@@ -39,7 +39,7 @@ class Steps(Iterator[T]):
             return next(self._made)
 
     def close(self) -> None:
-        """Make no further step; what the backend lent goes back."""
+        """Make no further step, and return what the backend lent."""
         with self._pipeline.turn:
             self._made.close()
 
@@ -47,9 +47,9 @@ class Steps(Iterator[T]):
 class OrderRunner:
     """A model on a backend: orders in, steps and images out.
 
-    Threads may share one: they take turns, a picture or a step at a time, and what each makes is
-    what it would make alone. Where the backend has sizes of batches, a smaller batch is padded with
-    repeats of its last order, and nothing of these is in what comes back.
+    Threads may share one: they take turns after each picture or step, and the results are the same
+    as without other threads. If the backend has batch sizes, a smaller batch is padded with repeats
+    of its last order, and the results do not include these.
     """
 
     def __init__(
@@ -68,25 +68,25 @@ class OrderRunner:
         self.tokenizer = tokenizer
         self.sampling: Any = family.sampling() if sampling is None else sampling
         self.model_hash, self.max_batch, self.precision = model_hash, max_batch, precision
-        self.num_padding_rows = 0  # images computed for a full size and dropped, so far
-        self.turn = threading.RLock()  # held by the thread whose step the backend computes
+        self.num_padding_rows = 0  # images computed only to fill a batch size, so far
+        self.turn = threading.RLock()  # locked by the thread that uses the backend
         self.prompts = (
             None if tokenizer is None else PromptEncoder(tokenizer, backend, max_batch=max_batch)
         )
 
     def run(self, orders: Sequence[Order[Any]], *, trace: bool = False) -> Iterator[Step]:
-        """Return an iterator over the steps of one batch; all else is sugar over this.
+        """Return an iterator over the steps of one batch; all other methods use this one.
 
-        Orders whose `batch_key` is the same may share a batch, whatever else they ask for, and
-        none changes another's image. With `trace` the logits are among what a step has drawn. All
-        is checked before the first step; raises ConfigError.
+        Orders with the same `batch_key` may share a batch, whatever their other settings, and no
+        order changes another's image. With `trace`, `drawn` of a step also has the logits. All
+        orders are checked before the first step; raises ConfigError.
         """
         self.check(orders)
         inputs = self._inputs(orders)
         return Steps(self, self._play(inputs, len(orders), trace=trace))
 
     def images(self, orders: Sequence[Order[Any]]) -> NDArray[np.float32]:
-        """Return the images (B, 3, H, W) in [0, 1] of one batch, with no stop on the way."""
+        """Return the images (B, 3, H, W) in [0, 1] of one batch, without intermediate steps."""
         self.check(orders)
         inputs = self._inputs(orders)
         with self.turn:
@@ -94,7 +94,7 @@ class OrderRunner:
             return self.backend.download(image[: len(orders)])
 
     def trace(self, orders: Sequence[Order[Any]]) -> Trace:
-        """Return everything that happens while one batch is made."""
+        """Return the results of every step of one batch."""
         tokens, logits, latents, last = [], [], [], None
         for step in self.run(orders, trace=True):
             last = StreamStep(step.index, step.total, self, step)
@@ -118,18 +118,20 @@ class OrderRunner:
         keys = {self.check_order(order) for order in orders}
         if len(keys) > 1:
             raise ConfigError(
-                "these orders cannot share a batch: their settings decide shapes or the number of "
-                "steps; put together those of which family.batch_key is the same"
+                "these orders cannot share a batch: their settings need other shapes or numbers "
+                "of steps; only orders with the same family.batch_key can"
             )
 
     def check_order(self, order: Order[Any]) -> Hashable:
-        """Return an order's batch key; ConfigError for what this model does not take."""
+        """Return an order's batch key; ConfigError for an order that this model does not accept."""
         check_condition(self.family, self.config, order)
         declared = self.family.given(self.config)
         for name, array in order.given.items():
             if name not in declared:
                 known = ", ".join(declared) or "nothing"
-                raise ConfigError(f"an order of this model carries {known}, no {name!r}")
+                raise ConfigError(
+                    f"an order of this model may have {known} in `given`, not {name!r}"
+                )
             declared[name].check(name, array)
         if not isinstance(order.sampling, self.family.sampling):
             raise ConfigError(
@@ -139,7 +141,7 @@ class OrderRunner:
         return self.family.batch_key(self.config, order)
 
     def _inputs(self, orders: Sequence[Order[Any]]) -> dict[str, NDArray[Any]]:
-        """Return what the loop takes from the host for checked orders, padded, prompts read."""
+        """Return the loop's inputs on the host for checked orders, padded, with encoded prompts."""
         orders = self._padded(orders)
         text = None
         if self.prompts is not None:
@@ -149,7 +151,7 @@ class OrderRunner:
         return self.family.inputs(self.config, orders, text)
 
     def _padded(self, orders: Sequence[Order[Any]]) -> Sequence[Order[Any]]:
-        """Return a batch of a size that the backend has; what joins it is counted."""
+        """Return a batch padded to a size that the backend has; padding rows are counted."""
         size = self.backend.padded_batch_size(len(orders))
         if added := size - len(orders):
             with self.turn:
@@ -163,7 +165,7 @@ class OrderRunner:
     def _play(
         self, inputs: Mapping[str, NDArray[Any]], num_images: int, *, trace: bool
     ) -> Generator[Step]:
-        """Yield the steps of a batch, without padding; whoever asks for one holds `turn`."""
+        """Yield the steps of a batch, without padding; the calling thread has locked `turn`."""
         name, loop = ("traced", self._loop) if trace else ("steps", self._loop_without_logits)
         for step in self.backend.play(name, inputs, loop):
             yield cut_step(step, num_images)

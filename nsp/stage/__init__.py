@@ -1,1 +1,1 @@
-"""What a stage is and how it is run: tensors, cache, the contract of backends."""
+"""Stages and how they run: their tensors, the KV cache, and the contract of backends."""

@@ -1,8 +1,8 @@
 """The KV arena: keys and values of all scale steps in buffers allocated once per image batch.
 
-A step reads the past as a prefix view and its new keys and values are written in place; nothing is
-joined on the host. Axes: S tokens of the whole schedule, P cached, L new, G rows, H heads, K head
-width.
+A step reads the past as a view of the first part, and its new keys and values are written in place;
+nothing is joined on the host. Axes: S tokens of the whole schedule, P cached, L new, G rows, H
+heads, K head width.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from nsp.stage.io import Shape
 
 
 class Array(Protocol):
-    """What the runtime asks of a backend's arrays: views, nothing more."""
+    """The operations that the runtime needs of a backend's arrays: only views."""
 
     @property
     def shape(self) -> Any:
@@ -42,7 +42,7 @@ class KVShape:
 
 
 class Memory(Protocol):
-    """What an arena needs of a backend."""
+    """The operations that an arena needs of a backend."""
 
     def allocate(self, shape: Shape, dtype: str) -> Array:
         """Return uninitialised memory."""
@@ -64,24 +64,24 @@ class HostArrays:
 
 
 def is_cached(name: str) -> bool:
-    """Return whether a stage's input or output of this name is the cache's past or its growth."""
+    """Return whether a stage's tensor of this name belongs to the cache, as past or new part."""
     return name.startswith(("past_k_", "past_v_", "new_k_", "new_v_"))
 
 
 class KVArena(ABC):
-    """Hands out the past and room for what is new; `advance` after every step."""
+    """Gives views of the past and space for new tokens; call `advance` after every step."""
 
     def __init__(self, shape: KVShape) -> None:
         self._whole_shape = shape
         self.shape, self.length = shape, 0
 
     def clear(self) -> None:
-        """Begin anew, with all rows and nothing cached."""
+        """Start again, with all rows and nothing cached."""
         self.shape, self.length = self._whole_shape, 0
 
     @abstractmethod
     def keep_rows(self, rows: int) -> None:
-        """Forget all but the first `rows` rows, in the past and from now on."""
+        """Keep only the first `rows` rows, of the past and from now on."""
 
     @abstractmethod
     def past(self) -> dict[str, Array]:
@@ -101,7 +101,7 @@ class KVArena(ABC):
 
 
 class DeltaArena(KVArena):
-    """Token-major (S, G, H, K) buffers: the past is the head of each, the new lands behind it."""
+    """Token-major (S, G, H, K) buffers: the past is the first part, new tokens come after it."""
 
     def __init__(self, shape: KVShape, memory: Memory) -> None:
         super().__init__(shape)
@@ -109,7 +109,7 @@ class DeltaArena(KVArena):
         self._buffers = self._whole = self._allocate(memory)
 
     def clear(self) -> None:
-        """Begin anew, with all rows and nothing cached."""
+        """Start again, with all rows and nothing cached."""
         super().clear()
         self._buffers = self._whole
 
@@ -119,7 +119,7 @@ class DeltaArena(KVArena):
         return [memory.allocate(full, kv.dtype) for _ in range(2 * kv.num_layers)]
 
     def keep_rows(self, rows: int) -> None:
-        """Forget all but the first `rows` rows: rows lie inside tokens, so they are copied."""
+        """Keep only the first `rows` rows; rows are inside tokens, so they are copied."""
         before, self.shape = self._buffers, replace(self.shape, rows=rows)
         self._buffers = self._allocate(self._memory)
         if self.length:
@@ -140,7 +140,7 @@ class DeltaArena(KVArena):
 class PresentArena(KVArena):
     """Two flat buffers per tensor, each a packed (G, H, P, K).
 
-    The operator reads the past from one and writes past and new into the other.
+    The operator reads the past from one buffer and writes past and new tokens into the other.
     """
 
     def __init__(self, shape: KVShape, memory: Memory) -> None:
@@ -153,12 +153,12 @@ class PresentArena(KVArena):
         self._current = 0
 
     def clear(self) -> None:
-        """Begin anew, with all rows and nothing cached."""
+        """Start again, with all rows and nothing cached."""
         super().clear()
         self._current = 0
 
     def keep_rows(self, rows: int) -> None:
-        """Forget all but the first `rows` rows: what is packed starts with them."""
+        """Keep only the first `rows` rows; the packed buffers begin with them."""
         self.shape = replace(self.shape, rows=rows)
 
     def past(self) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""What a backend is: it runs stages on named arrays and owns the memory they live in."""
+"""The contract of a backend: it runs stages on named arrays and owns their memory."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nsp.stage.arena import ARENAS, Array, KVArena, KVShape, is_cached
 from nsp.stage.io import Shape, StageIO
 
-TENSORRT_RANKS = 3839  # TensorRT's TopK takes K < 3840 (its documentation)
+TENSORRT_RANKS = 3839  # TensorRT's TopK allows K < 3840 (its documentation)
 
 T = TypeVar("T")
 Loop: TypeAlias = Callable[["Backend", Mapping[str, Array]], Iterator[T]]
@@ -20,16 +20,16 @@ Loop: TypeAlias = Callable[["Backend", Mapping[str, Array]], Iterator[T]]
 class Backend(ABC):
     """Stages loaded for one device.
 
-    Arrays are the backend's own kind (NumPy, torch, device memory): callers only slice and reshape
-    them. Outputs belong to the caller until it drops them; those named in `outputs` are written
-    into the arrays given there.
+    Arrays are of the backend's own kind (NumPy, torch, device memory): callers only slice and
+    reshape them. Outputs belong to the caller; those named in `outputs` are written into the arrays
+    given there.
     """
 
     name: ClassVar[str]
     kv_layout: str
-    max_ranks: int | None = None  # how many of the largest numbers it can sort; None: any number
-    # Numbers of images that batches are padded to, in ascending order; none: batches run as they
-    # are. A backend has some where its engines take no others, or where it records loops.
+    max_ranks: int | None = None  # how many of the largest numbers it can sort; None: no limit
+    # Numbers of images that batches are padded to, in ascending order; empty: batches are not
+    # padded. A backend has them if its engines allow no other sizes, or if it records loops.
     batch_sizes: tuple[int, ...] = ()
 
     def __init__(self, stages_io: Mapping[str, StageIO]) -> None:
@@ -45,7 +45,7 @@ class Backend(ABC):
         """
 
     def when_loaded(self, call: Callable[[], None]) -> None:
-        """Call `call` once no file of a stage is needed any more: now, or when all are loaded."""
+        """Call `call` when no stage needs its files any more: now, or when all are loaded."""
         call()
 
     @abstractmethod
@@ -73,16 +73,16 @@ class Backend(ABC):
         return ARENAS[self.kv_layout](shape, self)
 
     def kv_dtype(self) -> str:
-        """Return the dtype of keys and values; float32 where there is no cache."""
+        """Return the dtype of keys and values; float32 if there is no cache."""
         specs = (spec for io in self.stages_io.values() for spec in io.outputs.items())
         return next((spec.dtype for name, spec in specs if is_cached(name)), "float32")
 
     def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
-        """Return what `loop` yields on the uploaded `inputs`; its results belong to the caller.
+        """Yield the results of `loop` on the uploaded `inputs`; they belong to the caller.
 
-        A backend may record what the loop called `name` does and repeat that for later inputs of
-        the same names, shapes and dtypes. So a loop depends on nothing else, uploads and downloads
-        nothing, and runs its stages on the backend it is given.
+        A backend may record the work of the loop called `name` and repeat it for later inputs of
+        the same names, shapes and dtypes. So a loop must depend on nothing else, must not upload or
+        download anything, and must run its stages on the backend that it is given.
         """
         return loop(self, {name: self.upload(array) for name, array in inputs.items()})
 
@@ -91,5 +91,5 @@ class Backend(ABC):
         return self.upload(np.array(value, dtype))
 
     def padded_batch_size(self, num_images: int) -> int:
-        """Return how many images a batch of `num_images` is padded to."""
+        """Return the number of images to which a batch of `num_images` is padded."""
         return next((size for size in self.batch_sizes if size >= num_images), num_images)

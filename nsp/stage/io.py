@@ -39,7 +39,7 @@ class Axes:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Check the dtype and that every axis parses."""
+        """Check the dtype and that every axis is valid."""
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         for word in self.words:
@@ -71,7 +71,7 @@ def _parse_axis(word: str) -> ast.expr:
 
 
 class _AnySize(dict[str, int]):
-    """Sizes in which every name is 1: for checking an expression's form."""
+    """Sizes in which every name is 1, to check the form of an expression."""
 
     def __missing__(self, key: str) -> int:
         return 1
@@ -120,7 +120,9 @@ class StageIO:
         if feeds.keys() != self.inputs.keys():
             odd = sorted(feeds.keys() ^ self.inputs.keys())[0]
             state = "unknown" if odd in feeds else "missing"
-            raise FeedError(f"{stage}: {state} input {odd!r}; inputs are {', '.join(self.inputs)}")
+            raise FeedError(
+                f"{stage}: {state} input {odd!r}; the inputs are {', '.join(self.inputs)}"
+            )
         sizes: dict[str, int] = {}
         for name, spec in self.inputs.items():
             shape = tuple(feeds[name].shape)
@@ -160,7 +162,9 @@ class StageIO:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the declaration written by `to_dict`; raise ConfigError when it is not one."""
         if not isinstance(values, Mapping) or values.keys() != {"inputs", "outputs"}:
-            raise ConfigError("a stage is declared by its inputs and its outputs")
+            raise ConfigError(
+                "the declaration of a stage must be an object with inputs and outputs"
+            )
         return cls(*(_tensors(values[side], side) for side in ("inputs", "outputs")))
 
 
@@ -178,7 +182,7 @@ def _tensors(declared: Any, side: str) -> dict[str, Axes]:
     return found
 
 
-@cache  # NumPy takes 3 us to spell a dtype, and this runs for every tensor of every stage call
+@cache  # NumPy takes 3 us to name a dtype, and this runs for every tensor of every stage call
 def _dtype_name(dtype: Any) -> str:
     """Return the name of a NumPy or torch dtype."""
     return str(dtype).removeprefix("torch.")

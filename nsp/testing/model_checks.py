@@ -95,7 +95,7 @@ def pictures_have_the_declared_size(made: UnderTest) -> None:
 
 
 def cached_equals_full_pass(made: UnderTest) -> None:
-    """What steps compute with a cache is what one pass over everything computes."""
+    """What steps compute with a cache is what a single pass computes."""
     if made.family.cache(made.config, 1, "float32") is None:
         names = {n for s in made.declared.values() for n in (*s.io.inputs, *s.io.outputs)}
         assert not any(map(is_cached, names)), "stages have keys and values, the family no cache"

@@ -37,7 +37,7 @@ class ReplayingBackend(TorchBackend):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.recordings: dict[object, _Recording] = {}
-        self._recorded: list[Callable[[], object]] | None = None  # of the part under way
+        self._recorded: list[Callable[[], object]] | None = None  # of the current part
 
     def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
         """Yield the loop's results: run once for inputs of a kind, repeated from then on."""

@@ -30,7 +30,7 @@ def is_clip(tokenizer: Tokenizer) -> bool:
 
 
 def clip_tokenizer(model: BPE) -> Tokenizer:
-    """Return `model` behind CLIP's way of reading text; `frame_prompts` completes it."""
+    """Return a tokenizer with `model` and CLIP's text rules; `frame_prompts` completes it."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -1,7 +1,7 @@
 """Token ids to text states: CLIP's text transformer as an exportable stage.
 
 The network is transformers' `CLIPTextModel` (Radford et al. 2021, arXiv:2103.00020): a causal
-transformer over the padded prompt; the state at the end token stands for the whole of it.
+transformer over the padded prompt; the state at the end token represents the whole prompt.
 
 Shapes: B batch, T prompt tokens, D width.
 """
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Early CLIP configs state this id, which no CLIP tokenizer uses for its end token; transformers
-# then takes the largest id in the prompt (huggingface/transformers pull request 24773).
+# Early CLIP configs have this id, which no CLIP tokenizer uses for its end token; transformers
+# then uses the largest id in the prompt (huggingface/transformers pull request 24773).
 LEGACY_EOS_ID = 2
 TEXT_MODEL_TYPES = ("clip_text_model", "clip")  # the text half alone; both halves of CLIP
-# What the names of a text encoder's own weights begin with: no other part of a CLIP has such.
+# Beginnings of the names of a text encoder's weights; no other part of a CLIP has such names.
 _OWN_NAMES = ("embeddings.", "encoder.", "final_layer_norm.")
 _COUNTS = (
     "vocab_size",
@@ -46,9 +46,9 @@ _COUNTS = (
 )
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REALS = {"layer_norm_eps": (1e-12, 0.1), "attention_dropout": (0.0, 0.99)}
-# All of a config.json that is read: the library would heed more (which attention, what to return).
+# The only keys of config.json that are read; the library would also use others (attention type).
 _READ = (*_COUNTS, *_REALS, "hidden_act", "projection_dim", *_IDS)
-_MOST = 2**22  # of such a count; the largest vocabularies have 2**18
+_MOST = 2**22  # largest value of such a count; the largest vocabularies have 2**18
 _POSITION_IDS = "embeddings.position_ids"  # 0, 1, 2, ...: a buffer of older versions
 
 
@@ -93,7 +93,7 @@ class TextEncoderStage(nn.Module):
         return states_BTD, (states_BTD * chosen_BT[:, :, None]).sum(dim=1)
 
     def end_positions(self, token_ids_BT: Tensor) -> Tensor:
-        """Return (B, T) booleans, true where the pooled state is: the first of the largest keys."""
+        """Return (B, T) booleans, true at the pooled state: the first of the largest keys."""
         if self.eos_id == LEGACY_EOS_ID:
             key_BT = token_ids_BT
         else:
@@ -114,8 +114,8 @@ def build_text_encoder(
 ) -> "CLIPTextModel":
     """Return a randomly initialised text encoder that fits `tokenizer`, to be trained.
 
-    Weights are drawn from torch's generator by CLIP's rules. Raises ConfigError for sizes that make
-    no network.
+    Weights are drawn from torch's generator by CLIP's rules. Raises ConfigError for impossible
+    sizes.
     """
     if min(width, depth, num_heads) < 1 or width % num_heads or int(width * mlp_ratio) < 1:
         raise ConfigError(
@@ -158,7 +158,7 @@ def load_text_encoder(
     state = plain_names(state, root)
     _check_weights(_without_prefix(state), config, root)
     if eight := rounded_to_eight_bits(state):
-        log.warning("text encoder %s: 8-bit weights: %s were rounded", root, eight)
+        log.warning("text encoder %s: %s have 8-bit weights, which were rounded", root, eight)
     transformers = _import_transformers()
     try:
         with _quiet(transformers):
@@ -190,10 +190,10 @@ def _read_config(root: Path) -> "CLIPTextConfig":
 
 
 def _check_numbers(values: Mapping[str, Any], root: Path) -> None:
-    """Raise CheckpointError for a number that no text encoder has.
+    """Raise CheckpointError for a number that no text encoder can have.
 
-    transformers takes any; it would end the first prompt in a library's words, or change its states
-    without a word.
+    transformers accepts any; the first prompt would then fail with a library's error, or its states
+    would be wrong without an error.
     """
     try:
         for name, value in values.items():
@@ -208,10 +208,10 @@ def _check_numbers(values: Mapping[str, Any], root: Path) -> None:
 
 
 def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: Path) -> None:
-    """Raise CheckpointError where the weights are not those that a model of `config` has.
+    """Raise CheckpointError if the weights are not those of a model of `config`.
 
-    transformers fills missing ones with random numbers, leaves out further ones (a layer that
-    `config` does not count) and goes on. Names of other kinds are of the rest of a CLIP.
+    transformers fills missing weights with random numbers, ignores further ones (a layer that
+    `config` does not count) and continues. Names of other kinds belong to the rest of a CLIP.
     """
     shapes = [tensor.shape for tensor in state.values()]
     with bounded(shapes, f"text encoder {root} cannot be loaded"), torch.device("meta"):
@@ -222,7 +222,7 @@ def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: 
             "has the wrong shape for",
             [n for n in own if n in state and own[n].shape != state[n].shape],
         ),
-        ("has no place for", sorted(n for n in state.keys() - own.keys() if _is_own(n))),
+        ("does not use", sorted(n for n in state.keys() - own.keys() if _is_own(n))),
     ):
         if names:
             held = "" if own.keys() & state.keys() else f"; it {what_it_is(root, state)}"
@@ -235,12 +235,12 @@ def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: 
 
 
 def _is_own(name: str) -> bool:
-    """Return whether a weight of this name belongs to a text encoder and to nothing else."""
+    """Return whether a weight of this name belongs only to a text encoder."""
     return name.startswith(_OWN_NAMES) and name != _POSITION_IDS
 
 
 def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors by the names of transformers 5, which has no `text_model.` before them."""
+    """Return tensors by the names of transformers 5, without the prefix `text_model.`."""
     return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
 
 
@@ -252,10 +252,10 @@ def _cannot_load(root: Path, error: Exception) -> CheckpointError:
 def check_text_parts(
     encoder: "CLIPTextModel", tokenizer: PromptTokenizer, *, text_width: int, max_tokens: int
 ) -> None:
-    """Raise ConfigError where encoder, tokenizer and a model's text condition are of three models.
+    """Raise ConfigError if encoder, tokenizer and text condition do not belong to one model.
 
-    Each reads well alone; together they would look up tokens that are not there, or take the state
-    of another token for that of the whole prompt.
+    Each may be valid alone, but together they would look up missing tokens, or use the state of a
+    wrong token for the whole prompt.
     """
     config = encoder.config
     if (config.hidden_size, tokenizer.max_tokens) != (text_width, max_tokens):
@@ -270,51 +270,51 @@ def check_text_parts(
         if getattr(config, name) < least:
             shown = least - (name == "vocab_size")
             raise ConfigError(
-                f"the text encoder has {name}={getattr(config, name)}, and the prompt tokenizer "
-                f"{needs} {shown}; they are of two models, copy both from one"
+                f"the text encoder has {name}={getattr(config, name)}, but the prompt tokenizer "
+                f"{needs} {shown}; they belong to two models, copy both from one model"
             )
     frame = [tokenizer.bos_id, tokenizer.eos_id]
     if None in frame or tokenizer.encode([""])[0, :2].tolist() != frame:
         raise ConfigError(
             "the text encoder is CLIP's: its prompts begin with a start token, end with an end "
-            "token and are padded after it; the prompt tokenizer makes others, give CLIP's"
+            "token and are padded after it; this prompt tokenizer does not do so, give CLIP's"
         )
     eos_id = config.eos_token_id
     if isinstance(eos_id, int) and eos_id not in (LEGACY_EOS_ID, tokenizer.eos_id):
         raise ConfigError(
-            f"the text encoder has eos_token_id={eos_id}, and the end token of the prompt "
-            f"tokenizer is {tokenizer.eos_id}; they are of two models, copy both from one"
+            f"the text encoder has eos_token_id={eos_id}, but the end token of the prompt "
+            f"tokenizer is {tokenizer.eos_id}; they belong to two models, copy both from one model"
         )
 
 
 def save_text_encoder(model: "CLIPTextModel", folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`; transformers reads the folder too."""
+    """Write `config.json` and `model.safetensors`; transformers can read the folder too."""
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
         with _quiet(_import_transformers()):
             model.save_pretrained(partial)
-        # The config goes last: a folder that has one is whole.
+        # The config is written last: a folder that has one is complete.
         for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, root / path.name)
             give_usual_mode(root / path.name)
 
 
 def _check_folder(root: Path) -> dict[str, Any]:
-    """Return what `config.json` says, or raise CheckpointError for another kind of folder."""
+    """Return the content of `config.json`; CheckpointError for another kind of folder."""
     if not root.is_dir():
         raise CheckpointError(f"text encoder folder {root} does not exist; give a CLIP folder")
     if not (root / "config.json").is_file():
         nested = sorted(path.parent.name for path in root.glob("text_encoder*/config.json"))
         hint = f"pass subfolder={nested[0]!r}" if nested else "give a CLIP text encoder folder"
-        raise CheckpointError(f"{root} holds no config.json; {hint}")
+        raise CheckpointError(f"{root} has no config.json; {hint}")
     try:
         values = read_settings(root / "config.json")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; it is not a transformers config") from error
     if values.get("model_type") not in TEXT_MODEL_TYPES:
         raise CheckpointError(
-            f"{root} holds a model of type {values.get('model_type')!r}; one of "
+            f"{root} has a model of type {values.get('model_type')!r}; one of "
             f"{', '.join(TEXT_MODEL_TYPES)} is needed"
         )
     return values
@@ -322,7 +322,7 @@ def _check_folder(root: Path) -> dict[str, Any]:
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Keep transformers' progress bars and load tables off the terminal; errors are raised."""
+    """Hide the progress bars and tables of transformers; errors are raised."""
     library = transformers.utils.logging
     verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()

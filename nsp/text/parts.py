@@ -1,4 +1,4 @@
-"""The text parts of a new model: pretrained, or made for the captions it is trained on."""
+"""The text parts of a new model: pretrained, or created for its training captions."""
 
 import logging
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderSettings(Config):
-    """Where the text encoder of a new model comes from: a CLIP folder, or these sizes."""
+    """The source of a new model's text encoder: a CLIP folder, or these sizes."""
 
     folder: str | None = None  # CLIP, or a pipeline with text_encoder/ and tokenizer/
     vocab_size: int = 2048
@@ -38,10 +38,10 @@ def text_parts(
 ) -> tuple[PromptTokenizer, "CLIPTextModel"]:
     """Return prompt tokenizer and text encoder, pretrained or new.
 
-    A new encoder has `width` channels, and its tokenizer, of `max_tokens` per prompt, is trained on
-    the captions of `source`; where that has none, it knows bytes only. Pretrained ones decide both
-    themselves. Raises ConfigError for a new one where `source` is None: a stream, whose captions
-    are not known.
+    A new encoder has `width` channels, and its tokenizer, with `max_tokens` per prompt, is trained
+    on the captions of `source`; if that has none, it knows only bytes. Pretrained ones have their
+    own width and length. Raises ConfigError for a new one if `source` is None, which means a
+    stream, whose captions are not known.
     """
     if settings.folder is not None:
         folder = Path(settings.folder)
@@ -51,14 +51,14 @@ def text_parts(
         return tokenizer, encoder
     if source is None:
         raise ConfigError(
-            "the captions of a stream are not known ahead, so no prompt tokenizer can be trained "
+            "a stream's captions are not known in advance, so no prompt tokenizer can be trained "
             "on them; give a CLIP folder with --text-encoder, or a checkpoint with --start-from"
         )
     captions = sorted({caption for sample in source.samples for caption in sample.captions})
     if source.samples and not captions:
         logger.warning(
-            "no captions: the new model's prompt tokenizer knows single letters, no words; for a "
-            "model that will learn from captions later, give a CLIP folder with --text-encoder"
+            "no captions: the new model's prompt tokenizer knows only single letters; for a model "
+            "that will learn from captions later, give a CLIP folder with --text-encoder"
         )
         captions = ["a"]
     tokenizer = train_tokenizer(captions, vocab_size=settings.vocab_size, max_tokens=max_tokens)
@@ -71,7 +71,7 @@ def text_parts(
 def without_tokens(
     token_ids_BT: "Tensor", dropped_BT: "Tensor", tokenizer: PromptTokenizer
 ) -> "Tensor":
-    """Return prompts (B, T) without the tokens where `dropped_BT` (bool) holds, the rest moved up.
+    """Return prompts (B, T) without the tokens marked in `dropped_BT` (bool), the rest moved up.
 
     Start and end tokens stay.
     """
@@ -79,7 +79,7 @@ def without_tokens(
     for token in (tokenizer.eos_id, tokenizer.pad_id):
         special_BT |= token_ids_BT == token
     gone_BT = dropped_BT & ~special_BT
-    order_BT = gone_BT.int().argsort(dim=1, stable=True)  # what stays first, in its order
+    order_BT = gone_BT.int().argsort(dim=1, stable=True)  # kept tokens first, in their order
     return token_ids_BT.gather(1, order_BT).masked_fill(
         gone_BT.gather(1, order_BT), tokenizer.pad_id
     )

@@ -1,7 +1,7 @@
 """Prompts to token ids, with any tokenizer that the library `tokenizers` loads.
 
-A prompt is framed as its tokenizer does it (CLIP by a start and an end token: Radford et al. 2021,
-arXiv:2103.00020, section 2.4; T5 by an end token) and filled up to a fixed length.
+A tokenizer adds its frame to a prompt (CLIP a start and an end token: Radford et al. 2021,
+arXiv:2103.00020, section 2.4; T5 an end token) and fills it up to a fixed length.
 `PromptTokenizer.load` reads published folders; `train_tokenizer` makes a small one of CLIP's kind
 from captions. Both give the ids that transformers gives.
 
@@ -36,14 +36,14 @@ from nsp.text.tokenizer_folder import read_tokenizer_folder
 
 log = logging.getLogger(__name__)
 
-_NUM_NAMED = 5  # truncated prompts of one call that get a line of their own
+_NUM_NAMED = 5  # truncated prompts of one call with a log line each
 
 MIN_VOCAB_SIZE = 2 * 256 + 2  # each byte inside and at the end of a word, start and end token
 
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """Prompts as a text encoder takes them: N prompts of T tokens, padding included."""
+    """Input of a text encoder: N prompts of T tokens, including padding."""
 
     token_ids: NDArray[np.int64]  # (N, T)
     mask: NDArray[np.int64]  # (N, T): 1 for tokens of the prompt and its frame, 0 for padding
@@ -69,14 +69,14 @@ class PromptTokenizer:
         Those are named as in `tokenizer_config.json`: "pad_token", and "bos_token" and "eos_token"
         where the tokenizer has them.
         """
-        # Lengths are handled here: the library's truncation would lose the tail we report.
+        # Lengths are handled here: the library's truncation would lose the tail that we report.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._num_framing = len(tokenizer.post_process(Encoding()))
         if max_tokens <= self._num_framing:
             raise ConfigError(
-                f"max_tokens is {max_tokens}; a prompt takes at least {self._num_framing + 1}: "
-                f"{self._num_framing} around it and one of its own"
+                f"max_tokens is {max_tokens}, but a prompt needs at least {self._num_framing + 1}: "
+                f"{self._num_framing} for its frame and one for its text"
             )
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._tokenizer = tokenizer
@@ -108,7 +108,7 @@ class PromptTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Id that fills up a prompt; often the end token's own."""
+        """Id that fills up a prompt; often it is that of the end token."""
         return self._ids["pad_token"]
 
     @classmethod
@@ -147,7 +147,7 @@ class PromptTokenizer:
             "model_max_length": self.max_tokens,
             "padding_side": self._padding_side,
         }
-        if is_clip(self._tokenizer):  # which transformers builds anew from the vocabulary
+        if is_clip(self._tokenizer):  # transformers builds these again from the vocabulary
             unknown = self._tokenizer.model.unk_token or self._special["eos_token"]
             config |= {"tokenizer_class": "CLIPTokenizer", "unk_token": unknown}
         _write(root / "tokenizer.json", self._tokenizer.to_str())
@@ -155,7 +155,7 @@ class PromptTokenizer:
         _write(root / "tokenizer_config.json", text + "\n")
 
     def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Return token ids (N, T), as `tokenize` does."""
+        """Return token ids (N, T), like `tokenize`."""
         return self.tokenize(prompts).token_ids
 
     def tokenize(self, prompts: Sequence[str]) -> TokenizedPrompts:
@@ -195,11 +195,11 @@ class PromptTokenizer:
         return self._fit(prompt)[1]
 
     def _fit(self, prompt: str) -> tuple[list[int], str | None]:
-        """Return the ids of what fits of a prompt, framed, and the text that does not fit."""
+        """Return the ids of the part of a prompt that fits, with its frame, and the rest's text."""
         text = _without_lone_surrogates(prompt)
         try:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library's own, bare: no token stands for what is unknown
+        except Exception as error:  # the library raises this without a token for unknown text
             raise ConfigError(
                 f"the model's tokenizer cannot read the prompt {_shortened(prompt, 60)!r}: {error}"
             ) from error
@@ -223,7 +223,7 @@ def train_tokenizer(
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
-            f"vocab_size is {vocab_size}; it takes at least {MIN_VOCAB_SIZE} "
+            f"vocab_size is {vocab_size}, but must be at least {MIN_VOCAB_SIZE} "
             "(256 bytes inside a word, 256 at its end, start and end token)"
         )
     vocabulary = {token: index for index, token in enumerate(_byte_tokens())}
@@ -252,7 +252,7 @@ def train_tokenizer(
 
 
 def _learn_merges(captions: Iterable[str], *, vocab_size: int) -> list[tuple[str, str]]:
-    """Return the pairs to merge, most frequent first: as many as `vocab_size` can hold, or more."""
+    """Return the pairs to merge, most frequent first: at least as many as `vocab_size` needs."""
     texts = [_without_lone_surrogates(caption) for caption in captions]
     if not any(text.strip() for text in texts):
         raise DataError("no captions to train a tokenizer on; give at least one that is not empty")
@@ -283,7 +283,7 @@ def _byte_tokens() -> list[str]:
 
 
 def _without_lone_surrogates(text: str) -> str:
-    """Return `text` with half surrogates (bad bytes of a command line) as U+FFFD, to be UTF-8."""
+    """Return `text` as valid UTF-8: lone surrogates (bad bytes of a command line) as U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -292,7 +292,7 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write `path` whole or not at all."""
+    """Write `path` completely or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

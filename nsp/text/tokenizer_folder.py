@@ -1,7 +1,7 @@
 """Hugging Face tokenizer folders: any `tokenizer.json`, and CLIP's older files.
 
-`tokenizer.json` holds the tokenizer and how it frames a prompt. Beside it lie special tokens,
-padding side and prompt length. Folders of CLIP from before it have `vocab.json` + `merges.txt`.
+`tokenizer.json` has the tokenizer and its frame of a prompt. Other files have special tokens,
+padding side and prompt length. Older folders of CLIP have `vocab.json` and `merges.txt` instead.
 
 This file runs in the deployment image: tokenizers, no torch.
 """
@@ -45,7 +45,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFolder:
-    """What a published tokenizer folder says."""
+    """The content of a published tokenizer folder."""
 
     tokenizer: Tokenizer
     max_tokens: int
@@ -58,16 +58,16 @@ def read_tokenizer_folder(
 ) -> TokenizerFolder:
     """Return the tokenizer in `root` with its special tokens, padding side and prompt length.
 
-    With `listed` only files of those names are read: another one beside them, that nobody
-    verified, changes nothing. `max_tokens` replaces the length that the folder states. Raises
-    CheckpointError when a file is missing, corrupt or not a tokenizer's.
+    With `listed` only files of those names are read: other files, which nobody verified, have no
+    effect. `max_tokens` replaces the length in the folder. Raises CheckpointError when a file is
+    missing, corrupt or not a tokenizer's.
     """
     read = [n for n in TOKENIZER_FILES if listed is None or n in listed]
     there = {n for n in read if os.path.lexists(root / n)}
     if "tokenizer.json" in there:
-        there -= {"vocab.json", "merges.txt"}  # of which it holds the content: not read
+        there -= {"vocab.json", "merges.txt"}  # tokenizer.json has their content
     for path in (root / name for name in sorted(there)):
-        # Taken for missing, a link to nowhere would mean another length or other tokens.
+        # A broken link must not count as missing: that would mean another length or other tokens.
         if (found := sniff(path)).is_spoilt:
             raise CheckpointError(explain(path, expected="a tokenizer's file", found=found))
     settings = _read_settings(root, there)
@@ -82,7 +82,7 @@ def read_tokenizer_folder(
     if is_clip(tokenizer):
         tokenizer.add_special_tokens([*special.values()])
         frame_prompts(tokenizer, bos_token=names["bos_token"], eos_token=names["eos_token"])
-    else:  # those in tokenizer.json keep their rules of matching
+    else:  # tokens in tokenizer.json keep their matching rules
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_special_tokens([t for t in special.values() if t.content not in known])
     length = _max_tokens(settings, tokenizer, root) if max_tokens is None else max_tokens
@@ -107,12 +107,12 @@ def _special_tokens(
     }
     if "pad_token" not in special:
         raise CheckpointError(
-            f"{root} names no pad_token, and shorter prompts are filled up with one; name a token "
-            "of the vocabulary in tokenizer_config.json"
+            f"{root} names no pad_token, which is needed for short prompts; name a token of the "
+            "vocabulary in tokenizer_config.json"
         )
     vocabulary = tokenizer.get_vocab()
     for name, token in special.items():
-        # Adding it instead would give it an id beyond the text encoder's embedding table.
+        # If it were added, its id would be beyond the text encoder's embedding table.
         if token.content not in vocabulary:
             raise CheckpointError(
                 f"{root}: {name.removesuffix('_token')} token {token.content!r} is not among the "
@@ -125,9 +125,9 @@ def _special_tokens(
 def _padding_side(
     settings: Mapping[str, Any], tokenizer: Tokenizer, root: Path
 ) -> Literal["left", "right"]:
-    """Return the side on which short prompts are filled up.
+    """Return the side on which short prompts are padded.
 
-    Raises CheckpointError for another word, and where long prompts are to lose their beginning.
+    Raises CheckpointError for another word, and if long prompts should lose their beginning.
     transformers reads both sides from the same places.
     """
     padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
@@ -141,7 +141,7 @@ def _padding_side(
 
 
 def _check_frame(tokenizer: Tokenizer, max_tokens: int, root: Path) -> None:
-    """Raise CheckpointError where what stands around a prompt leaves no room or is no token."""
+    """Raise CheckpointError if a prompt's frame leaves no space or has an unknown token."""
     frame: list[int] = tokenizer.post_process(Encoding()).ids
     if max_tokens <= len(frame):
         raise CheckpointError(
@@ -183,7 +183,7 @@ def _read_vocab_and_merges(
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != index:
             raise CheckpointError(
-                f"{root}: added token {token.content!r} should have id {index} and gets "
+                f"{root}: added token {token.content!r} should have id {index} but gets "
                 f"{tokenizer.token_to_id(token.content)}; the folder's files are of two tokenizers"
             )
     return tokenizer
@@ -234,8 +234,8 @@ def _added_token(entry: object, default: str) -> AddedToken:
 def _max_tokens(settings: Mapping[str, Any], tokenizer: Tokenizer, root: Path) -> int:
     """Return the prompt length; transformers writes 1e30 for "not stated".
 
-    Raises CheckpointError for one that is no whole number, which JSON's NaN and infinities are not,
-    and for none, except CLIP's.
+    Raises CheckpointError when it is not a whole number (NaN and infinities of JSON are not), and
+    when it is missing, except for CLIP.
     """
     truncation = tokenizer.truncation or {}
     for given in (settings.get("model_max_length"), truncation.get("max_length")):
@@ -259,7 +259,7 @@ def _max_tokens(settings: Mapping[str, Any], tokenizer: Tokenizer, root: Path) -
 
 
 def _missing_files(root: Path) -> str:
-    """Return the line that says what a tokenizer folder lacks and where it may be."""
+    """Return the message about what a tokenizer folder does not have and where it may be."""
     if not root.is_dir():
         return f"tokenizer folder {root} does not exist; give a tokenizer folder"
     nested = sorted(
@@ -270,14 +270,14 @@ def _missing_files(root: Path) -> str:
     hint = f"pass subfolder={nested[0]!r}" if nested else "give a tokenizer folder"
     if not nested and any(root.glob("*.model")):
         hint = (
-            "transformers makes tokenizer.json of a SentencePiece model: "
+            "transformers can make tokenizer.json from a SentencePiece model: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    return f"{root} holds neither tokenizer.json nor vocab.json with merges.txt; {hint}"
+    return f"{root} has neither tokenizer.json nor vocab.json with merges.txt; {hint}"
 
 
 def _unreadable(error: Exception, *paths: Path) -> CheckpointError:
-    """Return the error for files that the library refuses: what one of them is, or its reason."""
+    """Return the error for files that the library cannot read: what one is, or the reason."""
     for path in paths:
         found = sniff(path)
         if found.is_spoilt:

@@ -1,4 +1,4 @@
-"""The moving average of the weights (EMA), kept beside them on every device."""
+"""The moving average of the weights (EMA), kept next to them on every device."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class WeightAverage:
-    """Exponential moving average of the parameters that learn; each process averages its shards.
+    """Exponential moving average of the trained parameters; each process averages its shards.
 
-    torch's `AveragedModel` copies the module, which fully sharded ones do not allow.
+    torch's `AveragedModel` copies the module, which is impossible for fully sharded modules.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
@@ -26,14 +26,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the weights after the optimizer step number `step`; the first is copied."""
+        """Move towards the weights after optimizer step `step`; the first step copies them."""
         live = [local(p) for p in self._live]
         weight = 1.0 if step == 0 else 1 - self._decay
         torch._foreach_lerp_(self.tensors, live, weight)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the average and the live weights; twice is as before."""
+        """Exchange the average and the live weights; a second call undoes it."""
         for parameter, averaged in zip(self._live, self.tensors, strict=True):
             live = local(parameter)
             kept = live.clone()
@@ -49,7 +49,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, tensors: Sequence[Tensor]) -> None:
-        """Take over whole averaged tensors, as `full_tensors` returned them."""
+        """Load whole averaged tensors, as `full_tensors` returned them."""
         for parameter, part, whole in zip(self._live, self.tensors, tensors, strict=True):
             part.copy_(local(_spread(parameter, whole)))
 
@@ -91,7 +91,7 @@ def _spread(parameter: Tensor, whole: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write_rows(parameter: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Write whole rows of a (possibly sharded) parameter, alike on every process."""
+    """Write whole rows of a (possibly sharded) parameter, the same on every process."""
     whole = full(parameter.detach()).clone()
     whole[rows] = values.to(whole.dtype)
     local(parameter).copy_(local(_spread(parameter, whole)))

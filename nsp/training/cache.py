@@ -1,4 +1,4 @@
-"""What a frozen part of the model makes of the pictures: made once, kept in a file."""
+"""The outputs of a frozen part of the model for all pictures: computed once, kept in a file."""
 
 import hashlib
 import logging
@@ -30,10 +30,10 @@ def cached(
     *,
     maker: str,
 ) -> Mapping[str, Tensor]:
-    """Return what `make` returns, from the cache where that was made with the same `key`.
+    """Return the result of `make`, from the cache if that was made with the same `key`.
 
-    `maker` names the part of the model. Raises ConfigError when a cache that the user gave is
-    missing or of something else, DataError for a damaged one.
+    `maker` names the part of the model. Raises ConfigError when a cache given by the user is
+    missing or was made by another model or from other pictures, DataError for a damaged one.
     """
     if cache is None:
         return make()
@@ -41,19 +41,21 @@ def cached(
     if exists and _key_of(cache.file) == key():
         return read_safetensors(cache.file)
     if cache.is_given:
-        problem = f"is of another {maker} or other pictures" if exists else "does not exist"
+        problem = f"was made with another {maker} or other pictures" if exists else "does not exist"
         raise ConfigError(
-            f"{cache.file} {problem}; make it with nsp data cache, or leave data.token_cache out"
+            f"{cache.file} {problem}; make it with nsp data cache, or do not set data.token_cache"
         )
     if exists:
-        logger.warning("%s is of another %s or other pictures; made again", cache.file, maker)
+        logger.warning(
+            "%s was made with another %s or other pictures; making it again", cache.file, maker
+        )
     return write_cache(cache.file, key(), make)
 
 
 def write_cache(
     file: Path, key: str, make: Callable[[], Mapping[str, Tensor]]
 ) -> Mapping[str, Tensor]:
-    """Write what `make` returns to a safetensors file, and return it."""
+    """Write the result of `make` to a safetensors file, and return it."""
     started = time.monotonic()
     tensors = make()
     with write_file(file) as partial:
@@ -64,7 +66,7 @@ def write_cache(
 
 
 def _key_of(file: Path) -> str | None:
-    """Return the key a cache was made with; DataError when it is damaged."""
+    """Return the key that a cache was made with; DataError when it is damaged."""
     try:
         return read_metadata(file).get("key")
     except CheckpointError as error:
@@ -75,7 +77,7 @@ def _key_of(file: Path) -> str | None:
 def digest_of(
     about: object, module: nn.Module, data: ImageDataset, *, decides: Callable[[str], bool]
 ) -> str:
-    """Return the SHA-256 of settings, the weights whose names decide, and the pictures' bytes."""
+    """Return the SHA-256 of the settings, the weights named here, and the pictures' bytes."""
     digest = hashlib.sha256(repr(about).encode())
     for name, tensor in sorted(module.state_dict().items()):
         if decides(name):

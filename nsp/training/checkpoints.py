@@ -1,10 +1,10 @@
-"""What a phase needs to go on: saved steps, whole or not there, the last few and the best.
+"""The saved steps from which a phase continues: the last few and the best, each complete.
 
     <phase>/checkpoints/step00000250/state.pt      weights, average, optimizer, position
                                     /about.json    step, loss, configuration, SHA-256 of state.pt
 
-A step is written to a temporary folder, read back, then renamed. A process killed at any moment
-leaves the steps saved before it.
+A step is written to a temporary folder, read back, then renamed. If the process is killed at any
+moment, the steps saved before remain.
 """
 
 import json
@@ -30,11 +30,11 @@ ABOUT_NAME = "about.json"
 
 @dataclass(frozen=True)
 class SavedStep:
-    """What about.json says of one saved step."""
+    """What about.json says about one saved step."""
 
     folder: Path
     step: int
-    loss: float | None  # by which the best is chosen; None: it was not measured
+    loss: float | None  # used to choose the best step; None: it was not measured
     sha256: str
     config: PhaseConfig
 
@@ -53,9 +53,9 @@ class CheckpointStore:
     def save(
         self, step: int, state: Mapping[str, Any], *, config: PhaseConfig, loss: float | None
     ) -> None:
-        """Save a step, then drop those that are neither among the last nor the best.
+        """Save a step, then delete those that are neither among the last nor the best.
 
-        Raises CheckpointError when it cannot be written; what was saved before stays.
+        Raises CheckpointError when it cannot be written; earlier steps stay.
         """
         target = self._path(step)
         try:
@@ -70,13 +70,13 @@ class CheckpointStore:
                     "config": config.to_dict(),
                 }
                 if torch.load(file, mmap=True, weights_only=True)["step"] != step:
-                    raise OSError(f"{file} reads back otherwise than it was written")
+                    raise OSError(f"{file} does not read back as it was written")
                 (partial / ABOUT_NAME).write_text(json.dumps(about, indent=1) + "\n")
         except (OSError, RuntimeError) as error:
             if isinstance(error, OSError):
                 reason = error.strerror or str(error)
             elif "inline_container" in str(error):
-                # How torch's archive writer reports that a write fell short.
+                # This is how torch's archive writer reports an incomplete write.
                 reason = "the disk may be full"
             else:
                 raise
@@ -86,10 +86,10 @@ class CheckpointStore:
         self._prune()
 
     def load(self) -> tuple[SavedStep, dict[str, Any]] | None:
-        """Return the newest saved step that is whole, with its state; None when nothing is saved.
+        """Return the newest undamaged step with its state; None when nothing is saved.
 
-        A damaged one is named in a warning and the one before it is used. Raises CheckpointError
-        when all are damaged.
+        A warning names a damaged step, and the step before it is used. Raises CheckpointError when
+        all are damaged.
         """
         folders = self._folders()
         for folder in reversed(folders):
@@ -97,27 +97,27 @@ class CheckpointStore:
                 saved = _about(folder)
                 return saved, _read_state(saved)
             except CheckpointError as error:
-                logger.warning("%s; the step saved before it is used", error)
+                logger.warning("%s; using the step saved before it", error)
         if folders:
             raise CheckpointError(
-                f"{self.folder} holds no usable step: all {len(folders)} are damaged; restore a "
+                f"{self.folder} has no usable step: all {len(folders)} are damaged; restore a "
                 "copy of one, or delete the folder to start this phase again"
             )
         return None
 
     def num_bytes(self) -> int:
-        """Return how much the saved steps take."""
+        """Return the number of bytes of the saved steps."""
         return sum(file.stat().st_size for file in self.folder.glob("step*/*"))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step{step:08d}"
 
     def _folders(self) -> list[Path]:
-        """Return the folders of saved steps, oldest first; what is being written is hidden."""
+        """Return the folders of saved steps, oldest first, without a step being written."""
         return sorted(path for path in self.folder.glob("step*") if path.is_dir())
 
     def _prune(self) -> None:
-        """Keep the last few and the one of lowest loss, and nothing of saves that were killed."""
+        """Keep the last few and the one of lowest loss; delete remains of interrupted saves."""
         for left in self.folder.glob(".step*"):
             shutil.rmtree(left, ignore_errors=True)
         saved = list(_readable(self._folders()))
@@ -127,7 +127,7 @@ class CheckpointStore:
             kept.add(min(measured, key=lambda each: each.loss or 0.0).folder)
         for each in saved:
             if each.folder not in kept:
-                # Whole or not there: a folder half removed has a hidden name.
+                # Renamed first, so that a half-removed folder has a hidden name.
                 gone = each.folder.with_name(f".{each.folder.name}.gone")
                 os.rename(each.folder, gone)
                 shutil.rmtree(gone, ignore_errors=True)
@@ -144,17 +144,19 @@ def _readable(folders: list[Path]) -> Iterator[SavedStep]:
         try:
             yield _about(folder)
         except CheckpointError:
-            continue  # `load` speaks of it
+            continue  # `load` reports it
 
 
 def _about(folder: Path) -> SavedStep:
-    """Return what a saved step says of itself; raise CheckpointError when it is damaged."""
+    """Return the description of a saved step; raise CheckpointError when it is damaged."""
     path = folder / ABOUT_NAME
     try:
         values = read_json(path)
         loss = values["loss"]
         if folder.name != f"step{int(values['step']):08d}":
-            raise ValueError(f"it is of step {values['step']}, in a folder of another name")
+            raise ValueError(
+                f"it belongs to step {values['step']}, but its folder has another name"
+            )
         return SavedStep(
             folder=folder,
             step=int(values["step"]),
@@ -167,7 +169,7 @@ def _about(folder: Path) -> SavedStep:
 
 
 def _read_state(saved: SavedStep) -> dict[str, Any]:
-    """Return the state of a saved step; raise CheckpointError when it is not what was written."""
+    """Return the state of a saved step; raise CheckpointError when it changed since."""
     path = saved.state_file
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
@@ -175,9 +177,9 @@ def _read_state(saved: SavedStep) -> dict[str, Any]:
         raise CheckpointError(f"{path} is truncated or damaged (SHA-256)")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # arbitrary bytes: what torch raises has no common base
-        # Its messages advise to load without weights_only, which would run what is in the file.
+    except Exception as error:  # for arbitrary bytes, torch raises errors without a common base
+        # Its messages advise to load without weights_only, which would run code from the file.
         raise CheckpointError(f"{path} is damaged or was not written by train.py") from error
     if not isinstance(state, dict) or state.get("step") != saved.step:
-        raise CheckpointError(f"{path} is not of the step that its folder's name says")
+        raise CheckpointError(f"{path} belongs to another step than its folder's name says")
     return state

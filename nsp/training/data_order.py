@@ -1,4 +1,4 @@
-"""Which samples every step sees: a function of the seed and the step, whatever the device count."""
+"""Which samples each step sees: this depends on seed and step, not on the number of devices."""
 
 import zlib
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from nsp.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The part of every optimizer step's batch that one process handles, in micro-batches.
+    """One process's part of each optimizer step's batch, in micro-batches.
 
-    The batch of a step is cut into `world_size` runs of equal length, and a run into `accumulate`
-    micro-batches: so the samples of a step do not depend on either.
+    The batch of a step is cut into `world_size` parts of equal length, and each part into
+    `accumulate` micro-batches, so the samples of a step depend on neither number.
     """
 
-    batch_size: int  # of an optimizer step, over all processes
+    batch_size: int  # pictures of one optimizer step, over all processes
     rank: int = 0
     world_size: int = 1
     accumulate: int = 1
@@ -40,7 +40,7 @@ class Share:
         return self.batch_size // (self.world_size * self.accumulate)
 
     def positions(self) -> list[range]:
-        """Return the positions in the step's batch of every micro-batch of this process."""
+        """Return where each micro-batch of this process lies in the step's batch."""
         size = self.micro_batch_size
         first = self.rank * self.accumulate * size
         return [range(first + i * size, first + (i + 1) * size) for i in range(self.accumulate)]
@@ -49,8 +49,8 @@ class Share:
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (epoch, index) for data steps `start` .. `stop` - 1.
 
-    Every epoch is a new permutation, cut into whole batches, so a run resumed at step k sees what
-    it would have seen.
+    Every epoch is a new permutation, cut into whole batches, so a run resumed at step k sees the
+    same samples as without the interruption.
     """
 
     def __init__(self, size: int, share: Share, *, start: int, stop: int, seed: int) -> None:
@@ -87,25 +87,25 @@ def step_seed(seed: int, phase: str, step: int, rank: int) -> int:
 
 
 def sample_keys(share: Share, step: int, micro_batch: int, *, seed: int) -> Tensor:
-    """Return a key (B,) int64 for every sample: of its place in the run, whoever handles it."""
+    """Return a key (B,) int64 for every sample, from its place in the run alone."""
     positions = share.positions()[micro_batch]
     places = torch.arange(positions.start, positions.stop) + step * share.batch_size
     return (seed << 31) + (places & 0x7FFF_FFFF)
 
 
 def sample_uniforms(keys_B: Tensor, count: int) -> Tensor:
-    """Return uniforms (B, count) in [0, 1) on the CPU, row b a function of keys_B[b] alone.
+    """Return uniforms (B, count) in [0, 1) on the CPU; row b depends on keys_B[b] alone.
 
-    What a sample meets by chance (a dropped condition, noise) then does not depend on the number of
-    devices or on how a batch is cut, unlike torch's own generator.
+    The random choices for a sample (a dropped condition, noise) then do not depend on the number of
+    devices or on how a batch is cut. With torch's own generator they would.
     """
     rows = [np.random.Generator(np.random.Philox(key=int(key))) for key in keys_B.tolist()]
     return torch.from_numpy(np.stack([row.random(count, dtype=np.float32) for row in rows]))
 
 
 def sample_normals(keys_B: Tensor, count: int) -> Tensor:
-    """Return standard-normal numbers (B, count) on the CPU, as `sample_uniforms` does."""
-    apart = np.array([0, 0, 0, 1], np.uint64)  # from the numbers that `sample_uniforms` draws
+    """Return standard-normal numbers (B, count) on the CPU, like `sample_uniforms`."""
+    apart = np.array([0, 0, 0, 1], np.uint64)  # so that they differ from those of `sample_uniforms`
     rows = [
         np.random.Generator(np.random.Philox(key=int(key), counter=apart))
         for key in keys_B.tolist()

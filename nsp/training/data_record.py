@@ -1,7 +1,8 @@
-"""What a run was trained on, kept beside run.json as data.json: a run knows its data by content.
+"""The record of a run's data, kept as data.json next to run.json: data is known by its content.
 
-Data that moved is the same data. Data that changed is another run, as what a step sees follows from
-the seed, the step and the set; it goes on only when told to, and the record keeps that it did.
+Data that moved is the same data. Data that changed makes another run, because the samples of a step
+follow from the seed, the step and the set. Such a run continues only when the user asks for it, and
+the record notes it.
 
     {"train": {...}, "held_out": {...} or null, "accepted": [{"steps": {...}, "change": "..."}]}
 """
@@ -24,10 +25,10 @@ _PARTS = {"train": "", "held_out": "held out: "}
 
 
 class DataRecord:
-    """The record of the run in a folder, and how the data of today differs from it."""
+    """The record of the run in a folder, and how the present data differs from it."""
 
     def __init__(self, folder: Path, data: Pictures, *, resume: bool) -> None:
-        """Read the record of a run that is resumed; raises CheckpointError when it is damaged."""
+        """Read the record of a resumed run; raises CheckpointError when it is damaged."""
         self._path = folder / DATA_NAME
         held_out = None if data.held_out is None else data.held_out.identity()
         self._now: dict[str, Any] = {"train": data.train.identity(), "held_out": held_out}
@@ -35,20 +36,20 @@ class DataRecord:
         self.change = None if self._then is None else _change(self._then, self._now)
 
     def check(self, *, accept_changed_data: bool) -> None:
-        """Raise ConfigError for changed data, unless it is accepted: that is said in a warning."""
+        """Raise ConfigError for changed data; if the change is accepted, log a warning instead."""
         if self.change is None:
             return
         folder = self._path.parent
         if not accept_changed_data:
             raise ConfigError(
-                f"{folder}: the data (data.source) is not what the run began with: {self.change}; "
-                "bring it back, start another run with --output-dir, or go on with what is there "
-                "now by --accept-changed-data"
+                f"{folder}: the data (data.source) changed since the run began: {self.change}; "
+                "restore it, start another run with --output-dir, or continue with the changed "
+                "data with --accept-changed-data"
             )
-        logger.warning("%s goes on with other data than it began with: %s", folder, self.change)
+        logger.warning("%s continues with other data than at its start: %s", folder, self.change)
 
     def write(self, steps: Mapping[str, int]) -> None:
-        """Keep what the data is from here on; `steps` are those made of every phase."""
+        """Record the data used from now on; `steps` are the finished steps of each phase."""
         accepted = [] if self._then is None else list(self._then.get("accepted", []))
         if self.change is not None:
             accepted.append({"steps": dict(steps), "change": self.change})
@@ -56,7 +57,7 @@ class DataRecord:
         if record == self._then:
             return
         if self._then is None and any(steps.values()):
-            logger.info("%s did not tell its data; recorded now", self._path.parent)
+            logger.info("%s had no record of its data; it is recorded now", self._path.parent)
         with write_file(self._path) as partial:
             partial.write_text(json.dumps(record) + "\n")
 
@@ -69,18 +70,18 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} {_damaged(str(error))}") from error
     if not (_is_identity(record.get("train")) and isinstance(record.get("accepted"), list)):
-        raise CheckpointError(f"{path} {_damaged('it is no record of data')}")
+        raise CheckpointError(f"{path} {_damaged('it is not a record of data')}")
     if record.get("held_out") is not None and not _is_identity(record["held_out"]):
-        raise CheckpointError(f"{path} {_damaged('it is no record of data')}")
+        raise CheckpointError(f"{path} {_damaged('it is not a record of data')}")
     return record
 
 
 def _damaged(reason: str) -> str:
-    return f"is damaged ({reason}); delete it to go on with the data as it is now"
+    return f"is damaged ({reason}); delete it to continue with the data as it is now"
 
 
 def _is_identity(found: Any) -> bool:
-    """Return whether this is of the form that `nsp.data.identity` writes."""
+    """Return whether this has the form that `nsp.data.identity` writes."""
     if not isinstance(found, dict):
         return False
     words, names = (found.get("kind"), found.get("digest")), found.get("names")
@@ -96,7 +97,7 @@ def _change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         old, new = then.get(part), now[part]
         if old is None or new is None:
             if old is not new:
-                changes.append(f"held-out pictures are {'gone' if new is None else 'there now'}")
+                changes.append(f"held-out pictures were {'removed' if new is None else 'added'}")
         elif (change := describe_change(old, new)) is not None:
             changes.append(label + change)
     return "; ".join(changes) or None

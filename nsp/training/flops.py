@@ -1,4 +1,4 @@
-"""How much work one training image is, for the throughput in TFLOP/s."""
+"""The number of operations per training image, for the throughput in TFLOP/s."""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from nsp.family.objective import Objective
 from nsp.training.data_order import Share, sample_keys
 
-_BACKWARD = 2  # a backward pass is about two forward ones
+_BACKWARD = 2  # a backward pass costs about two forward passes
 
 
 @torch.no_grad()
 def flops_per_image(
     objective: Objective, data: Dataset[Mapping[str, Any]], batch_size: int
 ) -> float:
-    """Return floating-point operations of one image's forward and backward pass.
+    """Return the floating-point operations of one image's forward and backward pass.
 
     One forward pass is counted, before anything is sharded or compiled, with no gradient and in
     evaluation mode: it leaves no trace.

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, and whether a command may begin or continue a run there."""
+"""The folder of a run: its content, and whether a command may begin or continue a run there."""
 
 import itertools
 import logging
@@ -22,7 +22,7 @@ DATA_NAME = "data.json"
 START_NAME = "start"
 TOKENS_NAME = "tokens.safetensors"
 LOCK_NAME = ".lock"
-# What a resumed run may change: how long, how it is computed, what is kept of it.
+# What a resumed run may change: its length, how it is computed, and what it saves.
 _FREE = (
     "precision",
     "parallel",
@@ -31,29 +31,29 @@ _FREE = (
     "tracking",
     "data.num_workers",
 )
-# Where things lie. What they are is told by their content: data.json, the key of cached tokens, and
-# start/, into which the first model was copied.
+# Paths. The identity of what they lead to is checked by content: data.json, the key of cached
+# tokens, and start/, the copy of the first model.
 _PLACES = ("data.source", "data.validation", "data.heldout", "data.token_cache", "start_from")
 
 
 def newest_model(folder: Path) -> CheckpointRecord:
-    """Return the model a phase of the run in `folder` starts from.
+    """Return the model that a phase of the run in `folder` starts from.
 
-    A damaged checkpoint/ is named in a warning; the phases' saved steps make it again.
+    If checkpoint/ is damaged, a warning names it; the phases' saved steps create it again.
     """
     checkpoint = folder / CHECKPOINT_NAME
     if is_checkpoint(checkpoint):
         try:
             record = read_checkpoint(checkpoint)
-            _ = record.digests  # of all its files, also of those that are read later
+            _ = record.digests  # checks all its files, also those that are read later
             return record
         except CheckpointError as error:
-            logger.warning("%s; it is made again from the saved steps", error)
+            logger.warning("%s; creating it again from the saved steps", error)
     return read_checkpoint(folder / START_NAME)
 
 
 def steps_folder(run: RunConfig, phase_folder: Path) -> Path:
-    """Return where the saved steps of a phase lie."""
+    """Return the folder of a phase's saved steps."""
     if run.checkpoint_dir is None:
         return phase_folder / "checkpoints"
     return Path(run.checkpoint_dir) / phase_folder.name
@@ -61,9 +61,9 @@ def steps_folder(run: RunConfig, phase_folder: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; ConfigError when another process trains in it.
+    """Lock a run's folder; ConfigError when another process trains in it.
 
-    A folder in which no run began is left as it was.
+    If no run begins in it, the folder stays as it was.
     """
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,53 +89,53 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
         raise ConfigError(f"{folder} is not a folder; choose another --output-dir")
     if path.exists() and not resume:
         raise ConfigError(
-            f"{folder} holds a run already; continue it with --resume or choose --output-dir"
+            f"{folder} already has a run; continue it with --resume or choose another --output-dir"
         )
     if not resume:
         for name in (CHECKPOINT_NAME, *(phase.name for phase in config.phases)):
             if (folder / name).exists():
                 raise ConfigError(
-                    f"{folder} holds {name}/ but no {RUN_NAME}: choose another --output-dir"
+                    f"{folder} has {name}/ but no {RUN_NAME}; choose another --output-dir"
                 )
         for phase in config.phases:
             steps = steps_folder(config, folder / phase.name)
             if steps.is_dir() and any(steps.iterdir()):
                 raise ConfigError(
-                    f"{steps} holds another run's saved steps; continue that run with --resume, or "
+                    f"{steps} has another run's saved steps; continue that run with --resume, or "
                     "choose another --checkpoint-dir"
                 )
         return
     if not path.exists():
-        raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start one")
+        raise CheckpointError(f"{folder} has no run to resume; to start one, omit --resume")
     stored = stored_run(folder)
     then, now = ([phase.name for phase in run.phases] for run in (stored, config))
     if then != now:
         raise ConfigError(
-            f"{path} has the phases {', '.join(then)}, not {', '.join(now)}; leave out what "
+            f"{path} has the phases {', '.join(then)}, not {', '.join(now)}; omit the option that "
             "changes them to continue that run, or start another with --output-dir"
         )
     _check_order(folder, config)
     knows_data = (folder / DATA_NAME).exists()
     for name, was, given in differences(stored, config):
         if _is_free(name) or (name in _PLACES and knows_data):
-            logger.info("%s: %s is %r from here on, it was %r", folder, name, given, was)
+            logger.info("%s: %s is now %r; it was %r", folder, name, given, was)
         else:
             raise ConfigError(
-                f"{path} says {name} is {was!r}, not {given!r}; leave out what changes it to "
+                f"{path} says {name} is {was!r}, not {given!r}; omit the option that changes it to "
                 "continue that run, or start another with --output-dir"
             )
 
 
 def _check_order(folder: Path, config: RunConfig) -> None:
-    """Raise when an earlier phase would go on under a later one that was trained on its result."""
+    """Raise when an earlier phase would continue although a later one was trained on its result."""
     made = newest_model(folder).notes.get("steps", {})
     for phase, later in itertools.pairwise(config.phases):
         if 0 < made.get(phase.name, 0) < phase.steps and (folder / later.name).exists():
             raise ConfigError(
-                f"{folder}: {later.name} was trained on {phase.name} as it is after "
-                f"{made[phase.name]} steps, and {phase.steps} are asked for; delete "
-                f"{folder / later.name} to train it again afterwards, or train it further in a run "
-                f"of its own: --start-from {folder / CHECKPOINT_NAME} --from-phase {later.name} "
+                f"{folder}: {later.name} was trained on {phase.name} after "
+                f"{made[phase.name]} steps, but {phase.steps} are requested now; delete "
+                f"{folder / later.name} to train it again afterwards, or train it further in a new "
+                f"run: --start-from {folder / CHECKPOINT_NAME} --from-phase {later.name} "
                 "--output-dir FOLDER"
             )
 
@@ -160,9 +160,9 @@ def stored_run(folder: Path) -> RunConfig:
 
 
 def without_places(values: Any) -> Any:
-    """Return a configuration with the names of files and folders in place of absolute paths.
+    """Return a configuration with only the names of files and folders, not their absolute paths.
 
-    A checkpoint is published; where its data lay on the machine that trained it is not.
+    A checkpoint may be published; the paths on the machine that trained it should not be.
     """
     if isinstance(values, dict):
         return {name: without_places(value) for name, value in values.items()}
@@ -176,12 +176,12 @@ def without_places(values: Any) -> Any:
 
 
 def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted name and both values of everything two configurations differ in."""
+    """Yield the dotted name and both values of each field in which two configurations differ."""
     yield from differing_values(stored.to_dict(), given.to_dict())
 
 
 def differing_values(stored: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted name and both values of everything two dictionaries differ in."""
+    """Yield the dotted name and both values of each key in which two dictionaries differ."""
     yield from _different("", stored, given)
 
 

@@ -1,4 +1,4 @@
-"""Notices a loss that went wrong, by the rule GuardConfig states."""
+"""Detects a loss that went wrong, by the rule in GuardConfig."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from nsp.family.recipe import GuardConfig
 
 
 class LossGuard:
-    """Judges the reported losses of one phase; its memory is saved with the phase."""
+    """Checks the reported losses of one phase; its memory is saved with the phase."""
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
@@ -17,7 +17,7 @@ class LossGuard:
 
     @property
     def memory(self) -> list[float]:
-        """The reported losses it compares with."""
+        """The earlier losses that it compares with."""
         return list(self._recent)
 
     @memory.setter
@@ -25,9 +25,9 @@ class LossGuard:
         self._recent = deque(losses, maxlen=self._config.window)
 
     def judge(self, loss: float, *, spikes: bool = True) -> str | None:
-        """Return what is wrong with a reported loss, or None and remember it.
+        """Return what is wrong with a reported loss; if nothing is, remember it and return None.
 
-        Without `spikes` it compares with no other and must only be finite.
+        Without `spikes` the loss must only be finite.
         """
         if not math.isfinite(loss):
             return f"the loss is {loss}"
@@ -37,6 +37,6 @@ class LossGuard:
         if ratio and len(self._recent) >= self._config.window // 2:
             usual = statistics.median(self._recent)
             if loss > ratio * abs(usual):
-                return f"the loss is {loss:.4g}, {ratio:g} times the usual {usual:.4g} and more"
+                return f"the loss is {loss:.4g}, more than {ratio:g} times the usual {usual:.4g}"
         self._recent.append(loss)
         return None

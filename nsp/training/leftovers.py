@@ -1,7 +1,7 @@
-"""What the holder of a run's lock does before anything is written: refuse links, remove leftovers.
+"""Checks before a run writes anything: links are refused, leftovers are removed.
 
-A training that is killed leaves half-written files and folders under hidden names, up to a copy of
-all weights each. Nobody else can be writing them while the lock is held.
+A training that was killed leaves half-written files and folders with hidden names, each as large as
+a copy of all weights. While this process has the lock, nobody else can be writing them.
 """
 
 import logging
@@ -25,7 +25,7 @@ from nsp.training.folder import (
 
 logger = logging.getLogger(__name__)
 
-# Names given by `files.write_folder` and `files.write_file` (today's and earlier ones), and by
+# Names given by `files.write_folder` and `files.write_file` (present and earlier forms), and by
 # `CheckpointStore`.
 _FOLDER = re.compile(r"\.(?P<name>[^.].*)\.[a-z0-9_]{8}(?P<old>\.old)?|\.step\d+\.gone")
 _FILE = re.compile(r"\..+\.(?:[0-9a-f]{8}|\d+)\.partial")
@@ -33,9 +33,9 @@ _OURS = (CHECKPOINT_NAME, START_NAME, RUN_NAME, DATA_NAME, TOKENS_NAME, LOCK_NAM
 
 
 def refuse_links(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError where what a run writes in its folder is a link to somewhere else.
+    """Raise ConfigError if a file or folder that a run would write is a link to somewhere else.
 
-    The run folder itself may be reached by links; so may a folder that --checkpoint-dir names.
+    The path of the run folder itself may contain links, and so may that of --checkpoint-dir.
     """
     names = [*_OURS, "mlflow.json", "tensorboard", *(phase.name for phase in config.phases)]
     found = [folder / name for name in names]
@@ -44,13 +44,13 @@ def refuse_links(folder: Path, config: RunConfig) -> None:
     for path in found:
         if path.is_symlink():
             raise ConfigError(
-                f"{path} is a link, and nothing in a run folder is written through one; put the "
-                "file or folder itself there (saved steps may lie elsewhere: --checkpoint-dir)"
+                f"{path} is a link, and a run does not write through links in its folder; put the "
+                "file or folder itself there (saved steps may be elsewhere: --checkpoint-dir)"
             )
 
 
 def remove_leftovers(folder: Path, config: RunConfig) -> None:
-    """Remove what killed trainings left in a run's folder and beside its saved steps."""
+    """Remove what killed trainings left in a run's folder and next to its saved steps."""
     places = [folder]
     for phase in config.phases:
         own = folder / phase.name
@@ -63,7 +63,7 @@ def remove_leftovers(folder: Path, config: RunConfig) -> None:
             os.rename(path, path.parent / whole["name"])  # killed between two renames
         elif whole is not None:
             shutil.rmtree(path, ignore_errors=True)
-            logger.info("%s: left by a training that was killed; removed", path)
+            logger.info("%s: removed; a training that was killed had left it", path)
         elif path.is_file() and _FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

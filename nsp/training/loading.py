@@ -13,7 +13,7 @@ Batch = Mapping[str, Any]
 
 
 class _AtEpoch(Dataset[Batch]):
-    """A data set read by (epoch, index), so that workers that read ahead see the right epoch."""
+    """A data set read by (epoch, index), so that workers reading ahead use the right epoch."""
 
     def __init__(self, data: Dataset[Batch]) -> None:
         self.data = data
@@ -36,21 +36,21 @@ def training_loader(
     num_workers: int,
     pin_memory: bool,
 ) -> DataLoader[Batch]:
-    """Return the micro-batches of data steps `start` .. `stop` - 1; of a stream, without end."""
+    """Return the micro-batches of data steps `start` .. `stop` - 1; a stream has no end."""
     settings: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-    if isinstance(data, ShardStream):  # of which this process has its own part
+    if isinstance(data, ShardStream):  # this process has its own part of it
         data.start_step = start * share.accumulate
         return data.loader(**settings)
     assert isinstance(data, Sized)  # StepSampler draws indices, so it must be map-style
     sampler = StepSampler(len(data), share, start=start, stop=stop, seed=seed)
-    # A generator of its own: it draws a seed for workers when it starts, and from torch's it would
-    # shift what the first step after a resumption draws.
+    # A separate generator: the loader draws a seed for its workers when it starts. Drawn from
+    # torch's generator, it would change the random numbers of the first step after a resumption.
     settings["generator"] = torch.Generator()
     return DataLoader(_AtEpoch(data), batch_sampler=sampler, **settings)
 
 
 def validation_loader(data: Dataset[Batch], share: Share) -> tuple[DataLoader[Batch], Share]:
-    """Return whole batches of `data`, the same every time, and this process's share of each."""
+    """Return full batches of `data`, the same every time, and this process's share of each."""
     assert isinstance(data, Sized)
     size = min(share.batch_size, len(data)) // share.world_size * share.world_size
     whole = Share(batch_size=size, rank=share.rank, world_size=share.world_size)

@@ -1,4 +1,4 @@
-"""AdamW as the trainer uses it: parameter groups, rates of a step, adapters."""
+"""AdamW as the trainer uses it: parameter groups, learning rates, adapters."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from nsp.training.schedules import lr_ratio, weight_decay
 
 
 def new_optimizer(objective: Objective, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW over what learns, with a decayed and an undecayed group."""
+    """Return AdamW over the trained parameters, in one group with weight decay and one without."""
     named = [(n, p) for n, p in objective.trained.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named if objective.decays(n, p) is decayed], "decayed": decayed}
@@ -44,7 +44,7 @@ def set_rates(
 
 
 def add_adapters(trained: nn.Module, config: LoraConfig) -> None:
-    """Put adapters into the target layers of `trained`; from then on only they learn."""
+    """Put adapters into the target layers of `trained`; from then on only these are trained."""
     import peft
 
     check_targets(trained, config)
@@ -58,21 +58,21 @@ def add_adapters(trained: nn.Module, config: LoraConfig) -> None:
 
 
 def check_targets(trained: nn.Module, config: LoraConfig) -> None:
-    """Raise ConfigError naming the linear layers of `trained` when a target is none of them."""
+    """Raise ConfigError naming the linear layers of `trained` when a target is not among them."""
     linear = [name for name, module in trained.named_modules() if isinstance(module, nn.Linear)]
     for target in config.targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise ConfigError(
-                f"lora target {target!r} is no linear layer of this phase; there are: "
+                f"lora target {target!r} is not a linear layer of this phase; choose from: "
                 f"{', '.join(known)}"
             )
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Add the adapters anywhere in `module` into the weights; names are as before `add_adapters`.
+    """Merge all adapters in `module` into the weights; names are as before `add_adapters`.
 
-    Taking merged adapters out again would round the weights: merge a copy while training goes on.
+    Removing merged adapters again would round the weights: to continue training, merge a copy.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -1,6 +1,6 @@
 """Prepares an objective for its devices: adapters, checkpointing, compilation, sharding, DDP.
 
-All of these work on the objective's `units`, the parts that are repeated (transformer blocks).
+All of these work on the objective's `units`, its repeated parts (transformer blocks).
 """
 
 import functools
@@ -24,7 +24,7 @@ GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def prepare(objective: Objective, config: RunConfig, accelerator: Accelerator) -> nn.Module:
-    """Return what to call with a batch; the objective's modules are changed in place.
+    """Return the callable for batches; the objective's modules are changed in place.
 
     The objective is on its device. Call it before the optimizer is made: sharding replaces the
     parameters. FSDP is torch's
@@ -46,7 +46,7 @@ def prepare(objective: Objective, config: RunConfig, accelerator: Accelerator) -
         mesh = torch.distributed.device_mesh.init_device_mesh(
             accelerator.device.type, (accelerator.num_processes,)
         )
-        # Nothing here writes to what a module returned, which is what this warns of, every step.
+        # This warning, given every step, is about writing to a module's output. We never do that.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for unit in objective.units():
             fully_shard(unit, mesh=mesh)
@@ -57,7 +57,7 @@ def prepare(objective: Objective, config: RunConfig, accelerator: Accelerator) -
 
 
 def _checkpoint_activations(unit: nn.Module) -> None:
-    """Make the unit compute its activations again in the backward pass instead of keeping them."""
+    """Make the unit recompute its activations in the backward pass instead of keeping them."""
     forward = unit.forward
 
     @functools.wraps(forward)
@@ -71,7 +71,7 @@ def _checkpoint_activations(unit: nn.Module) -> None:
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Hold all parameters of a sharded module whole on every process, to be read.
+    """Gather all parameters of a sharded module on every process, for reading.
 
     Every process must enter it, and make the same calls inside.
     """
@@ -84,9 +84,9 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 def shard_again(module: nn.Module) -> None:
-    """Let go of the whole parameters that a forward pass without a backward one has left.
+    """Free the gathered parameters that a forward pass without a backward pass leaves behind.
 
-    torch keeps those of the outermost module, and computes with them until a backward pass ends.
+    torch keeps those of the outermost module, and computes with them until a backward pass.
     """
     for part in _sharded(module):
         part.reshard()
@@ -97,7 +97,7 @@ def _sharded(module: nn.Module) -> list[FSDPModule]:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do `work` on the first process while the others wait; its failure ends all of them."""
+    """Do `work` on the first process while the others wait; if it fails, all processes end."""
     error: Exception | None = None
     if accelerator.is_main_process:
         try:
@@ -107,16 +107,16 @@ def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
     if accelerator.num_processes > 1:
         failed = torch.tensor(float(error is not None), device=accelerator.device)
         if accelerator.reduce(failed, reduction="sum").item() and error is None:
-            raise TrainingError("the first process cannot go on; its message says why")
+            raise TrainingError("the first process failed; its message says why")
     if error is not None:
         raise error
 
 
 def gathered(module: nn.Module) -> dict[str, Any] | None:
-    """Return the whole state dict of a sharded module on the CPU, None for one that is not.
+    """Return the whole state dict of a sharded module on the CPU, None if it is not sharded.
 
-    Every process must call it; the first one gets the tensors. (`whole` is of no use for this: the
-    state dict of a sharded module is that of its shards at all times.)
+    Every process must call it; the first one gets the tensors. (`whole` does not help here: the
+    state dict of a sharded module always has the shards.)
     """
     if not _sharded(module):
         return None

@@ -22,7 +22,7 @@ def preset(name: str) -> RunConfig:
 
 
 def option_defaults(name: str) -> Mapping[str, Any]:
-    """Return what options of the command line are for a preset where they are not given."""
+    """Return a preset's own defaults for options of the command line."""
     for each in family_names():
         if name in (options := family(each).recipe_options):
             return options[name]

@@ -1,4 +1,4 @@
-"""How far a phase is: a bar on a terminal, log lines elsewhere, and a JSON line per report."""
+"""The progress of a phase: a bar on a terminal, log lines elsewhere, a JSON line per report."""
 
 import json
 import logging
@@ -19,14 +19,14 @@ from nsp.files import write_file
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 4  # metrics on the bar
-_LINES_APART = 10  # reports between two log lines where there is no terminal
+_SHOWN = 4  # metrics shown on the bar
+_LINES_APART = 10  # reports between two log lines when there is no terminal
 
 
 class Progress:
-    """Shows and keeps the reported numbers of a phase; a silent one (not the first process) none.
+    """Shows and records the numbers of a phase; a silent one (not the first process) does neither.
 
-    Reports of steps after `start` are forgotten: an earlier process made them before it was killed.
+    Reports of steps after `start` are deleted: an earlier process made them before it was killed.
     """
 
     def __init__(
@@ -78,19 +78,19 @@ class Progress:
             self._log.close()
 
     def advance(self, step: int) -> None:
-        """Show that `step` steps are done now."""
+        """Show that `step` steps are done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of the block out of the rates: that of what is not a step."""
+        """Do not count the time of the block in the rates, because it is not part of a step."""
         begun = time.monotonic()
         yield
         self._since += time.monotonic() - begun
 
     def note(self, step: int, **facts: str | float | int | None) -> None:
-        """Keep a line about something else than the usual numbers."""
+        """Record a line about an event that is not one of the usual numbers."""
         if not self._silent:
             self._log.write(json.dumps({"step": step, **facts}) + "\n")
             self._log.flush()
@@ -98,9 +98,9 @@ class Progress:
     def report(
         self, step: int, metrics: Mapping[str, float], *, work: float = 1.0
     ) -> dict[str, float]:
-        """Show and keep the numbers of the last finished step; return them with the throughput.
+        """Show and record the numbers of the last finished step; return them with the throughput.
 
-        `work` is the share of a full step's operations that the steps did.
+        `work` is the fraction of a full step's operations that these steps needed.
         """
         now = time.monotonic()
         rate = (step - self._since_step) / max(now - self._since, 1e-9)
@@ -124,7 +124,7 @@ class Progress:
 
 
 def _forget(log_path: Path, start: int) -> None:
-    """Drop the lines about steps after `start`, and a last one that was cut off."""
+    """Delete the lines about steps after `start`, and an incomplete last line."""
     if not log_path.exists():
         return
     kept = []

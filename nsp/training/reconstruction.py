@@ -43,11 +43,11 @@ class ReconstructionObjective(PicturesObjective):
 
     @abstractmethod
     def rebuilt(self, image: Tensor) -> Tensor:
-        """Return the reconstructions (B, 3, H, W) of pictures of that shape, not clamped."""
+        """Return the reconstructions of pictures (B, 3, H, W), in the same shape, not clamped."""
 
     @torch.no_grad()
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
-        """Return pictures beside their reconstructions."""
+        """Return pictures next to their reconstructions."""
         items = preview(self._data, _SHOWN, seed=seed)
         device = next(self.trained.parameters()).device
         image = torch.stack([item["image"] for item in items]).to(device)

@@ -1,7 +1,7 @@
 """The recorders behind a tracker: TensorBoard's event files, and a run in an MLflow store.
 
-They write what they are given, and raise what their library raises; nsp/training/tracking.py keeps
-that away from training. After an error a recorder is called again with the next record.
+They write what they are given and let their library's errors through; nsp/training/tracking.py
+keeps these away from training. After an error a recorder is called again with the next record.
 """
 
 import importlib
@@ -24,11 +24,11 @@ from nsp.files import read_json, write_file
 
 Status = Literal["finished", "stopped", "failed"]
 
-_MAX_PARAM = 500  # characters of a parameter: what the oldest servers take
+_MAX_PARAM = 500  # characters of a parameter: the limit of the oldest servers
 _PARAMS_PER_REQUEST = 100  # MLflow's limits
 _METRICS_PER_REQUEST = 1000
 _STEP_TAG = "nsp.step."  # MLflow's tag of the last step of a phase
-_GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # second: never was a run id
+_GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second: not a run id at all
 
 
 class Recorder(Protocol):
@@ -40,7 +40,7 @@ class Recorder(Protocol):
         """Record the run's configuration."""
 
     def phase(self, name: str, step: int) -> None:
-        """Note where the next records belong; does no I/O."""
+        """Remember where the next records belong; does no I/O."""
 
     def scalars(self, step: int, values: Mapping[str, float], when: float) -> None:
         """Record numbers; `when` in seconds since 1970."""
@@ -49,21 +49,21 @@ class Recorder(Protocol):
         """Record one picture (H, W, 3)."""
 
     def flush(self) -> None:
-        """Write what is only kept so far; called when no other record waits."""
+        """Write all records that are still in memory; called when no other record waits."""
 
     def finish(self, status: Status) -> None:
         """Record how the run ended."""
 
     def reset(self) -> None:
-        """Forget what an error may have left half done."""
+        """Discard what an error may have left half done."""
 
 
 class TensorBoard:
-    """Event files: the configuration in `folder`, every phase in a folder of its own below.
+    """Event files: the configuration in `folder`, every phase in its own folder inside it.
 
-    Phases count their steps from 0, and a restart hides all later steps in a folder: hence folders.
-    Events are framed by TensorBoard's RecordWriter on a file of ours; its EventFileWriter would add
-    a second thread, which answers a full disk with a traceback on stderr.
+    Phases have their own folders because each counts its steps from 0, and a restart hides all
+    later steps in a folder. TensorBoard's RecordWriter writes the events to a file that we open;
+    its EventFileWriter would add a second thread, which prints a traceback when the disk is full.
     """
 
     name = "TensorBoard"
@@ -74,7 +74,7 @@ class TensorBoard:
         self._summary = _module("torch.utils.tensorboard.summary", "tensorboard", "train")
         self._run, self._root = run, folder
         self._folder = folder
-        self._first: int | None = 0  # step from which a new file replaces what older ones say
+        self._first: int | None = 0  # from this step on, a new file replaces older ones
         self._file: BinaryIO | None = None
 
     def configuration(self) -> None:
@@ -96,10 +96,10 @@ class TensorBoard:
         self._write([self._summary.image(name, picture, dataformats="HWC")], step, when)
 
     def flush(self) -> None:
-        """Nothing is kept: a run that is killed has written its last step."""
+        """Do nothing: every record is written at once, so a killed run loses none."""
 
     def finish(self, status: Status) -> None:
-        """End the file; TensorBoard knows no status."""
+        """End the file; TensorBoard has no status of a run."""
         self.reset()
 
     def reset(self) -> None:
@@ -113,7 +113,7 @@ class TensorBoard:
         event, events = self._event.Event, []
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # read in order of names, so a restart within the same second must come later
+            # files are read in order of names, so a restart within the same second must sort later
             name = f"events.out.tfevents.{time.time():017.6f}.{os.getpid()}"
             self._file = (self._folder / name).open("xb")
             events.append(event(wall_time=when, file_version="brain.Event:2"))
@@ -146,7 +146,7 @@ class Mlflow:
         scheme = urlsplit(self._uri).scheme.split("+")[0]
         if scheme in DATABASES and importlib.util.find_spec("sqlalchemy") is None:
             raise ConfigError(
-                f"mlflow: a {scheme} store needs all of MLflow, and the client alone is installed; "
+                f"mlflow: a {scheme} store needs all of MLflow, but only its client is installed; "
                 "run: pip install mlflow, or give a folder or a server"
             )
         self._run, self._note = run, folder / "mlflow.json"
@@ -155,8 +155,8 @@ class Mlflow:
         self._client: Any = None
         self._kept: list[tuple[str, Any]] = []  # phase and metric
         self._run_id: str | None = None
-        self._recorded: dict[str, int] = {}  # last step of each phase that MLflow had at the start
-        self._last: dict[str, int] = {}  # and has now
+        self._recorded: dict[str, int] = {}  # last step of each phase in MLflow at the start
+        self._last: dict[str, int] = {}  # last step of each phase in MLflow now
         self._phase = ""
 
     def configuration(self) -> None:
@@ -165,12 +165,12 @@ class Mlflow:
         self._client.log_dict(self._run_id, self._run, "config.json")
 
     def phase(self, name: str, step: int) -> None:
-        """Continue in the phase, behind what MLflow has of it already."""
+        """Continue in the phase, after the steps that MLflow already has."""
         self._phase = name
         self._recorded = dict(self._last)
 
     def scalars(self, step: int, values: Mapping[str, float], when: float) -> None:
-        """Keep numbers until no other record waits, or for as many as a request may hold."""
+        """Collect numbers until no other record waits, or until one request is full."""
         if step <= self._recorded.get(self._phase, -1):
             return
         if len(self._kept) + len(values) > _METRICS_PER_REQUEST:
@@ -183,7 +183,7 @@ class Mlflow:
         self._last[phase] = step
 
     def flush(self) -> None:
-        """Send the numbers, and in the same request which steps are recorded; keep them if lost."""
+        """Send the numbers, and in the same request the last step; keep them if sending fails."""
         if not self._kept:
             return
         self._open()
@@ -206,7 +206,7 @@ class Mlflow:
         self._client.set_terminated(self._run_id, words[status])
 
     def reset(self) -> None:
-        """Nothing is half done: what `_open` or `flush` has not finished, they do again."""
+        """Do nothing: `_open` and `flush` repeat what they have not finished."""
 
     def _open(self) -> None:
         """Continue or create the run; afterwards there is one, with its parameters."""
@@ -222,7 +222,7 @@ class Mlflow:
                 partial_note.write_text(json.dumps(note) + "\n")
         elif run.info.status != "RUNNING":
             client.update_run(run.info.run_id, status="RUNNING")
-        parameters = [  # MLflow refuses to change one; config.json has the run as it is now
+        parameters = [  # MLflow refuses to change a parameter; config.json has the run as it is now
             self._mlflow.entities.Param(name, str(value)[:_MAX_PARAM])
             for name, value in flat(self._run).items()
             if name not in run.data.params
@@ -236,14 +236,14 @@ class Mlflow:
         self._client, self._run_id = client, run.info.run_id
 
     def _skip(self, phase: str, step: int) -> None:
-        """Take no metric of this phase up to `step`: the run has them."""
+        """Skip metrics of this phase up to `step`: the run already has them."""
         self._kept = [each for each in self._kept if each[0] != phase or each[1].step > step]
         self._last[phase] = max(step, self._last.get(phase, -1))
         self._recorded[phase] = max(step, self._recorded.get(phase, -1))
 
     def _previous(self, client: Any) -> Any:
-        """Return the run that the note names, if it is of this store and still there."""
-        with suppress(FileNotFoundError, ValueError):  # a damaged note costs no more than a run
+        """Return the run that the note names, if it is in this store and still exists."""
+        with suppress(FileNotFoundError, ValueError):  # after a damaged note, a new run begins
             note = read_json(self._note)
             if note.get("uri") == self._uri:
                 try:
@@ -261,7 +261,7 @@ class Mlflow:
         if found is None:
             try:
                 return str(client.create_experiment(self._experiment))
-            except self._mlflow.MlflowException:  # another run may just have
+            except self._mlflow.MlflowException:  # another run may have created it just now
                 found = client.get_experiment_by_name(self._experiment)
                 if found is None:
                     raise
@@ -276,7 +276,7 @@ def tracking_uri(address: str, folder: Path) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries, and lists of them, as one: {"phases.0.steps": 3}."""
+    """Return nested dictionaries and lists as one flat dictionary: {"phases.0.steps": 3}."""
     leaves: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):

@@ -1,4 +1,4 @@
-"""Command-line options of a training run that a family heeds, or that change several fields."""
+"""Command-line options of a training run that a family handles or that change several fields."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from nsp.errors import ConfigError
 from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.family.registry import family
 
-# Options only some families have; `Family.with_options` heeds them.
+# Options that only some families have; `Family.with_options` handles them.
 FAMILY_OPTIONS = (
     *("initial_size", "target_size", "scale_factor", "pretrained_vae"),
     *("start_scale", "end_scale", "progressive", "num_epochs_per_scale"),
@@ -26,11 +26,11 @@ OPTIONS = (
 def with_options(
     run: RunConfig, options: Mapping[str, Any], *, skip_bad_files: bool = False
 ) -> RunConfig:
-    """Return the run with the `options` that are given, by their names in OPTIONS.
+    """Return the run, changed by the given `options` (names as in OPTIONS).
 
-    What is counted in epochs becomes steps: the pictures are counted for it, without bad files if
-    those are left out. Raises ConfigError for an option the run's family has not, for a value that
-    is not allowed, and for what the family misses.
+    Epochs are converted to steps by counting the pictures, without bad files if these are left out.
+    Raises ConfigError for an option that the run's family does not have, for a value that is not
+    allowed, and for an option that the family needs and that is missing.
     """
     data = {field: options[name] for name, field in _OF_DATA.items() if name in options}
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
@@ -67,7 +67,7 @@ def _changed(
 
 
 def _of_family(run: RunConfig, options: dict[str, Any], skip_bad_files: bool) -> RunConfig:
-    """Return the run as its family changes it."""
+    """Return the run with its family's changes."""
     epochs = options.pop("num_epochs_per_scale", None)
     pictures = 0 if epochs is None else _num_pictures(run, skip_bad_files)
     return family(run.family).with_options(
@@ -77,10 +77,10 @@ def _of_family(run: RunConfig, options: dict[str, Any], skip_bad_files: bool) ->
 
 def _num_pictures(run: RunConfig, skip_bad_files: bool) -> int:
     if run.data.stream:
-        raise ConfigError("a stream has no epochs: give --steps, not what is counted in epochs")
+        raise ConfigError("a stream has no epochs; give --steps instead of options in epochs")
     return len(open_source(run.data.source, skip_bad_files=skip_bad_files))
 
 
 def _epoch(phase: PhaseConfig, num_pictures: int) -> int:
-    """Return the steps of one epoch, as `order.StepSampler` cuts it."""
+    """Return the steps of one epoch, cut as in `StepSampler`."""
     return max(num_pictures // phase.batch_size, 1)

@@ -1,4 +1,4 @@
-"""The pictures of a run, as its configuration describes them: listed or streamed, and held out."""
+"""The pictures of a run as configured: listed or streamed, for training and held out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from nsp.training.data_order import Share
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a run trains on, and what it never sees."""
+    """The pictures that a run trains on, and those held out from training."""
 
     train: ImageSource | ShardSet
     held_out: ImageSource | None
@@ -29,7 +29,7 @@ class Pictures:
 
     @property
     def without_captions(self) -> str | None:
-        """What has no captions, as a message names it: None where all has."""
+        """The pictures without captions, as a message names them; None if all have captions."""
         if not self.train.has_captions:
             return "the pictures to train on have"
         if self.held_out is not None and not self.held_out.has_captions:
@@ -37,13 +37,13 @@ class Pictures:
         return None
 
     def __str__(self) -> str:
-        """Say how much there is."""
+        """Return the number of pictures in words."""
         if isinstance(self.train, ImageSource):
             return f"{len(self.train)} pictures"
         return f"a stream of {len(self.train.urls)} shards"
 
     def to_train(self, size_px: int, run: RunConfig, share: Share) -> ImageDataset | ShardStream:
-        """Return the training set at `size_px`; of a stream, this process's part."""
+        """Return the training set at `size_px`; for a stream, this process's part of it."""
         crop, flip, seed = run.data.crop, run.data.flip, run.seed
         if isinstance(self.train, ImageSource):
             return ImageDataset(self.train, size_px, train=True, crop=crop, flip=flip, seed=seed)
@@ -61,23 +61,23 @@ class Pictures:
         )
 
     def to_validate(self, size_px: int, run: RunConfig) -> ImageDataset | None:
-        """Return the held-out pictures at `size_px`, where there are some."""
+        """Return the held-out pictures at `size_px`, if there are any."""
         if self.held_out is None:
             return None
         return ImageDataset(self.held_out, size_px, train=False, crop=run.data.crop)
 
 
 def open_pictures(config: DataConfig, *, skip_bad_files: bool) -> Pictures:
-    """Return the pictures of a run, every listed one found readable.
+    """Return the pictures of a run; every listed one was opened and is readable.
 
-    Raises DataError for files that cannot be used, ConfigError for held-out ones among those to
-    train on and for settings that a stream cannot honour.
+    Raises DataError for files that cannot be used, ConfigError for held-out pictures in the
+    training set and for settings that a stream does not support.
     """
     if config.stream:
         if config.token_cache is not None or config.heldout is not None:
             raise ConfigError(
-                "a stream is not listed ahead: data.token_cache and data.heldout are for listed "
-                "pictures; shards carry their own list of what is held out"
+                "a stream is not listed ahead: data.token_cache and data.heldout are only for "
+                "listed pictures; shards have their own list of held-out pictures"
             )
         return Pictures(find_shards(config.source), None, skip_bad_files)
     found = readable(survey(config.source), skip_bad_files=skip_bad_files)
@@ -91,7 +91,7 @@ def open_pictures(config: DataConfig, *, skip_bad_files: bool) -> Pictures:
 
 
 def _check_held_out(source: ImageSource, path: str) -> None:
-    """Raise ConfigError when the pictures to train on hold captions of the list at `path`."""
+    """Raise ConfigError when pictures to train on have captions of the list at `path`."""
     try:
         content = read_regular(Path(path), most_bytes=MAX_HELDOUT_BYTES)
         rows = parse_heldout(content, where=path)
@@ -101,7 +101,7 @@ def _check_held_out(source: ImageSource, path: str) -> None:
     seen = [each for each in source.samples if heldout.covers(each.name, each.captions)]
     if seen:
         raise ConfigError(
-            f"{len(seen)} pictures to train on are held out by {path}, first {seen[0].name} "
-            f"({seen[0].caption!r}); put the list beside the pictures as {HELDOUT_MEMBER}, "
-            "or remove them"
+            f"{len(seen)} pictures to train on are held out by {path}, the first is {seen[0].name} "
+            f"({seen[0].caption!r}); put the list next to the pictures as {HELDOUT_MEMBER}, "
+            "or remove these pictures"
         )

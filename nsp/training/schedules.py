@@ -18,7 +18,7 @@ def lr_ratio(
     warmup_start: float,
     end: float,
 ) -> float:
-    """Return the learning rate of `step` (0 .. num_steps - 1) over its peak.
+    """Return the learning rate of `step` (0 .. num_steps - 1) as a fraction of its peak.
 
     Linear warm-up from `warmup_start` over `warmup_steps`, then `kind` down to `end`: "cos"; "lin",
     "lin0", "lin00" and "exp" stay at the peak for 15, 5, 0 and 15 % of the rest, then fall;
@@ -45,7 +45,7 @@ def lr_ratio(
 def _linear_with_knee(passed: float, knee: float, end: float) -> float:
     """Return the rate on two straight lines from 1 to `end` that meet at `knee`.
 
-    There it is halfway between 1 and the straight fall to `end`.
+    At `knee` it is halfway between 1 and a straight line down to `end`.
     """
     middle = (1 + end + (1 - end) * (1 - knee)) / 2
     if passed < knee:

@@ -1,4 +1,4 @@
-"""All that changes while a phase trains, and how it goes to and comes from a saved step."""
+"""Everything that changes while a phase trains, and how it is saved and loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,13 +19,13 @@ from nsp.training.guard import LossGuard
 from nsp.training.parallel import GATHERED
 
 _SPREAD = StateDictOptions(full_state_dict=True)
-FIRST_SCALE = 65536.0  # of fp16 losses; torch's own
+FIRST_SCALE = 65536.0  # the first factor of fp16 losses, torch's default
 
 
 class TrainingState:
     """Weights, optimizer, average, gradient scaler, position, and the guard's memory.
 
-    There is no random state: what is random in a step is a function of the step.
+    There is no random state: all random numbers of a step depend on the step alone.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class TrainingState:
         if config.ema_decay:
             self.average = WeightAverage(trained.parameters(), config.ema_decay)
         self._trained, self._optimizer, self._scaler = trained, optimizer, scaler
-        if scaler is not None:  # of the whole run: a phase must not depend on the one before
+        if scaler is not None:  # one per run, but a phase must not depend on the one before
             first = {"scale": FIRST_SCALE, "_growth_tracker": 0}
             scaler.load_state_dict({**scaler.state_dict(), **first})
 
     def gather(self) -> dict[str, Any]:
-        """Return everything as plain whole tensors and numbers; every process must call this."""
+        """Return everything as unsharded tensors and numbers; every process must call this."""
         trained, optimizer = self._trained, self._optimizer
         return {
             "step": self.step,
@@ -62,9 +62,9 @@ class TrainingState:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `gather` returned, on any number of processes.
+        """Load what `gather` returned, on any number of processes.
 
-        Raises ValueError with the reason in one line when it is of another model.
+        Raises ValueError with the reason in one line when it belongs to another model.
         """
         try:
             set_model_state_dict(self._trained, state["trained"], options=_SPREAD)

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 class StopRequest:
     """Context in which SIGINT and SIGTERM are noted instead of interrupting a step.
 
-    A second signal interrupts at once, as Python does. A step that is half done must not be saved:
-    some weights would be of the next one.
+    A second signal interrupts at once, as Python does. A half-done step must not be saved: some of
+    its weights would already be those of the next step.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -24,7 +24,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        """Take over the signals; elsewhere than in the main thread Python does not allow it."""
+        """Handle the signals here; Python allows this only in the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
@@ -36,7 +36,7 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give the signals back."""
+        """Restore the previous handling of the signals."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -44,7 +44,7 @@ class StopRequest:
         if self._noted:
             raise KeyboardInterrupt
         self._noted = True
-        logger.info("stopping after this step; once more to stop at once")
+        logger.info("stopping after this step; press Ctrl-C again to stop at once")
 
     def agreed(self) -> bool:
         """Return whether any process was asked to stop; all of them must call this together."""

@@ -1,7 +1,7 @@
-"""What a run leaves for TensorBoard and MLflow: its configuration, scalars and pictures.
+"""Records a run for TensorBoard and MLflow: its configuration, scalars and pictures.
 
-Each of the two gets a thread and a bounded queue of its own, so that a slow server or disk costs
-training no time; one that fails is named once, left alone for a minute, and then tried again.
+Each of the two has its own thread and bounded queue, so that a slow server or disk does not slow
+down training. If one fails, one warning says so, and it is tried again after a minute.
 """
 
 import logging
@@ -31,11 +31,11 @@ Pictures = NDArray[np.uint8] | Image.Image
 _MAX_WAITING = 256  # records in a queue: more than an hour of them at the usual rate
 _MAX_PICTURES_WAITING = 16  # each takes megabytes
 _RETRY_S = 60.0
-_CLOSE_S = 5.0  # for what is still to be sent when a run ends
+_CLOSE_S = 5.0  # time to send the remaining records when a run ends
 _MAX_REASON = 200  # characters of an error in the warning
 
-# MLflow reads these in every call and takes them in no other way: without them a lost server
-# holds its thread for minutes. Those the user has set stay.
+# MLflow reads these settings in every call and only from the environment. Without them, a server
+# that is down blocks its thread for minutes. Values set by the user stay.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the queue waits and tries again
@@ -46,20 +46,20 @@ _ENVIRONMENT = {
 
 
 class Tracker:
-    """Records a run for TensorBoard and MLflow; no method waits for either, or fails for them.
+    """Records a run for TensorBoard and MLflow; no method waits for them or fails with them.
 
     Used as `with Tracker(...) as tracker`, then `start`, and `phase` before each phase's scalars
-    and pictures. The block's end closes it; call `close` for a run that was stopped in order.
+    and pictures. The end of the block closes it; call `close` for a run stopped on request.
     """
 
     def __init__(self, config: TrackingConfig, *, is_main_process: bool = True) -> None:
         self._config, self._is_main_process = config, is_main_process
         self._feeds: list[_Feed] = []
         self._phase: str | None = None
-        self._environment: list[str] = []  # names that were set here
+        self._environment: list[str] = []  # names of the variables set here
 
     def start(self, run: Mapping[str, Any], folder: Path) -> None:
-        """Begin recording the run that `run` describes, or continue what `folder` began.
+        """Begin recording the run that `run` describes, or continue the recording in `folder`.
 
         Raises MissingExtraError for a package that the configuration asks for by name, and
         ConfigError for a store that the installed MLflow cannot open.
@@ -73,7 +73,7 @@ class Tracker:
             except MissingExtraError as error:
                 if self._config.tensorboard:
                     raise
-                logger.warning("TensorBoard: %s; nothing is recorded for it", error)
+                logger.warning("TensorBoard: %s; this run is not recorded there", error)
         if self._config.mlflow is not None:
             self._set_environment()
             try:
@@ -94,10 +94,10 @@ class Tracker:
             feed.put(feed.recorder.configuration, limit=None)
 
     def phase(self, name: str, step: int) -> None:
-        """Begin or continue a phase of which `step` steps are done.
+        """Begin or continue a phase; `step` of its steps are done.
 
-        No step is there twice: what was recorded of later steps, before the run died or was rolled
-        back, gives way in TensorBoard, and stays in MLflow, which can delete no metric.
+        No step is recorded twice. Records of later steps, made before the run died or was rolled
+        back, are replaced in TensorBoard and stay in MLflow, which cannot delete a metric.
         """
         self._phase = name
         for feed in self._feeds:
@@ -122,7 +122,7 @@ class Tracker:
             feed.put_picture(partial(feed.recorder.picture, step, name, sheet, time.time()))
 
     def close(self, status: Status) -> None:
-        """End recording; waits a few seconds at most for what is still under way."""
+        """End recording; waits at most a few seconds for records that are still being sent."""
         feeds, self._feeds = self._feeds, []
         for feed in feeds:
             feed.end(status)
@@ -141,12 +141,12 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close with the status that the block's end tells."""
+        """Close; the status depends on how the block ended."""
         stopped = isinstance(error, KeyboardInterrupt)
         self.close("finished" if error is None else "stopped" if stopped else "failed")
 
     def _set_environment(self) -> None:
-        """Set what of _ENVIRONMENT is not set: here, while no other thread may be reading it."""
+        """Set the missing variables of _ENVIRONMENT, while no other thread may be reading them."""
         self._environment = [name for name in _ENVIRONMENT if name not in os.environ]
         os.environ.update({name: _ENVIRONMENT[name] for name in self._environment})
 
@@ -165,21 +165,21 @@ class _Feed:
         self._pictures = threading.Semaphore(_MAX_PICTURES_WAITING)
         self._closing = threading.Event()
         self._failing = self._warned = False
-        self._refused = self._lost = 0  # by the caller's thread; by this one's
+        self._refused = self._lost = 0  # records: refused by `put`, lost in the recorder's thread
         self._thread = threading.Thread(
             target=self._work, name=f"tracking-{recorder.name}", daemon=True
         )
         self._thread.start()
 
     def put(self, write: Callable[[], None], *, limit: int | None = _MAX_WAITING) -> None:
-        """Queue a record, unless `limit` of them wait already."""
+        """Queue a record, unless `limit` records are already waiting."""
         if limit is not None and self._waiting.qsize() >= limit:
             self._refused += 1
         else:
             self._waiting.put(write)
 
     def put_picture(self, write: Callable[[], None]) -> None:
-        """Queue a picture, unless as many wait as memory should hold."""
+        """Queue a picture, unless too many are already waiting in memory."""
         if self._pictures.acquire(blocking=False):
             self.put(partial(self._write_picture, write), limit=None)
         else:
@@ -190,20 +190,20 @@ class _Feed:
         write()
 
     def end(self, status: Status) -> None:
-        """Let the thread end with what is queued; at once where the recorder fails."""
+        """Let the thread end after the queued records, or at once if the recorder is failing."""
         self._closing.set()
         self.put(partial(self.recorder.finish, status), limit=None)
         self._waiting.put(None)
 
     def join(self, deadline: float) -> None:
-        """Wait for the thread until `deadline` (monotonic seconds) and say what was lost."""
+        """Wait for the thread until `deadline` (monotonic seconds), then report lost records."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         waiting = self._waiting.qsize()
-        if lost := self._refused + self._lost + max(0, waiting - 1):  # None is no record
+        if lost := self._refused + self._lost + max(0, waiting - 1):  # None is not a record
             level = logging.INFO if self._warned else logging.WARNING
             name = self.recorder.name
             logger.log(level, "%s: %d or more records of this run are missing", name, lost)
-        self._warned = True  # a call that is still under way has nobody to tell
+        self._warned = True  # a call that is still running must not log later
 
     def _work(self) -> None:
         while (write := self._waiting.get()) is not None:
@@ -215,24 +215,24 @@ class _Feed:
         self.recorder.reset()
 
     def _done(self, write: Callable[[], None]) -> bool:
-        """Return whether the recorder could do it."""
+        """Return whether the recorder succeeded."""
         try:
             write()
-        except Exception as error:  # of a server, a disk or a library: training goes on
+        except Exception as error:  # from a server, a disk or a library: training continues
             self._fail(error)
         else:
             self._failing = False
         return not self._failing
 
     def _fail(self, error: Exception) -> None:
-        """Name the first error; then leave the recorder alone for a while."""
+        """Log the first error, then pause the recorder for a while."""
         self._failing = True
         self.recorder.reset()
         if not self._warned:
             self._warned = True
             reason = " ".join(str(error).split()) or type(error).__name__
             logger.warning(
-                "%s does not record: %s; training goes on, tried again every %.0f s",
+                "%s cannot record: %s; training continues, with a new attempt every %.0f s",
                 self.recorder.name,
                 reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}…",
                 _RETRY_S,

@@ -1,4 +1,4 @@
-"""The training loop: one phase of one run, for any family, on whatever devices accelerate finds."""
+"""The training loop: one phase of one run, for any family, on the devices accelerate finds."""
 
 import dataclasses
 import logging
@@ -39,16 +39,16 @@ logger = logging.getLogger(__name__)
 
 
 class _WentWrong(Exception):
-    """The loss or the gradient is not as it should be; the message says how."""
+    """The loss or the gradient went wrong; the message says how."""
 
 
 class Phase:
-    """One phase under way: build it and `run` it; `averaged` then holds the weights to keep.
+    """One phase in training: create it and `run` it; `averaged` then has the weights to keep.
 
-    A step's samples and everything random in it are a function of (seed, step): a run stopped after
-    any step and resumed on as many processes gives the same weights, bit for bit where the kernels
-    are deterministic (on CPUs they are). On another number of processes it gives the same up to
-    rounding, but for torch's own generator (dropout, drop path).
+    A step's samples and random numbers depend only on (seed, step). So a run stopped after any step
+    and resumed on the same number of processes gives the same weights, bit for bit if the kernels
+    are deterministic (on CPUs they are). With another number of processes the weights are equal up
+    to rounding, except for what torch's own generator decides (dropout, drop path).
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Phase:
         self.config, self.objective, self.accelerator = config, objective, accelerator
         self.folder, self.run_config, self.tracker = folder, run, tracker
         self.held_out_loss: tuple[int, float] | None = None  # step, loss
-        self.comparable = True  # the loss of the step under way, with others
+        self.comparable = True  # whether the current step's loss can be compared with others
         self.share = share_of(config, accelerator)
         self.store = CheckpointStore(steps_folder(run, folder), keep_last=config.keep_last)
         if config.lora is not None:
             add_adapters(objective.trained, config.lora)
         objective.to(accelerator.device)
-        with accelerator.main_process_first():  # what it writes the others read
+        with accelerator.main_process_first():  # the others read what it writes
             self.data, self.held_out = objective.dataset(), self._enough(objective.held_out())
         self.flops = flops_per_image(objective, self.data, self.share.micro_batch_size)
         self.module = prepare(objective, run, accelerator)
@@ -92,8 +92,8 @@ class Phase:
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step and return True, or to a signal's and return False.
 
-        The step is saved in both cases. After an error the last saved step stays the newest: what
-        led there may be in the weights.
+        The step is saved in both cases. After an error nothing is saved, because the cause may
+        already be in the weights.
         """
         if self.done:
             return True
@@ -123,7 +123,7 @@ class Phase:
         return self.done
 
     def _train(self, progress: Progress, stop: StopRequest) -> None:
-        """Make the steps that are left, until the end or a request to stop."""
+        """Make the remaining steps, until the end or a request to stop."""
         offset, run, config = self.state.offset, self.run_config, self.config
         loader = batches(
             training_loader(
@@ -136,7 +136,7 @@ class Phase:
                 pin_memory=self.accelerator.device.type == "cuda",
             )
         )
-        pending: Tensor | None = None  # gradient norm of the step before: read one step later
+        pending: Tensor | None = None  # gradient norm of the previous step: read one step later
         while not self.done:
             norm, metrics = self._train_step(loader)
             self._check_norm(pending)
@@ -150,25 +150,25 @@ class Phase:
             if reports:
                 self._report(progress, metrics)
             with progress.paused():
-                # A step that is saved is measured: the best of them is kept.
+                # Every saved step is measured, because the best one is kept.
                 if self.held_out is not None and (saves or self._is_due(config.validate_every)):
                     self._validate(progress)
                 if self._is_due(self.config.sample_every):
                     self._write_samples()
                 if saves and not self.done:
                     self.save()
-            # Agreeing costs a wait for all processes: several of them do it when they report.
+            # All processes must wait to agree, so several of them do it only when they report.
             if (reports or self.accelerator.num_processes == 1) and stop.agreed():
                 self._check_norm(pending)
                 return
 
     def _enough(self, held_out: Dataset[Batch] | None) -> Dataset[Batch] | None:
-        """Return the held-out pictures, or None where not every process can have one."""
+        """Return the held-out pictures, or None if there is not one for every process."""
         count = len(held_out) if isinstance(held_out, Sized) else 0
         if held_out is None or count >= self.share.world_size:
             return held_out
         logger.warning(
-            "%d held-out pictures are too few for %d processes: nothing is measured on them",
+            "%d held-out pictures are too few for %d processes: they are not used",
             *(count, self.share.world_size),
         )
         return None
@@ -180,7 +180,7 @@ class Phase:
         """Make one optimizer step; return the gradient's norm and the metrics to report."""
         settings, data_step = self.config.optimizer, self.step + self.state.offset
         self.module.train()
-        # What is random in a step depends on the step alone: a resumed run needs no random state.
+        # All random numbers depend on the step alone: a resumed run needs no random state.
         torch.manual_seed(
             step_seed(self.run_config.seed, self.config.name, data_step, self.share.rank)
         )
@@ -215,7 +215,7 @@ class Phase:
         }
 
     def _check_norm(self, norm: Tensor | None) -> None:
-        """Raise for a gradient that is not finite; every process sees the same one."""
+        """Raise for a gradient that is not finite; every process sees the same norm."""
         if norm is None or self.accelerator.scaler is not None:  # a scaler skips such steps
             return
         if not math.isfinite(value := norm.item()):
@@ -223,7 +223,7 @@ class Phase:
 
     def _report(self, progress: Progress, metrics: Mapping[str, Tensor | float]) -> None:
         """Report the numbers of the last step, averaged over the processes."""
-        if isinstance(self.data, ShardStream):  # the mean of these is the sum over processes
+        if isinstance(self.data, ShardStream):  # scaled so that the mean is the sum over processes
             count = self.data.num_left_out * self.share.world_size
             metrics = {**metrics, "left_out": float(count)}
         values = self._mean(metrics)
@@ -246,7 +246,7 @@ class Phase:
 
     @torch.no_grad()
     def _validate(self, progress: Progress) -> None:
-        """Report the metrics on the held-out pictures, of the weights that would be shipped."""
+        """Report the metrics on the held-out pictures, with the weights that would be published."""
         assert self.held_out is not None
         loader, share = validation_loader(self.held_out, self.share)
         keys = sample_keys(share, 0, 0, seed=0)
@@ -258,7 +258,7 @@ class Phase:
                 with self.accelerator.autocast():
                     metrics = self._mean(self.module({**placed, "key": keys}))
                 total = {n: total.get(n, 0.0) + v / len(loader) for n, v in metrics.items()}
-            shard_again(self.module)  # the next step computes with other weights
+            shard_again(self.module)  # the next step needs its own weights
         values = {f"held_out_{name}": value for name, value in total.items()}
         self.held_out_loss = (self.step, total["loss"])
         progress.note(self.step, **values)
@@ -266,7 +266,7 @@ class Phase:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Hold the averaged weights in the trained modules."""
+        """Put the averaged weights into the trained modules until the block ends."""
         if self.state.average is None:
             yield
             return
@@ -278,12 +278,12 @@ class Phase:
 
     @contextmanager
     def shipped(self) -> Iterator[None]:
-        """Hold the weights to ship in the trained modules, whole: every process must enter it."""
+        """Put the unsharded weights to publish into the modules; every process must enter it."""
         with self.averaged(), whole(self.module):
             yield
 
     def _write_samples(self) -> None:
-        """Write a contact sheet made with the weights that would be shipped."""
+        """Write a contact sheet made with the weights that would be published."""
         self.objective.eval()
         with self.shipped():
             pictures, titles = self.objective.samples(self.run_config.seed)
@@ -306,9 +306,9 @@ class Phase:
         )
 
     def _loss(self) -> float | None:
-        """Return the loss by which the best step is kept.
+        """Return the loss that decides which step is the best.
 
-        It is that of the held-out pictures, or the mean of the last reports where there are none.
+        It is the loss of the held-out pictures, or the mean of the last reports if there are none.
         """
         if self.held_out is not None:
             step, loss = self.held_out_loss or (-1, 0.0)
@@ -317,7 +317,7 @@ class Phase:
         return sum(recent) / len(recent) if recent else None
 
     def _restore(self) -> bool:
-        """Go on from the newest saved step; return whether there is one."""
+        """Continue from the newest saved step; return whether there is one."""
         found = self.store.load()
         if found is None:
             return False
@@ -338,7 +338,7 @@ class Phase:
         return True
 
     def _roll_back(self, problem: str, progress: Progress) -> None:
-        """Go back to the last saved step and leave out the batches since; see GuardConfig."""
+        """Go back to the last saved step and skip the batches since then; see GuardConfig."""
         name, state, most = self.config.name, self.state, self.config.guard.max_rollbacks
         at, rollbacks = state.step, state.rollbacks + 1
         reached = at + state.offset + 1  # data steps seen
@@ -350,23 +350,23 @@ class Phase:
             raise TrainingError(f"{problem}, before the first saved step; {advice}")
         state.rollbacks, state.offset = rollbacks, reached - state.step
         logger.warning(
-            "%s; going back to step %d, leaving out the batches since (rollback %d of at most %d)",
+            "%s; going back to step %d and skipping the batches since (rollback %d of at most %d)",
             *(problem, state.step, rollbacks, most),
         )
         progress.note(at, rolled_back_to=state.step, because=problem)
         self.tracker.phase(name, state.step)
 
     def _check_space(self) -> None:
-        """Raise before the first step when the disk cannot hold the steps that will be kept."""
+        """Raise before the first step when the disk has no space for the steps to be kept."""
         total = sum(p.numel() * p.element_size() for p in self.objective.trained.parameters())
         learnt = sum(p.numel() * 4 for p in self.objective.trained.parameters() if p.requires_grad)
         each = total + learnt * (2 + (self.state.average is not None))
         needed = each * (self.config.keep_last + 2)  # the best, and the one being written
         existing = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
-        needed -= self.store.num_bytes()  # what a resumed run has there already
+        needed -= self.store.num_bytes()  # a resumed run already has these
         if needed > (free := shutil.disk_usage(existing).free):
             raise ConfigError(
-                f"phase {self.config.name}: its saved steps take {needed / 2**30:.2f} GiB more and "
+                f"phase {self.config.name}: saved steps need {needed / 2**30:.2f} GiB more, but "
                 f"{existing} has {free / 2**30:.2f} GiB free; free some, or set keep_last below "
                 f"{self.config.keep_last}"
             )

@@ -1,8 +1,9 @@
 """A whole training run: data, model, phases in order, a checkpoint folder at the end.
 
-A run folder holds run.json (its RunConfig), start/ (the model before the first step: what a resumed
-run must not make anew, such as the prompt tokenizer), one folder per phase, tensorboard/, and
-checkpoint/ (the model as it is now). Every phase starts from the last of these two, read anew.
+A run folder has run.json (its RunConfig), start/ (the model before the first step, with the parts
+that a resumed run must not create again, such as the prompt tokenizer), one folder per phase,
+tensorboard/, and checkpoint/ (the model as it is now). Every phase reads its first model from
+checkpoint/, or from start/ if that is the only one.
 """
 
 import copy
@@ -67,7 +68,7 @@ class RunResult:
 
 
 def resolve_precision(requested: str, *, on_cpu: bool) -> str:
-    """Return accelerate's word for a precision; "auto" is bf16 on a GPU that has it, else fp32."""
+    """Return accelerate's name of a precision; "auto" is bf16 on a GPU that has it, else fp32."""
     has_cuda = not on_cpu and torch.cuda.is_available()
     if requested == "auto":
         requested = "bf16" if has_cuda and torch.cuda.is_bf16_supported() else "fp32"
@@ -88,28 +89,30 @@ def train(
 ) -> RunResult:
     """Train every phase of `config` up to `last_phase` in `folder` and write `folder`/checkpoint.
 
-    Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint of what has been
-    learnt; `resume` continues such a run (or any that died) at its last saved step. It may change
-    the number of steps, the precision and the devices, and its data may have moved; other
-    differences from the stored configuration raise ConfigError, as do changed data unless
-    `accept_changed_data`, and a folder that holds a run when `resume` is not given.
-    `device` is "cpu" or "cuda"; None is a GPU where there is one. Every process of a distributed
-    run calls this.
+    Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint of what was learnt;
+    `resume` continues such a run (or one that died) at its last saved step. A resumed run may
+    change the number of steps, the precision and the devices, and its data may have moved.
+    ConfigError is raised for other differences from the stored configuration, for changed data
+    unless `accept_changed_data` is set, and for a folder that has a run if `resume` is not given.
+    `device` is "cpu" or "cuda"; None is a GPU if there is one. Every process of a distributed run
+    calls this.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda is not to be had here; give cpu, or leave it out")
+        raise ConfigError(
+            "CUDA is not available on this machine; use --device cpu, or omit --device"
+        )
     names = [phase.name for phase in config.phases]
     if last_phase is not None and last_phase not in names:
         raise ConfigError(f"unknown phase {last_phase!r} of this run; known: {', '.join(names)}")
     start = Path(config.start_from) if config.start_from is not None and not resume else None
     if start is not None and not is_checkpoint(start):
         raise CheckpointError(wrong_path(start, "--start-from"))
-    # Asked for, because processes without a GPU would otherwise not find one another.
+    # Set explicitly, because processes without a GPU would otherwise not find one another.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=resolve_precision(config.precision, on_cpu=on_cpu),
-        # While the first process tokenizes a large set or writes a large checkpoint.
+        # Long enough for the first process to tokenize a large set or write a large checkpoint.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     if not accelerator.is_main_process:
@@ -136,7 +139,7 @@ def train(
             phases = config.phases[: names.index(last_phase or names[-1]) + 1]
             _prepare_folder(folder, config, phases, accelerator, data, record, resume=resume)
 
-        accelerator.wait_for_everyone()  # nobody writes before everybody has checked
+        accelerator.wait_for_everyone()  # no process writes before all have checked
         on_main(accelerator, begin)
         tracker.start(config.to_dict(), folder)
         logger.info(
@@ -154,7 +157,7 @@ def train(
 
 
 def speak_less() -> None:
-    """Let the first process speak for all, but each name the files that it alone meets."""
+    """Silence a process that is not the first, except for warnings about the files it reads."""
     logging.getLogger("nsp").setLevel(logging.ERROR)
     logging.getLogger("nsp.data.stream").setLevel(logging.WARNING)
 
@@ -221,7 +224,7 @@ def _plain(
     config: PhaseConfig,
     record: CheckpointRecord,
 ) -> System[Any]:
-    """Return the system as it is saved: not sharded, without adapters."""
+    """Return the system in the form that is saved: not sharded, without adapters."""
     if weights is not None:
         system = record.load()
         system.load_state_dict(weights)
@@ -241,11 +244,11 @@ def _prepare_folder(
     *,
     resume: bool,
 ) -> None:
-    """Make the model a new run starts from and store what the run is; it trains `phases`."""
+    """Create the model that a new run starts from, and store the run's configuration."""
     start = folder / START_NAME
     if not (resume and is_checkpoint(start)):
         system = _new_system(config, data.source)
-        for phase in config.phases:  # a later one's mistakes must not wait for its turn
+        for phase in config.phases:  # report mistakes of later phases now, not when they begin
             objective = _objective(phase, config, folder, accelerator, data, system)
             if phase in phases:
                 _check_captions(config, phase, objective, data)
@@ -255,18 +258,18 @@ def _prepare_folder(
     _begin_again(folder, config, accelerator, data)
     newest = newest_model(folder)
     for model in (newest, read_checkpoint(start)):
-        if not model.files:  # of a run that began before checkpoints had digests
+        if not model.files:  # the run began before checkpoints had digests
             write_digests(model.folder)
     record.write(newest.notes.get("steps", {}))
-    with write_file(folder / RUN_NAME) as partial:  # from here on the folder belongs to this run
+    with write_file(folder / RUN_NAME) as partial:  # from now on the folder belongs to this run
         partial.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data: Pictures) -> None:
-    """Take a phase whose saved steps were deleted out of checkpoint/: it starts as it once did.
+    """Reset a phase in checkpoint/ whose saved steps were deleted: it starts from the beginning.
 
-    One that is complete needs them no more, and starts again when its whole folder is gone and no
-    later phase was trained on its result.
+    A complete phase does not need them any more; it starts again only when its whole folder is
+    gone and no later phase was trained on its result.
     """
     record = newest_model(folder)
     steps = dict(record.notes.get("steps", {}))
@@ -276,7 +279,7 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
         complete = made >= phase.steps and (own.exists() or later)
         if not made or complete or any(steps_folder(config, own).glob("step*")):
             continue
-        logger.warning("%s holds no saved steps: %s starts again", own, phase.name)
+        logger.warning("%s has no saved steps: %s starts again", own, phase.name)
         system, fresh = record.load(), read_checkpoint(folder / START_NAME).load()
         now, then = (
             _objective(phase, config, folder, accelerator, data, each) for each in (system, fresh)
@@ -295,14 +298,15 @@ def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
     record = read_checkpoint(Path(config.start_from))
     if record.family.name != config.family:
         raise ConfigError(
-            f"{config.start_from} is of family {record.family.name}, this run of {config.family}"
+            f"{config.start_from} is of family {record.family.name}, but this run is of "
+            f"{config.family}"
         )
     trained = record.family.config.from_dict(record.config)
     wanted = record.family.adopt(record.family.config.from_dict(config.model), trained)
     for name, have, want in differing_values(dict(record.config), wanted.to_dict()):
         raise ConfigError(
-            f"{config.start_from} has {name} {have!r}, this run's model {want!r}; take the "
-            "model from its config.json, or train from new weights"
+            f"{config.start_from} has {name} {have!r}, but this run's model has {want!r}; use the "
+            "model of its config.json, or train from new weights"
         )
     return record.load()
 
@@ -314,38 +318,38 @@ def _save(checkpoint: Path, system: System[Any], config: RunConfig, steps: dict[
 
 
 def _check_place(folder: Path, config: RunConfig, *, resume: bool) -> None:
-    """Raise ConfigError for data that is not there, or into which the run would write itself."""
+    """Raise ConfigError for missing data, and for a run folder inside the data folder."""
     source = config.data.source
     if config.data.stream or source == "emoji" or source.startswith("hf:"):
         return
     if resume and not Path(source).exists():
         raise ConfigError(
-            f"{folder}: its data {source} is not there (as seen from {Path.cwd()}); if it moved, "
-            "give its new place with --data"
+            f"{folder}: its data {source} does not exist (relative to {Path.cwd()}); if it "
+            "moved, give its new path with --data"
         )
     if folder.resolve().is_relative_to(Path(source).resolve()):
         raise ConfigError(
-            f"{folder} lies in the data {source}, and what a run writes would be taken for "
-            "pictures; choose another --output-dir"
+            f"{folder} is inside the data folder {source}, so the run's files would count as "
+            "training data; choose another --output-dir"
         )
 
 
 def _check_captions(
     config: RunConfig, phase: PhaseConfig, objective: Objective, data: Pictures
 ) -> None:
-    """Raise ConfigError when a phase learns from captions that are not there."""
+    """Raise ConfigError when a phase needs captions that the pictures do not have."""
     if objective.needs_captions and data.without_captions is not None:
         names = [each.name for each in config.phases]
         before = names[: names.index(phase.name)]
         stop = f", or end the run before it with --phase {before[-1]}" if before else ""
         raise ConfigError(
-            f"phase {phase.name} learns from captions, and {data.without_captions} none; add them "
-            f"(a .txt of its name beside each picture){stop}"
+            f"phase {phase.name} needs captions, but {data.without_captions} none; add them "
+            f"(for each picture, a .txt file of the same name next to it){stop}"
         )
 
 
 def _check_batches(config: RunConfig, accelerator: Accelerator, data: Pictures) -> None:
-    """Raise when the batch of a phase cannot be cut, or exceeds the pictures."""
+    """Raise when the batch of a phase cannot be cut, or is larger than the data set."""
     for phase in config.phases:
         share = share_of(phase, accelerator)
         if data.source is not None:

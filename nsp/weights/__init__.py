@@ -1,1 +1,1 @@
-"""Weight files of any origin, and what their names mean."""
+"""Weight files of any origin, and the meaning of their tensor names."""

@@ -1,4 +1,4 @@
-"""Weights of modules: checked against what a module has, then loaded; written as safetensors."""
+"""Loads weights into modules after checking names, shapes and types; writes safetensors."""
 
 import logging
 import math
@@ -40,7 +40,7 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 def bounded_by_files(
     folder: Path, parts: Sequence[str], listed: Collection[str] | None = None
 ) -> Iterator[None]:
-    """Build modules no larger than the weight files of a checkpoint's parts, see `bounded`.
+    """Let modules be built that are at most as large as a checkpoint's files; see `bounded`.
 
     Only the files' headers are read. With `listed` each file must be among those names.
     """
@@ -58,14 +58,14 @@ def bounded_by_files(
 
 @contextmanager
 def bounded(shapes: Iterable[Sequence[int]], source: str) -> Iterator[None]:
-    """Build modules that cannot be much larger than the tensors they are to hold.
+    """Let modules be built that are not much larger than the tensors to load into them.
 
-    A configuration with absurd numbers ends in CheckpointError: parameters are counted as they are
-    registered, before they are filled, which is when memory is really taken. What torch says of
-    sizes beyond its numbers becomes one line. Modules of other threads are not counted.
+    A configuration with absurd numbers ends in CheckpointError: parameters are counted when they
+    are registered, before memory is used to fill them. Torch's errors about impossible sizes become
+    one line. Modules of other threads are not counted.
     """
     sizes = [math.prod(shape) for shape in shapes]
-    # Room for a model that does not fit by a few layers: those are named when it is loaded.
+    # Allow a model with a few more layers: loading then names the layers that do not fit.
     most, largest = 4 * len(sizes) + 64, 4 * sum(sizes) + 2**16
     thread, count, total = threading.get_ident(), 0, 0
 
@@ -77,8 +77,8 @@ def bounded(shapes: Iterable[Sequence[int]], source: str) -> Iterator[None]:
         if count > most or total > largest:
             raise CheckpointError(
                 f"{source}: the configuration describes a model of more than {count} tensors and "
-                f"{total:,} numbers, the file has {len(sizes)} and {sum(sizes):,}; they do not "
-                "belong together, copy them again"
+                f"{total:,} numbers, but the file has {len(sizes)} and {sum(sizes):,}; they do not "
+                "belong together, copy both again"
             )
 
     handle = register_module_parameter_registration_hook(note)
@@ -104,7 +104,7 @@ def compare_shapes(
 ) -> None:
     """Raise CheckpointError naming the first missing, extra or misshapen tensor, and their number.
 
-    Names in `optional` may be missing, and may be there though `own` has no such name.
+    Names in `optional` may be missing, and may occur although `own` does not have them.
     """
     missing = sorted(own.keys() - found.keys() - set(optional))
     extra = sorted(found.keys() - own.keys() - set(optional))
@@ -118,14 +118,14 @@ def compare_shapes(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             kind, wanted = kind_of(found), kind_of(own)
-            holds = f"; it holds {kind}" if kind is not None and kind != wanted else ""
+            holds = f"; it contains {kind}" if kind is not None and kind != wanted else ""
             raise CheckpointError(f"{source}: {problem} tensor {names[0]}{more}{holds}")
 
 
 def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers of `module` that follow from its configuration.
+    """Return the buffers of `module` that are computed from its configuration.
 
-    A module names those that do not, because they were measured, in `MEASURED_BUFFERS`.
+    Buffers that were measured instead are named in the module's `MEASURED_BUFFERS`.
     """
     return {
         f"{prefix}.{name}" if prefix else name: buffer
@@ -138,36 +138,36 @@ def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load `state` into `module`, every name, shape and type matching.
 
-    Buffers that follow from the configuration may be missing; those that are there must hold what
-    the module computes (or are replaced by it and that is said, where the module names them in
-    `RECOMPUTED_BUFFERS`). Raises CheckpointError naming the first missing, extra, misshapen,
-    mistyped or non-finite tensor and how many there are.
+    Buffers that follow from the configuration may be missing; if present, they must have the values
+    that the module computes. (Buffers named in the module's `RECOMPUTED_BUFFERS` are replaced by
+    the computed values, with a warning.) Raises CheckpointError naming the first missing, extra,
+    misshapen, mistyped or non-finite tensor and how many there are.
     """
     own, computed = module.state_dict(), computed_buffers(module)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     compare_shapes(own, shapes, source, optional=computed)
     check_types(own, state, source)
     if eight := rounded_to_eight_bits(state):
-        log.warning("%s: 8-bit weights: %s were rounded before they came here", source, eight)
-    # -inf is legitimate in a mask buffer, which is no parameter.
+        log.warning("%s: %s have 8-bit weights, which were rounded before", source, eight)
+    # -inf is legitimate in a mask buffer, which is not a parameter.
     check_finite(dict(module.named_parameters()), state, source)
     odd = [name for name in computed.keys() & state.keys() if not _is_computed(name, module, state)]
     for name in sorted(odd):
         where = f"{source}: tensor {name} differs from what the configuration gives"
         part, _, last = name.rpartition(".")
         if last not in getattr(module.get_submodule(part), "RECOMPUTED_BUFFERS", ()):
-            raise CheckpointError(f"{where}; it is of another model, or damaged")
-        log.warning("%s: the file's is left out, and the computed one is taken", where)
+            raise CheckpointError(f"{where}; it belongs to another model or is damaged")
+        log.warning("%s: the computed one is used instead of the file's", where)
     state = {name: tensor for name, tensor in state.items() if name not in odd}
     cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
     module.load_state_dict({**own, **cast})
 
 
 def check_finite(names: Collection[str], state: Mapping[str, Tensor], source: str) -> None:
-    """Raise CheckpointError naming the first of `names` whose tensor holds NaN or infinity."""
+    """Raise CheckpointError naming the first of `names` whose tensor has NaN or infinity."""
     for name, tensor in state.items():
         if name in names and not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(f"{source}: tensor {name} holds NaN or infinity")
+            raise CheckpointError(f"{source}: tensor {name} contains NaN or infinity")
 
 
 def check_types(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
@@ -179,12 +179,12 @@ def check_types(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: 
         dtype = str(state[wrong[0]].dtype).removeprefix("torch.")
         is_integer = not (state[wrong[0]].is_complex() or state[wrong[0]].dtype == torch.bool)
         remedy = (
-            "these are quantized without their scales, give the weights they were made of"
+            "these are quantized without their scales, give the original weights"
             if is_integer
-            else "they are of another model, or damaged"
+            else "they belong to another model or are damaged"
         )
         raise CheckpointError(
-            f"{source}: tensor {wrong[0]}{more} holds {dtype}, the model has floating-point "
+            f"{source}: tensor {wrong[0]}{more} has {dtype}, but the model has floating-point "
             f"weights; {remedy}"
         )
 
@@ -194,7 +194,7 @@ def _is_eight_bits(dtype: torch.dtype) -> bool:
 
 
 def rounded_to_eight_bits(state: Mapping[str, Tensor]) -> str | None:
-    """Return how many tensors of which 8-bit types there are, in words; None without any."""
+    """Return the number of 8-bit tensors and their types in words; None if there are none."""
     found = [str(t.dtype).removeprefix("torch.") for t in state.values() if _is_eight_bits(t.dtype)]
     if not found:
         return None
@@ -202,6 +202,6 @@ def rounded_to_eight_bits(state: Mapping[str, Tensor]) -> str | None:
 
 
 def _is_computed(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Return whether a buffer holds in `state` what `module` computes, as its type can hold it."""
+    """Return whether a buffer in `state` equals the computed one, up to its type's precision."""
     computed, given = module.get_buffer(name), state[name]
     return computed.shape == given.shape and torch.equal(computed.to(given.dtype), given)

@@ -1,4 +1,4 @@
-"""State dicts as people have them: found in wrappers, freed of prefixes, known by their names."""
+"""Finds state dicts in wrappers, removes prefixes, and recognizes models by tensor names."""
 
 import logging
 import re
@@ -13,25 +13,25 @@ from nsp.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-# Under which training scripts keep the weights among other things.
+# Keys under which training scripts keep the weights.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "params", "weights")
-_TRAINER = "trainer"  # of the public VAR code: {"trainer": {"var_wo_ddp": ..., "vae_local": ...}}
-# What DistributedDataParallel, torch.compile and training classes put before every name ...
+_TRAINER = "trainer"  # public VAR code: {"trainer": {"var_wo_ddp": ..., "vae_local": ...}}
+# Prefixes that DistributedDataParallel, torch.compile and training classes add to every name ...
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-# ... and what wrappers of parts of a model put inside names, where no layer is called so.
+# ... and words that wrappers of a model's parts insert into names; no layer has such a name.
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_AVERAGED = "n_averaged"  # counter of torch.optim.swa_utils.AveragedModel beside its module.*
+_AVERAGED = "n_averaged"  # counter of torch.optim.swa_utils.AveragedModel next to its module.*
 _MAX_DEPTH = 8
 _NUM_SHOWN = 5
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
 
 VAR_TOKENIZER = "the image tokenizer of VAR"
 VAR_PREDICTOR = "the transformer of VAR (the predictor)"
-# Names that tell what a state dict is of; every pattern of a row must be found.
+# Names that show which model a state dict belongs to; every pattern of a row must be found.
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
-        "an adapter (LoRA or PEFT): a change of a model, and none itself; merge it into its model "
-        "and save that",
+        "an adapter (LoRA or PEFT), which changes a model but is not a model; merge it into its "
+        "model and save that",
         (r"(^|\.)(lora_(A|B|up|down|embedding_[AB])|lora|hada_w\d_[ab]|ia3_l)(\.|_|$)",),
     ),
     (VAR_TOKENIZER, (r"^quantize\.embedding\.weight$", r"^(en|de)coder\.")),
@@ -46,39 +46,39 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class FoundState:
-    """A state dict and where in its file it lay."""
+    """A state dict and its place in the file."""
 
     state: dict[str, Tensor]
     where: str  # keys that lead to it, "" for the file itself
 
 
 def find_state(content: Any, path: Path, *, part: str = "") -> dict[str, Tensor]:
-    """Return the state dict in what a file holds, by plain names.
+    """Return the state dict in a file's content, with plain names.
 
-    Looked for in the wrappers above and, as the public trainer has it, under ['trainer'][part]. Of
-    the weights and a moving average beside them the weights are taken, which the log says. Prefixes
-    that all names share are taken off. Raises CheckpointError naming the keys there are.
+    It is searched in the wrappers above and, as in the public trainer, under ['trainer'][part]. If
+    there are weights and their moving average, the weights are used, which is logged. Prefixes that
+    all names share are removed. Raises CheckpointError naming the existing keys.
     """
     found, averages = _descend(content, part, "", _MAX_DEPTH)
     if len(found) > 1 or (not found and len(averages) > 1):
         held = " and ".join(each.where for each in (found or averages))
-        raise CheckpointError(f"{path} holds weights under {held}; save the one you want alone")
+        raise CheckpointError(f"{path} has weights under {held}; save only the ones you want")
     if not found and not averages:
         raise CheckpointError(f"{path} {_no_state(content, part)}")
     (chosen,) = found or averages
     if chosen.where and found and averages:
         beside = ", ".join(each.where for each in averages)
         log.warning(
-            "%s: the weights under %s are taken; their moving average lies under %s: save that "
-            "alone to take it",
+            "%s: using the weights under %s; their moving average is under %s, save only that "
+            "to use it",
             path,
             chosen.where,
             beside,
         )
     elif not found:
-        log.warning("%s holds a moving average only: %s is taken", path, chosen.where)
+        log.warning("%s has only a moving average of weights: using %s", path, chosen.where)
     elif chosen.where:
-        log.info("%s: the weights under %s are taken", path, chosen.where)
+        log.info("%s: using the weights under %s", path, chosen.where)
     return plain_names(chosen.state, path)
 
 
@@ -97,7 +97,7 @@ def _is_state(value: Any) -> bool:
 def _descend(
     value: Any, part: str, where: str, depth: int
 ) -> tuple[list[FoundState], list[FoundState]]:
-    """Return the state dicts inside, those of the model and those of its moving averages."""
+    """Return the state dicts inside: those of the model and those of its moving averages."""
     if _is_state(value):
         return [FoundState(dict(value), where)], []
     if not isinstance(value, Mapping) or not depth:
@@ -122,7 +122,7 @@ def _descend(
 
 
 def _shadow(value: Any, where: str) -> list[FoundState]:
-    """Return the weights that a class of averages keeps beside its own numbers."""
+    """Return the weights that an averaging class keeps next to its own numbers."""
     if isinstance(value, Mapping):
         for key in ("shadow", "shadow_params", "ema"):
             if _is_state(value.get(key)):
@@ -135,19 +135,19 @@ def _joined(where: str, key: str) -> str:
 
 
 def _no_state(content: Any, part: str) -> str:
-    """Return, to follow the file's name, what it holds in place of a state dict."""
-    nested = f", nor one under {', '.join(WRAPPERS)} or trainer/{part}" if part else ""
-    said = f"holds no state dict (names to tensors){nested}"
+    """Return, as text after the file's name, what it has instead of a state dict."""
+    nested = f", also not under {', '.join(WRAPPERS)} or trainer/{part}" if part else ""
+    said = f"does not contain a state dict (names to tensors){nested}"
     if not isinstance(content, Mapping):
-        return f"{said}; it holds a {type(content).__name__}"
+        return f"{said}; it contains a {type(content).__name__}"
     if not content:
         return f"{said}; it is empty"
     inner = [str(key) for key, value in content.items() if _is_state(value)]
     if inner:
-        return f"{said}; state dicts lie under {_some(inner)}: save the one you want alone"
+        return f"{said}; state dicts are under {_some(inner)}, save only the one you want"
     odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if odd and len(odd) < len(content):
-        return f"{said}; no tensors are: {_some(odd)}"
+        return f"{said}; these are not tensors: {_some(odd)}"
     return f"{said}; its keys are {_some(map(str, content))}"
 
 
@@ -159,37 +159,39 @@ def _some(names: Iterable[str]) -> str:
 
 
 def plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return tensors under the names the model itself gives them.
+    """Return tensors with the model's own names.
 
-    Prefixes are taken off while all names share one; what torch.compile and FSDP put inside names
-    is removed. Raises CheckpointError where two names become one.
+    Prefixes are removed as long as all names share one, and so are the words that torch.compile and
+    FSDP insert. Raises CheckpointError if two names become one.
     """
     named = dict(state)
     others = [name for name in named if name != _AVERAGED]
     if len(others) < len(named) and others and all(n.startswith("module.") for n in others):
-        log.warning("%s holds a moving average of weights (swa_utils), which is taken", path)
+        log.warning("%s has a moving average of weights (swa_utils), which is used", path)
         del named[_AVERAGED]
     named = _without_averages(named, path)
     plain = {_INSIDE.sub("", name): tensor for name, tensor in named.items()}
     if len(plain) != len(named):
-        raise CheckpointError(f"{path} holds tensors of compiled and of plain names; keep one kind")
+        raise CheckpointError(
+            f"{path} has tensors with compiled and with plain names; keep one kind"
+        )
     while prefix := _shared_prefix(plain):
         plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
     return plain
 
 
 def _without_averages(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the weights of one state dict that holds them beside their moving average.
+    """Return the weights of one state dict that also has their moving average.
 
-    Both are told by what their names begin with (`model.`, `model_ema.`), which the log says.
+    The first parts of names distinguish them (`model.`, `model_ema.`); this is logged.
     """
     averages = sorted({first for name in state if _is_average(first := name.partition(".")[0])})
     weights = {n: t for n, t in state.items() if n.partition(".")[0] not in averages}
     if not averages or not (prefix := _shared_prefix(weights)):
         return dict(state)
     log.warning(
-        "%s: the weights under %s are taken; their moving average lies under %s: save that alone "
-        "to take it",
+        "%s: using the weights under %s; their moving average is under %s, save only that to use "
+        "it",
         path,
         prefix.rstrip("."),
         ", ".join(averages),
@@ -198,7 +200,7 @@ def _without_averages(state: Mapping[str, Tensor], path: Path) -> dict[str, Tens
 
 
 def _shared_prefix(names: Collection[str]) -> str:
-    """Return the prefix that all names begin with and have something after; "" for none."""
+    """Return the prefix that all names begin with and continue after; "" if there is none."""
     for prefix in _PREFIXES:
         if names and all(n.startswith(prefix) and n != prefix for n in names):
             return prefix
@@ -206,7 +208,7 @@ def _shared_prefix(names: Collection[str]) -> str:
 
 
 def kind_of(names: Collection[str]) -> str | None:
-    """Return what state dicts with such names are of, in words; None for an unknown kind."""
+    """Return the kind of model with such names in words; None if it is unknown."""
     for words, patterns in _KINDS:
         if all(any(re.search(pattern, name) for name in names) for pattern in patterns):
             return words
@@ -214,7 +216,7 @@ def kind_of(names: Collection[str]) -> str | None:
 
 
 def part_of_a_model(path: Path) -> str:
-    """Return, to follow a file's name, that it is one of several by that name; "" for others."""
+    """Return text after a file's name saying that it is one of several parts; "" if it is not."""
     if not (shard := _SHARD.search(path.name)) or int(shard[2]) < 2:
         return ""
     return (
@@ -224,11 +226,11 @@ def part_of_a_model(path: Path) -> str:
 
 
 def what_it_is(path: Path, names: Collection[str]) -> str:
-    """Return what a file of tensors with `names` is, to follow its name in an error."""
+    """Return what a file of tensors with `names` is, as text after its name in an error."""
     if shard := part_of_a_model(path):
         return shard
     if (kind := kind_of(names)) is not None:
         return f"holds {kind}"
     if not names:
-        return "holds no tensors"
-    return f"holds {len(names)} tensors of another kind of model: {_some(sorted(names))}"
+        return "has no tensors"
+    return f"has {len(names)} tensors of another kind of model: {_some(sorted(names))}"

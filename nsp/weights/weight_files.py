@@ -1,8 +1,8 @@
-"""Files of tensors: found, read by what they are and not by their name, and written.
+"""Finds, reads and writes files of tensors; their content, not their name, decides the format.
 
-The only room, with saved training steps (nsp/training/checkpoints.py), in which `torch.load`,
-`safe_open` and `load_file` occur. Torch is imported where its tensors are asked for; the rest needs
-NumPy and safetensors only.
+Only this package and saved training steps (nsp/training/checkpoints.py) use `torch.load`,
+`safe_open` and `load_file`. Torch is imported only for torch tensors; the rest needs only NumPy and
+safetensors.
 """
 
 import logging
@@ -34,13 +34,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TORCH_KINDS = ("torch", "legacy torch", "pickle")
 _FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed global|got <class '([^']+)'>")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
-_DOS_FOLDER = 0x10  # in the attributes of a part of an archive
-_CHUNK = 1 << 20  # bytes that are read at once
-_NUM_SHOWN = 4  # files or names of a list that are named
+_DOS_FOLDER = 0x10  # bit in the attributes of an archive's part
+_CHUNK = 1 << 20  # bytes read at once
+_NUM_SHOWN = 4  # files or names of a list that are shown
 
 
 def require_file(path: Path, *, expected: str = WEIGHTS) -> None:
-    """Raise CheckpointError when `path` is nothing anybody can mean: what it is, and what to do."""
+    """Raise CheckpointError if `path` is surely a mistake; it says what it is and what to do."""
     if problem := name_problem(path):
         raise CheckpointError(f"{path} {problem}")
     found = sniff(path)
@@ -63,7 +63,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def listed_in(listed: Collection[str] | None, part: str) -> frozenset[str] | None:
-    """Return the listed names that lie in the folder `part`, relative to it; None for any name."""
+    """Return the listed names inside the folder `part`, relative to it; None means any name."""
     if listed is None:
         return None
     return frozenset(n.removeprefix(f"{part}/") for n in listed if n.startswith(f"{part}/"))
@@ -72,12 +72,12 @@ def listed_in(listed: Collection[str] | None, part: str) -> frozenset[str] | Non
 def find_weights(
     folder: Path, stems: Sequence[str], *, what: str, listed: Collection[str] | None = None
 ) -> tuple[Path, ...]:
-    """Return the safetensors files that hold the weights of a Hugging Face folder.
+    """Return the safetensors files with the weights of a Hugging Face folder.
 
     `stems` are the names to look for ("model", "diffusion_pytorch_model"), `what` is the model in
-    words. One file, or the shards of an index; else the variant `fp16`, else the only other variant
-    there is (`non_ema`), which is said. With `listed` only those names are looked at. Raises
-    CheckpointError naming what there is instead, or a shard that is missing.
+    words. They are one file, or the shards of an index; otherwise the variant `fp16`, or the only
+    other variant (`non_ema`), with a warning. With `listed` only those names are considered. Raises
+    CheckpointError naming the existing files, or a missing shard.
     """
     names = sorted(path.name for path in folder.iterdir())
     if listed is not None:
@@ -89,22 +89,22 @@ def find_weights(
                 return _files_of(folder, found[stem][variant], names)
     others = [name for stem in stems for name in found[stem].values()]
     if len(others) == 1:
-        log.warning("%s holds a variant only: %s is taken", folder, others[0])
+        log.warning("%s has only a variant of the weights: using %s", folder, others[0])
         return _files_of(folder, others[0], names)
     if others:
         raise CheckpointError(
-            f"{folder} holds several variants ({', '.join(sorted(others)[:_NUM_SHOWN])}); rename "
+            f"{folder} has several variants ({', '.join(sorted(others)[:_NUM_SHOWN])}); rename "
             f"the one you want to {stems[0]}.safetensors"
         )
     raise CheckpointError(_no_weights(folder, stems, names, what))
 
 
 def _variants(stem: str, names: Sequence[str]) -> dict[str, str]:
-    """Return {variant: file, or index of shards}; the plain one is ""."""
+    """Return {variant: file, or index of shards}; "" is the plain variant."""
     single = re.compile(rf"{re.escape(stem)}(?:\.([\w-]+))?\.safetensors")
     index = re.compile(rf"{re.escape(stem)}\.safetensors\.index(?:\.([\w-]+))?\.json")
     found: dict[str, str] = {}
-    for pattern in (index, single):  # a single file beside an index goes first
+    for pattern in (index, single):  # a single file counts before an index
         for name in names:
             if (match := pattern.fullmatch(name)) and not _SHARD.search(name):
                 found[match[1] or ""] = name
@@ -118,11 +118,11 @@ def _files_of(folder: Path, name: str, names: Sequence[str]) -> tuple[Path, ...]
 def shards_of(index: Path, names: Collection[str] | None = None) -> tuple[Path, ...]:
     """Return the files that an index (`*.safetensors.index.json`) names, each in its folder.
 
-    Raises CheckpointError for a name that leads elsewhere and for a shard that is missing.
+    Raises CheckpointError for a name that leads out of the folder and for a missing shard.
     """
     weight_map = read_settings(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} holds no weight_map of names to files; copy it again")
+        raise CheckpointError(f"{index} has no weight_map of names to files; copy it again")
     shards = sorted({str(name) for name in weight_map.values()})
     for name in shards:
         if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
@@ -136,8 +136,8 @@ def shards_of(index: Path, names: Collection[str] | None = None) -> tuple[Path, 
 
 
 def _no_weights(folder: Path, stems: Sequence[str], names: Sequence[str], what: str) -> str:
-    """Return the line for a folder without weights that can be read."""
-    missing = f"{folder} holds no {stems[0]}.safetensors"
+    """Return the error message for a folder without readable weights."""
+    missing = f"{folder} has no {stems[0]}.safetensors"
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         return (
             f"{missing}; pickled weights ({pickles[0]}) are not read: save the {what} again with "
@@ -146,7 +146,7 @@ def _no_weights(folder: Path, stems: Sequence[str], names: Sequence[str], what: 
     if shards := [name for name in names if _SHARD.search(name)]:
         return f"{missing}.index.json, which says what is in {shards[0]}; download it too"
     more = f", and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
-    held = f"it holds {', '.join(names[:_NUM_SHOWN])}{more}" if names else "it is empty"
+    held = f"it contains {', '.join(names[:_NUM_SHOWN])}{more}" if names else "it is empty"
     return f"{missing}; {held}; download or copy it again"
 
 
@@ -164,7 +164,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the words a safetensors file carries; CheckpointError as of `read_shapes`."""
+    """Return the metadata of a safetensors file; raises CheckpointError like `read_shapes`."""
     require_file(path)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -174,7 +174,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_arrays(path: Path) -> "Arrays":
-    """Return the tensors of a safetensors file in NumPy; CheckpointError as of `read_shapes`."""
+    """Return a safetensors file's tensors in NumPy; raises CheckpointError like `read_shapes`."""
     from safetensors.numpy import load_file
 
     require_file(path)
@@ -198,7 +198,7 @@ def read_safetensors(path: Path) -> "dict[str, Tensor]":
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    """Return the error for a file that is there, and whole, and yet cannot be read."""
+    """Return the error for a file that exists and is complete but cannot be read."""
     found = sniff(path)
     if found.kind == "safetensors":
         return CheckpointError(f"{path} is damaged ({error}); download or copy it again")
@@ -206,7 +206,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 def read_tensor_file(path: Path) -> Any:
-    """Return what a file of weights holds: tensors by name, or nested objects around them.
+    """Return the content of a file of weights: tensors by name, or nested objects around them.
 
     The bytes tell how to read it. An index (`*.safetensors.index.json`) stands for its shards.
     Pickles are read as weights only. Raises CheckpointError saying what is there instead.
@@ -226,23 +226,23 @@ def read_tensor_file(path: Path) -> Any:
 
 
 def _read_torch(path: Path) -> Any:
-    """Return the content of a file that torch.save wrote, with nothing run that is in it."""
+    """Return the content of a file written by torch.save, without running code from it."""
     import torch
 
     _check_archive(path)
     try:
-        # torch judges a path by its suffix, and warns of what damage makes of a pickle.
+        # torch judges a path by its suffix, and gives misleading warnings about damaged pickles.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make an unpickler fail in any way there is
-        # torch's own text advises to load it all the same, running what code is in it.
+    except Exception as error:  # damaged bytes can make an unpickler raise anything
+        # torch's message advises to load it anyway, which would run code from the file.
         raise CheckpointError(f"{path} cannot be read as weights only: {_why(error)}") from error
     size = path.stat().st_size
     for name, tensor in _tensors(content):
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             kind = "no numbers" if tensor.device.type == "meta" else f"a {tensor.layout} tensor"
             raise CheckpointError(
-                f"{path}: tensor {name} holds {kind}; save the model's plain weights"
+                f"{path}: tensor {name} contains {kind}; save the model's plain weights"
             )
         if tensor.numel() * tensor.element_size() > size:
             raise CheckpointError(
@@ -256,27 +256,27 @@ def _why(error: Exception) -> str:
     """Return why torch refused a file, and what to do."""
     if found := _FORBIDDEN.search(str(error)):
         return (
-            f"it holds an object of {found[1] or found[2]} beside its tensors, and to unpickle a "
-            "class may run code; save its state dict alone, best as .safetensors"
+            f"it also contains an object of class {found[1] or found[2]}, and unpickling a class "
+            "may run code; save only its state dict, best as .safetensors"
         )
     if "TorchScript" in str(error):
         return "it is a TorchScript program; save the state dict of the model in it"
     return (
-        "it is damaged, or holds other things than tensors; save its state dict alone, best as "
+        "it is damaged, or contains objects besides tensors; save only its state dict, best as "
         ".safetensors"
     )
 
 
 def _check_archive(path: Path) -> None:
-    """Raise CheckpointError for an archive that is not, bit for bit, what torch wrote.
+    """Raise CheckpointError for an archive that changed in any bit since torch wrote it.
 
-    torch packs nothing, so that no archive unpacks to more than it is; and it writes the CRC-32 of
-    every part, which it does not look at when it reads.
+    torch does not compress, so an archive cannot be larger in memory than on disk; and it writes
+    the CRC-32 of every part, but does not check it when reading.
     """
     name = "its list of parts"
     try:
         if not zipfile.is_zipfile(path):
-            return  # of the format before, or without its end, which torch says
+            return  # an older format, or an incomplete file, which torch reports
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
@@ -284,21 +284,21 @@ def _check_archive(path: Path) -> None:
                     f"{path} was compressed after torch wrote it; unpack and save it again"
                 )
             if not any(part.CRC for part in parts):  # torch.serialization.set_crc32_options
-                log.warning("%s was saved without checksums: damage in it is not seen", path)
+                log.warning("%s was saved without checksums, so damage cannot be detected", path)
                 return
             for part in parts:
                 name = part.filename
-                # What Python and torch's reader would take for two things: torch heeds the other
-                # size, and leaves the memory of what is marked as a folder as it was.
+                # Python and torch's reader would understand these differently: torch uses the other
+                # size, and does not fill the memory of a part that is marked as a folder.
                 is_folder = bool(part.external_attr & _DOS_FOLDER) and part.file_size > 0
                 if part.file_size != part.compress_size or is_folder:
                     raise zipfile.BadZipFile("two sizes of a part, or a folder with content")
                 with archive.open(part) as file:
-                    while file.read(_CHUNK):  # raises at its end where the CRC-32 is another one
+                    while file.read(_CHUNK):  # raises at the end if the CRC-32 differs
                         pass
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is damaged: {name} is not what was written (CRC-32); download or copy it again"
+            f"{path} is damaged: {name} has changed (CRC-32); download or copy it again"
         ) from error
 
 
@@ -320,7 +320,7 @@ def _tensors(value: Any, name: str = "", depth: int = 8) -> "list[tuple[str, Ten
 def write_safetensors(
     tensors: Mapping[str, Any], path: Path, *, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write arrays of NumPy or torch; OSError naming `path` when that fails."""
+    """Write NumPy or torch arrays; OSError naming `path` when that fails."""
     with name_failed_write(path):
         if any(type(tensor).__module__.startswith("torch") for tensor in tensors.values()):
             from safetensors.torch import save_file as save_torch
@@ -334,13 +334,13 @@ def write_safetensors(
 
 
 def give_usual_mode(path: Path) -> None:
-    """Let a file be read by whom the user's umask lets read.
+    """Give a file the permissions that the user's umask allows.
 
-    safetensors writes to a file that only its owner may read, and renames that.
+    safetensors writes a file that only its owner may read, and renames it.
     """
     probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
     try:
-        probe.touch()  # os.umask tells only by changing it, for all threads
+        probe.touch()  # os.umask can be read only by changing it, for all threads
         path.chmod(probe.stat().st_mode & 0o777)
     finally:
         probe.unlink(missing_ok=True)

@@ -145,5 +145,5 @@ def test_a_text_encoder_that_is_not_finite_is_named(copy: Path) -> None:
     tensors[name][0] = torch.nan
     save_file(tensors, path, metadata={"format": "pt"})
     write_digests(copy)
-    with pytest.raises(CheckpointError, match=r"fc1\.bias holds NaN"):
+    with pytest.raises(CheckpointError, match=r"fc1\.bias contains NaN"):
         read_checkpoint(copy).load()

@@ -51,13 +51,13 @@ def load(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda f: flip(f / WEIGHTS), f"{WEIGHTS} differs from what was written (SHA-256)"),
-        (lambda f: flip(f / "vae/model.safetensors", -4000), "vae/model.safetensors differs"),
+        (lambda f: flip(f / WEIGHTS), f"{WEIGHTS} changed since it was written (SHA-256)"),
+        (lambda f: flip(f / "vae/model.safetensors", -4000), "vae/model.safetensors changed"),
         (lambda f: flip(f / "text_encoder/model.safetensors"), "text_encoder/model.safetensors"),
         (lambda f: edit(f / "text_encoder/config.json", lambda v: v.update(eos_token_id=3)),
-         "text_encoder/config.json differs"),
+         "text_encoder/config.json changed"),
         (lambda f: edit(f / "tokenizer/tokenizer_config.json", lambda v: v.update(x=3)),
-         "tokenizer_config.json differs"),
+         "tokenizer_config.json changed"),
         (lambda f: edit(f / "config.json", lambda v: v["config"]["vae"].update(norm_groups=2)),
          "config.json was changed since it was written"),
         (lambda f: edit(f / "config.json", lambda v: v.update(sampling={"guidance_scale": 6.0})),
@@ -71,7 +71,7 @@ def load(folder: Path) -> None:
         (lambda f: os.truncate(f / WEIGHTS, 9000), "has 9,000 bytes of "),
         (lambda f: os.truncate(f / WEIGHTS, 0), "is empty"),
         (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
-        (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "is no regular file but a"),
+        (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "is not a regular file but a"),
         (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "is a folder"),
     ],
     ids=range(18),
@@ -92,7 +92,7 @@ def test_every_reader_refuses_a_changed_file(copy: Path, tmp_path: Path) -> None
         lambda: read_checkpoint(copy).load(),
         lambda: copy_in_half(copy, tmp_path / "half"),
     ):
-        with pytest.raises(CheckpointError, match="differs from what was written"):
+        with pytest.raises(CheckpointError, match="changed since it was written"):
             read()
     arguments = ["export", "--dry-run", "--checkpoint", str(copy), "--target", "onnxruntime"]
     refused = CliRunner().invoke(main, arguments)
@@ -209,7 +209,7 @@ def test_a_folder_replaced_while_it_is_read_is_refused(
 def test_inspecting_says_whether_the_files_are_those_written(copy: Path) -> None:
     assert describe_folder(copy)["digests"] == "match"
     flip(copy / WEIGHTS)
-    assert "differs from what was written" in describe_folder(copy)["digests"]
+    assert "changed since it was written" in describe_folder(copy)["digests"]
     edit(copy / "config.json", lambda v: (v.pop("files"), v.pop("digest")))
     assert describe_folder(copy)["digests"].startswith("none")
 

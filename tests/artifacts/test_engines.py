@@ -89,7 +89,7 @@ def test_a_stage_of_one_precision_joins_the_set_its_tensors_fit(tmp_path: Path) 
     assert open_engine_dir(tmp_path, precision="fp16").backend.kv_dtype() == "float16"
     del stages["condition"]
     change_manifest(tmp_path, stages=stages)
-    assert "stage condition is missing, the export is incomplete" in refusal(tmp_path)
+    assert "stage condition is missing because the export is incomplete" in refusal(tmp_path)
 
 
 def test_stages_with_caches_of_different_dtypes_are_never_mixed(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_stages_with_caches_of_different_dtypes_are_never_mixed(tmp_path: Path) 
     }
     change_manifest(tmp_path, stages=halves)
     message = refusal(tmp_path)
-    assert "no fp32 engine of stage step has the tensors this nsp expects" in message
+    assert "no fp32 engine of stage step has the tensors that this nsp expects" in message
 
 
 def test_a_precision_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_configuration_from_the_future_is_refused(engines: Path) -> None:
 def test_engines_for_another_configuration_are_refused(engines: Path) -> None:
     bigger = dataclasses.replace(CLASSES.predictor, depth=3)
     change_manifest(engines, config=dataclasses.replace(CLASSES, predictor=bigger).to_dict())
-    assert "has the tensors this nsp expects (exported by another version?)" in refusal(engines)
+    assert "has the tensors that this nsp expects (perhaps another version" in refusal(engines)
 
 
 def step_file(folder: Path) -> Path:
@@ -222,7 +222,7 @@ def test_an_unknown_backend_is_named_with_the_known_ones(engines: Path) -> None:
 
 
 def test_torch_does_not_run_engines(engines: Path) -> None:
-    assert "torch backend does not run" in refusal(engines, ConfigError, backend="torch")
+    assert "torch backend cannot run" in refusal(engines, ConfigError, backend="torch")
 
 
 def test_a_backend_without_engines_here_says_how_to_build_them(engines: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_gpu_that_is_not_there_is_refused(engines: Path, monkeypatch: pytest.M
     on_cpu = Availability(True, "runs engines on the CPU", "pip install onnxruntime-gpu", "cpu")
     monkeypatch.setattr(engine_choice, "availability", lambda name: on_cpu)
     message = refusal(engines, BackendError, device="cuda")
-    assert "onnxruntime cannot use a GPU here: it runs engines on the CPU" in message
+    assert "onnxruntime cannot use a GPU on this machine: it runs engines on the CPU" in message
     assert "run: pip install onnxruntime-gpu" in message
     assert "onnxruntime runs on cpu or cuda, not on 'tpu'" in refusal(
         engines, ConfigError, device="tpu"
@@ -271,11 +271,11 @@ def write_rtx(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> 
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"tools": {"tensorrt_rtx": "1.4.0"}}, "tensorrt_rtx 1.4.0, installed is 1.7.1"),
-        ({"device": {"os": "windows"}}, "os windows, this is linux"),
+        ({"tools": {"tensorrt_rtx": "1.4.0"}}, "tensorrt_rtx 1.4.0, but 1.7.1 is installed"),
+        ({"device": {"os": "windows"}}, "os windows, but this machine has linux"),
         (
             {"device": {"compute_capability": "12.0 12.1"}},
-            "compute capability 12.0 12.1, NVIDIA RTX 4090 has 8.9",
+            "compute capability 12.0 12.1, but NVIDIA RTX 4090 has 8.9",
         ),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_manifest_that_was_changed_is_refused_and_may_be_asked_for(
     with pytest.raises(EngineError, match="changed since it was written"):
         read_manifest(tmp_path)
     assert read_manifest(tmp_path, verify=False).sampling["guidance_scale"] == 6.0
-    assert "changed since it was written; it is used unverified" in caplog.text
+    assert "changed since it was written; using it without verification" in caplog.text
 
 
 def test_how_a_manifest_is_spaced_and_ordered_is_no_change(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_engines_of_the_first_schema_are_refused_with_the_command_that_rebuilds_
     ("stage", "words"),
     [
         ({"io": []}, "io: .* expected an object"),
-        ({"io": {}}, "io: a stage is declared by its inputs and its outputs"),
+        ({"io": {}}, "io: the declaration of a stage must be an object"),
         ({"io": {"inputs": [], "outputs": {}}}, "io: inputs must be an object"),
         ({"io": {"inputs": {"x": 3}, "outputs": {}}}, "inputs: tensor 'x' must be two texts"),
         ({"io": {"inputs": {}, "outputs": {"y": ["B", []]}}}, "outputs: tensor 'y'"),

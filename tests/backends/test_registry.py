@@ -106,7 +106,7 @@ def test_a_broken_package_is_a_reason_not_an_error(
     monkeypatch.setattr(registry, "BACKENDS", {"onnxruntime": broken})
     found = availability("onnxruntime")
     assert not found.works
-    assert "does not load" in found.reason
+    assert "cannot be loaded" in found.reason
     assert found.install == ANEW
 
 
@@ -122,7 +122,7 @@ def test_what_pip_leaves_behind_is_not_an_installation(
     # pip uninstall onnxruntime, beside onnxruntime-gpu, takes the files of both.
     machine.installed["onnxruntime-gpu"] = "1.31.1"
     found = availability("onnxruntime")
-    assert found.reason.startswith("onnxruntime is installed in part")
+    assert found.reason.startswith("onnxruntime is only partly installed")
     assert found.install == ANEW
     with pytest.raises(BackendError, match="onnxruntime does not load"):
         onnxruntime.import_onnxruntime()
@@ -133,7 +133,7 @@ def test_tensorrt_rtx_without_a_driver_builds_and_does_not_run(machine: Machine)
     machine.monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
     found = availability("tensorrt-rtx")
     assert not found.works
-    assert found.reason == "builds engines here, cannot run them: no NVIDIA driver"
+    assert found.reason == "builds engines on this machine and cannot run them: no NVIDIA driver"
     assert found.detail["tensorrt_rtx"] == "1.7.1.116"
     assert "tensorrt_rtx" not in sys.modules  # 0.6 s and 500 MB of libraries for one sentence
 
@@ -171,12 +171,12 @@ def test_a_driver_too_old_for_the_package_is_named(machine: Machine) -> None:
     machine.set_gpu(Gpu(name="NVIDIA L4", compute_capability="8.9", driver_cuda="12.8"))
     found = availability("tensorrt")
     assert not found.works
-    assert "for CUDA 12.8, tensorrt needs one for CUDA 13.0 or later" in found.reason
+    assert "for CUDA 12.8, but tensorrt needs one for CUDA 13.0 or later" in found.reason
 
 
 def test_tensorrt_without_a_gpu_cannot_even_build(machine: Machine) -> None:
     machine.install("tensorrt", tensorrt_cu13="11.4.0")
-    assert availability("tensorrt").reason.startswith("cannot build engines here")
+    assert availability("tensorrt").reason.startswith("cannot build engines on this machine")
 
 
 def test_onnxruntime_beside_onnxruntime_gpu_is_reported_with_the_fix(machine: Machine) -> None:
@@ -198,7 +198,7 @@ def test_onnxruntime_for_the_cpu_on_a_machine_with_a_gpu_says_how_to_use_it(
     machine.set_gpu(H200)
     found = availability("onnxruntime")
     assert (found.works, found.device) == (True, "cpu")
-    assert "NVIDIA H200 is here" in found.reason
+    assert "this machine has NVIDIA H200" in found.reason
     assert found.install is not None
     assert found.install.endswith("pip install onnxruntime-gpu")
 
@@ -209,7 +209,7 @@ def test_a_cuda_provider_that_does_not_start_is_not_called_working(machine: Mach
     machine.set_gpu(H200)
     found = availability("onnxruntime")
     assert found.device == "cpu"
-    assert "CUDA provider does not start" in found.reason
+    assert "CUDA provider cannot start" in found.reason
 
 
 def test_a_cuda_provider_that_starts_runs_on_the_gpu(machine: Machine) -> None:

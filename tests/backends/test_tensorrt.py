@@ -301,7 +301,7 @@ def test_a_kernel_cache_that_cannot_be_read_is_said_and_left(
         patch.setattr(Path, "read_bytes", denied)
         machine.load("tensorrt_rtx").generate(**CLASSES)
     assert "Permission denied" in caplog.text
-    assert "compiled again" in caplog.text
+    assert "compiling kernels again" in caplog.text
 
 
 def test_garbage_is_not_collected_while_a_graph_is_captured() -> None:
@@ -326,7 +326,7 @@ def test_sizes_without_a_profile_name_them_and_the_export(machine: Machine) -> N
     pipe = machine.load("tensorrt_rtx")
     message = refusal(ProfileError, lambda: pipe.generate(class_ids=[1] * 4))
     assert "condition: class_ids (8,)" in message
-    assert "takes (1,) to (6,)" in message
+    assert "allows (1,) to (6,)" in message
     assert message.endswith("nsp export --target tensorrt-rtx --max-batch N")
 
 
@@ -339,7 +339,7 @@ def test_engines_of_full_batches_say_that_every_step_is_guided(machine: Machine)
         message = refusal(
             ProfileError, lambda settings=settings: pipe.generate(**CLASSES, **settings)
         )
-        assert "take images that are guided at every step" in message
+        assert "need guidance at every step" in message
         assert "smaller --batch-size" not in message
     assert not machine.noted("compute")  # nothing runs before it is refused
 
@@ -361,7 +361,7 @@ def test_engines_larger_than_the_free_memory_say_how_much_is_missing(machine: Ma
     machine.files["step"].write_bytes(bytes(3 << 20))
     machine.cuda._total = 1 << 20
     message = refusal(BackendError, machine.load)
-    assert "1 MiB of 1 MiB GPU memory are free: 2 MiB are missing" in message
+    assert "1 MiB of 1 MiB GPU memory are free (2 MiB too few)" in message
     assert "--fp16" in message
 
 
@@ -370,7 +370,7 @@ def test_a_batch_larger_than_the_free_memory_says_what_to_change(machine: Machin
     machine.cuda._total = machine.cuda._held + 4096
     message = refusal(BackendError, lambda: pipe.generate(**CLASSES))
     assert "out of GPU memory" in message
-    assert "missing; use a smaller --batch-size" in message
+    assert "too few); use a smaller --batch-size" in message
     machine.cuda._total = 1 << 30
     pipe.generate(**CLASSES)  # nothing is left broken
 
@@ -405,7 +405,7 @@ def test_arrays_given_for_outputs_are_checked(machine: Machine) -> None:
     wrong = backend.allocate((3, 1), "float32")
     for given, message in (
         ({"x": wrong}, r"the array for x is float32 \(3, 1\)"),
-        ({"y": wrong}, "no output 'y'"),
+        ({"y": wrong}, "unknown output 'y'"),
     ):
         with pytest.raises(FeedError, match=message):
             backend.run("condition", {"class_ids": ids}, given)
@@ -453,4 +453,4 @@ def test_absent_packages_name_their_installation(monkeypatch: pytest.MonkeyPatch
     assert message.endswith(pip_install("tensorrt-rtx"))
     monkeypatch.setattr(tensorrt_engine, "find_gpu", lambda: None)
     message = refusal(BackendError, lambda: tensorrt_engine.import_tensorrt("tensorrt_rtx"))
-    assert message.endswith("it runs on an NVIDIA GPU, which is not here")
+    assert message.endswith("it runs on an NVIDIA GPU, which this machine does not have")

@@ -119,7 +119,7 @@ def test_different_contracts_are_refused_by_name(
 
 def test_results_that_cannot_be_judged_are_refused(result: BenchResult) -> None:
     old = observed(result)
-    with pytest.raises(ConfigError, match="does not say what exactly was measured"):
+    with pytest.raises(ConfigError, match="does not record exactly what was measured"):
         compare_results(dataclasses.replace(old, contract=None), old, threshold=0.05)
     with pytest.raises(ConfigError, match="3 rounds of batch 1"):
         compare_results(old, result, threshold=0.05)

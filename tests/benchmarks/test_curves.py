@@ -58,5 +58,5 @@ def test_the_command_writes_a_picture(logs: list[Path], tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_log_is_named(tmp_path: Path) -> None:
     other = write_log(tmp_path / "predictor", [{"loss": 1.0}])
-    with pytest.raises(DataError, match="is no log of a training phase"):
+    with pytest.raises(DataError, match="is not a log of a training phase"):
         read_curves([other])

@@ -223,7 +223,9 @@ def test_what_was_measured_stays_when_a_later_contest_ends_the_run(
 def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["--output-dir", str(tmp_path)])
     assert done.exit_code == 1
-    expected = "finds none; it checks itself with" if find_gpu() is None else "does not use"
+    expected = (
+        "there is none; to check only the suite, run" if find_gpu() is None else "does not use"
+    )
     assert expected in done.output
     assert len(done.output.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -52,5 +52,7 @@ def test_an_unknown_size_is_named() -> None:
 def test_a_result_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     path.write_text("{}")
-    with pytest.raises(ConfigError, match=r"bench.json is no result of nsp.benchmarks.next_scale"):
+    with pytest.raises(
+        ConfigError, match=r"bench.json is not a result of nsp.benchmarks.next_scale"
+    ):
         read_growth(path)

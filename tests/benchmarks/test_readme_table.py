@@ -36,7 +36,7 @@ def test_the_step_loop_names_everybody_who_was_timed() -> None:
 
 
 def test_a_readme_without_the_marks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="lacks the marks"):
+    with pytest.raises(ConfigError, match="does not have the marks"):
         rewritten("# nothing", committed())
 
 

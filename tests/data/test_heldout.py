@@ -23,8 +23,8 @@ FILES: dict[str, bytes | str] = {"b.png": encoded(".png"), "b.txt": "green"}
     [
         (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which does not exist"),
         (lambda path: path.symlink_to(path.name), "is a link that leads back to itself"),
-        (lambda path: path.symlink_to("/dev/null"), "is no regular file but a pipe"),
-        (os.mkfifo, "is no regular file but a pipe"),
+        (lambda path: path.symlink_to("/dev/null"), "is not a regular file but a pipe"),
+        (os.mkfifo, "is not a regular file but a pipe"),
         (lambda path: path.mkdir(), "is an empty folder"),
         (lambda path: write_files(path, {"a.png": FILES["b.png"]}), "is a folder of pictures"),
     ],
@@ -68,7 +68,7 @@ def test_a_list_in_a_tar_that_is_no_file_is_an_error(tmp_path: Path, kind: bytes
     with tarfile.open(path, "w") as archive:
         archive.addfile(member)
     for look in (survey, find_shards):
-        with pytest.raises(DataError, match=r"__heldout__ in .*0.tar is no regular file"):
+        with pytest.raises(DataError, match=r"__heldout__ in .*0.tar is not a regular file"):
             look(path)
 
 

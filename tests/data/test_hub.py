@@ -100,7 +100,7 @@ def test_bad_rows_are_named_and_left_out_only_when_asked(
     [
         ({"text": "text"}, "no column of type Image"),
         ({"a": "image", "b": "image", "text": "text"}, r"2 columns \(a, b\) of type Image"),
-        ({"image": "image", "a": "text", "b": "text"}, r"2 columns \(a, b\) may hold the caption"),
+        ({"image": "image", "a": "text", "b": "text"}, r"2 columns \(a, b\) may have the caption"),
         ({"image": "image", "a": "label", "b": "label"}, r"\(a, b\) of type ClassLabel"),
     ],
 )

@@ -178,22 +178,28 @@ def test_a_picture_is_held_out_if_any_of_its_captions_is(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"captions.txt": "a cat\na dog\n", "c/a.png": PNG}, r"captions.txt looks like captions"),
-        ({"metadata.jsonl": _jsonl(*ROWS), "images.zip": b"PK"}, r"but images.zip is; unpack it"),
+        (
+            {"captions.txt": "a cat\na dog\n", "c/a.png": PNG},
+            r"captions.txt seems to contain captions",
+        ),
+        (
+            {"metadata.jsonl": _jsonl(*ROWS), "images.zip": b"PK"},
+            r"but it has images.zip; unpack that",
+        ),
         ({"images.zip": b"PK"}, r"no picture, but images.zip; unpack it"),
         ({"data/train-0.parquet": b"PAR1", "README.md": ""}, r"give hf:.*set"),
         (
             {"train/n01/1.png": PNG, "train/n02/2.png": PNG, "val/n01/3.png": PNG},
-            r"give the folder that holds the class folders: \S+set/train or \S+set/val",
+            r"give the folder with the class folders: \S+set/train or \S+set/val",
         ),
         (
             {"images/a.png": PNG, "captions/a.txt": "a cat"},
-            r"captions/a.txt \(1 such files\) .* put it where it is read, images/a.txt, or remove",
+            r"captions/a.txt \(1 such files\) .* move it to images/a.txt, or remove",
         ),
-        ({"c/a.png": PNG, "c/a.png.txt": "a cat"}, r"put it where it is read, c/a.txt"),
+        ({"c/a.png": PNG, "c/a.png.txt": "a cat"}, r"move it to c/a.txt"),
         (
             {"x.csv": "file,text\na,x\n", "y.csv": "file,text\na,y\n", "c/a.png": PNG},
-            r"x.csv and y.csv say different things of c/a.png; keep one",
+            r"x.csv and y.csv have different captions for c/a.png; keep one",
         ),
         ({"metadata.csv": "file_name,text\na,b,c\n", "a.png": PNG}, "more fields than the header"),
         ({"metadata.csv": "file_name,text\na,caf\xe9".encode("latin-1")} | HERE, "it is not UTF-8"),
@@ -212,7 +218,7 @@ def test_sources_that_differ_are_named_and_the_first_of_them_is_used(
 ) -> None:
     files: Files = {"a.png": PNG, "a.txt": "of txt", "a.caption": "of caption"}
     assert _captions(write_files(tmp_path, files)) == {"a.png": ("of txt",)}
-    assert "what is said of 1 pictures differs, as of a.png" in caplog.text
+    assert "1 pictures have different captions in different files, such as a.png" in caplog.text
     write_files(tmp_path, {"all.csv": "file,text\na,of csv\n"})
     assert _captions(tmp_path) == {"a.png": ("of txt",)}
     write_files(tmp_path, {"metadata.jsonl": _jsonl({"file_name": "a.png", "text": "of top"})})
@@ -275,7 +281,7 @@ def test_a_folder_without_any_caption_is_a_set_without_captions(tmp_path: Path) 
     ]
     assert not source.has_captions
     write_files(tmp_path, {"a.txt": "x"})
-    with pytest.raises(DataError, match=r"b.png \(no caption file of its name \(.txt\)\)"):
+    with pytest.raises(DataError, match=r"b.png \(no caption file with its name \(.txt\)\)"):
         open_source(tmp_path)
 
 
@@ -298,8 +304,8 @@ def test_links_to_the_folder_itself_count_nothing_twice(tmp_path: Path) -> None:
         (root / name).symlink_to(".")
     assert list(_captions(root)) == ["a.png"]
     assert survey(root).unused == [
-        *("again (a link to a folder that is read already)",),
-        *("all (a link to a folder that is read already)",),
+        *("again (a link to a folder that is already read)",),
+        *("all (a link to a folder that is already read)",),
     ]
 
 
@@ -334,8 +340,8 @@ def test_a_hostile_row_is_one_line(tmp_path: Path, line: str, reason: str) -> No
     ("bad", "reason"),
     [
         ("\ud800", "its caption is not UTF-8"),
-        ("\0", "its caption holds a null character"),
-        ("a\0 \0c\0a\0t\0", "its caption holds a null character"),
+        ("\0", "its caption has a null character"),
+        ("a\0 \0c\0a\0t\0", "its caption has a null character"),
         (" ", "its caption is empty"),
     ],
 )
@@ -392,7 +398,7 @@ def test_a_long_table_takes_the_memory_of_its_rows(tmp_path: Path, end: bytes) -
     assert table is not None
     assert len(table.rows) == (2 if end else 0)
     number = 2 if end else 1
-    assert table.bad == [(f"metadata.jsonl:{number}", "not JSON: longer than is read")]
+    assert table.bad == [(f"metadata.jsonl:{number}", "not JSON: the line is too long")]
     assert most < 60 << 20
 
 
@@ -411,5 +417,5 @@ def test_a_table_has_a_bounded_length(tmp_path: Path) -> None:
     for name in ("metadata.jsonl", "captions.csv"):
         write_files(tmp_path, {name: "file_name,text\n"})
         os.truncate(tmp_path / name, 513 << 20)
-        with pytest.raises(DataError, match="537,919,488 bytes; at most 536,870,912 are read"):
+        with pytest.raises(DataError, match="537,919,488 bytes; at most 536,870,912 are allowed"):
             read_table(tmp_path, name)

@@ -113,7 +113,7 @@ def test_class_folders_give_ids_in_sorted_order_and_names_as_captions(tmp_path: 
 def test_tar_and_folder_of_tars(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", {"./a.png": PNG, "./a.txt": "first", "d/b.png": PNG})
     write_tar(tmp_path / "1.tar", {"c.txt": "second", "c.jpg": encoded(".jpg"), "c.json": "{}"})
-    with pytest.raises(DataError, match=r"d/b \(no .txt with its"):
+    with pytest.raises(DataError, match=r"d/b \(the tar has no .txt with its"):
         open_source(tmp_path)
     assert _captions(tmp_path, skip_bad_files=True) == {"a": "first", "c": "second"}
     assert open_source(tmp_path / "1.tar").load(0).size == (24, 16)
@@ -145,13 +145,13 @@ def test_a_path_that_is_no_source_says_what_is(tmp_path: Path) -> None:
         "a.csv": 'is text ("file_name,text"); a data set is needed here',
         "loop": "is a link that leads back to itself",
         "broken.tar": "is a link to nowhere.tar, which does not exist",
-        "pipe.tar": "is no regular file but a pipe",
+        "pipe.tar": "is not a regular file but a pipe",
         "lfs.tar": "is a Git LFS pointer",
         "empty.tar": "is empty: 0 bytes; download or copy it again",
     }.items():
         with pytest.raises(DataError, match=re.escape(f"{name} {words}")):
             open_source(tmp_path / name)
-    with pytest.raises(DataError, match=r"cut.tar: not a whole, uncompressed tar"):
+    with pytest.raises(DataError, match=r"cut.tar: not a complete, uncompressed tar"):
         open_source(tmp_path / "cut.tar")
 
 
@@ -189,7 +189,7 @@ def test_pictures_are_a_set_whatever_else_lies_beside_them(tmp_path: Path) -> No
         (["b.png", "b.txt", "./b.png"], "b (two members end in .png)"),
         (["b.png", "b.PNG", "b.txt"], "b (two members end in .png)"),
         (["b.png", "b.txt", "b.txt"], "b (two members end in .txt)"),
-        (["b\0c.png", "b\0c.txt"], "b\0c (its name holds a null character)"),
+        (["b\0c.png", "b\0c.txt"], "b\0c (its name has a null character)"),
     ],
 )
 def test_names_that_no_tar_should_have_are_told_and_not_packed(

@@ -211,7 +211,7 @@ def test_kernel_times_are_kept_for_the_next_build(
         with pytest.raises(ExportError, match="no memory left"):  # not what is wrong with the file
             compile_with_fake(tmp_path, timing_cache=path)
     assert path.read_bytes() == after
-    assert ("started anew" in caplog.text) == (before == b"of another GPU")
+    assert ("starting a new one" in caplog.text) == (before == b"of another GPU")
 
 
 @rtx

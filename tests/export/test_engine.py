@@ -248,9 +248,9 @@ def test_an_engine_for_this_machine_is_not_that_of_another_gpu(small_checkpoint,
     [
         (
             {"gpu_archs": ("89",)},
-            "--gpu-arch is for tensorrt-rtx engines.*targets are: onnxruntime",
+            "--gpu-arch is only for tensorrt-rtx engines.*targets are: onnxruntime",
         ),
-        ({"static_batch": True}, "--static-batch is for TensorRT engines"),
+        ({"static_batch": True}, "--static-batch is only for TensorRT engines"),
     ],
 )
 def test_an_option_no_target_heeds_is_refused(option, message):
@@ -264,7 +264,9 @@ def test_a_target_that_is_not_installed_names_its_extra(small_checkpoint, tmp_pa
     options = ExportOptions(
         checkpoint=str(small_checkpoint), engine_dir=str(tmp_path / "e"), targets=("tensorrt",)
     )
-    with pytest.raises(BackendError, match="run on an NVIDIA GPU, which is not here"):
+    with pytest.raises(
+        BackendError, match="run on an NVIDIA GPU, which this machine does not have"
+    ):
         plan(options)
     gpu = Gpu("NVIDIA L4", "8.9", "13.0")
     monkeypatch.setattr(nsp.backends.available, "find_gpu", lambda: gpu)

@@ -69,7 +69,9 @@ def test_an_export_that_misses_a_gate_names_the_command(small_checkpoint, tmp_pa
     options = ExportOptions(
         checkpoint=str(small_checkpoint), engine_dir=str(folder), targets=("onnxruntime",)
     )
-    with pytest.raises(ParityError, match=r"PSNR .*; to see it again: polygraphy run ") as caught:
+    with pytest.raises(
+        ParityError, match=r"PSNR .*; to reproduce it, run: polygraphy run "
+    ) as caught:
         run_export(options)
     assert "\n" not in str(caught.value)
     assert run(str(caught.value)) == 1

@@ -192,7 +192,7 @@ def test_another_model_of_the_same_name_is_not_taken_for_the_source(
     manifest = run_export(options)
     shutil.copytree(other_checkpoint, tmp_path / "runs" / manifest.source / "checkpoint")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="holds another model"):
+    with pytest.raises(CheckpointError, match="has another model"):
         find_source(engines, manifest)
 
 
@@ -200,7 +200,7 @@ def test_replacing_the_engines_of_another_model_is_said(options, other_checkpoin
     run_export(replace(options, checkpoint=str(other_checkpoint)))
     run_export(options)
     names = [Path(path).parent.name for path in (other_checkpoint, options.checkpoint)]
-    assert "engines of {} are replaced by those of {}".format(*names) in caplog.text
+    assert "replacing the engines of {} by those of {}".format(*names) in caplog.text
 
 
 @pytest.mark.parametrize("place", ["tokenizer/vocab.json", "step/1.txt", "manifest.json"])
@@ -361,8 +361,8 @@ def test_progress_never_goes_back_and_ends_at_one(engines, options):
     ("change", "message"),
     [
         ({"targets": ("tpu",)}, "unknown target 'tpu'; known: auto, onnxruntime"),
-        ({"targets": ("auto", "onnxruntime")}, "stands alone"),
-        ({"precisions": ("bf16",)}, "onnxruntime has no bf16.*--fp16"),
+        ({"targets": ("auto", "onnxruntime")}, "must be the only one"),
+        ({"precisions": ("bf16",)}, "onnxruntime has only .*, not bf16.*--fp16"),
         ({"targets": ("tensorrt-rtx",), "gpu_archs": ("90",)}, "'90'.*80, 86, 89"),
     ],
 )
@@ -407,7 +407,7 @@ def test_the_reason_for_a_build_names_the_tool_that_changed(engines, options):
     )
     change_manifest(engines, stages={**manifest.stages, "step": tuple(older)})
     reasons = {b.stage: b.reason for b in plan(options)}
-    assert reasons["step"].startswith("onnxruntime was 1.0, is 1.")
+    assert reasons["step"].startswith("onnxruntime was 1.0 and is now 1.")
 
 
 def test_planning_and_reusing_need_no_torch(engines, options):

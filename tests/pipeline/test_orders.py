@@ -67,11 +67,11 @@ def test_cutting_keeps_every_image_and_equal_keys_together(pipe):
     [
         ({"prompts": (), "class_ids": ()}, "nothing to generate"),
         ({"prompts": ("a",), "class_ids": (1,)}, "both"),
-        ({"num_images": 0}, "num_images is an integer of at least 1, not 0"),
+        ({"num_images": 0}, "num_images must be an integer of at least 1, not 0"),
         ({"num_images": 1.5}, "num_images"),
         ({"seed": None}, "seed=None"),
         ({"seed": 2**64 - 1, "num_images": 2}, "seed=18446744073709551616"),
-        ({"prompts": "cat"}, "prompts is a list of texts"),
+        ({"prompts": "cat"}, "prompts must be a list of texts"),
         ({"prompts": [None]}, "prompt 1 is None"),
         ({"prompts": None, "class_ids": [1.5]}, "list of integers"),
         ({"negative": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),

@@ -28,7 +28,7 @@ def class_pipe(tiny_class_checkpoint: Path) -> Pipeline:
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({}, "text-conditional: give one or more prompts"),
     ({"prompts": []}, "give one or more prompts"),
-    ({"class_ids": [1]}, "takes prompts, no class ids"),
+    ({"class_ids": [1]}, "takes prompts, not class ids"),
     ({"prompts": ["cat"], "class_ids": [1]}, "prompts and class ids are both given"),
     ({"prompts": ["cat", " \t"]}, "a prompt is empty"),
     ({"prompts": "red apple"}, r"prompts=\['red apple'\]"),
@@ -36,8 +36,8 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompts": [None]}, "prompt 1 is None, not a text"),
     ({"prompts": ["cat", b"dog"]}, "prompt 2 is b'dog', not a text"),
     ({"prompts": np.array([["cat", "dog"]])}, "prompt 1 is array"),
-    ({"prompts": 5}, "prompts is a list of texts, not 5"),
-    ({"prompts": {"cat"}}, "prompts is a list of texts, not {'cat'}"),
+    ({"prompts": 5}, "prompts must be a list of texts, not 5"),
+    ({"prompts": {"cat"}}, "prompts must be a list of texts, not {'cat'}"),
     ({"prompts": ["cat"], "seed": -1}, "seed=-1"),
     ({"prompts": ["cat"], "seed": None}, "seed=None must be an integer"),
     ({"prompts": ["cat"], "seed": 1.5}, "seed=1.5 must be an integer"),
@@ -87,7 +87,7 @@ def test_a_bad_request_is_refused_before_the_first_step(
     ("request_", "message"),
     [
         ({}, "class-conditional: give one or more class ids"),
-        ({"prompts": ["cat"]}, "takes class ids, no prompts"),
+        ({"prompts": ["cat"]}, "takes class ids, not prompts"),
         ({"class_ids": []}, "give one or more class ids"),
         ({"class_ids": [0, 11]}, r"class id 11 is outside 0\.\.9 \(10 is the null class\)"),
         ({"class_ids": [-1]}, "class id -1"),
@@ -124,12 +124,12 @@ def test_iterators_and_numpy_values_are_taken(pipe: Pipeline, class_pipe: Pipeli
 
 @pytest.mark.parametrize("option", ["precision", "num_threads", "frob"])
 def test_a_checkpoint_names_the_options_it_has(tiny_checkpoint: Path, option: str) -> None:
-    with pytest.raises(ConfigError, match=f"no option '{option}'; it has device, verify"):
+    with pytest.raises(ConfigError, match=f"no option '{option}'; known: device, verify"):
         load_pipeline(tiny_checkpoint, **{option: 1})
 
 
 def test_engines_name_the_options_they_have(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no option 'frob'; it has precision, device"):
+    with pytest.raises(ConfigError, match="no option 'frob'; known: precision, device"):
         load_pipeline(tmp_path, frob=1)
 
 
@@ -141,7 +141,7 @@ def test_an_unknown_device_is_named(tiny_checkpoint: Path, device: Any) -> None:
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta"])
 def test_a_device_that_is_not_here_is_one_line(tiny_checkpoint: Path, device: str) -> None:
-    with pytest.raises(BackendError, match=f"torch cannot use {device} here") as caught:
+    with pytest.raises(BackendError, match=f"torch cannot use {device} on this machine") as caught:
         load_pipeline(tiny_checkpoint, device=device)
     assert "\n" not in str(caught.value)
 
@@ -273,7 +273,7 @@ def test_pixels_are_clipped_and_rounded(
 
 
 def test_engines_backends_do_not_run_checkpoints(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"only the torch backend runs.*nsp export"):
+    with pytest.raises(ConfigError, match=r"only the torch backend can run.*nsp export"):
         load_pipeline(tiny_checkpoint, backend="onnxruntime")
 
 

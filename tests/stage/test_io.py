@@ -68,7 +68,7 @@ def test_a_wrong_feed_is_named_with_what_was_expected(
 
 def test_missing_and_unknown_inputs_are_named() -> None:
     feeds = sample_arrays(STEP, SIZES_1)
-    with pytest.raises(FeedError, match="step: unknown input 'mask'; inputs are x, positions"):
+    with pytest.raises(FeedError, match="step: unknown input 'mask'; the inputs are x, positions"):
         STEP.check({**feeds, "mask": feeds["x"]}, "step")
     del feeds["top_p"]
     with pytest.raises(FeedError, match="step: missing input 'top_p'"):

@@ -162,7 +162,7 @@ def put_around(folder: Path, token_id: int) -> None:
         (lambda folder: edit(folder, model_max_length=1), "model_max_length is 1; at least 2"),
         (lambda folder: put_around(folder, 5000), "puts token 5000 around prompts"),
         (lambda folder: (folder / "tokenizer.json").rename(folder / "spiece.model"),
-         "makes tokenizer.json of a SentencePiece model"),
+         "can make tokenizer.json from a SentencePiece model"),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_refused_in_one_line(
@@ -189,5 +189,5 @@ def test_a_clip_text_encoder_takes_no_other_tokenizer(kind: str, tmp_path: Path)
     encoder = build_text_encoder(clip, width=8, depth=1, num_heads=1)
     check_text_parts(encoder, clip, text_width=8, max_tokens=MAX_TOKENS)
     other = PromptTokenizer.load(saved(tmp_path, kind))
-    with pytest.raises(ConfigError, match="makes others, give CLIP's"):
+    with pytest.raises(ConfigError, match="does not do so, give CLIP's"):
         check_text_parts(encoder, other, text_width=8, max_tokens=MAX_TOKENS)

@@ -247,11 +247,11 @@ def truncate_weights(folder: Path) -> None:
         (lambda folder: edit_config(folder, max_position_embeddings=13), "wrong shape for 1"),
         (lambda folder: edit_config(folder, num_hidden_layers=3), "lacks 16 weights"),
         (lambda folder: edit_config(folder, num_hidden_layers=1),
-         "has no place for 16 weights, first encoder.layers.1.layer_norm1.bias"),
+         "does not use 16 weights, first encoder.layers.1.layer_norm1.bias"),
         (lambda folder: add_a_weight(folder, "encoder.layers.0.mlp.fc1.lora_A.weight"),
-         "has no place for 1 weights, first encoder.layers.0.mlp.fc1.lora_A"),
+         "does not use 1 weights, first encoder.layers.0.mlp.fc1.lora_A"),
         (lambda folder: add_a_weight(folder, "text_model.embeddings.segment.weight"),
-         "has no place for 1 weights, first embeddings.segment.weight"),
+         "does not use 1 weights, first embeddings.segment.weight"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
          "no model.safetensors"),
         (drop_a_weight, "lacks 1 weights, first final_layer_norm.weight"),
@@ -293,7 +293,7 @@ def test_shards_and_prefixed_names_load(model: "CLIPTextModel", folder: Path) ->
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff\x00" * 5000, "is of no known kind; a JSON object is needed here"),
+        (b"\xff\x00" * 5000, "is a file of an unknown kind; a JSON object is needed here"),
         (POINTER.encode(), "is a Git LFS pointer"),
         (b"<!doctype html>", "is a web page"),
         (b"", "is empty: 0 bytes"),
@@ -362,7 +362,7 @@ def test_integers_in_place_of_weights_are_refused(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["final_layer_norm.weight"] = tensors["final_layer_norm.weight"].to(torch.int8)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"final_layer_norm\.weight holds int8"):
+    with pytest.raises(CheckpointError, match=r"final_layer_norm\.weight has int8"):
         load_text_encoder(folder)
 
 
@@ -392,9 +392,9 @@ def test_sizes_that_make_no_network_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"eos_token_id": 7}, "eos_token_id=7, and the end token of the prompt tokenizer is"),
-        ({"vocab_size": 300}, "vocab_size=300, and the prompt tokenizer has token ids up to 5"),
-        ({"max_position_embeddings": 11}, "=11, and the prompt tokenizer makes prompts of 12"),
+        ({"eos_token_id": 7}, "eos_token_id=7, but the end token of the prompt tokenizer is"),
+        ({"vocab_size": 300}, "vocab_size=300, but the prompt tokenizer has token ids up to 5"),
+        ({"max_position_embeddings": 11}, "=11, but the prompt tokenizer makes prompts of 12"),
         ({"hidden_size": 16}, "width 16 with 12 tokens does not fit text_width=32"),
     ],
 )

@@ -96,12 +96,12 @@ def test_a_set_without_captions_trains_the_tokenizer_and_is_refused_where_they_a
 ) -> None:
     bare = shutil.copytree(pictures, tmp_path / "bare", ignore=shutil.ignore_patterns("*.txt"))
     run = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(bare)))
-    with pytest.raises(ConfigError, match="phase predictor learns from captions, and the pictures"):
+    with pytest.raises(ConfigError, match="phase predictor needs captions, but the pictures"):
         train(run, tmp_path / "run")
     assert not (tmp_path / "run/run.json").exists()
     assert train(run, tmp_path / "run", last_phase="tokenizer").finished
-    assert "prompt tokenizer knows single letters" in caplog.text
-    with pytest.raises(ConfigError, match="phase predictor learns from captions"):
+    assert "prompt tokenizer knows only single letters" in caplog.text
+    with pytest.raises(ConfigError, match="phase predictor needs captions"):
         train(run, tmp_path / "run", resume=True)
 
 
@@ -119,5 +119,5 @@ def test_an_unconditional_model_needs_neither_captions_nor_classes(tmp_path: Pat
         if num_classes == 1:
             assert int(TokenDataset(system, data)[0]["condition"]) == 0
         else:
-            with pytest.raises(ConfigError, match="has neither these nor captions"):
+            with pytest.raises(ConfigError, match="has neither classes nor captions"):
                 TokenDataset(system, data)

@@ -87,7 +87,7 @@ def test_a_damaged_step_is_named_and_the_one_before_it_is_used(
     assert found is not None
     assert found[0].step == 1
     assert "step00000002" in caplog.text
-    assert "the step saved before it is used" in caplog.text
+    assert "using the step saved before it" in caplog.text
     assert "weights_only" not in caplog.text
 
 

@@ -129,7 +129,7 @@ def test_the_command_after_nsp_data_cache_trains_the_predictor_on_it(smoke: list
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--from-phase", "predictor"], "leaves out tokenizer: give the checkpoint"),
+        (["--from-phase", "predictor"], "leaves out tokenizer; give the checkpoint"),
         (["--from-phase", "decoder"], "unknown phase 'decoder'"),
         (["--token-cache", "t.safetensors"], "which this phase would change"),
     ],

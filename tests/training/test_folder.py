@@ -271,12 +271,14 @@ def test_a_checkpoint_names_its_data_without_where_they_lay(stopped: Path) -> No
 def test_a_run_does_not_write_into_its_own_data(tmp_path: Path) -> None:
     data = write_pictures(tmp_path / "data")
     run = configure("smoke", None, data=str(data), steps=1)
-    with pytest.raises(ConfigError, match=r"lies in the data .*choose another --output-dir"):
+    with pytest.raises(
+        ConfigError, match=r"is inside the data folder .*choose another --output-dir"
+    ):
         train(run, data / "run")
     assert not (data / "run").exists()
 
 
 def test_data_that_is_not_where_it_was_is_asked_for(place: Path, tmp_path: Path) -> None:
     run = configure(None, place / "run", data=str(tmp_path / "moved"))
-    with pytest.raises(ConfigError, match=r"is not there .*; if it moved, give .* with --data"):
+    with pytest.raises(ConfigError, match=r"does not exist .*; if it moved, give .* with --data"):
         train(run, place / "run", resume=True)

@@ -72,7 +72,7 @@ def test_nan_goes_back_to_the_saved_step_and_leaves_the_batches_out(
     spoiled(monkeypatch, calls={4})  # of step 3; steps 0 and 1 are saved
     with caplog.at_level(logging.WARNING):
         train(config, tmp_path / "run", last_phase="tokenizer")
-    assert "going back to step 2, leaving out the batches since (rollback 1 of" in caplog.text
+    assert "going back to step 2 and skipping the batches since (rollback 1 of" in caplog.text
     lines = (tmp_path / "run/tokenizer/log.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert any(row.get("rolled_back_to") == 2 for row in rows)

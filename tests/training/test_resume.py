@@ -91,11 +91,11 @@ def test_steps_may_change_and_are_logged(
     with caplog.at_level(logging.INFO):
         given = configure(None, folder, steps=3)
         train(given, folder, last_phase="tokenizer", resume=True)
-    assert "phases.0.steps is 3 from here on, it was 2" in caplog.text
+    assert "phases.0.steps is now 3; it was 2" in caplog.text
 
 
 def test_a_file_and_a_preset_together_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="are both given; choose one"):
         configure("smoke", None, config=tmp_path / "run.json")
 
 
@@ -103,7 +103,7 @@ def test_a_phase_does_not_go_on_under_a_later_one(config: RunConfig, tmp_path: P
     train(config, tmp_path / "run")
     tokenizer, predictor = config.phases
     longer = dataclasses.replace(tokenizer, steps=6)
-    with pytest.raises(ConfigError, match="predictor was trained on tokenizer as it is after 4"):
+    with pytest.raises(ConfigError, match="predictor was trained on tokenizer after 4"):
         train(
             dataclasses.replace(config, phases=(longer, predictor)), tmp_path / "run", resume=True
         )
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_folder_is_made_again_from_the_saved_steps(
         path = tmp_path / "run/checkpoint" / spoilt
         path.write_bytes(path.read_bytes()[:-9] + b"?" * 9)
         assert train(config, tmp_path / "run", resume=True).finished
-        assert "it is made again from the saved steps" in caplog.text
+        assert "creating it again from the saved steps" in caplog.text
         assert (tmp_path / "run/checkpoint/vae/model.safetensors").read_bytes() == weights
 
 

@@ -97,11 +97,13 @@ def test_cached_tokens_are_those_of_the_tokenizer_and_follow_its_weights(
     assert torch.equal(cached_tokens(vae, data, given), expected)  # a decoder makes no tokens
     with torch.no_grad():
         vae.encoder.conv_in.weight.mul_(-1)
-    with pytest.raises(ConfigError, match="is of another tokenizer or other pictures; make it"):
+    with pytest.raises(
+        ConfigError, match="was made with another tokenizer or other pictures; make it"
+    ):
         cached_tokens(vae, data, given)
     assert cache.stat().st_mtime_ns == written  # what the user gave is never written
     assert not torch.equal(cached_tokens(vae, data, own), expected)
-    assert "is of another tokenizer or other pictures; made again" in caplog.text
+    assert "was made with another tokenizer or other pictures; making it again" in caplog.text
     cache.write_bytes(b"x")
     with pytest.raises(DataError, match=r"is text .* and is damaged; delete it"):
         cached_tokens(vae, data, own)

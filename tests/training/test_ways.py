@@ -149,7 +149,7 @@ def test_an_adapter_for_a_layer_that_is_not_there_is_refused(
     adapted: RunConfig, tmp_path: Path
 ) -> None:
     run = with_phases(adapted, lora=LoraConfig(targets=("query",)))
-    with pytest.raises(ConfigError, match=r"'query' is no linear layer .*mat_qkv"):
+    with pytest.raises(ConfigError, match=r"'query' is not a linear layer .*mat_qkv"):
         train(run, tmp_path / "run")
 
 
@@ -169,7 +169,7 @@ def test_starting_from_a_checkpoint_of_another_family_is_refused(
         registry._PLUGINS, "built_in", {**registry.BUILT_IN, "other": registry.BUILT_IN["var"]}
     )
     run = replace(config, family="other", start_from=str(plain / "checkpoint"))
-    with pytest.raises(ConfigError, match="is of family var, this run of other"):
+    with pytest.raises(ConfigError, match="is of family var, but this run is of other"):
         train(run, tmp_path / "run")
 
 
@@ -187,7 +187,7 @@ def test_a_batch_that_cannot_be_cut_fails_before_the_first_step(
         ({"batch_size": 16}, "batch_size=16 exceeds the 12 pictures"),
         ({"objective": {"label_smoting": 0.1}}, "unknown key 'label_smoting'"),
         ({"name": "pred"}, "unknown phase 'pred' of family var"),
-        ({"lora": LoraConfig(targets=("query",))}, "'query' is no linear layer"),
+        ({"lora": LoraConfig(targets=("query",))}, "'query' is not a linear layer"),
     ],
 )
 def test_what_is_wrong_with_a_later_phase_is_said_before_the_first_step(
@@ -247,5 +247,5 @@ def test_no_space_for_the_saved_steps_fails_before_the_first_step(
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ConfigError, match="its saved steps take"):
+    with pytest.raises(ConfigError, match="saved steps need"):
         train(config, tmp_path / "run")

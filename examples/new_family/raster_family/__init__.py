@@ -72,7 +72,7 @@ class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
     }
 
     def condition(self, config: RasterConfig) -> Kind:
-        """Return what a picture is asked for by: nothing."""
+        """Return what a picture is requested with: nothing."""
         return "none"
 
     def grids(self, config: RasterConfig) -> Sequence[tuple[int, int]]:

@@ -1,1 +1,1 @@
-"""Stages in ONNX Runtime, on a CPU or an NVIDIA GPU."""
+"""Runs stages in ONNX Runtime, on a CPU or an NVIDIA GPU."""

@@ -1,8 +1,8 @@
-"""Where the arrays of the `onnxruntime` backend live: host memory as NumPy arrays, or a device's.
+"""The memory of the `onnxruntime` backend's arrays: NumPy arrays on the host, or device memory.
 
-A device array is a place in a block that ONNX Runtime allocated: views are arithmetic on offsets,
-and a stage's inputs and outputs are bound by address, so the KV cache never leaves the device and
-nothing is copied between stages.
+A device array is a part of a block that ONNX Runtime allocated: views are computed offsets, and a
+stage's inputs and outputs are bound by address, so the KV cache never leaves the device and nothing
+is copied between stages.
 """
 
 import math
@@ -18,7 +18,7 @@ from nsp.stage.io import Shape
 
 
 class DeviceArray:
-    """A contiguous array in a block of device memory, which lives as long as any of its views."""
+    """A contiguous array in a block of device memory; the block lives as long as any view of it."""
 
     def __init__(self, block: Any, offset: int, shape: Shape, dtype: np.dtype[Any]) -> None:
         self._block, self._offset = block, offset  # an OrtValue, bytes
@@ -26,7 +26,7 @@ class DeviceArray:
 
     @property
     def address(self) -> int:
-        """Where it begins; inside its block also when it is empty, so never 0."""
+        """Its address, inside its block even when it is empty, so never 0."""
         return int(self._block.data_ptr()) + self._offset
 
     @property
@@ -50,27 +50,27 @@ class DeviceArray:
         return type(self)(self._block, self._offset, tuple(shape), self.dtype)
 
     def fill(self, values: NDArray[Any]) -> None:
-        """Take values of this shape over; the whole block crosses the bus twice."""
+        """Copy values of this shape into it; the whole block crosses the bus twice."""
         host = self._block.numpy()
         part = host.reshape(-1).view(np.uint8)[self._offset : self._offset + self.nbytes]
         part[...] = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8)
         self._block.update_inplace(host)
 
     def to_host(self) -> NDArray[Any]:
-        """Return a NumPy copy; the whole block crosses the bus, of which views are a part."""
+        """Return a NumPy copy; the whole block of a view crosses the bus."""
         host = self._block.numpy().reshape(-1).view(np.uint8)
         part = host[self._offset : self._offset + self.nbytes].view(self.dtype)
         return np.array(part.reshape(self.shape))
 
 
 class Memory(Protocol):
-    """What the backend asks of a kind of memory; arrays are of its own kind."""
+    """The operations that the backend needs of a kind of memory; each kind has its own arrays."""
 
     def allocate(self, shape: Shape, dtype: str) -> Any:
         """Return an uninitialised array; raise BackendError when there is not enough memory."""
 
     def upload(self, array: NDArray[Any]) -> Any:
-        """Return a NumPy array's content here."""
+        """Return a NumPy array's content as an array of this kind."""
 
     def download(self, array: Any) -> NDArray[Any]:
         """Return a NumPy copy."""
@@ -84,11 +84,11 @@ class Memory(Protocol):
     def bind(
         self, binding: Any, inputs: Sequence[str], feeds: Any, results: dict[str, Any]
     ) -> None:
-        """Tell ONNX Runtime where a stage's inputs are and where its outputs go."""
+        """Tell ONNX Runtime the addresses of a stage's inputs and outputs."""
 
 
 class HostMemory(HostArrays):
-    """NumPy arrays: inputs are read and outputs written where they lie."""
+    """NumPy arrays: inputs are read and outputs written in place."""
 
     def __init__(self, ort: Any) -> None:
         self._ort_value = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
@@ -130,7 +130,7 @@ class DeviceMemory:
         self._errors: tuple[type[Exception], ...] = (*errors, MemoryError)
 
     def allocate(self, shape: Shape, dtype: str) -> DeviceArray:
-        """Return device memory; of an empty array too, whose address must not be 0."""
+        """Return device memory, also for an empty array, whose address must not be 0."""
         kind = np.dtype(dtype)
         count = max(1, math.prod(shape))
         try:
@@ -153,15 +153,15 @@ class DeviceMemory:
         return DeviceArray(block, 0, array.shape, array.dtype)
 
     def download(self, array: DeviceArray) -> NDArray[Any]:
-        """Return a copy in host memory; every stage has ended when its `run` returned."""
+        """Return a copy in host memory; no wait is needed, since a stage has ended after `run`."""
         return array.to_host()
 
     def copy_rows(self, source: DeviceArray, target: DeviceArray) -> None:
-        """Fill `target` (P, N, ...) by way of the host: only the layout ONNX Runtime lacks asks."""
+        """Fill `target` (P, N, ...) through the host; only a layout not used here needs this."""
         target.fill(source.to_host()[:, : target.shape[1]])
 
     def is_contiguous(self, array: DeviceArray) -> bool:
-        """Return True: there are no others."""
+        """Return True: all device arrays are contiguous."""
         return True
 
     def bind(
@@ -180,6 +180,6 @@ def _place(array: DeviceArray) -> tuple[Any, list[int], int]:
 
 
 def out_of_memory(error: Exception) -> BackendError:
-    """Return the error of an array that could not be allocated."""
+    """Return the error for an array that could not be allocated."""
     reason = (str(error).splitlines() or [type(error).__name__])[0].strip()
     return BackendError(f"onnxruntime: out of memory ({reason}); use a smaller --batch-size")

@@ -1,12 +1,12 @@
 """The `onnxruntime` backend: ONNX stages on a CPU, or on an NVIDIA GPU with onnxruntime-gpu.
 
-Arrays lie where the stages run (ort_arrays.py): inputs are read and outputs written in place, and
-on a GPU the cache and all that stages hand to each other stay there. `run` returns when the stage
-has ended, so arrays can be read at any time; stages do not overlap.
+Arrays are on the device where the stages run (ort_arrays.py): inputs are read and outputs written
+in place, and on a GPU the cache and all tensors between stages stay there. `run` returns when the
+stage has ended, so arrays can be read at any time; stages do not overlap.
 
-CUDA graphs are an option, off by default until they are measured: every stage whose arrays lie at
-the addresses of an earlier run of the same shapes is then replayed. ONNX Runtime captures a stage
-only if all of it runs on the GPU; another one runs without, which is logged.
+CUDA graphs are an option, off by default until they are measured: a stage is replayed if its arrays
+have the same addresses and shapes as in an earlier run. ONNX Runtime captures a stage only if all
+of it runs on the GPU; other stages run without a graph, which is logged.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ _ONE_NODE = (
     b'\x08\x08:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
-# Sizes repeat from image to image; the number of distinct ones is that of scales times batch sizes.
+# Sizes repeat from image to image; there are as many as scales times batch sizes.
 _MAX_KNOWN_FEEDS = 4096
 
 
@@ -79,11 +79,11 @@ class OnnxRuntimeBackend(Backend):
     ) -> None:
         """Start loading `stage_files`, one ONNX model per stage.
 
-        `providers`: ONNX Runtime's names, best first; None is CUDA where it starts, else the CPU.
-        `num_threads`: None is as `cores.num_threads` says. `cuda_graphs` heeds the CUDA
-        provider alone. Raises BackendError without onnxruntime or a wanted provider,
-        EngineError for a tensor type it cannot hold and ConfigError for a number of threads below
-        1; a model that does not load is reported by `wait` or `run`.
+        `providers`: ONNX Runtime's names, best first; None is CUDA if it starts, otherwise the CPU.
+        `num_threads`: None means as `cores.num_threads` decides. `cuda_graphs` has an effect only
+        with the CUDA provider. Raises BackendError without onnxruntime or a requested provider,
+        EngineError for an unsupported tensor type and ConfigError for a number of threads below 1;
+        `wait` or `run` reports a model that cannot be loaded.
         """
         super().__init__(stages_io)
         ort = import_onnxruntime()
@@ -105,7 +105,7 @@ class OnnxRuntimeBackend(Backend):
         loader.shutdown(wait=False)
 
     def when_loaded(self, call: Callable[[], None]) -> None:
-        """Call `call` when every session is loaded or has failed, from the thread that is last."""
+        """Call `call` when every session is loaded or has failed, from the last thread."""
         waiting, lock = set(self._sessions), threading.Lock()
 
         def end(stage: str, _: Future[Any]) -> None:
@@ -119,7 +119,7 @@ class OnnxRuntimeBackend(Backend):
             session.add_done_callback(partial(end, stage))
 
     def wait(self) -> None:
-        """Return when every session is loaded; raise EngineError or BackendError if one is not."""
+        """Wait until every session is loaded; raise EngineError or BackendError if one fails."""
         for session in self._sessions.values():
             session.result()
 
@@ -144,9 +144,9 @@ class OnnxRuntimeBackend(Backend):
     def _result_arrays(
         self, stage: str, feeds: Mapping[str, Any], given: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return where each output goes, having checked feeds and given arrays."""
+        """Check feeds and given arrays, and return the array for each output."""
         declared = self.stages_io[stage]
-        # Checking twenty tensors takes 0.3 ms, finding their shapes and dtypes again 5 us.
+        # Checking twenty tensors takes 0.3 ms, looking up their shapes and dtypes only 5 us.
         key = (stage, *((name, a.shape, a.dtype) for name, a in feeds.items()))
         shapes = self._known_feeds.get(key)
         if shapes is None:
@@ -154,7 +154,7 @@ class OnnxRuntimeBackend(Backend):
             if len(self._known_feeds) < _MAX_KNOWN_FEEDS:
                 self._known_feeds[key] = shapes
         if unknown := given.keys() - shapes.keys():
-            raise FeedError(f"{stage}: no output {min(unknown)!r}; outputs are {', '.join(shapes)}")
+            raise FeedError(f"{stage}: unknown output {min(unknown)!r}; known: {', '.join(shapes)}")
         results, contiguous = {}, self.memory.is_contiguous
         for name, shape in shapes.items():
             array, dtype = given.get(name), declared.outputs[name].dtype
@@ -169,7 +169,7 @@ class OnnxRuntimeBackend(Backend):
         return results
 
     def upload(self, array: NDArray[Any]) -> Any:
-        """Return the array where the stages run; on a CPU itself when it is contiguous."""
+        """Return the array on the device of the stages; on a CPU a contiguous one is not copied."""
         return self.memory.upload(array)
 
     def download(self, array: Any) -> NDArray[Any]:
@@ -186,16 +186,16 @@ class OnnxRuntimeBackend(Backend):
 
     @contextlib.contextmanager
     def arena(self, shape: KVShape) -> Iterator[KVArena]:
-        """Lend an empty arena, the one used last where nobody uses it and its shape is this.
+        """Lend an empty arena: the last one if it is idle and has this shape, or a new one.
 
-        Touching new memory takes long: 50 ms an image of w512 with its two times 44 MB.
+        The first access to new memory is slow: 50 ms per image of w512, which has twice 44 MB.
         """
         arena = self._idle_arenas.pop(shape, None) or self.new_arena(shape)
         arena.clear()
         try:
             yield arena
         finally:
-            self._idle_arenas = {shape: arena}  # one: a smaller batch gives the larger one back
+            self._idle_arenas = {shape: arena}  # only one, so that a larger one is freed
 
     def _load(self, stage: str, path: Path) -> Any:
         """Return the session of one stage."""
@@ -211,7 +211,7 @@ class OnnxRuntimeBackend(Backend):
                 ) from error
             raise EngineError(
                 f"{path} cannot be loaded by onnxruntime {ort.__version__} ({_first_line(error)}); "
-                "export its folder again (nsp inspect tells from which checkpoint)"
+                "export its folder again (nsp inspect names the checkpoint)"
             ) from error
         if session.get_providers()[0] != self.providers[0]:
             raise BackendError(
@@ -250,7 +250,7 @@ class OnnxRuntimeBackend(Backend):
             name = min(differing)[0]
             raise EngineError(
                 f"{path}: tensor {name!r} of stage {stage} is not as the manifest declares it; "
-                "export its folder again (nsp inspect tells from which checkpoint)"
+                "export its folder again (nsp inspect names the checkpoint)"
             )
 
 
@@ -283,7 +283,7 @@ def import_onnxruntime() -> Any:
                 f"there is not enough memory to load onnxruntime ({_first_line(error)})"
             ) from error
         raise BackendError(
-            f"onnxruntime does not load ({_first_line(error)}); "
+            f"onnxruntime cannot be loaded ({_first_line(error)}); "
             "run: pip install onnxruntime (for an NVIDIA GPU onnxruntime-gpu; never both)"
         ) from error
     return onnxruntime

@@ -1,20 +1,20 @@
-"""What the `onnxruntime` backend asks of the CUDA provider: its options, and CUDA graphs."""
+"""Options of the CUDA provider for the `onnxruntime` backend, and its CUDA graphs."""
 
 from collections.abc import Sequence
 from typing import Any
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# TF32 rounds the inputs of float32 products to 10 bits: less than what decides tokens is kept in.
+# TF32 rounds the inputs of float32 products to 10 bits, which is too coarse to choose tokens.
 _CUDA_OPTIONS = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
-MAX_GRAPHS = 256  # of one stage; beyond, its arrays have no steady addresses
+MAX_GRAPHS = 256  # per stage; with more, its arrays have no stable addresses
 NO_GRAPH = -1  # ONNX Runtime's own number for it
 
 
 class CudaGraphs:
     """Numbers the graphs that the CUDA provider captures and replays.
 
-    A graph holds the addresses of inputs and outputs, so it is that of one stage with all arrays in
-    the same places. ONNX Runtime's allocator hands out the same places from image to image.
+    A graph contains the addresses of inputs and outputs, so it fits one stage with all arrays at
+    the same addresses. ONNX Runtime's allocator returns the same addresses from image to image.
     """
 
     def __init__(self, ort: Any) -> None:
@@ -27,7 +27,7 @@ class CudaGraphs:
         self._left_out.add(stage)
 
     def number(self, stage: str, arrays: Sequence[Any]) -> int:
-        """Return the number of the graph with the arrays in these places, or `NO_GRAPH`."""
+        """Return the number of the graph with arrays at these addresses, or `NO_GRAPH`."""
         known = self._numbers.setdefault(stage, {})
         places = tuple((array.address, array.shape) for array in arrays)
         if stage in self._left_out or (places not in known and len(known) >= MAX_GRAPHS):

@@ -1,7 +1,7 @@
-"""GPU memory, a stream of its own and graphs, by NVIDIA's bindings of the CUDA runtime; no torch.
+"""GPU memory, streams and graphs through NVIDIA's bindings of the CUDA runtime, without torch.
 
-Every array is a view (address, shape, dtype) of memory that goes back to its pool when the last
-view of it is dropped. All work of a `Stream` runs in order, so memory may be used again at once.
+Every array is a view (address, shape, dtype) of memory that returns to its pool when its last view
+is deleted. All work of a `Stream` runs in order, so memory may be used again at once.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nsp.errors import BackendError
 from nsp.stage.io import Shape, array_bytes
 
-ALIGNMENT = 256  # bytes; what TensorRT asks of every address
+ALIGNMENT = 256  # bytes; TensorRT requires this of every address
 _MIB = 2**20
 
 
@@ -30,7 +30,7 @@ def import_cuda() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise BackendError(
-            f"the Python bindings of CUDA do not load ({error}); "
+            f"the Python bindings of CUDA cannot be loaded ({error}); "
             "run: pip install 'cuda-bindings>=13,<14'"
         ) from error
 
@@ -47,11 +47,11 @@ class DeviceArray:
     address: int
     shape: Shape
     dtype: str
-    memory: object  # what keeps the address valid
+    memory: object  # keeps the address valid
 
     @property
     def num_bytes(self) -> int:
-        """The bytes it spans."""
+        """Its size in bytes."""
         return array_bytes(self.shape, self.dtype)
 
     def __getitem__(self, key: slice) -> Self:
@@ -68,21 +68,21 @@ class DeviceArray:
 
 
 class Unused:
-    """The memory of a stream that nobody uses, in lists by size."""
+    """The unused memory of a stream, in lists by size."""
 
     def __init__(self, runtime: Any) -> None:
         self._runtime, self._is_closed = runtime, False
         self.addresses: defaultdict[int, list[int]] = defaultdict(list)
 
     def take_back(self, address: int, num_bytes: int) -> None:
-        """Keep a piece for the next who asks."""
+        """Keep a piece for the next request."""
         if self._is_closed:
             self._runtime.cudaFree(address)
         else:
             self.addresses[num_bytes].append(address)
 
     def close(self, stream: int) -> None:
-        """Give all of it back to the GPU, now and later, and the stream too."""
+        """Free all of it now, and later pieces at once; also destroy the stream."""
         self._is_closed = True
         for addresses in self.addresses.values():
             while addresses:
@@ -91,7 +91,7 @@ class Unused:
 
 
 class Memory:
-    """A piece of GPU memory; it goes back to the unused ones when nothing needs it."""
+    """A piece of GPU memory; it returns to the unused ones when nothing needs it."""
 
     def __init__(self, address: int, num_bytes: int, unused: Unused, owner: object) -> None:
         self.address, self.num_bytes = address, num_bytes
@@ -110,10 +110,10 @@ class Graph:
 
 
 class Stream:
-    """One order of work on the GPU, and the memory it uses.
+    """A queue of work on the GPU, done in order, and the memory it uses.
 
-    Memory is kept in free lists by size: the sizes of a call repeat in the next one, so it
-    allocates nothing.
+    Unused memory is kept by size: the next call needs the same sizes, so it allocates
+    nothing.
     """
 
     def __init__(self, runtime: Any, label: str) -> None:
@@ -121,12 +121,12 @@ class Stream:
         self._runtime, self.label = runtime, label
         self.handle = int(self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)[0])
         self._unused = Unused(runtime)
-        # All memory is back by then, since it refers to the stream; but where both are part of one
-        # cycle of references, the stream is finalized first and the memory comes later.
+        # Usually all memory has been returned by then, because it refers to the stream. But if both
+        # are in one cycle of references, the stream is finalized first and the memory later.
         weakref.finalize(self, self._unused.close, self.handle).atexit = False
 
     def free_memory(self) -> tuple[int, int]:
-        """Return the free bytes of the GPU and all of them."""
+        """Return the GPU's free bytes and its total bytes."""
         free, total = self._call("cudaMemGetInfo")
         return int(free), int(total)
 
@@ -151,15 +151,15 @@ class Stream:
             self._runtime.cudaGetLastError()
             free, total = self.free_memory()
             raise BackendError(
-                f"{self.label}: out of GPU memory: {mib(num_bytes)} are needed in one piece, "
-                f"{mib(free)} of {mib(total)} are free, {mib(max(num_bytes - free, 0))} are "
-                "missing; use a smaller --batch-size, or end what else uses the GPU"
+                f"{self.label}: out of GPU memory: {mib(num_bytes)} are needed in one piece, but "
+                f"{mib(free)} of {mib(total)} are free ({mib(max(num_bytes - free, 0))} too few); "
+                "use a smaller --batch-size, or end other programs on the GPU"
             )
         self._check("cudaMalloc", error)
         return int(address)
 
     def trim(self) -> None:
-        """Give the memory nobody uses back to the GPU."""
+        """Free the unused memory."""
         for addresses in self._unused.addresses.values():
             while addresses:
                 self._call("cudaFree", addresses.pop())
@@ -203,7 +203,7 @@ class Stream:
     def move_rows(
         self, target: int, source: int, *, row_bytes: int, pitches: tuple[int, int], rows: int
     ) -> None:
-        """Copy the heads of rows on the GPU; `pitches`: bytes from row to row there and here."""
+        """Copy the first bytes of rows on the GPU; `pitches`: row strides of both in bytes."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         there, here = pitches
         self._call(
@@ -212,7 +212,7 @@ class Stream:
         )
 
     def send(self, target: int, source: int, num_bytes: int) -> None:
-        """Copy bytes from host memory, which must stay as it is until the stream is done."""
+        """Copy bytes from host memory, which must not change until the stream is done."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._copy(target, source, num_bytes, kind)
 
@@ -221,7 +221,7 @@ class Stream:
             self._call("cudaMemcpyAsync", target, source, num_bytes, kind, self.handle)
 
     def pinned(self, num_bytes: int) -> NDArray[np.uint8]:
-        """Return page-locked host memory, which is sent without a copy in between."""
+        """Return page-locked host memory, which is transferred without an extra copy."""
         import ctypes
 
         flags = self._runtime.cudaHostAllocDefault
@@ -231,12 +231,12 @@ class Stream:
         return np.ctypeslib.as_array(buffer)
 
     def synchronize(self) -> None:
-        """Return when all work is done; raise BackendError when some of it failed."""
+        """Wait until all work is done; raise BackendError when some of it failed."""
         self._call("cudaStreamSynchronize", self.handle)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[list[Graph]]:
-        """Record the block's work, which is not done, as the Graph that then is in the list."""
+        """Record the block's work without doing it; afterwards the list has its Graph."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         captured: list[Graph] = []
         with _no_collection():
@@ -244,7 +244,7 @@ class Stream:
             try:
                 yield captured
             except BaseException:
-                # Ends the capture; that it is broken is known, and why is what is being raised.
+                # Ends the broken capture; the original error is being raised.
                 error, graph = self._runtime.cudaStreamEndCapture(self.handle)
                 if error == self._runtime.cudaError_t.cudaSuccess and graph is not None:
                     self._call("cudaGraphDestroy", graph)
@@ -262,7 +262,7 @@ class Stream:
         self._call("cudaGraphLaunch", graph.executable, self.handle)
 
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
-        """Return what a function of the runtime returns; raise BackendError when it fails."""
+        """Return the result of a runtime function; raise BackendError when it fails."""
         error, *values = getattr(self._runtime, name)(*arguments)
         self._check(name, error)
         return tuple(values)
@@ -270,7 +270,7 @@ class Stream:
     def _check(self, name: str, error: Any) -> None:
         if error == self._runtime.cudaError_t.cudaSuccess:
             return
-        self._runtime.cudaGetLastError()  # clears it, else TensorRT takes it for its own
+        self._runtime.cudaGetLastError()  # clears it, otherwise TensorRT reports it as its own
         _, text = self._runtime.cudaGetErrorString(error)
         code = getattr(error, "name", str(error))
         words = text.decode() if isinstance(text, bytes) else "unknown"
@@ -279,7 +279,7 @@ class Stream:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Collect garbage now and not in the block: freeing GPU memory would break its capture."""
+    """Collect garbage before the block, not in it: freeing GPU memory would break the capture."""
     gc.collect()
     collects = gc.isenabled()
     gc.disable()

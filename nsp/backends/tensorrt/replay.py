@@ -1,19 +1,19 @@
 """Loops over stages recorded as CUDA graphs and replayed.
 
-The first call of a loop runs stage by stage, which also finishes what TensorRT puts off until a
-first run; the second one is captured, one graph for every result the loop yields; from then on the
-graphs are launched and no Python of the loop or of a stage runs. All of a loop's inputs lie in one
-piece of memory and arrive in one copy. Loops use their workspaces in turn, and what they yield is
-copied out, so it stays as it is.
+The first call of a loop runs stage by stage, and TensorRT completes its delayed initialization. The
+second call is captured, with one graph for every result that the loop yields. From then on the
+graphs are launched, and no Python code of the loop or of a stage runs. All inputs of a loop are in
+one piece of memory and are copied at once. Loops use their workspaces in turn; results are copied
+out, so that they do not change later.
 
-A recording is of one loop and inputs of the same names, shapes and dtypes. So that there are few,
-batches are padded to the backend's `batch_sizes`, a batch of B images has B encoded prompts, or 2B
-where one has a null prompt, and the ranks R go to buckets. So each loop of a model ("picture",
-"steps", "traced") has at most
+A recording belongs to one loop and to inputs of the same names, shapes and dtypes. To keep
+recordings few, batches are padded to the backend's `batch_sizes`, a batch of B images has B encoded
+prompts, or 2B if one has a null prompt, and the ranks R are rounded up to buckets. So each loop of
+a model ("picture", "steps", "traced") has at most
 
     batch sizes x 2 numbers of prompts x batch keys (guided or not, ...) x buckets of ranks
 
-recordings; which keys and buckets there are is the family's rule, and most users need one of each.
+recordings; the family decides the keys and buckets, and most users need one of each.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Host: TypeAlias = Mapping[str, NDArray[Any]]
 
-# Beyond it the one unused for longest goes. It is enough for two loops, batches up to 8 (4 sizes),
-# both numbers of prompts, guided and not. Each holds execution contexts, so there is a limit.
+# With more, the least recently used is deleted. It is enough for two loops, batches up to 8 (4
+# sizes), both numbers of prompts, guided or not. Each has execution contexts, so there is a limit.
 _MAX_RECORDINGS = 32
 
 
@@ -46,23 +46,23 @@ class Runner(Backend):
 
     @abstractmethod
     def why_not_captured(self) -> str:
-        """Return why what has run cannot be captured, or nothing."""
+        """Return why the last run cannot be captured, or an empty text."""
 
 
 class Workspace:
-    """Memory handed out from its beginning on, in the same places after every `reset`."""
+    """Memory that is allocated in order, at the same addresses after every `reset`."""
 
     def __init__(self, memory: Memory | None = None) -> None:
-        """Without memory it only counts."""
+        """Without memory it only counts bytes."""
         self.memory, self.used, self.is_busy = memory, 0, False
 
     @property
     def num_bytes(self) -> int:
-        """The bytes there are."""
+        """Its size in bytes."""
         return 0 if self.memory is None else self.memory.num_bytes
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Start again."""
         self.used = 0
 
     def allocate(self, shape: Shape, dtype: str) -> DeviceArray:
@@ -74,13 +74,13 @@ class Workspace:
 
 
 def place_inputs(inputs: Host, workspace: Workspace) -> dict[str, DeviceArray]:
-    """Return where the inputs go: at the beginning of the workspace."""
+    """Return the arrays for the inputs, at the beginning of the workspace."""
     workspace.reset()
     return {n: workspace.allocate(a.shape, a.dtype.name) for n, a in inputs.items()}
 
 
 class _Staging:
-    """Page-locked host memory laid out as the inputs are on the GPU."""
+    """Page-locked host memory with the same layout as the inputs on the GPU."""
 
     def __init__(self, stream: Stream, arrays: Mapping[str, DeviceArray]) -> None:
         self._stream = stream
@@ -96,9 +96,9 @@ class _Staging:
 
     def send(self, inputs: Host) -> None:
         """Copy the inputs to the GPU in one piece."""
-        self._stream.synchronize()  # the copy before may still read the buffer
+        self._stream.synchronize()  # an earlier copy may still read the buffer
         for name, array in inputs.items():
-            # Read-only arrays, such as resizing matrices, are the same ones in every call.
+            # Read-only arrays, such as resizing matrices, are the same in every call.
             if array is not self._last.get(name) or array.flags.writeable:
                 np.copyto(self._views[name], array)
         self._last = dict(inputs)
@@ -106,7 +106,7 @@ class _Staging:
 
 
 class Recording:
-    """One loop on inputs of one kind: run, then captured, then replayed."""
+    """One loop with inputs of one kind: run first, then captured, then replayed."""
 
     def __init__(
         self, key: Any, inputs: Host, runner: Runner, stream: Stream, workspace: Workspace
@@ -130,7 +130,7 @@ class Recording:
             yield from self._run(inputs, loop)
 
     def _begin(self, inputs: Host, loop: Loop[T]) -> Iterator[T]:
-        """Return the loop; its memory is where it was the last time."""
+        """Return the loop; its memory has the same addresses as the last time."""
         return loop(self._runner, place_inputs(inputs, self.workspace))
 
     def _run(self, inputs: Host, loop: Loop[T]) -> Iterator[T]:
@@ -141,7 +141,7 @@ class Recording:
             self._refuse(reason)
 
     def _capture(self, inputs: Host, loop: Loop[T]) -> Iterator[T]:
-        """Yield the results while recording what makes each of them."""
+        """Yield the results while recording the work for each of them."""
         graphs: list[tuple[Graph, Any]] = []
         steps, end = self._begin(inputs, loop), object()
         while True:
@@ -151,7 +151,7 @@ class Recording:
             except BackendError as error:
                 self._refuse(str(error))
                 rest = itertools.islice(self._run(inputs, loop), len(graphs), None)
-                yield from rest  # the inputs are there: what was yielded is made again
+                yield from rest  # the inputs are still there, so the results can be computed again
                 return
             if result is end:
                 break
@@ -166,7 +166,7 @@ class Recording:
 
 
 class Recorder:
-    """The recordings of one backend and the workspaces they use in turn."""
+    """The recordings of one backend, and the workspaces that they use in turn."""
 
     def __init__(
         self,
@@ -175,14 +175,14 @@ class Recorder:
         run_in: Callable[[Workspace], Runner],
         measure_in: Callable[[Workspace], Runner],
     ) -> None:
-        """Two ways to make what runs stages in a workspace; the second one runs none."""
+        """Two ways to create a runner of stages in a workspace; the second runs no stage."""
         self._stream, self._run_in, self._measure_in = stream, run_in, measure_in
         self._recordings: list[Recording] = []  # the one used last is last
 
     def play(self, name: str, inputs: Host, loop: Loop[T]) -> Iterator[T]:
         """Yield the results of the loop called `name`.
 
-        Raises BackendError when its memory is more than there is.
+        Raises BackendError when the GPU does not have enough memory.
         """
         key = (name, *((n, a.shape, a.dtype.str) for n, a in inputs.items()))
         recording = self._find(key) or self._new(key, inputs, loop)
@@ -211,14 +211,14 @@ class Recorder:
         return recording
 
     def _measure(self, inputs: Host, loop: Loop[T]) -> int:
-        """Return the bytes a loop takes, by walking through it without running a stage."""
+        """Return the bytes that a loop needs, by following it without running a stage."""
         counted = Workspace()
         for _ in loop(self._measure_in(counted), place_inputs(inputs, counted)):
             pass
         return counted.used
 
     def _workspace(self, num_bytes: int) -> Workspace:
-        """Return an idle workspace of that size; smaller idle ones make room for a new one."""
+        """Return an idle workspace of that size; smaller idle ones are freed for a new one."""
         spaces = (each.workspace for each in self._recordings if not each.workspace.is_busy)
         if found := next((space for space in spaces if space.num_bytes >= num_bytes), None):
             return found

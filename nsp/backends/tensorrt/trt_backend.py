@@ -1,9 +1,9 @@
-"""The backends `tensorrt` and `tensorrt_rtx`: engines on an NVIDIA GPU, one code path for both.
+"""The backends `tensorrt` and `tensorrt_rtx`: engines on an NVIDIA GPU, with the same code.
 
-Every stage is one engine with one profile per scale; an execution context stays at its profile and
-shapes, since switching doubles latency and breaks captured graphs. All contexts share one scratch
-block: a stream runs them in turn. Keys and values land in the arena where the next step reads them.
-The whole loop becomes one CUDA graph (replay.py). Nothing here imports torch.
+Every stage is one engine with one profile per scale; an execution context keeps its profile and
+shapes, because switching doubles latency and breaks captured graphs. All contexts share one scratch
+block, as a stream runs them in turn. Keys and values are written into the arena, where the next
+step reads them. The whole loop becomes one CUDA graph (replay.py). Nothing here imports torch.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class StageRunner(Runner):
         scratch: Memory | None,
         allocate: Allocate,
     ) -> None:
-        """Without `scratch` nothing is enqueued: shapes and memory are only worked out."""
+        """Without `scratch` nothing is enqueued: only shapes and memory are computed."""
         super().__init__({stage: engine.declared for stage, engine in engines.items()})
         self.kv_layout, self.stream = kv_layout, stream
         self._engines, self._scratch, self._allocate = engines, scratch, allocate
@@ -90,7 +90,7 @@ class StageRunner(Runner):
     ) -> dict[str, DeviceArray]:
         if unknown := given.keys() - shapes.keys():
             raise FeedError(
-                f"{engine.stage}: no output {min(unknown)!r}; outputs are {', '.join(shapes)}"
+                f"{engine.stage}: unknown output {min(unknown)!r}; known: {', '.join(shapes)}"
             )
         results = {}
         for name, shape in shapes.items():
@@ -107,7 +107,7 @@ class StageRunner(Runner):
     def _context(
         self, engine: Engine, profile: int, feeds: Mapping[str, DeviceArray], scratch: Memory
     ) -> Context:
-        """Return the context for these shapes: what a graph captured must keep its own."""
+        """Return the context for these shapes; captured graphs need contexts of their own."""
         shapes = {name: feeds[name].shape for name in engine.inputs}
         key = (engine.stage, *shapes.values())
         if key not in self._contexts:
@@ -119,7 +119,7 @@ class StageRunner(Runner):
             self.stream.move(target.address, source.address, source.num_bytes)
 
     def why_not_captured(self) -> str:
-        """Return which stage cannot be in a CUDA graph, or nothing."""
+        """Return a text about a stage that cannot be in a CUDA graph, or an empty text."""
         for (stage, *_), context in self._contexts.items():
             if not context.is_capturable():
                 return f"the engine of stage {stage} was built without REQUIRE_USER_ALLOCATION"
@@ -163,10 +163,10 @@ class TensorRTBackend(StageRunner):
         kv_layout: str,
         cache_file: Path | None = None,
     ) -> None:
-        """Load the plans of all stages; `cache_file` keeps what TensorRT for RTX compiles here.
+        """Load the plans of all stages; `cache_file` keeps kernels that TensorRT for RTX compiles.
 
-        Raises BackendError without TensorRT, the CUDA bindings, a GPU or room on it, EngineError
-        for a plan that is damaged, for something else or not of its stage.
+        Raises BackendError without TensorRT, the CUDA bindings, a GPU or enough memory on it,
+        EngineError for a plan that is damaged, for another machine or of another stage.
         """
         stream = Stream(import_cuda(), self.name)
         self._runtime = Runtime(self.name, stream, cache_file)
@@ -196,7 +196,7 @@ class TensorRTBackend(StageRunner):
         )
 
     def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
-        """Yield the results of `loop`: run at first, then captured, then replayed as graphs."""
+        """Yield the results of `loop`: first run, then captured, then replayed as graphs."""
         yield from self._recorder.play(name, inputs, loop)
         self._runtime.save_cache()
 
@@ -210,8 +210,8 @@ class TensorRTRTXBackend(TensorRTBackend):
 def _batch_sizes(engines: Iterable[Engine]) -> tuple[int, ...]:
     """Return the numbers of images that batches are padded to, so that recordings stay few.
 
-    They are the powers of two that all engines take, and the largest number that they take, which
-    is the only one where they were built for full batches.
+    They are the powers of two that all engines accept, and the largest number that they accept. If
+    engines were built only for full batches, that is the only one.
     """
     spans = [span for engine in engines if (span := engine.span("B")) is not None]
     if not spans:
@@ -222,16 +222,16 @@ def _batch_sizes(engines: Iterable[Engine]) -> tuple[int, ...]:
 
 
 def _check_room(stage_files: Mapping[str, Path], stream: Stream) -> None:
-    """Raise BackendError when the plans are larger than what is free on the GPU."""
+    """Raise BackendError when the plans are larger than the GPU's free memory."""
     try:
         weights = sum(path.stat().st_size for path in stage_files.values())
     except OSError:
-        return  # the engine that is missing is named when it is opened
+        return  # opening a missing engine reports it
     free, total = stream.free_memory()
     if weights > free:
         raise BackendError(
-            f"{stream.label}: the engines hold {mib(weights)}, and {mib(free)} of {mib(total)} GPU "
-            f"memory are free: {mib(weights - free)} are missing; end what else uses the GPU, or "
+            f"{stream.label}: the engines need {mib(weights)}, but {mib(free)} of {mib(total)} GPU "
+            f"memory are free ({mib(weights - free)} too few); end other programs on the GPU, or "
             "export a smaller precision (--fp16)"
         )
 
@@ -254,11 +254,11 @@ def load_engines(
 
 
 def kernel_cache(stage_files: Mapping[str, Path]) -> Path | None:
-    """Return where kernels compiled for these engines are kept: in the cache folder of the user.
+    """Return the file for kernels compiled for these engines, in the user's cache folder.
 
-    Compiled code is never read from an engine folder, which somebody else may have made. Folders of
-    engines are named by their content, so these names tell whose kernels they are. None where the
-    user has no home.
+    Compiled code is never read from an engine folder, which may come from somebody else. Folders of
+    engines are named by their content, so these names identify the kernels. None if the user has no
+    home folder.
     """
     names = json.dumps(sorted((stage, path.parent.name) for stage, path in stage_files.items()))
     digest = hashlib.sha256(names.encode()).hexdigest()[:16]
@@ -275,7 +275,7 @@ load_tensorrt_rtx = partial(load_engines, TensorRTRTXBackend)
 
 @cache
 def why_not_here(module: str) -> str:
-    """Return why `module` cannot run engines on this machine, or nothing."""
+    """Return why `module` cannot run engines on this machine, or an empty text."""
     try:
         Runtime(module, Stream(import_cuda(), module))
     except BackendError as error:

@@ -1,7 +1,7 @@
 """One TensorRT engine: its plan read from a file, its tensors, profiles and execution contexts.
 
-TensorRT and TensorRT for RTX differ by module name and, here, by the runtime cache of RTX: the
-kernels it compiles on this machine, kept in a file beside the engines.
+TensorRT and TensorRT for RTX differ in their module name and in the runtime cache of RTX, a file
+with the kernels that it compiles on this machine.
 """
 
 import contextlib
@@ -29,25 +29,25 @@ _DTYPES = {
     "INT64": "int64",
     "BOOL": "bool",
 }
-# What TensorRT says when the GPU's memory is exhausted; "memory" alone is in other errors, too.
+# TensorRT's messages when GPU memory is exhausted; "memory" alone is also in other errors.
 _MEMORY_HINTS = ("out of memory", "outofmemory", "memory allocation", "insufficient memory")
 
 
 def import_tensorrt(module: str) -> Any:
-    """Return the module `tensorrt` or `tensorrt_rtx`; raise BackendError when it does not load."""
+    """Return the module `tensorrt` or `tensorrt_rtx`; BackendError if it cannot be loaded."""
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
-        advice = "it runs on an NVIDIA GPU, which is not here"
+        advice = "it needs an NVIDIA GPU, which this machine does not have"
         if find_gpu() is not None:
             advice = f"run: {pip_install(module.replace('_', '-'))}"
         raise BackendError(
-            f"{module} does not load ({' '.join(str(error).split())}); {advice}"
+            f"{module} cannot be loaded ({' '.join(str(error).split())}); {advice}"
         ) from error
 
 
 class Runtime:
-    """What deserializes engines, and what it complained of."""
+    """Deserializes engines, and keeps TensorRT's errors."""
 
     def __init__(self, module: str, stream: Stream, cache_file: Path | None = None) -> None:
         """`cache_file` is for the kernels that TensorRT for RTX compiles here."""
@@ -56,14 +56,14 @@ class Runtime:
         self._log = _new_log(self.trt)
         try:
             self._runtime = self.trt.Runtime(self._log)
-        except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
-            raise BackendError(f"{module} does not start ({self.why()})") from error
+        except (TypeError, RuntimeError) as error:  # the bindings raise these for a null pointer
+            raise BackendError(f"{module} cannot start ({self.why()})") from error
         self._cache_file = cache_file
         self._cache: Any = None
         self._has_new_contexts = False
 
     def why(self) -> str:
-        """Return the first error since the last question, in one line."""
+        """Return the first error since the last call, in one line."""
         first = next(iter(self._log.errors), "no reason given")
         self._log.errors.clear()
         return " ".join(first.split())[:300]
@@ -71,8 +71,8 @@ class Runtime:
     def engine(self, path: Path) -> Any:
         """Return the deserialized plan; its file is mapped, never copied to host memory.
 
-        Raises EngineError when it is missing, damaged or for something else, BackendError when
-        the GPU's memory does not hold it.
+        Raises EngineError when it is missing, damaged or for another machine, BackendError when
+        it does not fit into the GPU's memory.
         """
         self._log.errors.clear()
         try:
@@ -91,25 +91,25 @@ class Runtime:
             free, total = self.stream.free_memory()
             size = path.stat().st_size
             raise BackendError(
-                f"{self.module}: {path} of {size >> 20} MiB does not fit the GPU's memory, of "
-                f"which {free >> 20} of {total >> 20} MiB are free; end what else uses the GPU, "
-                "or export a smaller precision"
+                f"{self.module}: {path} has {size >> 20} MiB and does not fit into the GPU's "
+                f"memory ({free >> 20} of {total >> 20} MiB are free); end other programs on the "
+                "GPU, or export a smaller precision"
             )
         raise EngineError(
             f"{path} is damaged, or built for another GPU or version: {self.module} {version} "
-            f"does not load it ({reason})"
+            f"cannot load it ({reason})"
         )
 
     def context(self, engine: Any) -> Any:
-        """Return a new execution context whose scratch memory the caller gives it."""
+        """Return a new execution context; the caller gives its scratch memory."""
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self._has_cache():
             return engine.create_execution_context(strategy)
         self._has_new_contexts = True
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        # Compiled at the first run for the sizes at hand: a graph keeps the kernels it was
-        # captured with, and those made lazily would come too late for it.
+        # Compile kernels at the first run for its sizes: a graph keeps the kernels it was
+        # captured with, and kernels compiled later would come too late for it.
         kinds = self.trt.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
         if self._cache is None:
@@ -128,19 +128,19 @@ class Runtime:
             with _locked(self._cache_file):
                 content = self._cache_file.read_bytes()
         except OSError as error:
-            logger.warning("%s is not used (%s): kernels are compiled again", self.module, error)
+            logger.warning("%s: no kernel cache (%s); compiling kernels again", self.module, error)
             return
         if self._cache.deserialize(content):
             logger.info("%s: compiled kernels from %s", self.module, self._cache_file)
         else:
             logger.warning(
-                "%s is damaged or of another driver, GPU or version: %s compiles its kernels again",
+                "%s is damaged or of another driver, GPU or version: %s compiles the kernels again",
                 self._cache_file,
                 self.module,
             )
 
     def save_cache(self) -> None:
-        """Write what new contexts compiled, if anything, where that may be kept."""
+        """Write newly compiled kernels to the cache file, if it is writable."""
         if not self._has_new_contexts or self._cache_file is None:
             return
         self._has_new_contexts = False
@@ -152,16 +152,16 @@ class Runtime:
                 with write_file(self._cache_file) as partial:
                     partial.write_bytes(content)
         except OSError as error:
-            logger.info("compiled kernels are not kept: %s", error)
+            logger.info("compiled kernels cannot be kept: %s", error)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file that several processes read and replace."""
+    """Lock a file that several processes read and replace."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("a")
-    except OSError:  # a folder that only the export may write to: nobody replaces the file
+    except OSError:  # a folder without write permission: nobody replaces the file
         yield
         return
     with file:
@@ -170,10 +170,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class Engine:
-    """One stage: which tensors its plan takes, and its profiles."""
+    """One stage: the tensors of its plan, and its profiles."""
 
     def __init__(self, stage: str, path: Path, declared: StageIO, runtime: Runtime) -> None:
-        """Raises EngineError for a plan that does not load or is not of the stage declared."""
+        """Raises EngineError for a plan that cannot be loaded or is not of the declared stage."""
         self.stage, self.declared, self.runtime = stage, declared, runtime
         self.engine = runtime.engine(path)
         self.inputs = _tensors(self, path)
@@ -209,8 +209,8 @@ class Engine:
     def plan(self, feeds: Mapping[str, Any]) -> tuple[dict[str, Shape], int]:
         """Return the shapes of the outputs and the profile for these feeds.
 
-        Raises FeedError for feeds that are not as declared, ProfileError for sizes that no profile
-        holds.
+        Raises FeedError for feeds that are not as declared, ProfileError for sizes that are in no
+        profile.
         """
         key = tuple((name, array.shape, array.dtype) for name, array in feeds.items())
         found = self._known.get(key)
@@ -230,16 +230,16 @@ class Engine:
         _, index, name = min(misfits)
         low, high = self.profiles[index][name]
         again = f"nsp export --target {self.runtime.module.replace('_', '-')} --max-batch N"
-        advice = f"use a smaller --batch-size (or --top-k) or build larger ones: {again}"
+        advice = f"use a smaller --batch-size (or --top-k) or build larger engines: {again}"
         if any(size < least for size, least in zip(shapes[name], low, strict=False)):
             advice = (
-                "engines of --static-batch take images that are guided at every step: ask for a "
-                "guidance scale other than 1 and no early end of guidance, or build engines "
-                f"without that option: {again}"
+                "engines built with --static-batch need guidance at every step: use a guidance "
+                "scale other than 1 and no early end of guidance, or build engines without that "
+                f"option: {again}"
             )
         raise ProfileError(
             f"{self.stage}: {name} {shapes[name]} fits none of the engine's "
-            f"{len(self.profiles)} profiles, the nearest takes {low} to {high}; {advice}"
+            f"{len(self.profiles)} profiles, the nearest allows {low} to {high}; {advice}"
         )
 
 
@@ -250,9 +250,9 @@ def _holds(span: tuple[Shape, Shape], shape: Shape) -> bool:
 
 
 def _tensors(found: Engine, path: Path) -> list[str]:
-    """Return the inputs an engine takes; raise EngineError when it is not as declared.
+    """Return the inputs of an engine; raise EngineError when it is not as declared.
 
-    An input whose values nothing needs may be gone; an output may not.
+    An unused input may be missing; an output may not.
     """
     trt, engine, declared = found.runtime.trt, found.engine, found.declared
     inputs: list[str] = []
@@ -304,7 +304,7 @@ class Context:
             self._fail("failed")
 
     def is_capturable(self) -> bool:
-        """Return whether a CUDA graph can hold it; only TensorRT for RTX can tell beforehand."""
+        """Return whether a CUDA graph can contain it; only TensorRT for RTX knows in advance."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return True if ask is None else bool(ask(self._handle))
 
@@ -315,8 +315,8 @@ class Context:
             free, total = runtime.stream.free_memory()
             raise BackendError(
                 f"{runtime.module}: out of GPU memory in stage {stage}: {free >> 20} of "
-                f"{total >> 20} MiB are free; use a smaller --batch-size, or end what else uses "
-                f"the GPU ({reason})"
+                f"{total >> 20} MiB are free; use a smaller --batch-size, or end other programs "
+                f"on the GPU ({reason})"
             )
         raise BackendError(f"{runtime.module}: stage {stage} {what} ({reason})")
 
@@ -326,9 +326,9 @@ def _is_exhausted(reason: str) -> bool:
 
 
 def _new_log(trt: Any) -> Any:
-    """Return a logger that keeps errors and hands the rest to `logging`."""
+    """Return a logger that keeps errors and passes the rest to `logging`."""
 
-    class Log(trt.ILogger):  # type: ignore[misc]  # a base known at run time only
+    class Log(trt.ILogger):  # type: ignore[misc]  # the base class is known only at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -1,4 +1,4 @@
-"""The family `next_scale`: latents that grow scale by scale, each a residual over the last one."""
+"""The family `next_scale`: latents grow scale by scale, each a residual over the one before."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,7 +32,7 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
     config, sampling, sizes = NextScaleConfig, NextScaleSampling, SIZES
 
     def condition(self, config: NextScaleConfig) -> Kind:
-        """Return what a picture is asked for by."""
+        """Return the kind of condition for a picture."""
         return "prompt"
 
     def grids(self, config: NextScaleConfig) -> Sequence[tuple[int, int]]:
@@ -48,11 +48,11 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
         return stages(config, kv_layout, dtype)
 
     def given(self, config: NextScaleConfig) -> Mapping[str, Given]:
-        """Return what an order may carry: the noise of the first latent."""
+        """Return the arrays that an order may have: the noise of the first latent."""
         return given(config)
 
     def batch_key(self, config: NextScaleConfig, order: Order[NextScaleSampling]) -> Hashable:
-        """Return what decides shapes and control flow."""
+        """Return the settings that decide shapes and control flow."""
         return batch_key(config, order)
 
     def inputs(
@@ -61,7 +61,7 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
         orders: Sequence[Order[NextScaleSampling]],
         text: Encoded | None,
     ) -> "dict[str, NDArray[Any]]":
-        """Return all that the loop takes from the host."""
+        """Return all inputs of the loop from the host."""
         assert text is not None  # its models read prompts
         return loop_inputs(config, orders, text)
 
@@ -92,7 +92,7 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
 
     @property
     def recipe_options(self) -> Mapping[str, Mapping[str, Any]]:
-        """What options of `train.py` are for some recipes where they are not given."""
+        """Defaults of options of `train.py` for some recipes."""
         from nsp.families.next_scale.recipes import SDXL_OPTIONS
 
         return {"next_scale_sdxl": SDXL_OPTIONS}
@@ -114,7 +114,7 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
 
     @property
     def learner(self) -> "Learner[NextScaleConfig, NextScaleSystem]":
-        """What needs torch."""
+        """The part that needs torch."""
         from nsp.families.next_scale.learn import NextScaleLearner
 
         return NextScaleLearner()

@@ -55,7 +55,7 @@ class VaeConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TextCondition(Config):
-    """CLIP text: the mean of the token states; a learned vector stands for no prompt."""
+    """CLIP text: the mean of the token states; a learned vector is used without a prompt."""
 
     text_width: int
     max_tokens: int
@@ -67,16 +67,16 @@ class TextCondition(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig(Config):
-    """What grows the latent: the base at the first side, a predictor for every further one."""
+    """The generator: the base makes the first latent, and a predictor each larger one."""
 
     width: int = 64  # W, feature channels of predictors and refinement
     growth: int = 32  # channels a layer of a residual dense block adds
     num_blocks: int = 3  # dense blocks, each followed by attention, of a predictor
     num_heads: int = 8
     num_kv_groups: int = 2  # heads of keys and values; 1 is multi-query attention
-    attn_max_size: int = 64  # a latent of a larger side attends to the coarser ones only
+    attn_max_size: int = 64  # a latent with a larger side attends only to coarser ones
     condition_width: int = 512  # D
-    cond_drop_rate: float = 0.1  # prompts replaced by the null vector, so that guidance is possible
+    cond_drop_rate: float = 0.1  # fraction of prompts replaced by the null vector, for guidance
     dropout: float = 0.05  # of feature maps in dense blocks
     base: Literal["flow", "regression"] = "flow"
     base_width: int = 64
@@ -119,11 +119,11 @@ class NextScaleConfig(Config):
     vae: VaeConfig
     generator: GeneratorConfig
     text: TextCondition
-    # An AutoencoderKL folder whose configuration and weights a new model takes; then forgotten.
+    # An AutoencoderKL folder; a new model gets its configuration and weights, then this is removed.
     pretrained_vae: str | None = None
 
     def __post_init__(self) -> None:
-        """Check that the sides lead from the initial size to the target; says what would."""
+        """Check that the sides lead from initial size to target; errors name the nearest."""
         self.check_counts("next_scale", "initial_size", "target_size")
         self.check_counts("next_scale", "scale_factor", least=2)
         pixels = self.vae.downsampling
@@ -164,7 +164,7 @@ class NextScaleConfig(Config):
     @property
     def sides(self) -> tuple[int, ...]:
         """s_0 .. s_K, the sides of the latents."""
-        sides = [self.initial_size]  # in integers: a logarithm would round
+        sides = [self.initial_size]  # computed with integers, because a logarithm would round
         while sides[-1] < self.latent_side:
             sides.append(sides[-1] * self.scale_factor)
         return tuple(sides)
@@ -190,7 +190,7 @@ class NextScaleConfig(Config):
         return self.target_size
 
     def has_keys(self, predictor: int) -> bool:
-        """Return whether predictor k computes keys and values of its own, and caches them."""
+        """Return whether predictor k computes its own keys and values, and caches them."""
         return self.sides[predictor] <= self.generator.attn_max_size
 
     def past_tokens(self, predictor: int) -> int:
@@ -219,7 +219,7 @@ SIZES: Mapping[str, NextScaleConfig] = {
         generator=GeneratorConfig(),
         text=TextCondition(text_width=768, max_tokens=77),
     ),
-    # 64 px to 16x16 latents; the first one is all that is drawn, so the base has most weights.
+    # 64 px to 16x16 latents; only the first latent is random, so the base has most weights.
     "emoji": NextScaleConfig(
         initial_size=4,
         target_size=64,

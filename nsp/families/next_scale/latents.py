@@ -1,6 +1,7 @@
-"""The training pictures as latents of every scale: made once by the frozen autoencoder, in a file.
+"""The training pictures as latents of every scale: computed once, and kept in a file.
 
-The latent of scale k is that of the picture resized, with antialiasing, to what it decodes to.
+The frozen autoencoder computes them. The latent of scale k is that of the picture resized, with
+antialiasing, to the size that the latent decodes to.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ _BATCH_PIXELS = 64 * 64 * 64  # encoded at once
 
 
 class LatentDataset(Dataset[Mapping[str, Any]]):
-    """Prompts with latents, or with pictures where crops and flips change the latents."""
+    """Prompts with latents, or with pictures if crops and flips change the latents."""
 
     def __init__(
         self,
@@ -39,8 +40,7 @@ class LatentDataset(Dataset[Mapping[str, Any]]):
             self._latents = cached_latents(system, data, cache)
         elif cache is not None and cache.is_given:
             raise ConfigError(
-                f"{cache.file} holds latents of whole pictures; leave it out, or data.crop and "
-                "data.flip"
+                f"{cache.file} has latents of whole pictures; omit it, or data.crop and data.flip"
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,8 +74,8 @@ def encode_scales(system: NextScaleSystem, image_B3HW: Tensor) -> list[Tensor]:
     """Return the latents (B, C, s_k, s_k) of uint8 pictures at every scale."""
     pixels = system.config.vae.downsampling
     image = to_model_range(image_B3HW)
-    # Also inside a training step: half types would make other latents than the cached ones, and
-    # SDXL's encoder leaves float16.
+    # Also inside a training step: half types would give other latents than the cached ones, and
+    # the values of SDXL's encoder are too large for float16.
     with torch.autocast(image.device.type, enabled=False):
         return [
             system.vae.encode(resized(image, side * pixels)).float() for side in system.config.sides
@@ -85,9 +85,9 @@ def encode_scales(system: NextScaleSystem, image_B3HW: Tensor) -> list[Tensor]:
 def cached_latents(
     system: NextScaleSystem, data: ImageDataset, cache: TokenCache | None
 ) -> list[Tensor]:
-    """Return the latents (N, C, s_k, s_k) of all pictures, from the cache where it is of these.
+    """Return the latents (N, C, s_k, s_k) of all pictures, from the cache if it belongs to them.
 
-    Raises ConfigError when one that the user gave is missing or of something else.
+    Raises ConfigError when a cache given by the user is missing or belongs to other pictures.
     """
     kept = cached(
         cache, lambda: _key(system, data), lambda: _tensors(system, data), maker="autoencoder"

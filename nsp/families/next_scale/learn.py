@@ -54,7 +54,7 @@ def _some_pictures(model: NextScaleConfig, source: ImageSource | None) -> Tensor
 
 
 class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
-    """What the rest of the house asks of the family `next_scale` where torch is at hand."""
+    """The torch side of the family `next_scale`."""
 
     parts: ClassVar[tuple[str, ...]] = ("generator", "vae")
 
@@ -136,8 +136,8 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
         if phase == "vae":
             if cache is not None and cache.is_given:
                 raise ConfigError(
-                    f"{cache.file} holds latents of a finished autoencoder, which this phase would "
-                    "change; leave it out, or the phase: --from-phase scales"
+                    f"{cache.file} has latents of a finished autoencoder, which this phase would "
+                    "change; omit it, or skip the phase with --from-phase scales"
                 )
             return VaeObjective(system, data, held_out, VaeSettings.from_dict(settings))
         one = _ONE_SCALE.fullmatch(phase)
@@ -151,7 +151,7 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
     def reconstruct(
         self, system: NextScaleSystem, pictures_BHW3: NDArray[np.uint8]
     ) -> NDArray[np.uint8]:
-        """Return pictures as the tokenizer of images keeps them."""
+        """Return pictures as the autoencoder reconstructs them."""
         return reconstruct(system, pictures_BHW3)
 
     def write_cache(self, system: NextScaleSystem, data: ImageDataset, file: Path) -> None:

@@ -23,7 +23,7 @@ _LAST = "last_scale"  # its length is the number of scales that are made
 
 
 def given(config: NextScaleConfig) -> Mapping[str, Given]:
-    """Return what an order may carry: the standard-normal noise of the first latent."""
+    """Return the arrays that an order may have: the standard-normal noise of the first latent."""
     return {"noise": Given(_noise_shape(config), "float32")}
 
 
@@ -41,9 +41,9 @@ def _is_guided(order: Order[NextScaleSampling]) -> bool:
 
 
 def loop_inputs(config: NextScaleConfig, orders: Orders, text: Encoded) -> dict[str, NDArray[Any]]:
-    """Return all that the loop takes from the host; `time_i` is that of Euler step i.
+    """Return all inputs of the loop from the host; `time_i` is the time of Euler step i.
 
-    What the loop does follows from the names and shapes alone, so it can be recorded.
+    The work of the loop depends only on their names and shapes, so it can be recorded.
     """
     generator, batch = config.generator, len(orders)
     images = np.arange(batch, dtype=np.int64)
@@ -72,8 +72,8 @@ def generate(
 ) -> Iterator[Step]:
     """Yield one Step per scale of `loop_inputs`.
 
-    Any latent is the decoder's input; the last one is refined. Guidance steers the base, where all
-    that is random is decided; the predictors run once per image under the condition.
+    The decoder accepts any of the latents; the last one is refined. Guidance applies to the base,
+    the only part with random numbers; the predictors run once per image with the condition.
     """
     batch, total = inputs["latent"].shape[0], inputs[_LAST].shape[0]
     prompts = {"text_mean": inputs["text_mean"], "rows": inputs["rows"]}

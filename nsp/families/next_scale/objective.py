@@ -55,7 +55,7 @@ class VaeObjective(ReconstructionObjective):
     ) -> None:
         super().__init__(data, held_out)
         self.trained, self.settings, self._config = system.vae, settings, system.config
-        self._squares: list[Tensor] = []  # mean square of latents, of the step under way
+        self._squares: list[Tensor] = []  # mean squares of the current step's latents
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the loss, its parts at full size, and PSNR in dB."""
@@ -96,13 +96,13 @@ class VaeObjective(ReconstructionObjective):
         return {"scaling_factor": self.trained.scaling_factor.clone()}
 
     def rebuilt(self, image: Tensor) -> Tensor:
-        """Return what is decoded of the latents' means."""
+        """Return the pictures decoded from the means of the latents."""
         return self.trained.decode(self.trained.encode(image))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalesSettings(Config):
-    """Which scales a phase trains, and how; scale 0 is the base, k is made by predictor k - 1."""
+    """The scales that a phase trains; scale 0 is the base, and predictor k - 1 makes scale k."""
 
     first_scale: int = 0
     last_scale: int | None = None  # None: the finished latent
@@ -116,12 +116,12 @@ class ScalesSettings(Config):
             raise ConfigError(f"objective.noise must be in [0, 10), got {self.noise}")
 
     def scales(self, config: NextScaleConfig) -> range:
-        """Return the scales to train; raise ConfigError for ones the model has not."""
+        """Return the scales to train; raise ConfigError for scales that the model does not have."""
         last = config.num_scales - 1
         end = last if self.last_scale is None else self.last_scale
         if not 0 <= self.first_scale <= end <= last:
             raise ConfigError(
-                f"scales {self.first_scale} to {end} are asked for; this model has 0 to {last} "
+                f"scales {self.first_scale} to {end} are requested, but this model has 0 to {last} "
                 f"(latents of side {', '.join(map(str, config.sides))})"
             )
         return range(self.first_scale, end + 1)
@@ -178,7 +178,7 @@ class ScalesObjective(Objective):
         return [m for m in self.trained.modules() if isinstance(m, FeatureBlock)]
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the loss and that of every scale; of held-out pictures also the chain's error."""
+        """Return the loss and each scale's loss; for held-out pictures also the chain's error."""
         system = self.system
         config, keys = system.config, batch["key"]
         device = next(system.generator.parameters()).device

@@ -11,7 +11,7 @@ from nsp.families.next_scale.objective import ScalesSettings
 from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
 
 _VAE, _SCALES, _SCALE = "vae", "scales", "scale_"
-# Of the first implementation's command line; what is counted in epochs cannot be of a stream.
+# From the first implementation's command line; options in epochs do not work with a stream.
 SDXL_OPTIONS: Mapping[str, Any] = {
     "output_dir": Path("outputs"),
     "checkpoint_dir": "checkpoints",
@@ -146,13 +146,13 @@ def with_options(
         model["vae"] = read_vae_config(Path(options["pretrained_vae"])).to_dict()
         phases = tuple(phase for phase in run.phases if phase.name != _VAE)
         run = dataclasses.replace(run, phases=phases)
-    NextScaleConfig.from_dict(model)  # sizes that do not meet are said before pictures are read
+    NextScaleConfig.from_dict(model)  # report sizes that do not fit before pictures are read
     run = dataclasses.replace(run, model=model)
     trains_vae = any(phase.name == _VAE for phase in run.phases)
     if not (trains_vae or model.get("pretrained_vae") or run.start_from):
         raise ConfigError(
-            "this run would begin with an untrained autoencoder: give one with --vae FOLDER (an "
-            "AutoencoderKL), or a trained model with --start-from CHECKPOINT"
+            "this run would begin with an untrained autoencoder; give a trained one with --vae "
+            "FOLDER (an AutoencoderKL), or a trained model with --start-from CHECKPOINT"
         )
     wanted = {name: options[name] for name in _RANGE if name in options}
     phases = tuple(
@@ -170,18 +170,18 @@ def _is_of_scales(phase: PhaseConfig) -> bool:
 
 
 def _cut(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:
-    """Return the run with the scales asked for, in one phase or, where progressive, one each."""
+    """Return the run with the requested scales, in one phase or, if progressive, one phase each."""
     given = {phase.name: phase for phase in run.phases if _is_of_scales(phase)}
     whole = given.get(_SCALES)
     settings = {n: v for n, v in (whole.objective if whole else {}).items() if n not in _ENDS}
     ends = {_ENDS[i]: options[n] for i, n in enumerate(_RANGE[:2]) if n in options}
     range_of = ScalesSettings.from_dict({**settings, **ends}).scales
     names = [f"{_SCALE}{scale}" for scale in range_of(NextScaleConfig.from_dict(run.model))]
-    if whole is None:  # cut already: a run that goes on
+    if whole is None:  # a continued run, which already has the requested phases
         if not set(names) <= given.keys():
             found = ", ".join(phase.name for phase in run.phases)
             raise ConfigError(
-                f"this run has the phases {found}, not {', '.join(names)}; start another with "
+                f"this run has the phases {found}, not {', '.join(names)}; start another run with "
                 "--output-dir"
             )
         return run

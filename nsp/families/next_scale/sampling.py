@@ -1,4 +1,4 @@
-"""What a caller may ask of one image of the family `next_scale`."""
+"""Settings of one image of the family `next_scale`."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ class NextScaleSampling(Sampling):
     guidance_scale: float = field(default=2.0, metadata={"help": "Strength of guidance; 1 is off."})
     target_size: int | None = field(
         default=None,
-        metadata={"help": "Side of the image in pixels, one of the model's scales."},
+        metadata={"help": "Side of the image in pixels; must be one of the model's scales."},
     )
     initial_size: int | None = field(
-        default=None, metadata={"help": "Side of the first latent the model must have."}
+        default=None, metadata={"help": "Side that the model's first latent must have."}
     )
     scale_factor: int | None = field(
-        default=None, metadata={"help": "From scale to scale, which the model must have."}
+        default=None, metadata={"help": "Factor from scale to scale that the model must have."}
     )
 
     def __post_init__(self) -> None:
@@ -39,20 +39,20 @@ class NextScaleSampling(Sampling):
                 values.count(name, getattr(self, name))
 
     def last_scale(self, config: NextScaleConfig) -> int:
-        """Return the scale whose image has the size asked for; ConfigError where none has."""
+        """Return the scale whose image has the requested size; ConfigError if there is none."""
         for name in ("initial_size", "scale_factor"):
             wanted, has = getattr(self, name), getattr(config, name)
             if wanted not in (None, has):
                 raise ConfigError(
-                    f"{name}={wanted} is asked for, and this model has {has}; leave it out, or "
-                    "train another model"
+                    f"{name}={wanted} is requested, but this model has {has}; omit it, or train "
+                    "another model"
                 )
         images = [side * config.vae.downsampling for side in config.sides]
         wanted = images[-1] if self.target_size is None else self.target_size
         if wanted not in images:
             nearest = sorted(images, key=lambda size: abs(math.log(size / wanted)))[:2]
             raise ConfigError(
-                f"target_size={wanted} is asked for, and this model makes images of "
+                f"target_size={wanted} is requested, but this model makes images of "
                 f"{', '.join(map(str, images))} px; nearest: {' or '.join(map(str, nearest))}"
             )
         return images.index(wanted)

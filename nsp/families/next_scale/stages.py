@@ -109,7 +109,7 @@ def _predictor(config: NextScaleConfig, predictor: int, dtype: str) -> StageIO:
         "condition": Axes(f"B {generator.condition_width}"),
     }
     outputs = {"new_latent": Axes(f"B {channels} {following} {following}")}
-    # No runtime is asked to take a tensor without elements: the first predictor has no past.
+    # Runtimes may not accept tensors without elements, so the first predictor has no past.
     if past := config.past_tokens(predictor):
         inputs |= {f"past_{name}": Axes(f"{past} B {heads}", dtype) for name in cache}
     if config.has_keys(predictor):

@@ -1,4 +1,4 @@
-"""All trainable parts of one `next_scale` model together, as checkpoints hold them."""
+"""All trainable parts of one `next_scale` model together, as in checkpoints."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -40,7 +40,7 @@ class NextScaleSystem(System[NextScaleConfig]):
 
     def condition(self, token_ids_BT: Tensor, dropped_B: Tensor) -> Tensor:
         """Return condition vectors (B, D); rows where `dropped_B` holds have no prompt."""
-        # The stage's own tables are made on the CPU.
+        # The stage creates its tables on the CPU.
         mean = TextMeanStage(self.text_encoder).to(token_ids_BT.device)(token_ids_BT)
         rows = torch.arange(len(dropped_B), device=dropped_B.device)
         null_row = torch.full_like(rows, len(dropped_B))

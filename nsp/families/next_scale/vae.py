@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _LARGEST = 65504 / 8  # of float16, with room for pictures beyond those measured
 _STEMS = ("diffusion_pytorch_model", "model")
 _READ = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
-# Values that AutoencoderKL's own code would heed and this one's decoder does not.
+# Values that AutoencoderKL's own code supports and this decoder does not.
 _FIXED = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
 # Names of folders saved before diffusers 0.18, in the one attention block.
 _OLD_NAMES = {
@@ -188,7 +188,7 @@ def load_vae(folder: Path, pictures_B3HW: Tensor | None = None) -> tuple[Vae, Va
     """Return the autoencoder in a diffusers folder (or its part `vae`), ready for half precision.
 
     Its decoder is measured on standard-normal latents and on those of `pictures_B3HW` ([-1, 1]).
-    Raises CheckpointError for a folder that holds something else, or is incomplete.
+    Raises CheckpointError for a folder of another kind, or an incomplete one.
     """
     root = _root(folder)
     config = read_vae_config(folder)
@@ -212,7 +212,7 @@ def load_vae(folder: Path, pictures_B3HW: Tensor | None = None) -> tuple[Vae, Va
 
 
 def _root(folder: Path) -> Path:
-    """Return where the autoencoder of a folder lies: there, or in a pipeline's part `vae`."""
+    """Return the folder of an autoencoder: the given one, or a pipeline's part `vae`."""
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
@@ -227,11 +227,11 @@ def read_vae_config(folder: Path) -> VaeConfig:
     root = _root(folder)
     path = root / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{root} holds no config.json; give an AutoencoderKL folder")
+        raise CheckpointError(f"{root} has no config.json; give an AutoencoderKL folder")
     values = read_settings(path)
     if values.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(
-            f"{root} holds a {values.get('_class_name')}; an AutoencoderKL is needed"
+            f"{root} contains a {values.get('_class_name')}; an AutoencoderKL is needed"
         )
     odd = [n for n in ("shift_factor", "latents_mean", "latents_std") if values.get(n) is not None]
     odd += [n for n in ("use_quant_conv", "use_post_quant_conv") if values.get(n) is False]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Var(Family[VarConfig, VarSampling, "VarSystem"]):
-    """VAR and models of its kind, on classes or prompts."""
+    """VAR and similar models, with classes or prompts."""
 
     name: ClassVar[str] = "var"
     published: ClassVar[Mapping[str, str]] = {
@@ -34,7 +34,7 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
     config, sampling, sizes = VarConfig, VarSampling, SIZES
 
     def condition(self, config: VarConfig) -> Kind:
-        """Return what a picture is asked for by."""
+        """Return the kind of condition for a picture."""
         return "class" if config.text is None else "prompt"
 
     def grids(self, config: VarConfig) -> Sequence[tuple[int, int]]:

@@ -24,7 +24,7 @@ from nsp.training.reconstruction import ReconstructionObjective, image_gradient_
 class DecoderSettings(Config):
     """Settings of the decoder phase."""
 
-    # Beside the mean squared error, which alone would blur edges.
+    # In addition to the mean squared error, which alone would blur edges.
     gradient_weight: float = 0.05
     prefix_share: float = 0.0  # as in TokenizerSettings
 
@@ -66,9 +66,9 @@ class DecoderObjective(ReconstructionObjective):
 
     @torch.no_grad()
     def _latents(self, image: Tensor) -> list[Tensor]:
-        """Return what the tokens of the first 1, 2, ... scales stand for."""
+        """Return the latents of the tokens of the first 1, 2, ... scales."""
         return self._vae.quantize.tokenize(self._vae.encode(image).float())[1]
 
     def rebuilt(self, image: Tensor) -> Tensor:
-        """Return what is decoded of all tokens."""
+        """Return the pictures decoded from all tokens."""
         return self._vae.decode(self._latents(image)[-1])

@@ -7,7 +7,7 @@ from nsp.families.var.sampling import VarSampling
 from nsp.families.var.stages import needs_nucleus_stages
 from nsp.family.order import Order
 
-# Enough tokens for 99 % to mean something with a small model; few images where each is expensive.
+# Enough tokens for a limit of 99 % with a small model; few images if each is expensive.
 _WANTED_TOKENS, _FEWEST_IMAGES, _MOST_IMAGES = 1000, 3, 8
 
 # Captions as in the embedded set: plain, compositional, with punctuation.

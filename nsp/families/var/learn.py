@@ -38,7 +38,7 @@ PHASES = ("tokenizer", "decoder", "predictor")
 
 
 class VarLearner(Learner[VarConfig, VarSystem]):
-    """What the rest of the house asks of the family `var` where torch is at hand."""
+    """The torch side of the family `var`."""
 
     parts: ClassVar[tuple[str, ...]] = ("predictor", "vae")
 
@@ -122,8 +122,8 @@ class VarLearner(Learner[VarConfig, VarSystem]):
         if phase == "tokenizer":
             if cache is not None and cache.is_given:
                 raise ConfigError(
-                    f"{cache.file} holds tokens of a finished tokenizer, which this phase would "
-                    "change; leave it out, or the phase: --from-phase predictor"
+                    f"{cache.file} has tokens of a finished tokenizer, which this phase would "
+                    "change; omit it, or skip the phase with --from-phase predictor"
                 )
             return TokenizerObjective(system, data, held_out, TokenizerSettings.from_dict(settings))
         if phase == "decoder":
@@ -132,7 +132,7 @@ class VarLearner(Learner[VarConfig, VarSystem]):
         return PredictorObjective(system, data, held_out, predictor, cache)
 
     def reconstruct(self, system: VarSystem, pictures_BHW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return pictures as the tokenizer of images keeps them."""
+        """Return pictures as the tokenizer reconstructs them."""
         return reconstruct(system, pictures_BHW3)
 
     def write_cache(self, system: VarSystem, data: ImageDataset, file: Path) -> None:

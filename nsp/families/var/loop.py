@@ -24,7 +24,7 @@ from nsp.layers.resample import area_matrix, bicubic_matrix
 from nsp.stage.arena import Array, KVShape
 from nsp.stage.backend import Backend
 
-# What is different at every scale and goes to its stages.
+# Inputs of stages that differ at every scale.
 _SELECT = ("uniforms", "forced", "guidance")
 _SMOOTH = ("gumbel", "ratio")
 _SETTINGS = ("temperature", "top_p", "top_k")
@@ -35,7 +35,7 @@ Orders = Sequence[Order[VarSampling]]
 
 
 def given(config: VarConfig) -> Mapping[str, Given]:
-    """Return what an order may carry: random numbers and tokens of all scales, scale by scale."""
+    """Return the arrays an order may have: random numbers and tokens of all scales, in order."""
     length, codes = config.num_tokens, config.vae.vocab_size
     return {
         "uniforms": Given((length,), "float32", least=0, below=1),
@@ -45,10 +45,10 @@ def given(config: VarConfig) -> Mapping[str, Given]:
 
 
 def batch_key(config: VarConfig, order: Order[VarSampling]) -> Hashable:
-    """Return how far an order is guided, how its codes are drawn and what is sorted for that."""
+    """Return the guided scales, the way codes are drawn, and the number of sorted logits."""
     sampling = order.sampling
     if "gumbel" in order.given and not sampling.more_smooth:
-        raise ConfigError("gumbel has no effect without more_smooth=True; leave one out")
+        raise ConfigError("gumbel has no effect without more_smooth=True; omit it or set that")
     ranks = sampling.num_ranks(config.vae.vocab_size)
     return (_guided_scales(config, order), sampling.more_smooth, ranks)
 
@@ -60,7 +60,7 @@ def _guided_scales(config: VarConfig, order: Order[VarSampling]) -> int:
 
 
 def loop_inputs(config: VarConfig, orders: Orders, text: Encoded | None) -> dict[str, NDArray[Any]]:
-    """Return all that the loop takes from the host; what is for scale s is named `..._s`."""
+    """Return all inputs of the loop from the host; names of inputs for scale s end in `_s`."""
     batch, side, first = len(orders), config.latent_side, orders[0]
     smooth, guided_scales = first.sampling.more_smooth, _guided_scales(config, first)
     inputs = {
@@ -101,8 +101,8 @@ def loop_inputs(config: VarConfig, orders: Orders, text: Encoded | None) -> dict
 def _top_k_inputs(orders: Orders, vocab_size: int) -> dict[str, NDArray[np.int64]]:
     """Return every image's top-k, and the ranks to sort; 0 is off.
 
-    Where top-p alone takes all codes for ranks, `top_k_ranks` are those of a stage that does
-    without.
+    If top-p without top-k needs all codes as ranks, `top_k_ranks` are the ranks for a stage that
+    needs only those of top-k.
     """
     top_k = [min(order.sampling.top_k, vocab_size) for order in orders]
     ranks = {"ranks": orders[0].sampling.num_ranks(vocab_size)}
@@ -179,7 +179,7 @@ def _condition(backend: Backend, encoded: Mapping[str, Array], rows: Array) -> d
 
 
 def _of_scale(inputs: Mapping[str, Array], scale: int) -> dict[str, Array]:
-    """Return what is for one scale, without its number."""
+    """Return the inputs for one scale, with names without its number."""
     end = f"_{scale}"
     return {n.removesuffix(end): array for n, array in inputs.items() if n.endswith(end)}
 
@@ -187,9 +187,10 @@ def _of_scale(inputs: Mapping[str, Array], scale: int) -> dict[str, Array]:
 def _select(
     backend: Backend, inputs: Mapping[str, Array], here: Mapping[str, Array], logits: Array
 ) -> dict[str, Array]:
-    """Run the selection stage of one scale: the smooth one where its noise is given.
+    """Run the selection stage of one scale: the smooth one if its noise is given.
 
-    Where the backend cannot sort as many codes as top-p alone takes, the one that need not.
+    If the backend cannot sort as many codes as top-p without top-k needs, a stage that does not
+    sort them is used.
     """
     stage = "select_smooth" if "gumbel" in here else "select"
     own = (*_SELECT, *(_SMOOTH if stage == "select_smooth" else ()))
@@ -198,8 +199,8 @@ def _select(
         stage, ranks = f"{stage}_nucleus", inputs.get("top_k_ranks", ranks)
         if ranks.shape[0] > most:
             raise ConfigError(
-                f"top_k above {most} is more than backend {backend.name} can sort; use "
-                f"--top-k {most} or less, 0 for none, or another backend"
+                f"backend {backend.name} sorts at most {most} codes for top_k; use --top-k {most} "
+                "or less, 0 for no limit, or another backend"
             )
     settings = {name: inputs[name] for name in _SETTINGS}
     feeds = {"logits": logits, "ranks": ranks, **{n: here[n] for n in own}, **settings}

@@ -24,7 +24,7 @@ _MAX_LOG_SCALE = math.log(100)
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the condition contributes to every scale step; computed once per image."""
+    """The condition's part in every scale step; computed once per image."""
 
     x_GLC: Tensor  # input tokens of the first scale
     modulation_IG6C: Tensor  # I blocks; gamma1, gamma2, scale1, scale2, shift1, shift2
@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x_GLC: Tensor, past: KeyValue | Tensor | None, attend: Attend
     ) -> tuple[Tensor, KeyValue]:
-        """Return (G, L, C) and the keys and values `attend` hands back."""
+        """Return (G, L, C) and the keys and values returned by `attend`."""
         dtype = self.mat_qkv.weight.dtype
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(dtype)
         qkv = self.mat_qkv(x_GLC.to(dtype)) + bias  # called, so that adapters in it take part
@@ -220,7 +220,7 @@ class NextScaleTransformer(nn.Module):
     training.
     """
 
-    # Only training sees the mask; people hand around files in which it is zeros.
+    # Only training uses the mask; in some files that people share it is zeros.
     RECOMPUTED_BUFFERS = ("attn_bias_for_masking",)
 
     lvl_1L: Tensor
@@ -252,7 +252,7 @@ class NextScaleTransformer(nn.Module):
         self.register_buffer("attn_bias_for_masking", mask[None, None])
 
     def _add_text(self, text: TextCondition) -> None:
-        """Create the parameters only the text variant has."""
+        """Create the parameters that only the text variant has."""
         self.text_pool = nn.Linear(text.text_width, self.config.predictor.width)
         if text.null == "learned":
             self.text_null_states = nn.Parameter(torch.zeros(text.max_tokens, text.text_width))
@@ -307,7 +307,7 @@ class NextScaleTransformer(nn.Module):
     ) -> tuple[Tensor, list[KeyValue]]:
         """Return float32 logits (G, L, V) of the tokens at `positions_L`, and the keys and values.
 
-        These are what `attend` hands back, block by block.
+        These are returned by `attend`, block by block.
         """
         x = x_GLC + self.positions()[positions_L]
         caches = []

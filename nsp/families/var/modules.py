@@ -24,7 +24,7 @@ from nsp.layers.logits import (
 )
 from nsp.text.encoder import TextEncoderStage
 
-# Scaled logits, top-p, top-k, ranks -> what is kept of the logits.
+# Scaled logits, top-p, top-k, ranks -> filtered logits.
 Filter: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 

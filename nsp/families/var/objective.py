@@ -43,7 +43,7 @@ class ScalePrefix(Config):
     """
 
     num_scales: int  # at least 2
-    share: float  # of the steps
+    share: float  # fraction of the steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class PredictorSettings(Config):
     sample_guidance_scale: float = 2.0
     train_text_encoder: bool = True  # False keeps a pretrained one as it is
     prefixes: tuple[ScalePrefix, ...] = ()  # steps of fewer scales; the rest trains all
-    # A prompt loses a random share of its tokens in every step, up to this: what is left names many
-    # pictures, so that each word comes to mean what they have in common. Without it the model
-    # knows captions as a whole, and mistakes one whose words it never met together for another.
+    # A prompt loses a random fraction of its tokens in every step, up to this. The remaining words
+    # fit many pictures, so the model learns what each word means. Without it the model knows only
+    # whole captions, and confuses captions with new combinations of words.
     token_drop: float = 0.0
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class PredictorObjective(Objective):
         _check_prefixes(settings.prefixes, self._num_scales)
         if settings.token_drop > 0 and system.prompt_tokenizer is None:
             raise ConfigError(
-                "token_drop is for prompts, and this model is class-conditional; leave it out"
+                "token_drop is for prompts, but this model is class-conditional; omit it"
             )
         self.needs_captions = system.config.text is not None
         self.system = system.requires_grad_(False)
@@ -157,7 +157,9 @@ class PredictorObjective(Objective):
         """Return class ids (B,) or prompt token ids (B, T) of a stream's pictures."""
         if self.system.config.text is None:
             class_ids: Tensor = batch["class_id"]
-            if self.system.config.num_classes == 1:  # of which all are, whether they say so or not
+            if (
+                self.system.config.num_classes == 1
+            ):  # all pictures belong to it, with or without a class
                 class_ids = class_ids.clamp_min(0)
             check_classes(class_ids, self.system.config.num_classes)
             return class_ids
@@ -174,14 +176,14 @@ class PredictorObjective(Objective):
 
 
 def _check_prefixes(prefixes: Sequence[ScalePrefix], num_scales: int) -> None:
-    """Raise ConfigError for a prefix that is none, or shares that leave nothing to all scales."""
+    """Raise ConfigError for a wrong number of scales, or shares without steps of all scales."""
     for prefix in prefixes:
         if not 2 <= prefix.num_scales < num_scales:
             raise ConfigError(
                 f"prefixes: num_scales must be in 2..{num_scales - 1}, got {prefix.num_scales}"
             )
     if any(prefix.share <= 0 for prefix in prefixes) or sum(p.share for p in prefixes) >= 1:
-        raise ConfigError("prefixes: shares must be above 0, and below 1 together")
+        raise ConfigError("prefixes: each share must be above 0, and their sum below 1")
 
 
 def _scales_of_step(step: int, prefixes: Sequence[ScalePrefix], num_scales: int) -> int:

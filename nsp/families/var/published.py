@@ -1,8 +1,8 @@
 """Reads published VAR weights: official state dicts in, a checkpoint folder out.
 
-What shapes tell is inferred; the rest comes from the constructor arguments of the public code,
-where they are given. Source of names: github.com/FoundationVision/VAR, models/var.py,
-models/vqvae.py, models/quant.py.
+Values that follow from shapes are inferred; the others come from the given constructor arguments of
+the public code. Source of names: github.com/FoundationVision/VAR, models/var.py, models/vqvae.py,
+models/quant.py.
 """
 
 import logging
@@ -65,9 +65,9 @@ _VAR_ARGUMENTS = {
     "flash_if_available": None,
     "fused_if_available": None,
 }
-# Fields that tensors tell up to rounding (a width) or by another name (0: as many as scales).
+# Fields that tensors give up to rounding (a width) or in another form (0: as many as scales).
 _ROUGHLY_TOLD = ("mlp_ratio", "default_qresi_counts")
-_MAX_DIGITS = 6  # of a number in a tensor's name
+_MAX_DIGITS = 6  # digits of a number in a tensor's name
 logger = logging.getLogger(__name__)
 
 
@@ -84,7 +84,7 @@ def convert(
         raise ConfigError(f"{output_dir} is a file; choose another --output-dir")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not is_checkpoint(output_dir):
         raise ConfigError(
-            f"{output_dir} is not empty and no checkpoint; choose another --output-dir"
+            f"{output_dir} is not empty and not a checkpoint; choose another --output-dir"
         )
     given = _arguments(config or {})
     vae_state = read_state(tokenizer, part="vae_local")
@@ -94,7 +94,8 @@ def convert(
     )
     usage = (len(var_config.patch_nums), var_config.vae.vocab_size)
     if vae_state.get("quantize.ema_vocab_hit_SV", torch.empty(0)).shape != usage:
-        # A usage statistic of another schedule, or none: one tokenizer serves several.
+        # A usage statistic may be missing or for another schedule: several models share a
+        # tokenizer.
         vae_state["quantize.ema_vocab_hit_SV"] = torch.zeros(usage)
     shapes = [tensor.shape for state in (vae_state, var_state) for tensor in state.values()]
     with bounded(shapes, f"{tokenizer.name} and {predictor.name}"):
@@ -120,22 +121,22 @@ def convert(
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the constructor arguments under "vae" and "var"; what else there is is named once."""
+    """Return the constructor arguments under "vae" and "var"; a warning names other keys."""
     known = ("vae", "var")
     others = [key for key in config if key not in known]
     if others and not any(part in config for part in known):
         raise ConfigError(f"--config: unknown key {others[0]!r}; known: {', '.join(known)}")
     if others:
-        logger.warning("--config: vae and var are read; not used: %s", ", ".join(others))
+        logger.warning("--config: only vae and var are used, not %s", ", ".join(others))
     given = {part: config.get(part, {}) for part in known}
     for part, arguments in given.items():
         if not isinstance(arguments, Mapping):
-            raise ConfigError(f"--config: {part} must hold constructor arguments as an object")
+            raise ConfigError(f"--config: {part} must be an object with constructor arguments")
     return given
 
 
 def read_state(path: Path, *, part: str) -> dict[str, Tensor]:
-    """Return the state dict in `path`, by the names that the model gives them.
+    """Return the state dict in `path`, with the model's own names.
 
     The file is read by its content, wrappers and prefixes are seen through (state_names.py); the
     public trainer nests the state dict as ['trainer'][part].
@@ -152,7 +153,7 @@ def infer_config(
     tokenizer: str = "tokenizer",
     predictor: str = "predictor",
 ) -> VarConfig:
-    """Return the configuration from shapes, with what these do not tell from the arguments given.
+    """Return the configuration from shapes and, for other values, from the given arguments.
 
     `tokenizer` and `predictor` are the files, for errors. Raises CheckpointError for tensors of
     something else, ConfigError for an argument that is unknown or contradicts the tensors.
@@ -167,11 +168,11 @@ def infer_config(
     vae_fields |= _renamed(vae, _VAE_ARGUMENTS, "vae", {**told, **vae_fields})
     var_fields |= _renamed(var, _VAR_ARGUMENTS, "var", {**told, **var_fields})
     if "num_heads" not in var_fields:
-        # Nothing in the weights tells the heads apart without q/k normalisation.
+        # Without q/k normalisation, the weights do not show the number of heads.
         width, depth = var_fields["width"], var_fields["depth"]
         if width != 64 * depth:
             raise ConfigError(
-                "the number of heads does not follow from these weights; give "
+                "these weights do not show the number of heads; give "
                 '{"var": {"num_heads": H}} with --config'
             )
         var_fields["num_heads"] = depth
@@ -187,7 +188,7 @@ def infer_config(
 
 @contextmanager
 def _naming(path: str, state: Mapping[str, Tensor], wanted: str) -> Iterator[None]:
-    """Say in an error which file it is about and, where that is not what is `wanted`, what it is.
+    """Add to an error the file it is about and, if that is not `wanted`, what it is instead.
 
     A ConfigError, which is about the arguments, stays as it is.
     """
@@ -197,14 +198,14 @@ def _naming(path: str, state: Mapping[str, Tensor], wanted: str) -> Iterator[Non
         if shard := part_of_a_model(Path(path)):
             said = f"{path} {shard} ({error})"
         elif kind_of(state) == wanted:
-            said = f"{path}: {error}; part of {wanted} is missing, or it is of another variant"
+            said = f"{path}: {error}; a part of {wanted} is missing, or it is another variant"
         else:
             said = f"{path} {what_it_is(Path(path), state)}; give {wanted} ({error})"
         raise CheckpointError(said) from error
 
 
 def _vae_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the fields of VaeConfig that shapes tell."""
+    """Return the fields of VaeConfig that follow from shapes."""
     vocab_size, channels = _shape(state, "quantize.embedding.weight", 2)
     base, colours = _shape(state, "encoder.conv_in.weight", 4)[:2]
     levels = range(_count(state, r"encoder\.down\.(\d+)\."))
@@ -232,7 +233,7 @@ def _vae_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _predictor_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the fields of PredictorConfig that shapes tell."""
+    """Return the fields of PredictorConfig that follow from shapes."""
     width = _shape(state, "word_embed.weight", 2)[0]
     l2_norm = "blocks.0.attn.scale_mul_1H11" in state
     fields = {
@@ -248,9 +249,9 @@ def _predictor_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _schedule(state: Mapping[str, Tensor], given: Any) -> list[int]:
-    """Return patch_nums from the level of every token, which a file may leave out.
+    """Return patch_nums from the level of every token, if the file has them.
 
-    Without levels they are those `given`, or the one published schedule of as many tokens.
+    Without levels they are the `given` ones, or the only published schedule with as many tokens.
     """
     if "lvl_1L" not in state:
         return _schedule_without_levels(state, given)
@@ -259,7 +260,7 @@ def _schedule(state: Mapping[str, Tensor], given: Any) -> list[int]:
     sides = [math.isqrt(int(count)) for count in counts]
     if [side**2 for side in sides] != counts.tolist() or sides != sorted(set(sides)):
         raise CheckpointError(
-            f"tensor lvl_1L holds levels of {counts.tolist()} tokens; the scales of a model are "
+            f"tensor lvl_1L has levels of {counts.tolist()} tokens; the scales of a model are "
             "growing squares"
         )
     return sides
@@ -271,7 +272,7 @@ def _schedule_without_levels(state: Mapping[str, Tensor], given: Any) -> list[in
     if given is None:
         for sides in SCHEDULES.values():
             if (sum(side**2 for side in sides), len(sides)) == (num_tokens, num_scales):
-                logger.info("the weights leave out lvl_1L; their schedule is %s", list(sides))
+                logger.info("the weights do not have lvl_1L; their schedule is %s", list(sides))
                 return list(sides)
     elif (
         isinstance(given, list)
@@ -280,8 +281,8 @@ def _schedule_without_levels(state: Mapping[str, Tensor], given: Any) -> list[in
     ):
         return given
     raise ConfigError(
-        f"the weights leave out lvl_1L, and their {num_tokens} tokens in {num_scales} scales do "
-        'not tell the schedule; give the right {"var": {"patch_nums": [1, 2, ...]}} with --config'
+        f"the weights do not have lvl_1L, and {num_tokens} tokens in {num_scales} scales do not "
+        'show the schedule; give the right {"var": {"patch_nums": [1, 2, ...]}} with --config'
     )
 
 
@@ -290,22 +291,24 @@ def _renamed(
 ) -> dict[str, Any]:
     """Return our fields for constructor arguments.
 
-    Raises ConfigError for an unknown one, and for one that differs from what the tensors have told.
+    Raises ConfigError for an unknown argument, and for one that contradicts the tensors.
     """
     for name, given in arguments.items():
         if name not in table:
-            raise ConfigError(f"--config: {where}.{name} is no argument; known: {', '.join(table)}")
+            raise ConfigError(
+                f"--config: {where}.{name} is not an argument; known: {', '.join(table)}"
+            )
         field = table[name] or name
         if field in told and field not in _ROUGHLY_TOLD and given != told[field]:
             raise ConfigError(
-                f"--config: {where}.{name}={given!r} contradicts the weights, which are of a model "
-                f"with {told[field]!r}; leave it out"
+                f"--config: {where}.{name}={given!r} contradicts the weights, which have "
+                f"{told[field]!r}; omit it"
             )
     return {field: arguments[name] for name, field in table.items() if field and name in arguments}
 
 
 def _shape(state: Mapping[str, Tensor], name: str, num_axes: int) -> torch.Size:
-    """Return the shape of a tensor every such model has, with that many axes and not empty."""
+    """Return the shape of a required tensor, which must have that many axes and not be empty."""
     if name not in state:
         raise CheckpointError(f"missing tensor {name}")
     shape = state[name].shape
@@ -319,5 +322,5 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     found = {match[1] for name in state if (match := re.match(pattern, name))}
     if any(len(number) > _MAX_DIGITS for number in found):
         longest = max(found, key=len)
-        raise CheckpointError(f"a name counts to {longest}, which no model does")
+        raise CheckpointError(f"a tensor's name has the number {longest}, which no model has")
     return max((int(number) + 1 for number in found), default=0)

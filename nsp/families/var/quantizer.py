@@ -23,7 +23,7 @@ _R = TypeVar("_R")
 
 
 def _in_float32(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Return the method with autocast off: it would narrow products that decide tokens."""
+    """Return the method with autocast off, which would round products that decide tokens."""
 
     @functools.wraps(method)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -36,7 +36,7 @@ def _in_float32(method: Callable[_P, _R]) -> Callable[_P, _R]:
 class Phi(nn.Conv2d):
     """phi(x) = (1 - q) x + q conv3x3(x), the learned smoothing after bicubic upsampling."""
 
-    bias: Tensor  # nn.Conv2d leaves open whether there is one
+    bias: Tensor  # nn.Conv2d's type allows no bias
 
     def __init__(self, channels: int, strength: float) -> None:
         super().__init__(channels, channels, 3, padding=1)
@@ -61,7 +61,7 @@ class _PartialPhis(nn.Module):
 
 @dataclass(frozen=True)
 class QuantizerOutput:
-    """What tokenizer training needs from one pass."""
+    """The results of one pass that tokenizer training needs."""
 
     latents: list[Tensor]  # straight-through f_hat of every scale: its value, the gradient of f
     loss: Tensor  # scalar VQ loss

@@ -25,7 +25,8 @@ def emoji() -> RunConfig:
         sample_every=1200,
     )
     # All 130 tokens of a picture take six times as long as the 30 of its first four scales, which
-    # decide what it shows. Small batches: what counts with 3,584 pictures is the number of updates.
+    # decide its content. Batches are small because with 3,584 pictures the number of updates
+    # matters.
     prefixes = [{"num_scales": 4, "share": 0.2}, {"num_scales": 5, "share": 0.3}]
     predictor = PhaseConfig(
         name="predictor",
@@ -103,7 +104,9 @@ def _shortened(run: RunConfig, steps: Mapping[str, int]) -> RunConfig:
                 phase,
                 steps=count,
                 optimizer=optimizer,
-                ema_decay=min(phase.ema_decay, count / (count + 10)),  # else mostly first weights
+                ema_decay=min(
+                    phase.ema_decay, count / (count + 10)
+                ),  # otherwise mostly first weights
                 sample_every=every,
                 checkpoint_every=every,
             )

@@ -16,7 +16,7 @@ from nsp.errors import ConfigError
 from nsp.family.order import Sampling, stream
 from nsp.stage.backend import TENSORRT_RANKS
 
-# Bounds far from any use. Beyond them float32 overflows on the way to the logits: noise, no error.
+# Bounds far beyond any use. Beyond them float32 overflows and gives noise without an error.
 _LARGE = 1e6
 
 
@@ -32,20 +32,20 @@ class VarSampling(Sampling):
     )
     guidance_interval: tuple[float, ...] = field(
         default=(0.0, 1.0),
-        metadata={"help": "Where `interval` guides: fractions of the schedule."},
+        metadata={"help": "Part of the schedule guided by `interval`, as two fractions."},
     )
     guidance_until: int | None = field(
         default=None,
-        metadata={"help": "Guide so many scales only: the last, largest ones then cost half."},
+        metadata={"help": "Number of guided scales; the later, largest ones then cost half."},
     )
     top_k: int = field(
-        default=0, metadata={"help": "Draw from the K likeliest codes; 0 is off, 1 greedy."}
+        default=0, metadata={"help": "Draw from the K most likely codes; 0 is off, 1 is greedy."}
     )
     top_p: float = field(
-        default=1.0, metadata={"help": "Draw from the likeliest codes of mass P; 1 is off."}
+        default=1.0, metadata={"help": "Draw from the most likely codes of mass P; 1 is off."}
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "Divides the logits; below 1 is safer."}
+        default=1.0, metadata={"help": "Divides the logits; lower is less random."}
     )
     more_smooth: bool = field(default=False, metadata={"help": "Mix codes (Gumbel softmax)."})
 
@@ -74,18 +74,18 @@ class VarSampling(Sampling):
         if self.guidance_until is not None and self.guidance_until < 0:
             raise ConfigError(
                 f"guidance_until={self.guidance_until} must be at least 0, the number of scales "
-                "with guidance; leave it out for all"
+                "with guidance; omit it for all"
             )
         if self.guidance_schedule != "interval" and (low, high) != (0, 1):
             raise ConfigError(
                 f"guidance_interval={self.guidance_interval} has no effect with guidance_schedule="
-                f"{self.guidance_schedule}; choose the schedule interval, or leave it out"
+                f"{self.guidance_schedule}; choose the schedule interval, or omit it"
             )
 
     def changed(self, settings: Mapping[str, Any], *, beside: tuple[str, ...] = ()) -> Self:
-        """Return these settings with others in their place; ConfigError for a wrong one.
+        """Return these settings with some replaced; ConfigError for a wrong one.
 
-        An interval of these settings goes with their schedule, when another one is chosen.
+        If another schedule is chosen, an interval of these settings is removed.
         """
         schedule = settings.get("guidance_schedule")
         if isinstance(schedule, str) and schedule != "interval":
@@ -115,7 +115,7 @@ class VarSampling(Sampling):
 
     @property
     def is_nucleus_alone(self) -> bool:
-        """Whether top-p decides among all codes: no top-k bounds what must be sorted for it."""
+        """Whether top-p decides among all codes, because no top-k limits their number."""
         return self.top_p < 1 and not self.top_k
 
     def num_ranks(self, vocab_size: int) -> int:
@@ -124,9 +124,9 @@ class VarSampling(Sampling):
 
 
 def rank_bucket(top_k: int, vocab_size: int) -> int:
-    """Return how many logits are sorted for a top-k: few numbers, so that recordings stay few.
+    """Return how many logits are sorted for a top-k, rounded up so that recordings stay few.
 
-    A power of two, or the most that TensorRT sorts, or all.
+    It is a power of two, or the most that TensorRT can sort, or all.
     """
     power: int = 1 << max(top_k - 1, 0).bit_length()
     if power > TENSORRT_RANKS >= top_k:

@@ -26,7 +26,7 @@ SELECT_STAGES = ("select", "select_smooth", "select_nucleus", "select_smooth_nuc
 def needs_nucleus_stages(config: VarConfig, kv_layout: str) -> bool:
     """Return whether there are stages that draw by top-p alone without sorting all codes.
 
-    Only TensorRT, which has this layout, cannot sort so many.
+    Only TensorRT, which uses this layout, cannot sort so many.
     """
     return kv_layout == "delta" and config.vae.vocab_size > TENSORRT_RANKS
 
@@ -46,7 +46,7 @@ def stages(config: VarConfig, kv_layout: str, dtype: str) -> dict[str, Stage]:
         "select": select(smooth=False),
         "select_smooth": select(smooth=True),
     }
-    if needs_nucleus_stages(config, kv_layout):  # a profile takes as much room as ten of the others
+    if needs_nucleus_stages(config, kv_layout):  # one profile needs as much memory as ten others
         whole: tuple[Span, ...] = ({"L": lengths},)
         found["select_nucleus"] = select(smooth=False, spans=whole)
         found["select_smooth_nucleus"] = select(smooth=True, spans=whole)
@@ -74,7 +74,7 @@ def _text_encoder(text: TextCondition) -> Stage:
 
 
 def _conditioning(config: VarConfig, dtype: str) -> dict[str, Axes]:
-    """Return what `condition` hands to every `step`."""
+    """Return the outputs of `condition` for every `step`."""
     predictor = config.predictor
     depth, width = predictor.depth, predictor.width
     tensors = {
@@ -91,7 +91,7 @@ def _conditioning(config: VarConfig, dtype: str) -> dict[str, Axes]:
 def _condition(config: VarConfig, dtype: str) -> Stage:
     """Class ids, or rows of encoded prompts -> all that is computed once per image.
 
-    Row N is the null condition where that is learned.
+    Row N is the null condition if that is learned.
     """
     inputs = {"class_ids": Axes("G", "int64")}
     if config.text is not None:
@@ -120,7 +120,7 @@ def _condition(config: VarConfig, dtype: str) -> Stage:
 def _step(config: VarConfig, kv_layout: str, dtype: str, scales: tuple[Span, ...]) -> Stage:
     """Tokens of one scale and the cache -> logits and new keys and values.
 
-    New is what the cache grows by (layout "delta") or what it becomes ("present").
+    New ones are only the new part of the cache (layout "delta") or the whole cache ("present").
     """
     predictor = config.predictor
     heads, head_width = predictor.num_heads, predictor.head_width
@@ -161,8 +161,8 @@ def _step(config: VarConfig, kv_layout: str, dtype: str, scales: tuple[Span, ...
 def _select(config: VarConfig, *, smooth: bool) -> StageIO:
     """Logits and one uniform number per token -> tokens and their code vectors.
 
-    `forced` holds a token to take instead of the sampled one, or -1; `tokens` are those sampled.
-    Every image has its own settings. `ranks` counts from 0 to what must be sorted for them all.
+    `forced` has a token to use instead of the sampled one, or -1; `tokens` are the sampled ones.
+    Every image has its own settings. `ranks` counts from 0 to the number of logits to sort.
     """
     codes, channels = config.vae.vocab_size, config.vae.latent_channels
     inputs = {

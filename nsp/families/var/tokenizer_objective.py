@@ -32,11 +32,11 @@ class TokenizerSettings(Config):
     gradient_weight: float = 1.0  # of the L1 between image gradients: keeps edges sharp
     vq_weight: float = 1.0
     restart_every: int = 50  # steps between restarts of unused codes; 0: never
-    restart_until: float = 0.9  # fraction of the phase after which codes are left alone
-    restart_share: float = 0.03  # a code used less than this share of the average is unused
-    # Share of pictures decoded from the first scales only, a random number of at least half of
-    # them (quantizer dropout: Zeghidour et al. 2021, arXiv:2107.03312): the first tokens then say
-    # as much of a picture as they can, and a decoder draws it from them.
+    restart_until: float = 0.9  # fraction of the phase after which codes are not moved
+    restart_share: float = 0.03  # a code used less than this fraction of the average is unused
+    # Fraction of pictures decoded from only the first scales, a random number of at least half of
+    # them (quantizer dropout: Zeghidour et al. 2021, arXiv:2107.03312): the first tokens then
+    # describe as much of a picture as they can, and a decoder can use them alone.
     prefix_share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class TokenizerObjective(ReconstructionObjective):
         super().__init__(data, held_out)
         self.trained, self.settings = system.vae, settings
         self._restarts = True
-        # Of the optimizer step under way, for `after_step`:
+        # From the current optimizer step, for `after_step`:
         self._latents: list[Tensor] = []  # (N, Z) each
         self._hits_SV: Tensor | None = None
 
@@ -95,7 +95,7 @@ class TokenizerObjective(ReconstructionObjective):
         }
 
     def before_step(self, step: int, steps: int) -> bool:
-        """Note whether unused codes may still move: the decoder must get to know the last ones."""
+        """Decide whether unused codes may still move: the decoder must still learn moved codes."""
         self._restarts = step < self.settings.restart_until * steps
         return True
 
@@ -108,10 +108,10 @@ class TokenizerObjective(ReconstructionObjective):
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float | Tensor]:
-        """Update the usage of codes, and move those nobody uses onto latents of this step.
+        """Update the usage of codes, and move unused ones onto latents of this step.
 
         The moving average of the usage is that of the published models/quant.py. The step's latents
-        are gathered in the order of its samples, so that all processes choose alike.
+        are gathered in the order of its samples, so that all processes choose the same ones.
         """
         latents, self._latents = torch.cat(self._latents), []
         hits_SV, self._hits_SV = self._hits_SV, None
@@ -129,11 +129,11 @@ class TokenizerObjective(ReconstructionObjective):
         return report
 
     def _restart_codes(self, latents_NZ: Tensor, step: int) -> int:
-        """Move codes nobody uses onto random latents; return how many moved."""
+        """Move unused codes onto random latents; return how many moved."""
         quantize = self.trained.quantize
         usage_V = quantize.ema_vocab_hit_SV.sum(0)
         unused = (usage_V < self.settings.restart_share * usage_V.mean()).nonzero().flatten()
-        # On the CPU and of the step alone: the same on every process and device.
+        # Drawn on the CPU from the step alone: the same on every process and device.
         generator = torch.Generator().manual_seed(step)
         picks = torch.randint(len(latents_NZ), (len(unused),), generator=generator)
         # Residuals of late scales are small; a random size covers every scale.
@@ -149,19 +149,19 @@ class TokenizerObjective(ReconstructionObjective):
         return parameter.ndim > 1 and "embedding" not in name
 
     def rebuilt(self, image: Tensor) -> Tensor:
-        """Return what is decoded of all tokens."""
+        """Return the pictures decoded from all tokens."""
         return self.trained.decode(self.trained.quantize(self.trained.encode(image)).latents[-1])
 
 
 def decoded_latents(latents: Sequence[Tensor], share: float, key_B: Tensor) -> Tensor:
-    """Return the latent (B, C, h, w) that is decoded of each picture.
+    """Return the latent (B, C, h, w) to decode for each picture.
 
-    `latents` are those of the first 1, 2, ... scales. A share of the pictures, chosen by their
-    keys, is decoded from the first scales only.
+    `latents` are those of the first 1, 2, ... scales. A fraction of the pictures, chosen by their
+    keys, is decoded from only the first scales.
     """
     if share == 0:
         return latents[-1]
-    fewest, most = len(latents) // 2, len(latents) - 1  # scales kept where some are left out
+    fewest, most = len(latents) // 2, len(latents) - 1  # scales kept if some are left out
     dropped, place = sample_uniforms(key_B, 2).unbind(1)
     kept = (fewest + place * (most - fewest + 1)).long().clamp(1, most)
     last = torch.where(dropped < share, kept - 1, len(latents) - 1).to(latents[0].device)

@@ -19,9 +19,9 @@ _BATCH = 64  # pictures tokenized at once
 
 
 class TokenDataset(Dataset[Mapping[str, Any]]):
-    """Conditions with tokens, or with pictures where crops and flips change the tokens.
+    """Conditions with tokens, or with pictures if crops and flips change the tokens.
 
-    Tokens that a picture always gives are made once; `cache` is the file that keeps them.
+    Without crops and flips, tokens are computed once; `cache` is the file that keeps them.
     """
 
     def __init__(
@@ -31,11 +31,14 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
         if system.config.text is None:
             classes = [sample.class_id for sample in data.source.samples]
             if None in classes and system.config.num_classes > 1:
-                has = "only captions" if data.source.has_captions else "neither these nor captions"
+                has = (
+                    "only captions" if data.source.has_captions else "neither classes nor captions"
+                )
                 raise ConfigError(
                     f"a class-conditional model needs class folders; this data has {has}"
                 )
-            # Of one class are all pictures, whether they say so or not: an unconditional model.
+            # With one class the model is unconditional: all pictures belong to it, even without a
+            # class.
             self._conditions = torch.tensor([number or 0 for number in classes])
             check_classes(self._conditions, system.config.num_classes)
         else:
@@ -46,8 +49,7 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
             self._tokens = cached_tokens(system.vae, data, cache)
         elif cache is not None and cache.is_given:
             raise ConfigError(
-                f"{cache.file} holds tokens of whole pictures; leave it out, or data.crop and "
-                "data.flip"
+                f"{cache.file} has tokens of whole pictures; omit it, or data.crop and data.flip"
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -68,18 +70,18 @@ class TokenDataset(Dataset[Mapping[str, Any]]):
 
 
 def check_classes(class_ids: Tensor, num_classes: int) -> None:
-    """Raise ConfigError for pictures of a class the model has not."""
+    """Raise ConfigError for pictures of a class that the model does not have."""
     if int(class_ids.min()) < 0 or int(class_ids.max()) >= num_classes:
         raise ConfigError(
             f"the data has classes {int(class_ids.min())} to {int(class_ids.max())} (-1: none), "
-            f"the model {num_classes}; set condition.num_classes"
+            f"but the model has {num_classes} classes; set condition.num_classes"
         )
 
 
 def cached_tokens(vae: VQVAE, data: ImageDataset, cache: TokenCache | None) -> Tensor:
-    """Return the tokens (N, L) of all pictures, from the cache where it is of these.
+    """Return the tokens (N, L) of all pictures, from the cache if it belongs to them.
 
-    Raises ConfigError when one that the user gave is missing or of something else.
+    Raises ConfigError when a cache given by the user is missing or belongs to other pictures.
     """
     kept = cached(cache, lambda: _key(vae, data), lambda: _tensors(vae, data), maker="tokenizer")
     return kept["tokens"].long()
@@ -95,7 +97,7 @@ def _tensors(vae: VQVAE, data: ImageDataset) -> dict[str, Tensor]:
 
 
 def _key(vae: VQVAE, data: ImageDataset) -> str:
-    """Return the digest of what decides the tokens: no statistic, and nothing behind the codes."""
+    """Return the digest of all that decides tokens: no usage statistic, and no decoder."""
     about = (vae.config, vae.quantize.patch_nums, data.crop)
     others = ("quantize.ema_vocab_hit_SV", "decoder.", "post_quant_conv.")
     return digest_of(about, vae, data, decides=lambda name: not name.startswith(others))

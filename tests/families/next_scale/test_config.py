@@ -26,8 +26,8 @@ def test_sixteen_to_1024_by_two_gives_latents_of_16_32_64_and_128() -> None:
         ({"target_size": 128}, "nearest initial_size: 8 or 4"),
         ({"initial_size": 24}, "nearest target_size: 768 or 1536; nearest initial_size: 32 or 16"),
         ({"scale_factor": 3}, "nearest target_size: 384 or 1152"),
-        ({"scale_factor": 1}, "scale_factor is an integer of at least 2"),
-        ({"initial_size": 0}, "initial_size is an integer of at least 1"),
+        ({"scale_factor": 1}, "scale_factor must be an integer of at least 2"),
+        ({"initial_size": 0}, "initial_size must be an integer of at least 1"),
     ],
 )
 def test_sizes_that_do_not_meet_are_refused_naming_the_nearest_that_do(

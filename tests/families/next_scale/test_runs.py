@@ -107,13 +107,13 @@ def test_a_new_run_does_not_go_on_from_another_ones_saved_steps(
 ) -> None:
     run = _run(pictures, end_scale=0, checkpoint_dir=str(tmp_path / "steps"))
     train(run, tmp_path / "first", last_phase="vae")
-    with pytest.raises(ConfigError, match="steps/vae holds another run's saved steps"):
+    with pytest.raises(ConfigError, match="steps/vae has another run's saved steps"):
         train(run, tmp_path / "second")
     train(run, tmp_path / "first", resume=True)
 
 
 def test_a_run_without_any_autoencoder_is_refused(pictures: Path) -> None:
-    with pytest.raises(ConfigError, match="give one with --vae FOLDER"):
+    with pytest.raises(ConfigError, match="give a trained one with --vae FOLDER"):
         _run(pictures, "next_scale_sdxl")
 
 

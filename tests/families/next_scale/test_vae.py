@@ -140,7 +140,7 @@ def test_a_folder_that_is_pickled_or_lacks_a_shard_says_so(tmp_path: Path) -> No
         ({"block_out_channels": [32, 32 * 200]}, "do not belong together"),
         ({"layers_per_block": 2**20}, "do not belong together"),
         ({"norm_num_groups": 2**30}, "norm_num_groups"),
-        ({"scaling_factor": 1e308}, "scaling_factor is a number from 1e-06 to 1e"),
+        ({"scaling_factor": 1e308}, "scaling_factor must be a number from 1e-06 to 1e"),
     ],
 )
 def test_absurd_sizes_end_before_memory_is_taken(

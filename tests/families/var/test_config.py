@@ -43,7 +43,7 @@ def test_a_schedule_no_model_can_have_is_named(sides: list[int]) -> None:
 
 def test_a_model_has_at_least_one_class() -> None:
     values = {**SIZES["tiny"].to_dict(), "condition": {"kind": "class", "num_classes": 0}}
-    with pytest.raises(ConfigError, match="num_classes is an integer of at least 1"):
+    with pytest.raises(ConfigError, match="num_classes must be an integer of at least 1"):
         VarConfig.from_dict(values)
 
 

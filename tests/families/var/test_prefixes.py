@@ -59,8 +59,8 @@ def test_steps_train_scales_by_share_each_on_the_mean_over_its_tokens(
     [
         ([{"num_scales": 4, "share": 0.5}], "num_scales must be in 2..3"),
         ([{"num_scales": 1, "share": 0.5}], "num_scales must be in 2..3"),
-        ([{"num_scales": 2, "share": 0.0}], "shares must be above 0"),
-        ([{"num_scales": 2, "share": 0.5}, {"num_scales": 3, "share": 0.5}], "below 1 together"),
+        ([{"num_scales": 2, "share": 0.0}], "each share must be above 0"),
+        ([{"num_scales": 2, "share": 0.5}, {"num_scales": 3, "share": 0.5}], "their sum below 1"),
     ],
 )
 def test_prefixes_that_make_no_sense_are_refused_before_the_first_step(

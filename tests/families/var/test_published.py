@@ -65,11 +65,11 @@ def test_trainer_checkpoints_are_unwrapped(tmp_path: Path) -> None:
         (lambda s: s.pop("blocks.1.attn.proj.weight"), "missing tensor blocks.1.attn.proj.weight"),
         (lambda s: s.update({"extra.weight": torch.zeros(2)}), "extra tensor extra.weight"),
         (lambda s: s.update({"head.bias": torch.zeros(3)}), r"misshapen tensor head.bias \(3,\)"),
-        (lambda s: s["head.bias"].fill_(torch.nan), "head.bias holds NaN"),
+        (lambda s: s["head.bias"].fill_(torch.nan), "head.bias contains NaN"),
         (lambda s: s.pop("class_emb.weight"), "missing tensor class_emb.weight"),
         (lambda s: s.update({"word_embed.weight": torch.zeros(3)}), r"word_embed.weight \(3,\)"),
         (lambda s: s.update({"class_emb.weight": torch.zeros(0, 64)}), r"class_emb.weight \(0"),
-        (lambda s: s.update({"lvl_1L": torch.tensor([[-5, 10**12]])}), "lvl_1L holds levels"),
+        (lambda s: s.update({"lvl_1L": torch.tensor([[-5, 10**12]])}), "lvl_1L has levels"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(change: Any, message: str, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_damaged_torch_file_is_one_line_without_advice_to_run_it(
 def test_names_that_are_no_text_are_no_state_dict(tmp_path: Path) -> None:
     path = tmp_path / "predictor.pth"
     torch.save({1: torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="holds no state dict"):
+    with pytest.raises(CheckpointError, match="does not contain a state dict"):
         convert(tokenizer=VAE, predictor=path, config=None, output_dir=tmp_path / "out")
 
 
@@ -146,7 +146,7 @@ def test_heads_that_do_not_follow_are_asked_for() -> None:
 
 
 def test_an_unknown_argument_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"var\.num_head is no argument"):
+    with pytest.raises(ConfigError, match=r"var\.num_head is not an argument"):
         infer_config(tensors("weights_vae"), tensors("weights_var"), vae={}, var={"num_head": 4})
 
 
@@ -192,14 +192,14 @@ def test_a_file_in_the_way_is_kept(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty and no checkpoint"):
+    with pytest.raises(ConfigError, match="not empty and not a checkpoint"):
         convert(tokenizer=VAE, predictor=VAR, config=None, output_dir=tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_arguments_of_the_wrong_kind_are_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="var must hold constructor arguments"):
+    with pytest.raises(ConfigError, match="var must be an object with constructor"):
         convert(tokenizer=VAE, predictor=VAR, config={"var": 3}, output_dir=out)
     with pytest.raises(ConfigError, match="cond_drop_rate"):
         convert(tokenizer=VAE, predictor=VAR, config={"var": {"cond_drop_rate": 2}}, output_dir=out)

@@ -74,10 +74,10 @@ def test_prefixes_and_wrappers_are_seen_through(make: Callable[[], Any], tmp_pat
 @pytest.mark.parametrize(
     ("content", "taken", "said"),
     [
-        (lambda a, b: {"state_dict": a, "ema": b}, "a", "under state_dict are taken"),
-        (lambda a, b: {"model": a, "model_ema": {"module": b}}, "a", "lies under model_ema/module"),
+        (lambda a, b: {"state_dict": a, "ema": b}, "a", "using the weights under state_dict"),
+        (lambda a, b: {"model": a, "model_ema": {"module": b}}, "a", "is under model_ema/module"),
         (lambda a, b: {"state_dict": a, "ema": {"shadow": b, "decay": 0.9}}, "a", "ema/shadow"),
-        (lambda a, b: {"ema_state_dict": b, "step": 3}, "b", "ema_state_dict is taken"),
+        (lambda a, b: {"ema_state_dict": b, "step": 3}, "b", "using ema_state_dict"),
     ],
     ids=range(4),
 )
@@ -96,10 +96,10 @@ def test_of_weights_and_their_moving_average_it_is_said_which_were_taken(
     ("content", "said"),
     [
         ({"model": {"a": torch.zeros(1)}, "state_dict": {"b": torch.zeros(1)}}, "model and state"),
-        ({"vae": {"a": torch.zeros(1)}, "var": {"b": torch.zeros(1)}}, "lie under vae, var"),
+        ({"vae": {"a": torch.zeros(1)}, "var": {"b": torch.zeros(1)}}, "are under vae, var"),
         ({"epoch": 3, "args": {}}, "its keys are epoch, args"),
-        ({"a": torch.zeros(1), "step": 3}, "no tensors are: step"),
-        ([torch.zeros(1)], "it holds a list"),
+        ({"a": torch.zeros(1), "step": 3}, "these are not tensors: step"),
+        ([torch.zeros(1)], "it contains a list"),
         ({}, "it is empty"),
     ],
     ids=range(6),
@@ -120,7 +120,9 @@ def test_what_a_file_holds_instead_is_named(content: Any, said: str, tmp_path: P
 )
 def test_a_class_that_is_not_unpickled_is_named(beside: Any, named: str, tmp_path: Path) -> None:
     path = saved({"model": {"a": torch.zeros(1)}, "args": beside}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=rf"a\.pth .* holds an object of {named}") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"a\.pth .* contains an object of class {named}"
+    ) as caught:
         read(path)
     assert "weights_only" not in str(caught.value)
 
@@ -184,7 +186,7 @@ def test_one_spoilt_bit_of_a_weight_is_named_by_its_part(tmp_path: Path) -> None
     number = state["head.weight"].numpy().tobytes()
     at = content.index(number)
     path.write_bytes(content[:at] + bytes([number[0] ^ 1]) + content[at + 1 :])
-    with pytest.raises(CheckpointError, match=r"a/data/\d+ is not what was written \(CRC-32\)"):
+    with pytest.raises(CheckpointError, match=r"a/data/\d+ has changed \(CRC-32\)"):
         read(path)
 
 
@@ -208,7 +210,7 @@ def test_a_part_of_two_meanings_is_refused(offset: int, value: int, tmp_path: Pa
     entry = content.rindex(b"a/data/0") - 46  # marked as a folder; either of its two sizes
     content[entry + offset] ^= value
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"a/data/0 is not what was written"):
+    with pytest.raises(CheckpointError, match=r"a/data/0 has changed"):
         read(path)
 
 
@@ -240,8 +242,8 @@ def test_a_file_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [
-        (torch.zeros(3, device="meta"), "tensor w holds no numbers"),
-        (torch.zeros(3).to_sparse(), "tensor w holds a torch.sparse_coo tensor"),
+        (torch.zeros(3, device="meta"), "tensor w contains no numbers"),
+        (torch.zeros(3).to_sparse(), "tensor w contains a torch.sparse_coo tensor"),
     ],
 )
 def test_tensors_that_are_no_plain_weights_are_named(
@@ -305,7 +307,7 @@ def test_weights_beside_their_average_in_one_state_dict_are_taken_which_is_said(
 ) -> None:
     both = {"model.w": torch.zeros(2), "model_ema.w": torch.ones(2)}
     assert torch.equal(read(saved(both, tmp_path / "a.pth"))["w"], torch.zeros(2))
-    assert "a.pth: the weights under model are taken; their moving average lies" in caplog.text
+    assert "a.pth: using the weights under model; their moving average is" in caplog.text
 
 
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
@@ -328,8 +330,8 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "said"),
-    [(torch.int8, "holds int8"), (torch.bool, "holds bool"), (torch.int64, "holds int64"),
-     (torch.complex64, "holds complex64")],
+    [(torch.int8, "has int8"), (torch.bool, "has bool"), (torch.int64, "has int64"),
+     (torch.complex64, "has complex64")],
 )  # fmt: skip
 def test_integers_in_place_of_weights_are_refused_by_name(
     dtype: torch.dtype, said: str, tmp_path: Path
@@ -351,7 +353,7 @@ def test_weights_of_eight_bits_are_announced_and_noted(
     save_file(state, tmp_path / "a.safetensors")
     converted(tmp_path / "a.safetensors", tmp_path)
     lines = [record.getMessage() for record in caplog.records]
-    (line,) = [line for line in lines if "a.safetensors: 8-bit weights: 1 of" in line]
+    (line,) = [line for line in lines if "a.safetensors: 1 of" in line]
     assert "rounded" in line
     notes = read_checkpoint(tmp_path / "out").notes
     assert notes["rounded_to_8_bits"]["predictor"].startswith("1 of ")
@@ -386,7 +388,7 @@ def test_a_mask_that_is_none_is_computed_which_is_said(
     state["attn_bias_for_masking"].zero_()
     converted(saved(state, tmp_path / "a.pth"), tmp_path)
     assert (
-        "attn_bias_for_masking differs from what the configuration gives: the file's is left"
+        "attn_bias_for_masking differs from what the configuration gives: the computed one is used"
         in caplog.text
     )
     found = read_checkpoint(tmp_path / "out").load().predictor.attn_bias_for_masking
@@ -411,14 +413,14 @@ def test_the_configuration_of_the_goldens_is_taken_as_it_lies_there(
         config = converted(VAR, tmp_path, config=document("config"))
     assert config.patch_nums == (1, 2, 3, 4)
     (line,) = [r.getMessage() for r in caplog.records if "--config" in r.getMessage()]
-    assert line.startswith("--config: vae and var are read; not used: source, dtype, var_variants")
+    assert line.startswith("--config: only vae and var are used, not source, dtype, var_variants")
 
 
 def test_arguments_that_no_memory_holds_are_refused_before_it_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"misshapen|they do not belong together"):
         converted(VAR, tmp_path, config={"var": {"mlp_ratio": 1000.0}})
     for value in (1e9, 1e308, float(2**63)):
-        with pytest.raises(ConfigError, match="mlp_ratio is a number from 0 to 1000, not"):
+        with pytest.raises(ConfigError, match="mlp_ratio must be a number from 0 to 1000, not"):
             converted(VAR, tmp_path, config={"var": {"mlp_ratio": value}})
 
 
