@@ -39,8 +39,8 @@ class Plugins:
         except Exception as error:  # whatever somebody else's package raises while it is imported
             self._leave_out(
                 name,
-                f"{self.group} {name!r} of package {_package(entry)} cannot be loaded and is left out "
-                f"({type(error).__name__}: {error})",
+                f"{self.group} {name!r} of package {_package(entry)} cannot be loaded and is left "
+                f"out ({type(error).__name__}: {error})",
             )
             return None
         return loaded

@@ -223,9 +223,9 @@ class Family(ABC, Generic[C, S, Y]):
     def batch_key(self, config: C, order: Order[S]) -> Hashable:
         """Return the settings that decide shapes and control flow; equal keys may share a batch.
 
-        The names and shapes of an order's given arrays are also part of it. Raises ConfigError for settings
-        that this model does not have. Where every order takes the same steps, there is nothing to
-        tell apart.
+        The names and shapes of an order's given arrays are also part of it. Raises ConfigError for
+        settings that this model does not have. The default is for models whose orders all take the
+        same steps.
         """
         return ()
 
