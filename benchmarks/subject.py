@@ -85,7 +85,7 @@ class Subject:
         return {**asked, "seed": seed if asked else [seed + number for number in range(count)]}
 
     def titles(self, count: int, seed: int) -> tuple[str, ...]:
-        """Return the condition or seed of each of `count` images in words."""
+        """Return what each of `count` images is requested with, in words."""
         asked = self.conditions(count)
         named = next(iter(asked.values()), [f"seed {seed + number}" for number in range(count)])
         return tuple(str(each) for each in named)

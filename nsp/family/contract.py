@@ -154,13 +154,15 @@ class Learner(ABC, Generic[C, Y]):
 
     def reconstruct(self, system: Y, pictures_BHW3: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
         """Return uint8 pictures (B, H, W, 3) as the image tokenizer reconstructs them."""
-        raise ConfigError(f"family {system.family} has no image tokenizer to reconstruct pictures")
+        raise ConfigError(
+            f"family {system.family} has no image tokenizer that could reconstruct pictures"
+        )
 
     def write_cache(self, system: Y, data: "ImageDataset", file: Path) -> None:
         """Write the image tokenizer's output for the pictures, for later runs."""
         raise ConfigError(
-            f"family {system.family} has no image tokenizer, so there is nothing to store in a "
-            "file; train on the pictures themselves"
+            f"family {system.family} has no image tokenizer: it trains on the pictures themselves, "
+            "so there is nothing to cache"
         )
 
 
@@ -222,8 +224,8 @@ class Family(ABC, Generic[C, S, Y]):
         """Return the settings that decide shapes and control flow; equal keys may share a batch.
 
         The names and shapes of an order's given arrays are also part of it. Raises ConfigError for
-        settings that this model does not have. Where every order takes the same steps, there is
-        nothing to tell apart.
+        settings that this model does not have. The default is for models whose orders all take the
+        same steps.
         """
         return ()
 

@@ -32,11 +32,11 @@ def make_orders(
     negative: str | Sequence[str | None] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> list[Order[S]]:
-    """Return `num_images` orders for every prompt or class id, or for no condition at all.
+    """Return `num_images` orders for every prompt, or class id, or for no condition at all.
 
-    Without a condition, a list of seeds gives the number. `negative` is one prompt for all, or one
-    per condition; `given` are arrays with a row per image. Raises ConfigError for values of a wrong
-    kind; whether they fit a model is checked later.
+    Without a condition, a list of seeds gives their number. `negative` is one prompt for all, or
+    one per condition; `given` are arrays with a row per image.
+    Raises ConfigError for values of a wrong kind; whether they fit a model is checked later.
     """
     texts = None if prompts is None else prompt_texts(prompts)
     numbers = None if class_ids is None else class_numbers(class_ids).tolist()

@@ -72,7 +72,7 @@ class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
     }
 
     def condition(self, config: RasterConfig) -> Kind:
-        """Return the kind of condition for a picture: none."""
+        """Return what a picture is requested with: nothing."""
         return "none"
 
     def grids(self, config: RasterConfig) -> Sequence[tuple[int, int]]:
