@@ -1,4 +1,4 @@
-"""The registry of backends: one plain record each, and whether each works on this machine.
+"""The registry of backends: a record of each, and whether it works on this machine.
 
 Another package declares its BackendRecord like this, and nothing here changes:
 

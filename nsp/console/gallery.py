@@ -3,7 +3,7 @@
 outputs/
   000_red-apple_seed0.png                  one file per image
   contact_sheet.png                        all of them, titled
-  scales/000_red-apple_seed0_scale1.png    the picture after every scale, when asked for; models
+  scales/000_red-apple_seed0_scale1.png    the picture after every scale, if requested; models
                                            of another kind have tokens/ or timesteps/
 """
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
 _UNITS: Mapping[Unit, str] = {"scale": "scales", "tokens": "tokens", "timestep": "timesteps"}
-_MAX_SHEET = 128  # pictures on a contact sheet: it is held in memory
+_MAX_SHEET = 128  # pictures on a contact sheet, which must fit into memory
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def _load(
     *,
     verify: bool,
 ) -> "Pipeline":
-    """Return the model of the folder given; each option takes its own kind of folder only."""
+    """Return the model of the given folder; each option accepts only its own kind of folder."""
     from nsp.paths import NOTHING, describe, wrong_path
     from nsp.pipeline.pipeline import load_pipeline
 

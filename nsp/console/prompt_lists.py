@@ -6,8 +6,8 @@ images.csv     a header with the columns prompt (or text, caption) or class (or 
 images.jsonl   one object per line with those keys
 
 Rows for a model that takes no condition have neither prompt nor class.
-A table is never drawn line by line, whatever its file is called: a header or an object at the head
-of a text file is told about.
+A table in a file with another suffix is not used as a list of prompts: if the first line of a text
+file is a table's header or a JSON object, an error says so.
 """
 
 import codecs
@@ -55,8 +55,8 @@ def read_list(
 ) -> tuple[ListedImage, ...]:
     """Return the rows of a list, in order; at least one.
 
-    `settings` are names of columns beside the known ones: settings of the model, checked later.
-    `has_condition`: every row must have a prompt or a class.
+    `settings` are names of further columns: settings of the model, checked later.
+    With `has_condition`, every row must have a prompt or a class.
 
     Raises ConfigError naming the file, and the line that has something wrong.
     """

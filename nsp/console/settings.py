@@ -28,10 +28,10 @@ class SamplingVerb(Verb):
     _settings: Sequence[click.Option] = ()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; families are asked for their settings only where one may be meant.
+        """Parse the arguments; families are asked for their settings only if an option may be one.
 
-        A picture without settings need not wait 10 ms for families that it is not made by, nor one
-        by a built-in family 25 ms for those of other packages.
+        So a picture without settings does not wait 10 ms for all built-in families, and one of a
+        built-in family does not wait 25 ms for those of other packages.
         """
         words = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("-")}
         if not self._knows(words, ctx):

@@ -1,4 +1,4 @@
-"""What phases have in common that train on pictures as they are, in every family.
+"""The shared part of phases that train on pictures as they are, in every family.
 
 Axes: B pictures, H and W pixels. Values in [-1, 1].
 """
