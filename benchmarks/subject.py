@@ -16,6 +16,7 @@ from nsp.benchmarks.memory import Source
 from nsp.benchmarks.results import Model
 from nsp.console import command_line
 from nsp.errors import BackendError, CheckpointError
+from nsp.pipeline.keywords import LoadOptions
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
 from nsp.walk import files_below
 
@@ -126,7 +127,7 @@ def load_subject(
     CheckpointError or BackendError for a `checkpoint` that cannot be the baseline.
     """
     manifest = read_manifest(engine_dir)
-    options = {"num_threads": threads, "precision": precision}
+    options: LoadOptions = {"num_threads": threads, "precision": precision}
     pipeline = load_pipeline(engine_dir, backend, **options)
     name = pipeline.backend.name
     device = availability(name).device or "cpu"
@@ -180,7 +181,7 @@ def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:
     if state.device != device:
         fix = f"; run: {state.install}" if state.install else ""
         raise BackendError(f"torch cannot run on the engines' {device}: {state.reason}{fix}")
-    options = {"device": device}
+    options: LoadOptions = {"device": device}
     source = Source(name=BASELINE, path=folder, backend=BASELINE, options=options)
     return Side(source=source, pipeline=load_pipeline(folder, BASELINE, **options))
 

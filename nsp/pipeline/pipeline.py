@@ -10,7 +10,7 @@ import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 from nsp import values
 from nsp.artifacts.engines import open_engine_dir
@@ -20,6 +20,7 @@ from nsp.family.contract import AnyFamily
 from nsp.family.order import Order
 from nsp.paths import NOTHING, describe, wrong_path
 from nsp.pipeline.call import CALL_ARGUMENTS, OUTPUT_TYPES, OnStepEnd, call
+from nsp.pipeline.keywords import LoadOptions, Requested, Settings
 from nsp.pipeline.orders import make_orders
 from nsp.pipeline.results import GenerateResult, PipelineOutput, StreamStep, to_uint8
 from nsp.pipeline.runner import OrderRunner, Steps
@@ -54,19 +55,10 @@ class Pipeline(OrderRunner):
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        backend: str = "auto",
-        precision: str | None = None,
-        device: str | None = None,
-        num_threads: int | None = None,
-        verify: bool = True,
+        cls, path: str | Path, *, backend: str = "auto", **options: Unpack[LoadOptions]
     ) -> "Pipeline":
         """Return the model in `path`, an engine or a checkpoint folder, as `load_pipeline` does."""
-        given = {"precision": precision, "device": device, "num_threads": num_threads}
-        options = {name: value for name, value in given.items() if value is not None}
-        return load_pipeline(path, backend, **options, **({} if verify else {"verify": False}))
+        return load_pipeline(path, backend, **options)
 
     def __repr__(self) -> str:
         """Return the model and its backend in words."""
@@ -100,7 +92,7 @@ class Pipeline(OrderRunner):
         seed: int | Sequence[int] = 0,
         negative_prompt: str | Sequence[str | None] | None = None,
         trace: bool = False,
-        **options: Any,
+        **options: Unpack[Requested],
     ) -> GenerateResult:
         """Return one image per prompt or class id.
 
@@ -130,7 +122,7 @@ class Pipeline(OrderRunner):
         class_ids: Iterable[int] | None = None,
         seed: int | Sequence[int] = 0,
         negative_prompt: str | Sequence[str | None] | None = None,
-        **options: Any,
+        **options: Unpack[Requested],
     ) -> Iterator[StreamStep]:
         """Return an iterator that makes one step at a time and yields its StreamStep.
 
@@ -156,7 +148,7 @@ class Pipeline(OrderRunner):
         negative_prompt: str | Sequence[str | None] | None = None,
         output_type: Literal["pil", "np", "latent"] = "pil",
         callback_on_step_end: "OnStepEnd | None" = None,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> PipelineOutput:
         """Return images as diffusers' pipelines do: pipe("red apple").images[0].save("x.png").
 
@@ -194,10 +186,10 @@ class Pipeline(OrderRunner):
         class_ids: Iterable[int] | None,
         seed: int | Sequence[int],
         negative: str | Sequence[str | None] | None,
-        options: dict[str, Any],
+        requested: Requested,
     ) -> list[Order[Any]]:
         """Return the orders of one `generate` or `stream`."""
-        declared = self.family.given(self.config)
+        declared, options = self.family.given(self.config), dict(requested)
         given = {name: options.pop(name) for name in declared if name in options}
         beside = ("prompts", "class_ids", "seed", "negative_prompt", "trace", *declared)
         return make_orders(
@@ -215,7 +207,9 @@ def _several(value: Any) -> Any:
     return [value] if isinstance(value, str | int) else value
 
 
-def load_pipeline(path: str | Path, backend: str = "auto", **options: Any) -> Pipeline:
+def load_pipeline(
+    path: str | Path, backend: str = "auto", **options: Unpack[LoadOptions]
+) -> Pipeline:
     """Return the model in `path`: an engine folder, or a checkpoint folder (PyTorch).
 
     `backend` is "auto" (the fastest that works here; logged with the reason) or a name from
@@ -264,7 +258,8 @@ def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
     kind, known = (
         ("a checkpoint", ("device", "verify")) if checkpoint else ("engines", _ENGINE_OPTIONS)
     )
-    if unknown := [name for name in options if name not in known]:
+    unknown = [n for n, value in options.items() if n not in known and value is not None]
+    if unknown:
         raise ConfigError(
             f"{folder} is loaded as {kind}, which has no option {unknown[0]!r}; "
             f"known: {', '.join(known)}"
