@@ -9,6 +9,7 @@ from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.artifacts.manifest import read_manifest
 from nsp.errors import CheckpointError, EngineError
 from nsp.paths import describe, wrong_path
+from nsp.stage.arena import is_cached
 from nsp.walk import files_below
 
 if TYPE_CHECKING:
@@ -105,9 +106,16 @@ def _overview(found: Mapping[str, Any]) -> "Table":
         for variant in variants:
             sizes = [found["sizes"][name] for name in variant["files"]]
             size = None if None in sizes else sum(sizes)
-            facts = (variant["backend"], variant["precision"], variant["kv_layout"])
+            facts = (variant["backend"], variant["precision"], _cache_of(variant))
             table.add_row(stage, *facts, _readable(size))
     return table
+
+
+def _cache_of(variant: Mapping[str, Any]) -> str:
+    """Return the layout of the keys and values that a stage reads or adds; "none" without them."""
+    names = (name for tensors in variant["io"].values() for name in tensors)
+    layout: str = variant["kv_layout"] if any(map(is_cached, names)) else "none"
+    return layout
 
 
 def _variant_table(variant: Mapping[str, Any], sizes: Mapping[str, int | None]) -> "RenderableType":
@@ -116,7 +124,7 @@ def _variant_table(variant: Mapping[str, Any], sizes: Mapping[str, int | None]) 
 
     table = _plain_table()
     table.add_row(variant["backend"], variant["precision"])
-    table.add_row("cache layout", variant["kv_layout"])
+    table.add_row("cache layout", _cache_of(variant))
     table.add_row("opset", str(variant["opset"]))
     for name, digest in variant["files"].items():
         table.add_row("file", f"{name}  {_readable(sizes[name])}  sha256 {digest[:12]}")

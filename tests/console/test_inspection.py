@@ -56,7 +56,7 @@ def inspect(*args: object) -> str:
 
 def test_everything_the_manifest_says_about_a_stage_is_shown(engines):
     shown = inspect(engines)
-    facts = ["var", "abc123", "decoder", "onnxruntime", "fp16", "present", "23", "psnr_db=51.25"]
+    facts = ["var", "abc123", "decoder", "onnxruntime", "fp16", "none", "23", "psnr_db=51.25"]
     facts += [
         "norm_out",
         "float32",
