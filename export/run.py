@@ -25,7 +25,7 @@ from nsp.artifacts.manifest import (
     Variant,
     read_manifest,
 )
-from nsp.artifacts.repair import DEMO, source_name
+from nsp.artifacts.repair import DEMO, find_source, source_name
 from nsp.errors import CheckpointError, ConfigError, EngineError, ExportError
 from nsp.export.options import ExportEvent, ExportOptions, OnEvent
 from nsp.export.plan import ExportPlan, PlannedBuild, make_plan
@@ -92,8 +92,9 @@ def _check_source(checkpoint: Path) -> None:
     if describe(checkpoint).kind != "engines":
         return
     try:
-        source = f": --checkpoint {shlex.quote(read_manifest(checkpoint).source)}"
-    except EngineError:  # this check does not need a valid manifest
+        found = find_source(checkpoint, read_manifest(checkpoint))
+        source = f": --checkpoint {shlex.quote(str(found))}"
+    except (CheckpointError, EngineError):  # this check does not need a valid manifest
         source = ""
     raise ConfigError(
         f"{checkpoint} has engines, the result of an export; give the checkpoint that these were "

@@ -36,7 +36,7 @@ class Plugins:
             return None
         try:
             loaded: object = entry.load()
-        except Exception as error:  # whatever somebody else's package raises while it is imported
+        except (Exception, SystemExit) as error:  # importing another package may raise anything
             self._leave_out(
                 name,
                 f"{self.group} {name!r} of package {_package(entry)} cannot be loaded and is left "

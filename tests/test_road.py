@@ -52,14 +52,14 @@ def check(passed: Sequence[str], most: int) -> None:
     assert len(passed) <= most, f"{len(passed)} modules, at most {most}: {', '.join(passed)}"
 
 
-def test_a_prompt_passes_no_more_modules_than_before_in_python(engines: Path) -> None:
+def test_a_prompt_passes_no_more_modules_than_measured_in_python(engines: Path) -> None:
     passed = road("call", engines)
     check(passed["loading"], LOADING)
     check(passed["call"], CALL)
     assert {"nsp.pipeline.pipeline", "nsp.families.var.loop"} <= set(passed["call"])
 
 
-def test_a_prompt_passes_no_more_modules_than_before_on_the_command_line(
+def test_a_prompt_passes_no_more_modules_than_measured_on_the_command_line(
     engines: Path, tmp_path: Path
 ) -> None:
     found = road("generate", engines, tmp_path)
@@ -70,7 +70,7 @@ def test_a_prompt_passes_no_more_modules_than_before_on_the_command_line(
     assert others.isdisjoint(found["imported"])
 
 
-def test_training_passes_no_more_modules_than_before_to_its_first_step(tmp_path: Path) -> None:
+def test_training_passes_no_more_modules_than_measured_to_its_first_step(tmp_path: Path) -> None:
     passed = road("train", tmp_path / "run")["first step"]
     check(passed, FIRST_STEP)
     assert {"nsp.training.trainer", "nsp.families.var.tokenizer_objective"} <= set(passed)

@@ -5,6 +5,7 @@ others only the cache's part is kept. So a loop of a thousand steps needs little
 of ten.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nsp.export.proof.recorded import Call, Recording, array_key
+
+logger = logging.getLogger(__name__)
 
 MOST_BYTES = 50 * 10**6
 
@@ -29,6 +32,8 @@ def kept(recordings: Sequence[Recording], *, most_bytes: int = MOST_BYTES) -> li
         count = Counter(call.stage for call in compared.values())
         spare = [call for call in compared.values() if count[call.stage] > 1]
         if not spare:
+            size = _num_bytes(found, keys) / 1e6
+            logger.warning("one call of every stage takes %.0f MB in the engine folder", size)
             break
         del compared[id(max(spare, key=lambda call: sum(a.nbytes for a in _arrays(call))))]
         found = _thin(recordings, compared)

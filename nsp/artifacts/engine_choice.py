@@ -72,7 +72,8 @@ def choose_backend(
             f"{folder}: no backend has an engine of every stage (known: {known}); "
             f"{repair(folder, manifest)}"
         )
-    raise BackendError(f"{folder}: no backend works on this machine: {'; '.join(refusals)}")
+    place = "on this machine" if device is None else f"on device {device} here"
+    raise BackendError(f"{folder}: no backend works {place}: {'; '.join(refusals)}")
 
 
 def _check_complete(folder: Path, manifest: Manifest, record: BackendRecord) -> None:

@@ -158,9 +158,9 @@ def _number(name: str, cell: str) -> Any:
         return cell
     if not cell:
         return None if name != "class" else cell
-    if cell in ("true", "false"):
-        return cell == "true"
-    if cell.isascii() and cell.isdigit() and len(cell) <= 20:
+    if cell.lower() in ("true", "false"):  # spreadsheets write TRUE
+        return cell.lower() == "true"
+    if cell.isascii() and cell.removeprefix("-").isdigit() and len(cell) <= 20:
         return int(cell)
     try:
         return float(cell) if name not in ("seed", "class") else cell

@@ -118,11 +118,7 @@ def check_conditions(
     texts = [*prompts, *(row.prompt for row in listed if row.prompt is not None)]
     has_classes = bool(class_ids) or any(row.class_id is not None for row in listed)
     if texts and has_classes:
-        raise ConfigError(
-            "prompts and class ids are both given; a model takes only one kind: choose"
-        )
-    if owner is None and not texts and not has_classes:
-        raise ConfigError("nothing to generate: give at least one prompt or class id")
+        raise ConfigError("prompts and class ids are both given; a model takes only one kind")
     if owner is None or not owner.takes_no_prompt:
         for number, text in enumerate(texts, 1):
             if not text.strip():

@@ -34,6 +34,16 @@ class Sampling(Config):
             raise ConfigError(f"unknown argument {unknown[0]!r}{hint}; known: {', '.join(known)}")
         return self.from_dict({**self.to_dict(), **settings})
 
+    @property
+    def sorted_codes(self) -> int:
+        """How many of the largest logits must be sorted whichever stage draws; 0 for none."""
+        return 0
+
+    @property
+    def greedy(self) -> str | None:
+        """The setting that gives every seed the same image, in words; None if seeds matter."""
+        return None
+
     def num_ranks(self, num_codes: int) -> int:
         """Return how many of the largest of `num_codes` logits must be ranked; 1 if none."""
         return 1

@@ -6,6 +6,8 @@ Another package declares its family like this, and nothing here changes:
     my_family = "my_package:MyFamily"
 """
 
+import dataclasses
+import typing
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
@@ -48,8 +50,12 @@ def _checked(name: str, found: object) -> "AnyFamily":
     try:
         made: AnyFamily = found()
         owned = made.name, made.config, made.sampling
-    except (TypeError, AttributeError) as error:  # abstract methods, or attributes without a value
-        raise ConfigError(f"family {name!r} is not complete: {error}") from error
+        typing.get_type_hints(made.sampling)
+        dataclasses.fields(made.sampling)
+    except Exception as error:  # abstract methods, attributes without a value, or its own code
+        raise ConfigError(
+            f"family {name!r} cannot be used ({type(error).__name__}: {error})"
+        ) from error
     if owned[0] != name:
         raise ConfigError(f"family {name!r} calls itself {owned[0]!r}: both must be the same")
     return made

@@ -5,6 +5,7 @@ share the seed; a list gives each image its own. So any image can be made again 
 change when others are added.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any, Protocol, TypeGuard
@@ -17,6 +18,8 @@ from nsp.errors import ConfigError
 from nsp.family.contract import AnyFamily
 from nsp.family.order import Order, S
 from nsp.stage.backend import Backend
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 8
 MAX_IMAGES = 1_000_000  # per run: the list of its orders then needs 250 MB of memory
@@ -52,6 +55,8 @@ def make_orders(
     if conditions == [None] and num_images == 1 and _is_list(seed):
         num_images = max(len(seed), 1)
     check_total(num_images * len(conditions))
+    if num_images > 1 and sampling.greedy is not None:
+        logger.warning("%s is greedy: all seeds give the same picture", sampling.greedy)
     whole = [condition for condition in conditions for _ in range(num_images)]
     nulls = [each for each in _nulls(negative, len(conditions)) for _ in range(num_images)]
     arrays = _rows(given or {}, len(whole))
@@ -74,7 +79,9 @@ def check_total(num_images: int) -> None:
 
 def _is_list(seed: int | Sequence[int]) -> TypeGuard[Sequence[int]]:
     """Return whether a seed is a list with one for each image."""
-    return isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str)
+    if isinstance(seed, np.ndarray):
+        return seed.ndim > 0
+    return isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
 
 
 def _seeds(seed: int | Sequence[int], conditions: Sequence[Hashable]) -> list[int]:
@@ -98,6 +105,8 @@ def _nulls(negative: Any, count: int) -> list[str | None]:
     """Return the negative prompt of every condition."""
     if negative is None or isinstance(negative, str):
         return [negative] * count
+    if isinstance(negative, bytes) or not isinstance(negative, Iterable):
+        raise ConfigError(f"negative_prompt {values.shown(negative)} is not a text")
     found = list(negative)
     if len(found) != count:
         raise ConfigError(
@@ -167,6 +176,10 @@ def check_condition(family: AnyFamily, config: Any, order: Order[Any]) -> None:
             raise ConfigError("this model is text-conditional: it takes prompts, not class ids")
         if condition is None:
             raise ConfigError("this model is text-conditional: give one or more prompts")
+        if not isinstance(condition, str):
+            raise ConfigError(f"a prompt is a text, not {values.shown(condition)}")
+        if not isinstance(order.negative, str | None):
+            raise ConfigError(f"a negative prompt is a text, not {values.shown(order.negative)}")
         if not condition.strip() and not family.takes_no_prompt:
             raise ConfigError("a prompt is empty; write what the image should show")
         return
@@ -174,6 +187,8 @@ def check_condition(family: AnyFamily, config: Any, order: Order[Any]) -> None:
         raise ConfigError("this model is class-conditional: it takes class ids, not prompts")
     elif condition is None:
         raise ConfigError("this model is class-conditional: give one or more class ids")
+    elif isinstance(condition, bool) or not isinstance(condition, int):
+        raise ConfigError(f"a class id is an integer, not {values.shown(condition)}")
     elif not 0 <= condition <= config.num_classes:
         count = config.num_classes
         raise ConfigError(

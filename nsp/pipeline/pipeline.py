@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
+import numpy as np
+
 from nsp import values
 from nsp.artifacts.engines import open_engine_dir
 from nsp.cores import num_threads
@@ -102,7 +104,7 @@ class Pipeline(OrderRunner):
         Raises ConfigError for a bad request.
         """
         trace = values.flag("trace", trace)
-        orders = self._batch(prompts, class_ids, seed, negative_prompt, options)
+        orders = self._batch(prompts, class_ids, seed, negative_prompt, options, ("trace",))
         traced = self.trace(orders) if trace else None
         image = self.images(orders) if traced is None else traced.image
         kinds = [order.condition for order in orders]
@@ -187,11 +189,12 @@ class Pipeline(OrderRunner):
         seed: int | Sequence[int],
         negative: str | Sequence[str | None] | None,
         requested: Requested,
+        own: tuple[str, ...] = (),
     ) -> list[Order[Any]]:
-        """Return the orders of one `generate` or `stream`."""
+        """Return the orders of one `generate` or `stream`; `own` are further arguments it has."""
         declared, options = self.family.given(self.config), dict(requested)
         given = {name: options.pop(name) for name in declared if name in options}
-        beside = ("prompts", "class_ids", "seed", "negative_prompt", "trace", *declared)
+        beside = ("prompts", "class_ids", "seed", "negative_prompt", *own, *declared)
         return make_orders(
             self.sampling.changed(options, beside=beside),
             prompts=prompts,
@@ -204,7 +207,7 @@ class Pipeline(OrderRunner):
 
 def _several(value: Any) -> Any:
     """Return one condition as a list of one; a list or None unchanged."""
-    return [value] if isinstance(value, str | int) else value
+    return [value] if isinstance(value, str | int | np.integer) else value
 
 
 def load_pipeline(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nsp import values
 from nsp.errors import ConfigError
 from nsp.family.contract import AnyFamily
 from nsp.family.order import Order, Sampling, Step
 from nsp.pipeline.encoding import PromptEncoder
-from nsp.pipeline.orders import check_condition
+from nsp.pipeline.orders import check_condition, cut_batches
 from nsp.pipeline.padding import cut_step, pad_latent, pad_orders
 from nsp.pipeline.results import StreamStep, Trace
 from nsp.stage.arena import Array
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+def _differences(one: Order[Any], other: Order[Any]) -> str:
+    """Return in words what two orders ask for differently: settings and given arrays."""
+    before, after = one.sampling.to_dict(), other.sampling.to_dict()
+    words = [f"{n}={after[n]!r} instead of {before[n]!r}" for n in after if after[n] != before[n]]
+    words += [f"{name} is given to one only" for name in one.given.keys() ^ other.given.keys()]
+    return ", ".join(words) or "its prompt"
 
 
 class Steps(Iterator[T]):
@@ -108,6 +117,13 @@ class OrderRunner:
 
     def check(self, orders: Sequence[Order[Any]]) -> None:
         """Raise ConfigError unless these orders can be one batch of this model."""
+        wrong = (
+            orders
+            if isinstance(orders, str | Order)
+            else [each for each in orders if not isinstance(each, Order)]
+        )
+        if wrong:
+            raise ConfigError(f"orders is a list of nsp.Order, not {values.shown(orders)}")
         if not orders:
             raise ConfigError("nothing to generate: give at least one order")
         if self.max_batch is not None and len(orders) > self.max_batch:
@@ -115,12 +131,20 @@ class OrderRunner:
                 f"batch of {len(orders)} is outside the engine's 1..{self.max_batch}; "
                 f"generate fewer at once or rebuild with --max-batch {len(orders)}"
             )
-        keys = {self.check_order(order) for order in orders}
-        if len(keys) > 1:
-            raise ConfigError(
-                "these orders cannot share a batch: their settings need other shapes or numbers "
-                "of steps; only orders with the same family.batch_key can"
-            )
+        keys = [self.check_order(order) for order in orders]
+        for number, (key, order) in enumerate(zip(keys, orders, strict=True)):
+            if key != keys[0]:
+                apart = _differences(orders[0], order)
+                raise ConfigError(
+                    f"order {number} cannot share a batch with order 0: {apart} needs other shapes "
+                    "or steps; pipe.batches(orders) groups those that can"
+                )
+
+    def batches(self, orders: Sequence[Order[Any]]) -> list[list[Order[Any]]]:
+        """Return the orders in batches that `run` accepts, each as large as it may be."""
+        for order in orders:
+            self.check_order(order)
+        return [[orders[place] for place in places] for places in cut_batches(self, orders)]
 
     def check_order(self, order: Order[Any]) -> Hashable:
         """Return an order's batch key; ConfigError for an order that this model does not accept."""
@@ -137,6 +161,12 @@ class OrderRunner:
             raise ConfigError(
                 f"sampling is a {type(order.sampling).__name__}; family {self.family.name} takes a "
                 f"{self.family.sampling.__name__}"
+            )
+        most = self.backend.max_ranks
+        if most is not None and order.sampling.sorted_codes > most:
+            raise ConfigError(
+                f"top_k={order.sampling.sorted_codes} is more than backend {self.backend.name} can "
+                f"sort; use at most {most}, 0 for none, or another backend"
             )
         return self.family.batch_key(self.config, order)
 

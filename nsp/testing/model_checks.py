@@ -121,10 +121,12 @@ def cache_layouts_agree(made: UnderTest) -> None:
 
 
 def an_image_does_not_depend_on_its_batch(made: UnderTest) -> None:
-    """Every order gives the same image alone and among others."""
-    together = made.pipeline.trace(made.orders)
-    for row, order in enumerate(made.orders):
-        _assert_same_image(made.pipeline.trace([order]), 0, together, row, f"image {row} alone")
+    """Every order gives the same image alone and among others, whatever their settings are."""
+    for orders in (made.orders, made.mixed):
+        together = made.pipeline.trace(orders)
+        for row, order in enumerate(orders):
+            what = f"image {row} alone ({order.sampling})"
+            _assert_same_image(made.pipeline.trace([order]), 0, together, row, what)
 
 
 def seeds_decide_images(made: UnderTest) -> None:

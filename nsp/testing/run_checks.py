@@ -57,9 +57,9 @@ def engines_need_no_torch(made: UnderTest) -> None:
 
 
 def the_verbs_run(made: UnderTest) -> None:
-    """`nsp generate`, `verify` and `inspect` do their work on engines, the first without, too.
+    """`nsp generate`, `verify`, `inspect` and `bench` do their work on engines.
 
-    Pictures of the checkpoint and of fp32 engines are the same but for rounding.
+    Pictures are generated from the checkpoint, too, and two seeds give two of them.
     """
     order = made.orders[0]
     asked = {"prompt": ["--prompt", str(order.condition)], "none": []}.get(
@@ -76,6 +76,8 @@ def the_verbs_run(made: UnderTest) -> None:
     checked = json.loads(_nsp("verify", made.engines, "--recorded", "--json"))
     assert all(stage["passed"] for stage in checked["stages"]), "nsp verify found a wrong stage"
     assert made.family.name in _nsp("inspect", made.engines), "nsp inspect names no family"
+    bench = ("--quick", "--checkpoint", made.checkpoint, "--output-dir", made.folder / "bench")
+    _nsp("bench", "--engine-dir", made.engines, *bench)
 
 
 def a_resumed_run_equals_one_in_one_go(made: UnderTest) -> None:

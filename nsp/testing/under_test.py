@@ -12,7 +12,7 @@ from PIL import Image
 
 from nsp.artifacts.systems import save_checkpoint
 from nsp.data.sources import open_source
-from nsp.errors import ConfigError
+from nsp.errors import ConfigError, NspError
 from nsp.export.options import ExportOptions
 from nsp.export.run import export
 from nsp.family.contract import AnyFamily, Stage
@@ -22,6 +22,15 @@ from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 
 _NOISE = 0.05  # added to every weight: fresh models have branches that weigh nothing
 _NUM_PICTURES = 12
+
+
+def _others(value: Any) -> Sequence[Any]:
+    """Return other values that a setting may have."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value + 2, value - 1]
+    return [value * 0.7, value + 1.5] if isinstance(value, float) else []
 
 
 class UnderTest:
@@ -95,6 +104,27 @@ class UnderTest:
         if len(most) < 2:
             most = [most[0], dataclasses.replace(most[0], seed=most[0].seed + 1)]
         return most[:3]
+
+    @cached_property
+    def mixed(self) -> Sequence[Order[Any]]:
+        """Orders that may share a batch although each has another setting of its own.
+
+        Every setting that is a number or a flag is tried with other values; those that the model
+        refuses, or that decide the batch's shapes or steps, are left out.
+        """
+        first = self.orders[0]
+        key, found = self.pipeline.check_order(first), [first]
+        for name, value in first.sampling.to_dict().items():
+            for other in _others(value):
+                try:
+                    changed = first.sampling.changed({name: other})
+                    order = dataclasses.replace(first, sampling=changed, seed=len(found))
+                    if self.pipeline.check_order(order) == key:
+                        found.append(order)
+                        break
+                except NspError:  # not a value of this setting, or not of this model
+                    continue
+        return found
 
     @cached_property
     def checkpoint(self) -> Path:

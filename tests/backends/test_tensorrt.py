@@ -453,4 +453,4 @@ def test_absent_packages_name_their_installation(monkeypatch: pytest.MonkeyPatch
     assert message.endswith(pip_install("tensorrt-rtx"))
     monkeypatch.setattr(tensorrt_engine, "find_gpu", lambda: None)
     message = refusal(BackendError, lambda: tensorrt_engine.import_tensorrt("tensorrt_rtx"))
-    assert message.endswith("it runs on an NVIDIA GPU, which this machine does not have")
+    assert message.endswith("it needs an NVIDIA GPU, which this machine does not have")

@@ -418,7 +418,7 @@ def test_a_listed_file_of_another_kind_is_one_line(
             return denied(name, *args, **settings)  # type: ignore[arg-type]
 
         monkeypatch.setattr(os, "open", refuse)
-    words = {"link": "symbolic link", "unreadable": "no permission"}
+    words = {"link": "symbolic link", "unreadable": "permission denied"}
     for verify in (True, False):
         with pytest.raises(EngineError, match=words.get(kind, "not a regular file")):
             open_engine_dir(engines, verify=verify)

@@ -1,6 +1,5 @@
 """An image does not depend on its batch mates or on their settings, in any family."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from nsp.errors import ConfigError
 from nsp.family.order import Order
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
+from tests.families.next_scale.models import new_tiny_checkpoint as new_growing_checkpoint
 
 PROMPTS = ("red apple", "green apple", "smiling cat", "")
 _LATENT_ERROR = 1e-5  # of the range: what rounds with another batch
@@ -108,17 +108,59 @@ def margin_of(pipe: Pipeline, order: Order[Any], trace: Any, scale: int) -> floa
     return float(np.abs(edges - draws[:, None]).min())
 
 
-def test_a_row_that_is_not_guided_is_the_unguided_image_beside_guided_ones(
-    var_pipe: Pipeline,
+def test_a_row_with_guidance_1_is_exactly_the_unguided_one_beside_guided_ones() -> None:
+    import torch
+
+    from nsp.layers.logits import apply_guidance
+
+    logits = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0))
+    logits[2] = float("inf")  # a null row that must not leak
+    guided = apply_guidance(logits, torch.tensor([1.0, 3.0]))
+    assert torch.equal(guided[0], logits[0])
+    assert not torch.equal(guided[1], logits[1])
+
+
+def test_guided_and_unguided_orders_are_told_apart_naming_the_setting(var_pipe: Pipeline) -> None:
+    guided, plain = (
+        Order("red apple", 1, var_pipe.sampling.changed({"guidance_scale": scale}))
+        for scale in (3.0, 1.0)
+    )
+    with pytest.raises(ConfigError, match=r"order 1 .*guidance_scale=1\.0 instead of 3\.0"):
+        var_pipe.check([guided, plain])
+    assert [len(batch) for batch in var_pipe.batches([guided, plain, guided])] == [2, 1]
+
+
+@pytest.fixture(scope="module")
+def growing_pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = new_growing_checkpoint(tmp_path_factory.mktemp("growing") / "checkpoint")
+    return load_pipeline(folder, device="cpu")
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    wanted=st.lists(
+        st.tuples(
+            st.sampled_from([0.5, 1.5, 4.0, 7.5]),
+            st.sampled_from(PROMPTS),
+            st.sampled_from([None, "green apple"]),
+        ),
+        min_size=2,
+        max_size=5,
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_a_growing_latent_is_what_it_is_alone(
+    growing_pipe: Pipeline, wanted: list[tuple[float, str, str | None]], seed: int
 ) -> None:
-    interval = {"guidance_schedule": "constant", "guidance_until": 4}
-    guided = var_pipe.sampling.changed({**interval, "guidance_scale": 3.0})
-    orders = [Order("red apple", 1, guided), Order("red apple", 1, replace(guided, top_k=0))]
-    plain = var_pipe.sampling.changed({"guidance_scale": 1.0})
-    alone = var_pipe.trace([Order("red apple", 1, plain)])
-    assert not np.array_equal(alone.tokens[-1], var_pipe.trace(orders).tokens[-1][:1])
-    with pytest.raises(ConfigError, match="cannot share a batch"):
-        var_pipe.check([orders[0], Order("red apple", 1, plain)])
+    orders = [
+        Order(prompt, seed + n, growing_pipe.sampling.changed({"guidance_scale": scale}), negative)
+        for n, (scale, prompt, negative) in enumerate(wanted)
+    ]
+    together = growing_pipe.trace(orders).latents
+    for row, order in enumerate(orders):
+        for among, alone in zip(together, growing_pipe.trace([order]).latents, strict=True):
+            error = _LATENT_ERROR * float(np.ptp(alone))
+            np.testing.assert_allclose(among[row], alone[0], rtol=0, atol=error)
 
 
 def test_a_negative_prompt_changes_its_own_image_only(var_pipe: Pipeline) -> None:

@@ -137,6 +137,14 @@ class SharedRandomness(Var):
         return made
 
 
+class SharedSettings(Var):
+    """All rows have the first order's settings."""
+
+    def inputs(self, config, orders, text):
+        same = [dataclasses.replace(order, sampling=orders[0].sampling) for order in orders]
+        return super().inputs(config, same, text)
+
+
 class SeedIgnored(Var):
     def inputs(self, config, orders, text):
         return super().inputs(config, [dataclasses.replace(o, seed=1) for o in orders], text)
@@ -186,6 +194,7 @@ BROKEN: dict[type[AnyFamily], object] = {
     StepsFromOne: {model_checks.steps_count_from_zero_to_their_total},
     WrongGrid: {model_checks.pictures_have_the_declared_size},
     SharedRandomness: {model_checks.an_image_does_not_depend_on_its_batch},
+    SharedSettings: {model_checks.an_image_does_not_depend_on_its_batch},
     SeedIgnored: {model_checks.seeds_decide_images},
     LooksAtValues: {model_checks.a_recorded_loop_equals_a_plain_one},
     UploadsInTheLoop: {model_checks.a_recorded_loop_equals_a_plain_one},

@@ -49,6 +49,16 @@ class VarSampling(Sampling):
     )
     more_smooth: bool = field(default=False, metadata={"help": "Mix codes (Gumbel softmax)."})
 
+    @property
+    def sorted_codes(self) -> int:
+        """How many of the largest logits must be sorted whichever stage draws; 0 for none."""
+        return self.top_k
+
+    @property
+    def greedy(self) -> str | None:
+        """The setting that gives every seed the same image, in words; None if seeds matter."""
+        return "top_k=1" if self.top_k == 1 and not self.more_smooth else None
+
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not 0 <= self.guidance_scale <= _LARGE:
