@@ -9,11 +9,15 @@ import pytest
 from nsp.backends import available
 from nsp.backends.available import BACKENDS, availability, backend_names, backend_record
 from nsp.console.doctor import examine
+from nsp.console.settings import sampling_options
 from nsp.errors import ConfigError
 from nsp.families.var import Var
 from nsp.family import registry
 from nsp.plugins import Plugins
+from nsp.training.presets import preset
 
+# The beginning of a family that is `var` under the name "mine".
+SOUND = "from nsp.families.var import Var\nclass Thing(Var):\n    name = 'mine'\n"
 TABLE = {"var": "nsp.families.var:Var"}
 GROUP = "nsp.families"
 BACKEND_GROUP = "nsp.backends"
@@ -135,7 +139,9 @@ def test_a_backend_of_another_package_is_named_listed_and_never_hides_one_of_our
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("from nsp.family.contract import Family\nclass Thing(Family): pass\n", "not complete"),
+        ("from nsp.family.contract import Family\nclass Thing(Family): pass\n", "cannot be used"),
+        (f"{SOUND}    def __init__(self): raise RuntimeError('no')\n", "RuntimeError: no"),
+        (f"{SOUND}    sampling = 3\n", "cannot be used"),
         ("from nsp.families.var import Var\nclass Thing(Var): pass\n", "calls itself 'var'"),
         ("class Thing: pass\n", "is not a subclass of nsp's Family"),
         ("from nsp.families.var import Var\nclass Thing(Var):\n    api = 99\n", "version 99"),
@@ -150,3 +156,48 @@ def test_what_is_no_family_of_this_contract_is_refused_by_name(
         registry.family("mine")
     with pytest.raises(ConfigError, match=r"unknown family 'other'; known: var$"):
         registry.family("other")
+
+
+def test_a_plugin_that_ends_the_process_when_imported_is_one_warning(
+    site: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(site, "broken_one", {"broken": "broken_one:Thing"}, "import sys; sys.exit(3)\n")
+    with caplog.at_level(logging.WARNING):
+        assert Plugins(GROUP, TABLE).load("broken") is None
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipes", "words"),
+    [
+        ("return {'smoke': print}", "recipe 'smoke' of family mine is left out"),
+        ("raise OSError('no')", "family mine has no usable recipes"),
+    ],
+)
+def test_recipes_of_a_plugin_take_no_others_place_and_stop_none(
+    site: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    recipes: str,
+    words: str,
+) -> None:
+    install(
+        site,
+        "good_one",
+        {"mine": "good_one:Thing"},
+        f"{SOUND}    @property\n    def recipes(self): {recipes}\n",
+    )
+    monkeypatch.setattr(registry, "_PLUGINS", Plugins(GROUP, registry.BUILT_IN))
+    with caplog.at_level(logging.WARNING):
+        assert preset("smoke").family == "var"
+    assert words in caplog.text
+    registry.family.cache_clear()
+
+
+def test_a_setting_called_like_an_option_of_the_verb_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        names = {option.name for option in sampling_options(["var"], {"top_k"})}
+    assert "top_k" not in names
+    assert "the setting top_k of family var is left out" in caplog.text

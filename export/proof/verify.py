@@ -158,9 +158,11 @@ def _truth(
     try:
         recordings = read_recorded(folder, manifest)
     except EngineError as error:
+        if recorded:
+            raise
         raise EngineError(
-            f"{error}, and PyTorch is not available; install torch and give --checkpoint, or "
-            "export the folder again"
+            f"{error}, and the PyTorch model is not at hand; give it with --checkpoint where torch "
+            "is installed, or export the folder again"
         ) from error
     return _Truth("outputs recorded at export", recordings)
 

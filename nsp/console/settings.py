@@ -35,9 +35,10 @@ class SamplingVerb(Verb):
         """
         words = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("-")}
         if not self._knows(words, ctx):
-            self._settings = list(sampling_options([*BUILT_IN]))
+            own = {option.name for option in super().get_params(ctx)}
+            self._settings = list(sampling_options([*BUILT_IN], own))
             if not self._knows(words, ctx):
-                self._settings = list(sampling_options(family_names()))
+                self._settings = list(sampling_options(family_names(), own))
         return super().parse_args(ctx, args)
 
     def _knows(self, words: Set[str], ctx: click.Context) -> bool:
@@ -51,10 +52,13 @@ class SamplingVerb(Verb):
         return [*super().get_params(ctx), *self._settings]
 
 
-def sampling_options(known: Sequence[str]) -> Iterator[click.Option]:
+def sampling_options(
+    known: Sequence[str], own: Set[str | None] = frozenset()
+) -> Iterator[click.Option]:
     """Yield an option for every setting of these families; its help names the families.
 
-    Two families may share a name only with the same type: a plugin's other type is left out.
+    Two families may share a name only with the same type: a plugin's other type is left out, and
+    so is a setting called like one of the verb's `own` options.
     """
     owners: dict[str, list[str]] = {}
     options: dict[str, dict[str, Any]] = {}
@@ -62,6 +66,12 @@ def sampling_options(known: Sequence[str]) -> Iterator[click.Option]:
         sampling = family(name).sampling
         hints = typing.get_type_hints(sampling)
         for each in dataclasses.fields(sampling):
+            if each.name in own:
+                logger.warning(
+                    "the setting %s of family %s is left out: the verb has an option of that name",
+                    *(each.name, name),
+                )
+                continue
             made = _option(hints[each.name], each.metadata.get("help", ""))
             if options.setdefault(each.name, made)["type"] != made["type"]:
                 logger.warning(

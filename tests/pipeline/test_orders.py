@@ -7,6 +7,7 @@ from nsp.console.prompt_lists import ListedImage
 from nsp.console.settings import planned_orders
 from nsp.errors import ConfigError
 from nsp.families.var.sampling import VarSampling
+from nsp.family.order import Order
 from nsp.pipeline.orders import cut_batches, make_orders
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
 
@@ -107,3 +108,30 @@ def test_a_row_of_a_list_may_have_its_own_seed_settings_and_negative_prompt():
         planned_orders(
             SETTINGS, wrong, prompts=[], class_ids=[], seed=0, num_images=1, negative=None
         )
+
+
+def test_a_top_k_beyond_what_a_backend_sorts_is_refused_before_the_first_image(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe.backend, "max_ranks", 3)
+    orders = make_orders(pipe.sampling.changed({"top_k": 5}), class_ids=[1])
+    with pytest.raises(ConfigError, match="top_k=5 is more than backend torch can sort"):
+        pipe.check(orders)
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [(1.5, "a class id is an integer"), (True, "a class id is an integer"), ("a", "class ids")],
+)
+def test_a_condition_of_the_wrong_kind_is_one_line(
+    pipe: Pipeline, condition: object, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        pipe.check([Order(condition, 0, pipe.sampling)])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"orders is a list of nsp\.Order"):
+        pipe.check([condition])  # type: ignore[list-item]
+
+
+def test_greedy_settings_say_that_seeds_do_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    make_orders(SETTINGS.changed({"top_k": 1}), prompts=["cat"], num_images=2)
+    assert "top_k=1 is greedy: all seeds give the same picture" in caplog.text
