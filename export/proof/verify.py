@@ -161,8 +161,8 @@ def _truth(
         if recorded:
             raise
         raise EngineError(
-            f"{error}, and the PyTorch model is not at hand; give it with --checkpoint where torch "
-            "is installed, or export the folder again"
+            f"{error}, and the PyTorch model is not available; give it with --checkpoint where "
+            "torch is installed, or export the folder again"
         ) from error
     return _Truth("outputs recorded at export", recordings)
 
