@@ -50,7 +50,6 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("generate", *PROMPT, "--num-images", "0"), ("--num-images", "0")),
         (("generate", *PROMPT, "--guidance-schedule", "up"), ("up", "ramp", "interval")),
         (("generate", *PROMPT, "--class-id", "1"), ("both given",)),
-        (("generate",), ("nothing to generate",)),
         (("generate", "--prompt", " "), ("prompt 1 is empty",)),
         (("generate", "--prompts-file", "no-such.txt"), ("no-such.txt", "does not exist")),
         (("generate", "--prompts-file", str(ROOT)), (str(ROOT), "is a directory")),

@@ -197,11 +197,6 @@ def _select(
     ranks, most = inputs["ranks"], backend.max_ranks
     if most is not None and ranks.shape[0] > most:
         stage, ranks = f"{stage}_nucleus", inputs.get("top_k_ranks", ranks)
-        if ranks.shape[0] > most:
-            raise ConfigError(
-                f"backend {backend.name} sorts at most {most} codes for top_k; use --top-k {most} "
-                "or less, 0 for no limit, or another backend"
-            )
     settings = {name: inputs[name] for name in _SETTINGS}
     feeds = {"logits": logits, "ranks": ranks, **{n: here[n] for n in own}, **settings}
     return backend.run(stage, feeds)
