@@ -193,5 +193,5 @@ def test_only_top_p_alone_is_drawn_without_sorting(
 
 
 def test_a_top_k_that_cannot_be_sorted_is_refused(bounded: tuple[Pipeline, _Noted]) -> None:
-    with pytest.raises(ConfigError, match="top_k=3840 is more than .* use at most 3839"):
+    with pytest.raises(ConfigError, match=r"top_k=3840 is more than .* use at most 3839"):
         bounded[0].generate(class_ids=[1], top_k=3840)
