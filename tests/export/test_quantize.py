@@ -12,6 +12,7 @@ from nsp.benchmarks.rivals import make_rivals, other_precisions
 from nsp.benchmarks.subject import load_subject
 from nsp.errors import ConfigError
 from nsp.export.options import ExportOptions
+from nsp.export.proof.verify import verify
 from nsp.export.run import export
 from nsp.pipeline.pipeline import load_pipeline
 
@@ -64,6 +65,13 @@ def test_other_stages_are_those_of_fp32_and_the_figures_are_kept(int8_engines):
     assert set(step.precision_map.values()) == {"int8", "float32"}
     assert 1e-4 < step.parity["outputs"]["logits"]["relative"] < 0.05
     assert all(0.8 <= scale["agreement"] <= 1 for scale in step.parity["units"])
+
+
+def test_verify_holds_each_stage_to_the_precision_it_is_stored_in(int8_engines):
+    for recorded in (False, True):
+        found = verify(int8_engines[0], precision="int8", recorded=recorded)
+        assert found.failure() is None
+        assert found.precision == "int8"
 
 
 def test_it_runs_when_asked_for_and_only_then(int8_engines):
