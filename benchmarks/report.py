@@ -1,4 +1,4 @@
-"""What a benchmark leaves: tables on the screen, bench.{html,md,json}, one JSON line."""
+"""What a benchmark leaves: tables on the screen, bench.{html,md,json}; JSON in one line."""
 
 import json
 import logging

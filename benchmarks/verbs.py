@@ -155,13 +155,14 @@ def bench(
     )
     with progress_bar() as show:
         report = run(bench_options, on_event=lambda e: show(e.activity, e.done, e.total))
-    if not as_json:
-        report.render(results_console())
-        click.echo(f"report: {report.markdown_path}")
-        click.echo(f"data: {report.json_path}")
-        if report.page_path is not None:
-            click.echo(f"page: {report.page_path}")
-    click.echo(report.summary_json())
+    if as_json:
+        click.echo(report.summary_json())
+        return
+    report.render(results_console())
+    click.echo(f"report: {report.markdown_path}")
+    click.echo(f"data: {report.json_path}")
+    if report.page_path is not None:
+        click.echo(f"page: {report.page_path}")
 
 
 def _refuse_options_of_other_uses(use: str | None) -> None:
