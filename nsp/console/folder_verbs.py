@@ -61,9 +61,12 @@ def convert(
 
 @click.command(cls=Verb)
 @click.argument("folder", type=FOLDER)
+@click.option(
+    "--all", "everything", is_flag=True, help="Show tensors, profiles and errors of every stage."
+)
 @json_option
 @verbose_option
-def inspect(*, folder: Path, as_json: bool) -> None:
+def inspect(*, folder: Path, everything: bool, as_json: bool) -> None:
     """Show the description stored in an engine or checkpoint folder."""
     from nsp.console.inspection import describe_folder, render_folder
 
@@ -71,7 +74,7 @@ def inspect(*, folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        print_tables(render_folder(found))
+        print_tables(render_folder(found, everything=everything))
 
 
 @click.command(cls=Verb)

@@ -69,8 +69,11 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def render_folder(found: Mapping[str, Any]) -> list["RenderableType"]:
-    """Return tables of `describe_folder`'s facts, to be printed one after another."""
+def render_folder(found: Mapping[str, Any], *, everything: bool = False) -> list["RenderableType"]:
+    """Return tables of `describe_folder`'s facts, to be printed one after another.
+
+    `everything`: with each compiled stage's tensors, profiles, precisions and measured errors.
+    """
     head = _plain_table()
     head.add_row(found["kind"], found["folder"])
     head.add_row("family", found["family"])
@@ -89,6 +92,8 @@ def render_folder(found: Mapping[str, Any]) -> list["RenderableType"]:
     if shared := [*found["files"], *found["recorded"]]:
         tables.append(_files_table(shared, found["sizes"]))
     tables.append(_overview(found))
+    if not everything:
+        return tables
     for stage, variants in found["stages"].items():
         tables.append(f"\n{stage}")
         tables.extend(_variant_table(variant, found["sizes"]) for variant in variants)
@@ -100,15 +105,30 @@ def _overview(found: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("\nstage", "\nbackend", "\nprecision", "\ncache", "\nsize"):
+    for name in ("\nstage", "\nbackend", "\nprecision", "\ncache", "\nsize", "\nparity"):
         table.add_column(name)
     for stage, variants in found["stages"].items():
         for variant in variants:
             sizes = [found["sizes"][name] for name in variant["files"]]
             size = None if None in sizes else sum(sizes)
             facts = (variant["backend"], variant["precision"], _cache_of(variant))
-            table.add_row(stage, *facts, _readable(size))
+            table.add_row(stage, *facts, _readable(size), _parity_of(variant["parity"]))
     return table
+
+
+def _parity_of(parity: Mapping[str, Any]) -> str:
+    """Return in a few words how close a stage came to PyTorch when it was exported."""
+    if (psnr := parity.get("psnr_db")) is not None:
+        return f"{psnr:.1f} dB"
+    outputs: Mapping[str, Mapping[str, float]] = parity.get("outputs", {})
+    errors = [each["relative"] for each in outputs.values()]
+    words = f"error {max(errors):.1e} of the range" if errors else ""
+    drawn = [each for each in parity.get("units", ()) if "tokens" in each]
+    if drawn:
+        count = sum(each["tokens"] for each in drawn)
+        equal = sum(each["tokens"] * each["agreement"] for each in drawn) / count
+        return f"{equal:.2%} of {count} tokens, {words}"
+    return words
 
 
 def _cache_of(variant: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ def inspect(*args: object) -> str:
 
 
 def test_everything_the_manifest_says_about_a_stage_is_shown(engines):
-    shown = inspect(engines)
+    shown = inspect(engines, "--all")
     facts = ["var", "abc123", "decoder", "onnxruntime", "fp16", "none", "23", "psnr_db=51.25"]
     facts += [
         "norm_out",
@@ -68,6 +68,13 @@ def test_everything_the_manifest_says_about_a_stage_is_shown(engines):
     ]
     for fact in facts:
         assert fact in shown, fact
+
+
+def test_without_all_each_stage_is_one_line_with_its_parity(engines):
+    shown = inspect(engines)
+    (line,) = [line for line in shown.splitlines() if line.startswith("decoder")]
+    assert line.split()[-2:] == ["51.2", "dB"]
+    assert "profile 0" not in shown
 
 
 def test_json_is_the_manifest_with_sizes(engines):
