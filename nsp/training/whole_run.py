@@ -143,8 +143,8 @@ def train(
         on_main(accelerator, begin)
         tracker.start(config.to_dict(), folder)
         logger.info(
-            "%s on %s (%s), %d processes: %s, run folder %s",
-            *(config.family, accelerator.device, accelerator.mixed_precision),
+            "family %s on %s in %s, number of processes: %d; data: %s; run folder: %s",
+            *(config.family, accelerator.device, accelerator.mixed_precision.replace("no", "fp32")),
             *(accelerator.num_processes, data, folder),
         )
         for phase in config.phases:
