@@ -193,7 +193,7 @@ def test_both_kinds_of_folders_are_described(exported: Workplace) -> None:
     assert engines["family"] == "raster"
     assert {v["precision"] for v in engines["stages"]["step"]} == {"fp32", "fp16"}
     assert len(engines["stages"]["step"][0]["parity"]["units"]) == 16  # not 256
-    assert "net.*" in exported.nsp("inspect", ENGINES).stdout
+    assert "net.*" in exported.nsp("inspect", ENGINES, "--all").stdout
     assert "raster" in exported.nsp("inspect", f"{RUN}/checkpoint").stdout
 
 
