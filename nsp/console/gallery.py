@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nsp.data.png import slug, write_image, write_png
 from nsp.data.sheet import contact_sheet
 from nsp.distribution import version
-from nsp.family.order import Order, Unit
+from nsp.family.order import Order, Sampling, Unit
 from nsp.pipeline.orders import cut_batches
 from nsp.pipeline.pipeline import Pipeline
 from nsp.pipeline.results import StreamStep, to_uint8
@@ -58,7 +58,7 @@ class GalleryProgress:
 class WrittenImage:
     """One image on disk."""
 
-    order: Order[Any]
+    order: Order[Sampling]
     path: Path
     ms: float  # time of its batch divided by the images in it, without writing
     warm: bool  # False in the first batch: its time includes loading by the backend
@@ -88,7 +88,7 @@ class Gallery:
 
 def generate_gallery(
     pipeline: Pipeline,
-    orders: Sequence[Order[Any]],
+    orders: Sequence[Order[Sampling]],
     folder: Path,
     *,
     batch_size: int,
@@ -150,7 +150,7 @@ def _write_step(folder: Path, names: Sequence[str], unit: Unit, step: StreamStep
 
 
 def _write_sheet(
-    folder: Path, planned: Sequence[Order[Any]], pictures: Sequence[NDArray[np.uint8]]
+    folder: Path, planned: Sequence[Order[Sampling]], pictures: Sequence[NDArray[np.uint8]]
 ) -> Path:
     """Write the contact sheet; titles have the seeds if these differ."""
     shown = planned[: len(pictures)]
@@ -165,14 +165,14 @@ def _write_sheet(
     return path
 
 
-def _title(order: Order[Any]) -> str:
+def _title(order: Order[Sampling]) -> str:
     """Return what an image should show, in words."""
     if isinstance(order.condition, str):
         return order.condition or "no prompt"
     return "image" if order.condition is None else f"class {order.condition}"
 
 
-def _metadata(order: Order[Any]) -> dict[str, str]:
+def _metadata(order: Order[Sampling]) -> dict[str, str]:
     """Return the metadata of one image."""
     settings = {"seed": str(order.seed), "sampling": json.dumps(order.sampling.to_dict())}
     if order.negative is not None:
@@ -180,7 +180,7 @@ def _metadata(order: Order[Any]) -> dict[str, str]:
     return {**{name: str(value) for name, value in _condition(order).items()}, **settings}
 
 
-def _condition(order: Order[Any]) -> dict[str, str | int]:
+def _condition(order: Order[Sampling]) -> dict[str, str | int]:
     """Return what the image should show, under the name of its kind."""
     if order.condition is None:
         return {}

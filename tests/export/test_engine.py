@@ -32,6 +32,7 @@ from nsp.families.var.config import ClassCondition, with_condition
 from nsp.family.contract import trace_sizes
 from nsp.family.registry import family
 from nsp.stage.io import Axes, StageIO
+from nsp.text.parts import TextEncoderSettings
 from tests.export.small import compile_for_rtx, rtx, small_config, write_model
 from tests.export.test_lint import planned
 from tests.export.test_run import STAGES
@@ -203,7 +204,7 @@ def test_every_engine_of_every_stage_builds_without_a_gpu(small_checkpoint, tmp_
 def test_steps_build_in_the_other_precisions(tmp_path, precision):
     record = family("var")
     config = with_condition(small_config(), ClassCondition(num_classes=5))
-    system = record.learner.new_system(config, {}, None)
+    system = record.learner.new_system(config, TextEncoderSettings(), None)
     dtype = PRECISION_DTYPES[precision]
     declared = record.stages(system.config, kv_layout="delta", dtype=dtype)
     narrowed = at_precision(system, declared, precision)
