@@ -29,6 +29,7 @@ from nsp.console.settings import (
     check_settings,
     planned_orders,
     setting_names,
+    with_arrays,
 )
 from nsp.errors import ConfigError, NspError
 
@@ -118,6 +119,8 @@ def generate(
         engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
     )
     family = pipeline.family
+    declared = family.given(pipeline.config)
+    files = {name: given.pop(name) for name in declared if name in given}
     if family.default_prompt and not prompts and not class_ids and not listed:
         prompts = (family.default_prompt,)
     if num_images is None:  # of some first implementations the batch size is the number of images
@@ -131,6 +134,7 @@ def generate(
         num_images=num_images,
         negative=negative_prompt,
     )
+    orders = with_arrays(orders, declared, files) if files else orders
     from nsp.console.gallery import generate_gallery  # while the engines are loading
     from nsp.console.terminal import progress_bar
     from nsp.pipeline.orders import choose_batch_size

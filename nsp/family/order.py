@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from nsp import values
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.files import read_array
 from nsp.stage.arena import Array
 from nsp.stage.io import Shape
 
@@ -72,6 +74,8 @@ class Given:
     dtype: str
     least: float | None = None  # smallest value; None: any finite one
     below: float | None = None  # all values are smaller
+    help: str = ""  # of the option of `nsp generate`, which takes a file
+    read: Callable[[Path], NDArray[Any]] = read_array  # how a file becomes the array
 
     def check(self, name: str, array: object) -> None:
         """Raise ConfigError unless `array` is allowed under this name."""
