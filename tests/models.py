@@ -16,8 +16,12 @@ CAPTIONS = (
 )
 
 
-def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -> Path:
+def new_tiny_checkpoint(
+    folder: Path, *, seed: int = 0, null: str = "learned", greedy: bool = False
+) -> Path:
     """Write a text-conditional model of the tiny size to `folder` and return it.
+
+    If `greedy`, its own sampling settings are the bundled model's.
 
     The published initialisation makes logits almost constant; larger weights make parity mean
     something.
@@ -43,7 +47,8 @@ def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -
         system.predictor.head.weight.mul_(100)
         for block in system.predictor.blocks:
             block.ada_lin[1].weight.mul_(10)
-    save_checkpoint(folder, system, notes={"made_by": "tests"})
+    sampling = {"top_k": 1} if greedy else {}
+    save_checkpoint(folder, system, notes={"made_by": "tests"}, sampling=sampling)
     return folder
 
 
