@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENGINES ?= engines
 OUTPUTS ?= outputs
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast lint docs clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nsp needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
@@ -39,6 +39,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ and of the docstrings, in outputs/site; a warning is an error.
+docs: $(VENV)/.ready
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
