@@ -147,7 +147,6 @@ def test_a_full_disk_during_export_is_one_line_and_leaves_no_manifest(tiny_check
     ("options", "code", "words"),
     [
         (("--target", "frob"), 2, ("'frob'", "tensorrt-rtx")),
-        (("--target", "auto"), 2, ("auto", "only one")),
         (("--bf16",), 2, ("onnxruntime has only fp32, fp16, int8, not bf16", "--fp16")),
         (("--max-batch", "0"), 2, ("--max-batch", "0")),
     ],
