@@ -12,7 +12,7 @@ from PIL import Image
 
 from nsp.benchmarks.options import QUICK
 from nsp.cli import main
-from nsp.data.png import read_metadata
+from nsp.data.image_files import read_metadata
 from nsp.pipeline.pipeline import load_pipeline
 from tests.data.picture_files import encoded, write_captioned, write_files
 from tests.disk import largest_file

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.data.png import slug, write_image, write_png
+from nsp.data.image_files import slug, write_image, write_png
 from nsp.data.sheet import contact_sheet
 from nsp.distribution import version
 from nsp.family.order import Order, Sampling, Unit

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from nsp.console.gallery import generate_gallery
-from nsp.data.png import read_metadata
+from nsp.data.image_files import read_metadata
 from nsp.errors import ConfigError
 from nsp.pipeline.orders import make_orders
 from nsp.pipeline.pipeline import load_pipeline

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nsp.data.png import read_metadata, slug, write_png
+from nsp.data.image_files import read_metadata, slug, write_png
 from tests.disk import largest_file
 
 PIXELS = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
