@@ -5,10 +5,11 @@ rich is imported only when something is drawn, while `nsp generate` already load
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import click
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _OURS = "nsp"  # the package whose log messages of level INFO are shown
 _WIDE = 200  # columns of a table without a terminal
+QUIET_SECONDS = 30.0  # without a terminal; then a line says what is going on
 _DRAW_SECONDS = 0.1  # drawing a bar takes about a millisecond
 
 logger = logging.getLogger(__name__)
@@ -74,10 +76,12 @@ def logs_on_stderr(*, verbose: bool) -> Iterator[None]:
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Yield `show(activity, done, total)`: a bar on a terminal, a line per activity elsewhere.
 
-    Nothing is drawn between its calls, so that drawing does not disturb measurements.
+    Nothing is drawn between its calls, so that drawing does not disturb measurements; only where no
+    line was written for half a minute, one says what goes on.
     """
     if sys.stderr is None or not sys.stderr.isatty():
-        yield _ActivityLines()
+        with _ActivityLines() as lines:
+            yield lines
         return
     from rich.console import Console
     from rich.markup import escape
@@ -116,13 +120,33 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _ActivityLines:
-    """Logs every activity once."""
+    """Logs every activity once, and what is going on after `QUIET_SECONDS` without a line."""
 
     def __init__(self) -> None:
-        self._last = ""
+        self._last, self._amount = "", ""
+        self._began = time.monotonic()
+        self._logged, self._ended = threading.Event(), threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._remind, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._logged.set()  # wakes the thread
 
     def __call__(self, activity: str, done: int, total: int) -> None:
         """Log `activity` when it changed."""
+        self._amount = f"{done} of {total}"
         if activity != self._last:
+            self._last, self._began = activity, time.monotonic()
+            self._logged.set()
             logger.info("%s", activity)
-        self._last = activity
+
+    def _remind(self) -> None:
+        while not self._ended.is_set():
+            if self._logged.wait(QUIET_SECONDS):
+                self._logged.clear()
+            elif self._last:
+                seconds = time.monotonic() - self._began
+                logger.info("%s: %s, for %.0f s", self._last, self._amount, seconds)

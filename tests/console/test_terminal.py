@@ -1,7 +1,9 @@
 import io
 import logging
 import sys
+import time
 
+from nsp.console import terminal
 from nsp.console.terminal import logs_on_stderr, progress_bar
 
 
@@ -48,3 +50,20 @@ def test_a_warning_is_shown_once_and_levels_are_restored(capsys):
     assert logging.getLogger("nsp").level == before
     ours.warning("after")
     assert capsys.readouterr().err == ""
+
+
+def test_without_a_terminal_a_long_activity_is_reported_again(monkeypatch, caplog):
+    monkeypatch.setattr(terminal, "QUIET_SECONDS", 0.05)
+    caplog.set_level(logging.INFO)
+    with terminal.progress_bar() as show:
+        show("step tensorrt: compiling", 3, 10)
+        deadline = time.monotonic() + 10
+        while len(caplog.messages) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    first, *again = caplog.messages
+    assert first == "step tensorrt: compiling"
+    assert len(again) >= 2
+    assert all(line.startswith("step tensorrt: compiling: 3 of 10, for ") for line in again)
+    count = len(caplog.messages)
+    time.sleep(0.2)
+    assert len(caplog.messages) == count  # it ends with the block
