@@ -1,15 +1,12 @@
-"""The work of one stage call, counted from the configuration: what speeds are held against.
+"""The work of one call of a stage of `var`, counted by hand from the configuration.
 
-Counted are matrix products, convolutions and attention, a multiply-add as two operations; what is
-element-wise, and lookups in tables, are not. Axes as in nsp/families/var/io.py: B images, G rows,
-L new and P cached tokens, N prompts.
+The independent check of what is counted at export. Counted are matrix products, convolutions and
+attention, a multiply-add as two operations; what is element-wise, and lookups in tables, are not.
+Axes: B images, G rows, L new and P cached tokens, N prompts.
 """
 
-import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from nsp.families.var.config import VaeConfig, VarConfig
 from nsp.stage.io import Sizes
@@ -33,20 +30,10 @@ class Work:
 
 @dataclass(frozen=True)
 class TextEncoderSize:
-    """What the work of a CLIP text encoder depends on and the family's configuration leaves out."""
+    """What the configuration of the family leaves out."""
 
     depth: int
     hidden_width: int
-
-    @classmethod
-    def read(cls, checkpoint: Path) -> Self | None:
-        """Return the size recorded in a checkpoint folder, or None where it has no text encoder."""
-        path = checkpoint / "text_encoder" / "config.json"
-        if not path.is_file():
-            return None
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values = values.get("text_config", values)
-        return cls(values["num_hidden_layers"], values["intermediate_size"])
 
 
 def linear(rows: int, width_in: int, width_out: int) -> Work:
@@ -178,16 +165,3 @@ def _res_block(batch: int, side: int, channels_in: int, channels_out: int) -> Wo
 def _attn_block(batch: int, side: int, channels: int) -> Work:
     projections = conv(batch, side, channels, 4 * channels, 1)
     return projections + attention(batch, side**2, side**2, channels)
-
-
-StageWork = Callable[[Any, str, Sizes, TextEncoderSize | None], Work | None]
-
-WORK: Mapping[str, StageWork] = {"var": var_work}
-
-
-def stage_work(
-    family: str, config: Any, stage: str, sizes: Sizes, text_encoder: TextEncoderSize | None
-) -> Work | None:
-    """Return the work of one stage call, or None where nothing counts it."""
-    count = WORK.get(family)
-    return None if count is None else count(config, stage, sizes, text_encoder)

@@ -1,0 +1,251 @@
+"""Counts what a model's stages cost, on tensors without content (torch).
+
+torch's FlopCounterMode counts the operations. It has no formula for ONNX's attention operator and
+for the fused attention of CPUs, which would count as nothing: the first gets one here, and the
+second is computed as two products instead. Only shapes are computed, so a model of any size is
+counted in seconds.
+"""
+
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import product
+from typing import Any
+
+import torch
+import torch.onnx.ops  # registers ONNX's operators
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from nsp.artifacts.costs import FIXED, ROWS, SpanCosts, StageCosts
+from nsp.artifacts.weight_kinds import count_weights
+from nsp.family.contract import AnyFamily, Stage
+from nsp.family.system import System
+from nsp.stage.io import Sizes, StageIO
+
+logger = logging.getLogger(__name__)
+
+# Rows to count with: never 0 or 1, which some operators treat in another way, and G not below B.
+_FEW: Sizes = {"B": 2, "G": 4, "N": 2, "R": 2}
+_MORE: Sizes = {"B": 3, "G": 7, "N": 4, "R": 5}
+_LOOKUPS = {
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.index_select.default,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.gather.default,
+}
+
+
+def count_costs(family: AnyFamily, system: System[Any]) -> dict[str, StageCosts]:
+    """Return the costs of every stage of a model; one that cannot be counted is left out.
+
+    They do not depend on the layout of the cache; stages that only one layout has are included.
+    """
+    found: dict[str, StageCosts] = {}
+    names = {id(parameter): name for name, parameter in system.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in system.state_dict().items()}
+    for layout in family.kv_layouts:
+        stages = family.stages(system.config, kv_layout=layout, dtype="float32")
+        modules = family.learner.modules(system, layout)
+        for name, stage in stages.items():
+            if name in found:
+                continue
+            with counting() as counter:
+                spans = _count_spans(name, counter, modules[name], stage)
+            looked_up = {names[each] for each in counter.looked_up - counter.read if each in names}
+            tables = {each: shapes[each] for each in looked_up}
+            if spans is not None:
+                found[name] = StageCosts(
+                    weights=count_weights(stage, shapes),
+                    tables=count_weights(stage, tables),
+                    spans=spans,
+                )
+    return found
+
+
+def _count_spans(
+    name: str, counter: "Counter", module: nn.Module, stage: Stage
+) -> tuple[SpanCosts, ...] | None:
+    """Return the operations at every span; None, with a warning, where they are not linear."""
+    io = stage.io
+    rows = [axis for axis in ROWS if axis in io.free_axes]
+    last = {
+        axis: ends if isinstance(ends, int) else ends[1] for axis, ends in stage.spans[-1].items()
+    }
+    largest = {**_MORE, **last}
+    expected = counter.flop(module, io, largest, watched=True)
+    found = []
+    for span in stage.spans:
+        axes = {a: _counted_sizes(ends) for a, ends in span.items() if a in io.free_axes}
+        flop: dict[str, list[int]] = {axis: [] for axis in (FIXED, *rows)}
+        for own in product(*axes.values()):
+            sizes = {**_FEW, **dict(zip(axes, own, strict=True))}
+            few = counter.flop(module, io, sizes) if expected else 0
+            fixed = few
+            for axis in rows:
+                more = counter.flop(module, io, {**sizes, axis: _MORE[axis]}) if few else 0
+                each = (more - few) // (_MORE[axis] - _FEW[axis])
+                flop[axis].append(each)
+                fixed -= each * _FEW[axis]
+            flop[FIXED].append(fixed)
+        counts = {axis: tuple(each) for axis, each in flop.items() if any(each)}
+        found.append(SpanCosts(axes=axes, flop=counts))
+    if found[-1].operations(largest) != expected:
+        logger.warning(
+            "%s: its operations are not so many for each row: they are not counted", name
+        )
+        return None
+    return tuple(found)
+
+
+def _counted_sizes(ends: int | tuple[int, int]) -> tuple[int, ...]:
+    """Return the sizes of an axis to count at: both ends of a range and its middle."""
+    if isinstance(ends, int):
+        return (ends,)
+    return tuple(sorted({ends[0], sum(ends) // 2, ends[1]}))
+
+
+class Counter:
+    """Runs stage modules on tensors without content, and counts."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self.looked_up: set[int] = set()  # ids of weights of which something takes rows
+        self.read: set[int] = set()  # ids of weights of which something reads all
+
+    def flop(self, module: nn.Module, io: StageIO, sizes: Sizes, *, watched: bool = False) -> int:
+        """Return the operations of one call; note which weights it reads if it is `watched`."""
+        call, watch = self._watched(module)
+        formulas = {torch.ops.onnx.Attention: _attention_flop}
+        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        with counter, watch if watched else nullcontext():
+            call(*_inputs(io, sizes))
+        self.read |= watch.read
+        self.looked_up |= watch.looked_up
+        return int(counter.get_total_flops())
+
+    def scratch(self, module: nn.Module, io: StageIO, sizes: Sizes) -> int:
+        """Return the most bytes alive at once in one call, without its inputs and outputs."""
+        call, watch = self._watched(module)
+        inputs = _inputs(io, sizes)
+        with watch:
+            outputs = call(*inputs)
+        return watch.peak_bytes(without=outputs)
+
+    def _watched(self, module: nn.Module) -> tuple[Callable[..., Sequence[Tensor]], "Watch"]:
+        """Return the module as a function whose weights have no content, and what watches it."""
+        named = [*module.named_parameters(), *module.named_buffers()]
+        empty = {name: self._without_content(tensor) for name, tensor in named}
+        watch = Watch({_storage(empty[name]): id(tensor) for name, tensor in named})
+        return lambda *inputs: torch.func.functional_call(module, empty, inputs), watch
+
+    def _without_content(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        return self._mode.from_tensor(tensor, static_shapes=True)
+
+
+@contextmanager
+def counting(mode: FakeTensorMode | None = None) -> Iterator[Counter]:
+    """Yield a counter; until the block ends, no tensor that this thread makes has content.
+
+    `mode` is that in which the model was built, if its weights have no content either.
+    """
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield Counter(mode)
+
+
+def _inputs(io: StageIO, sizes: Sizes) -> list[Tensor]:
+    """Return the inputs of a call."""
+    return [
+        torch.zeros(spec.shape(sizes), dtype=getattr(torch, spec.dtype))
+        for spec in io.inputs.values()
+    ]
+
+
+def _attention_flop(
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    *further: Any,
+    past_key: Sequence[int] | None = None,
+    out_shape: Any = None,
+    **options: Any,
+) -> int:
+    """Return the operations of ONNX's attention on shapes (G, H, L, K), with P cached tokens."""
+    past = past_key if past_key is not None else (further[1] if len(further) > 1 else None)
+    keys = key[2] + (0 if past is None else past[2])
+    return 2 * math.prod(query[:3]) * keys * (query[3] + value[3])
+
+
+class Watch(TorchDispatchMode):
+    """Notes which weights operators read, and when memory is taken and freed."""
+
+    def __init__(self, weights: Mapping[int, int]) -> None:
+        """Watch `weights`: the storage of each, and a number to remember it by."""
+        TorchDispatchMode.__init__(self)
+        self._weights = weights
+        self.looked_up: set[int] = set()
+        self.read: set[int] = set()
+        self._events: list[tuple[int, int]] = []  # number of the storage, bytes more or less
+        self._numbers: dict[int, int] = {}  # of the storages that are alive
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run one operator and note what it does."""
+        result = func(*args, **(kwargs or {}))
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        known = {_storage(tensor) for tensor in given}
+        if func.is_view and all(_storage(tensor) in known for tensor in made):
+            return result
+        for place, tensor in enumerate(given):
+            weight = self._weights.get(_storage(tensor))
+            if weight is not None:
+                is_table = func in _LOOKUPS and place == 0
+                (self.looked_up if is_table else self.read).add(weight)
+        for tensor in made:
+            self._note(tensor)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        """Note a storage that was not there before, and its end."""
+        storage, key = tensor.untyped_storage(), _storage(tensor)
+        if key in self._numbers or key in self._weights:
+            return
+        number, size = len(self._events), storage.nbytes()
+        self._numbers[key] = number
+        self._events.append((number, size))
+
+        def freed() -> None:
+            del self._numbers[key]
+            self._events.append((number, -size))
+
+        weakref.finalize(storage, freed)
+
+    def peak_bytes(self, *, without: Sequence[Tensor] = ()) -> int:
+        """Return the most bytes that were alive at once, some tensors left out."""
+        left_out = {self._numbers.get(_storage(tensor)) for tensor in without}
+        alive = most = 0
+        for number, size in self._events:
+            if number not in left_out:
+                alive += size
+                most = max(most, alive)
+        return most
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return a number that tensors sharing memory have in common."""
+    return int(tensor.untyped_storage()._cdata)
