@@ -6,13 +6,14 @@ second is computed as two products instead. Only shapes are computed, so a model
 counted in seconds.
 """
 
+import copy
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import product
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.onnx.ops  # registers ONNX's operators
@@ -28,6 +29,9 @@ from nsp.artifacts.weight_kinds import count_weights
 from nsp.family.contract import AnyFamily, Stage
 from nsp.family.system import System
 from nsp.stage.io import Sizes, StageIO
+
+M = TypeVar("M", bound=nn.Module)
+K = TypeVar("K", bound=Hashable)  # what a weight is remembered by
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +126,7 @@ class Counter:
     def flop(self, module: nn.Module, io: StageIO, sizes: Sizes, *, watched: bool = False) -> int:
         """Return the operations of one call; note which weights it reads if it is `watched`."""
         call, watch = self._watched(module)
-        formulas = {torch.ops.onnx.Attention: _attention_flop}
-        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        counter = operation_counter()
         with counter, watch if watched else nullcontext():
             call(*_inputs(io, sizes))
         self.read |= watch.read
@@ -136,19 +139,37 @@ class Counter:
         inputs = _inputs(io, sizes)
         with watch:
             outputs = call(*inputs)
-        return watch.peak_bytes(without=outputs)
+        watch.leave_out(*outputs)
+        return watch.peak_bytes()
 
-    def _watched(self, module: nn.Module) -> tuple[Callable[..., Sequence[Tensor]], "Watch"]:
+    def _watched(self, module: nn.Module) -> tuple[Callable[..., Sequence[Tensor]], "Watch[int]"]:
         """Return the module as a function whose weights have no content, and what watches it."""
         named = [*module.named_parameters(), *module.named_buffers()]
         empty = {name: self._without_content(tensor) for name, tensor in named}
-        watch = Watch({_storage(empty[name]): id(tensor) for name, tensor in named})
+        watch = Watch({id(tensor): empty[name] for name, tensor in named})
         return lambda *inputs: torch.func.functional_call(module, empty, inputs), watch
 
     def _without_content(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
         return self._mode.from_tensor(tensor, static_shapes=True)
+
+
+def emptied(module: M, mode: FakeTensorMode, dtypes: Mapping[str, torch.dtype] | None = None) -> M:
+    """Return a copy of a module whose weights and buffers have no content.
+
+    The module may be on the device "meta", on which some operators do not run. `dtypes` are those
+    of some parameters.
+    """
+    chosen = dtypes or {}
+    copies: dict[int, Tensor] = {}
+    with mode:
+        for name, each in module.named_parameters():
+            empty = torch.empty(each.shape, dtype=chosen.get(name, each.dtype), device="cpu")
+            copies[id(each)] = nn.Parameter(empty, requires_grad=each.requires_grad)
+        for buffer in module.buffers():
+            copies[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+    return copy.deepcopy(module, copies)
 
 
 @contextmanager
@@ -162,6 +183,17 @@ def counting(mode: FakeTensorMode | None = None) -> Iterator[Counter]:
         yield Counter(mode)
 
 
+def operation_counter() -> FlopCounterMode:
+    """Return torch's counter, with formulas for the attention operators that it does not know."""
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            torch.ops.onnx.Attention: _onnx_attention_flop,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+        },
+    )
+
+
 def _inputs(io: StageIO, sizes: Sizes) -> list[Tensor]:
     """Return the inputs of a call."""
     return [
@@ -171,31 +203,38 @@ def _inputs(io: StageIO, sizes: Sizes) -> list[Tensor]:
 
 
 def _attention_flop(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **options: Any
+) -> int:
+    """Return the operations of attention on shapes (G, H, L, K)."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+def _onnx_attention_flop(
     query: Sequence[int],
     key: Sequence[int],
     value: Sequence[int],
-    *further: Any,
+    mask: Sequence[int] | None = None,
     past_key: Sequence[int] | None = None,
-    out_shape: Any = None,
+    *_: Any,
     **options: Any,
 ) -> int:
-    """Return the operations of ONNX's attention on shapes (G, H, L, K), with P cached tokens."""
-    past = past_key if past_key is not None else (further[1] if len(further) > 1 else None)
-    keys = key[2] + (0 if past is None else past[2])
-    return 2 * math.prod(query[:3]) * keys * (query[3] + value[3])
+    """Return the operations of ONNX's operator, whose cached keys (G, H, P, K) come before."""
+    past = 0 if past_key is None else past_key[2]
+    return _attention_flop(query, [*key[:2], past + key[2], key[3]], value)
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode, Generic[K]):
     """Notes which weights operators read, and when memory is taken and freed."""
 
-    def __init__(self, weights: Mapping[int, int]) -> None:
-        """Watch `weights`: the storage of each, and a number to remember it by."""
+    def __init__(self, weights: Mapping[K, Tensor]) -> None:
+        """Watch `weights`, by any key to remember each by."""
         TorchDispatchMode.__init__(self)
-        self._weights = weights
-        self.looked_up: set[int] = set()
-        self.read: set[int] = set()
+        self._weights = {_storage(tensor): key for key, tensor in weights.items()}
+        self.looked_up: set[K] = set()  # those of which something takes rows
+        self.read: set[K] = set()  # those of which something reads all
         self._events: list[tuple[int, int]] = []  # number of the storage, bytes more or less
         self._numbers: dict[int, int] = {}  # of the storages that are alive
+        self._left_out: set[int] = set()
 
     def __torch_dispatch__(
         self,
@@ -235,12 +274,16 @@ class Watch(TorchDispatchMode):
 
         weakref.finalize(storage, freed)
 
-    def peak_bytes(self, *, without: Sequence[Tensor] = ()) -> int:
-        """Return the most bytes that were alive at once, some tensors left out."""
-        left_out = {self._numbers.get(_storage(tensor)) for tensor in without}
+    def leave_out(self, *tensors: Tensor) -> None:
+        """Do not count the memory of these tensors."""
+        keys = map(_storage, tensors)
+        self._left_out |= {self._numbers[key] for key in keys if key in self._numbers}
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes that were alive at once."""
         alive = most = 0
         for number, size in self._events:
-            if number not in left_out:
+            if number not in self._left_out:
                 alive += size
                 most = max(most, alive)
         return most
