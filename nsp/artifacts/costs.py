@@ -10,12 +10,15 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
+
+from numpy.typing import NDArray
 
 from nsp.artifacts.weight_kinds import WeightCounts
 from nsp.config import Config
 from nsp.errors import ConfigError
-from nsp.stage.io import Sizes, StageIO, array_bytes
+from nsp.stage.arena import ARENAS, HostArrays, KVShape
+from nsp.stage.io import Shape, Sizes, StageIO, array_bytes
 
 if TYPE_CHECKING:
     from nsp.artifacts.manifest import Manifest
@@ -77,6 +80,9 @@ class StageCosts(Config):
     weights: WeightCounts
     tables: WeightCounts  # those of `weights` that are only looked up, row by row
     spans: tuple[SpanCosts, ...]
+    # Bytes alive at once in a call, beside inputs and outputs: float32, the widest span, one image
+    # with guidance. Of more images it is at most so many times as much.
+    scratch: int = 0
 
     def flop(self, sizes: Sizes) -> int | None:
         """Return the operations of one call; None for sizes that no span covers."""
@@ -121,6 +127,25 @@ def read_costs(manifest: "Manifest") -> Mapping[str, StageCosts]:
     ConfigError for costs that are not as an export writes them.
     """
     return {stage: StageCosts.from_dict(values) for stage, values in manifest.costs.items()}
+
+
+def arena_bytes(kv_layout: str, shape: KVShape) -> int:
+    """Return what the cache of one batch allocates."""
+    counter = _Allocated()
+    ARENAS[kv_layout](shape, counter)
+    return counter.total
+
+
+class _Allocated(HostArrays):
+    """Memory that is counted; what is allocated is never written, and so takes no room."""
+
+    total = 0
+
+    def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
+        """Return uninitialised memory."""
+        self.total += array_bytes(shape, dtype)
+        # NumPy has no bfloat16, and nothing is written.
+        return super().allocate(shape, "float16" if dtype == "bfloat16" else dtype)
 
 
 def call_cost(costs: StageCosts, io: StageIO, sizes: Sizes, precision: str) -> CallCost | None:

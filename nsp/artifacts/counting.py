@@ -62,6 +62,7 @@ def count_costs(family: AnyFamily, system: System[Any]) -> dict[str, StageCosts]
                 continue
             with counting() as counter:
                 spans = _count_spans(name, counter, modules[name], stage)
+                scratch = counter.scratch(modules[name], stage.io, _widest(stage))
             looked_up = {names[each] for each in counter.looked_up - counter.read if each in names}
             tables = {each: shapes[each] for each in looked_up}
             if spans is not None:
@@ -69,6 +70,7 @@ def count_costs(family: AnyFamily, system: System[Any]) -> dict[str, StageCosts]
                     weights=count_weights(stage, shapes),
                     tables=count_weights(stage, tables),
                     spans=spans,
+                    scratch=scratch,
                 )
     return found
 
@@ -106,6 +108,17 @@ def _count_spans(
         )
         return None
     return tuple(found)
+
+
+def _widest(stage: Stage) -> Sizes:
+    """Return the sizes of a guided image's call at the span whose tensors are the largest."""
+    found = [
+        {"B": 1, "G": 2, "N": 1, "R": 1}
+        | {axis: ends if isinstance(ends, int) else ends[1] for axis, ends in span.items()}
+        for span in stage.spans
+    ]
+    tensors = (*stage.io.inputs.values(), *stage.io.outputs.values())
+    return max(found, key=lambda each: sum(math.prod(spec.shape(each)) for spec in tensors))
 
 
 def _counted_sizes(ends: int | tuple[int, int]) -> tuple[int, ...]:

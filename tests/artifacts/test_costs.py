@@ -15,6 +15,7 @@ from nsp.artifacts.costs import (
     CallCost,
     SpanCosts,
     StageCosts,
+    arena_bytes,
     call_cost,
     read_costs,
     total_cost,
@@ -176,6 +177,20 @@ def test_a_call_moves_its_tensors_and_all_weights_but_tables(text_model: VarSyst
     assert both == cost + cost
     assert total_cost(counted, stages, [("step", {**sizes, "L": 5})], "fp16") is None
     assert total_cost({}, stages, [], "fp16") == CallCost()
+
+
+def test_scratch_holds_the_logits_that_a_draw_sorts_and_the_arena_every_buffer(
+    text_model: VarSystem,
+) -> None:
+    config = text_model.config
+    counted = count_costs(family("var"), text_model)
+    least = 4 * config.patch_nums[-1] ** 2 * config.vae.vocab_size
+    assert least <= counted["select"].scratch < 12 * least
+    shape = family("var").cache(config, 2, "bfloat16")
+    assert shape is not None
+    numbers = 2 * shape.num_layers * shape.num_tokens * 2 * shape.num_heads * shape.head_width
+    assert arena_bytes("delta", shape) == 2 * numbers
+    assert arena_bytes("present", shape) == 4 * numbers  # past and present take turns
 
 
 def test_weights_are_as_wide_as_an_export_makes_them() -> None:
