@@ -12,6 +12,7 @@ from nsp.console.command_line import (
     print_tables,
     verbose_option,
 )
+from nsp.export.size_table import in_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,8 +92,3 @@ def _table(title: str, rows: "list[tuple[str, str, str]]") -> "Table":
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def in_words(size: int) -> str:
-    """Return a size in MiB or GiB."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -54,6 +54,7 @@ class SizePlan:
     """The plan of one model for one batch on one device; sizes in bytes."""
 
     model: str
+    image_size_px: int
     precision: str
     batch: int
     device: Device
@@ -123,6 +124,7 @@ def plan_model(model: str, *, batch: int, precision: str, on: str) -> SizePlan:
     costs = [_Cost.of(call, made, stages, shapes, precision) for call in made.calls]
     return SizePlan(
         model=found.name,
+        image_size_px=found.system.config.image_size_px,
         precision=precision,
         batch=batch,
         device=where,

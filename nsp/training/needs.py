@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nsp.artifacts.counting import emptied
 from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
 from nsp.family.objective import Objective
 from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.family.registry import family
 from nsp.family.system import System
-from nsp.training.memory_need import blank_batch, training_memory
 
 logger = logging.getLogger(__name__)
 
@@ -72,17 +69,23 @@ def warn_of_memory(
     It is no refusal: mixed precision, recomputed activations and sharding, which are not counted,
     take less.
     """
-    have = free_memory(device)
-    owner, size_px = family(run.family), system.config.image_size_px
+    size_px = system.config.image_size_px
+    num_weights = sum(each.numel() for each in system.parameters())
+    most_pixels = max(map(batch_size_of, phases)) * size_px**2
+    if num_weights < _FEW_WEIGHTS and most_pixels < _FEW_PIXELS:
+        return
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from nsp.artifacts.counting import emptied
+    from nsp.training.memory_need import blank_batch, training_memory
+
+    have, kind = free_memory(device), family(run.family).condition(system.config)
     for phase in phases:
         batch_size = batch_size_of(phase)
-        num_weights = sum(each.numel() for each in system.parameters())
-        if num_weights < _FEW_WEIGHTS and batch_size * size_px**2 < _FEW_PIXELS:
-            continue
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         need = training_memory(
             objective_of(phase, emptied(system, mode).requires_grad_(True)),
-            batch=blank_batch(owner.condition(system.config), size_px, batch_size),
+            batch=blank_batch(kind, size_px, batch_size),
             is_averaged=phase.ema_decay > 0,
             mode=mode,
         ).total
