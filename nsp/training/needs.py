@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # Below both, a step's memory is not worth the seconds that it takes to count.
 _FEW_WEIGHTS = 16_000_000
 _FEW_PIXELS = 2_000_000  # of a micro-batch
+_GROUP = Path("/sys/fs/cgroup")
 
 
 def check_classes(config: Any, kind: str, source: ImageSource | None) -> None:
@@ -97,13 +98,20 @@ def warn_of_memory(
             )
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free on a GPU, or on this machine; None if that is not known."""
+def free_memory(device: torch.device, *, group: Path = _GROUP) -> int | None:
+    """Return the bytes that are free on a GPU, or on this machine; None if that is not known.
+
+    A limit of the control group counts (version 2, that of this process in a container).
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    found = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else None
+        found += [1024 * int(n.split()[1]) for n in lines if n.startswith("MemAvailable:")]
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            found.append(int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
+    except OSError:  # another system, or no limit
+        pass
+    return min(found, default=None)

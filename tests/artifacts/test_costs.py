@@ -20,7 +20,7 @@ from nsp.artifacts.costs import (
     read_costs,
     total_cost,
 )
-from nsp.artifacts.counting import count_costs, counting
+from nsp.artifacts.counting import count_costs, counting, operation_counter
 from nsp.artifacts.manifest import read_manifest
 from nsp.artifacts.weight_kinds import WeightCounts
 from nsp.errors import ConfigError
@@ -123,6 +123,16 @@ def test_attention_counts_the_same_in_both_layouts_of_the_cache(text_model: VarS
         with counting() as counter:
             found[layout] = counter.flop(module, stage.io, sizes_of(stage)[-1])
     assert found["delta"] == found["present"]
+
+
+def test_the_fused_attention_of_cpus_is_counted() -> None:
+    q, k = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8)
+    with torch.no_grad(), FlopCounterMode(display=False) as unaware:
+        torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    with torch.no_grad(), operation_counter() as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    assert counter.get_total_flops() == 2 * (2 * 2 * 3 * 5 * 7 * 8)
+    assert unaware.get_total_flops() == 0  # or else the formula here is not needed any more
 
 
 def test_a_published_size_needs_the_operations_it_is_known_to_need() -> None:

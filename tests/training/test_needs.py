@@ -13,7 +13,7 @@ from nsp.data.sources import ImageSource, Sample
 from nsp.errors import ConfigError
 from nsp.families.var.config import ClassCondition, size, with_condition
 from nsp.families.var.recipes import smoke
-from nsp.training.needs import check_classes, check_disk
+from nsp.training.needs import check_classes, check_disk, free_memory
 from nsp.training.whole_run import train
 
 
@@ -53,7 +53,15 @@ def test_a_phase_larger_than_memory_is_one_warning_before_the_first_step(
     assert "give a smaller --batch-size" in said[0]
 
 
-def test_free_memory_of_this_machine_is_known() -> None:
-    found = nsp.training.needs.free_memory(torch.device("cpu"))
-    assert found is not None
-    assert found > 2**20
+def test_free_memory_is_that_of_the_machine_or_what_its_group_may_still_take(
+    tmp_path: Path,
+) -> None:
+    cpu = torch.device("cpu")
+    whole = free_memory(cpu, group=tmp_path / "none")
+    assert whole is not None
+    assert whole > 2**20
+    (tmp_path / "memory.max").write_text("4096\n")
+    (tmp_path / "memory.current").write_text("1024\n")
+    assert free_memory(cpu, group=tmp_path) == 3072
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(cpu, group=tmp_path) != 3072
