@@ -214,10 +214,11 @@ def _phases(model: _Model) -> list[PhasePlan]:
     for phase in model.phases:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         system = emptied(model.system, mode).requires_grad_(True)
+        make = owner.learner.objective
         try:
-            objective = owner.learner.objective(phase.name, phase.objective, system, data)
+            objective = make(phase.name, phase.objective, system, data, None, None)
         except ConfigError:  # settings of another size
-            objective = owner.learner.objective(phase.name, {}, system, data)
+            objective = make(phase.name, {}, system, data, None, None)
         size = max(1, phase.batch_size // phase.accumulate)
         memory = training_memory(
             objective,

@@ -18,8 +18,10 @@ from nsp.artifacts.systems import save_checkpoint
 from nsp.cli import main
 from nsp.errors import ConfigError
 from nsp.export.size_plan import SizePlan, plan_model
+from nsp.family import registry
 from nsp.family.registry import family
 from nsp.pipeline.dry_run import generate_dry
+from nsp.plugins import Plugins
 from nsp.training.memory_need import blank_batch
 from tests.families.next_scale.models import new_tiny_system
 
@@ -141,6 +143,20 @@ def test_what_is_unknown_names_the_nearest(wrong: dict[str, str], message: str) 
     asked = {"model": "var/tiny", "precision": "fp32", "on": "cpu", **wrong}
     with pytest.raises(ConfigError, match=message):
         plan_model(asked.pop("model"), batch=1, **asked)
+
+
+def test_a_family_of_another_package_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples" / "new_family")
+    table = {**registry.BUILT_IN, "raster": "raster_family:Raster"}
+    monkeypatch.setattr(registry, "_PLUGINS", Plugins("nsp.families", table))
+    registry.family.cache_clear()
+    try:
+        plan = plan_model("raster/tiny", batch=2, precision="fp16", on="l4")
+    finally:
+        registry.family.cache_clear()
+    assert plan.arena == 0  # it has no cache
+    assert plan.floor_ms is not None
+    assert [phase.name for phase in plan.training] == ["pixels"]
 
 
 def test_the_verb_prints_a_table_and_the_same_as_json(small_checkpoint: Path) -> None:
