@@ -15,6 +15,7 @@ from nsp.benchmarks.next_scale import growth_table, read_growth
 from nsp.benchmarks.report import table_lines, write_text
 from nsp.benchmarks.results import BatchResult, BenchResult, Row, read_result
 from nsp.errors import ConfigError
+from nsp.export.size_table import read_sizes, size_table
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout: its folder is linked into nsp/
 RESULTS = ROOT / "benchmarks" / "results"
@@ -131,6 +132,7 @@ SECTIONS: Mapping[str, Source] = {
     "emoji_cpu.json": Source(read_result, measured),
     "w512_cpu.json": Source(read_result, step_loop),
     "next_scale_1024_cpu.json": Source(read_growth, growth_table),
+    "sizes.json": Source(read_sizes, size_table),
 }
 
 

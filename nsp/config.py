@@ -5,7 +5,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -77,6 +77,16 @@ class Config:
         for name in names:
             if getattr(self, name) == 1:
                 raise ConfigError(f"{where}: {name} must be below 1: nothing would be left")
+
+
+class ModelConfig(Config):
+    """Base of a family's configuration of a model."""
+
+    if TYPE_CHECKING:  # a field, or a property of other fields
+
+        @property
+        def image_size_px(self) -> int:
+            """Side of the square pictures it is trained on."""
 
 
 def _plain(value: Any) -> Any:

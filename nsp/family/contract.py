@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
-from nsp.config import Config
+from nsp.config import ModelConfig
 from nsp.errors import ConfigError
 from nsp.family.gate import RANGE, Gate
 from nsp.family.order import Encoded, Given, Order, S, Step
@@ -37,7 +37,7 @@ API = 1  # version of this contract; plugins for other versions are left out wit
 
 Span: TypeAlias = Mapping[str, int | tuple[int, int]]  # one size, or smallest and largest
 Kind: TypeAlias = Literal["prompt", "class", "none"]
-C = TypeVar("C", bound=Config)  # the configuration of its models
+C = TypeVar("C", bound=ModelConfig)  # the configuration of its models
 Y = TypeVar("Y", bound="System")  # the modules of one model, with torch
 
 # Sizes of the reserved axes for tracing graphs: all different and at least 2, since 0 and 1 would
@@ -177,7 +177,7 @@ class Family(ABC, Generic[C, S, Y]):
     takes_no_prompt: ClassVar[bool] = False  # "" stands for no prompt
     # `--batch-size N` without `--num-images` makes N images, as its first implementation does.
     batch_is_images: ClassVar[bool] = False
-    config: type[C]  # has `image_size_px`, the side of the square pictures it is trained on
+    config: type[C]
     sampling: type[S]
 
     @property

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nsp.config import Config
+from nsp.config import ModelConfig
 from nsp.errors import ConfigError
 from nsp.text.tokenizer import PromptTokenizer
 
@@ -18,13 +18,13 @@ class System(nn.Module):
     """Base of a family's system: its configuration and, for prompts, encoder and tokenizer."""
 
     family: ClassVar[str]  # its name
-    config: Config  # a family's system narrows it to its own
+    config: ModelConfig  # a family's system narrows it to its own
     text_encoder: "CLIPTextModel | None"
     prompt_tokenizer: PromptTokenizer | None
 
     def __init__(
         self,
-        config: Config,
+        config: ModelConfig,
         text_encoder: "CLIPTextModel | None" = None,
         prompt_tokenizer: PromptTokenizer | None = None,
     ) -> None:

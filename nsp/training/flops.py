@@ -5,8 +5,8 @@ from itertools import islice
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate
-from torch.utils.flop_counter import FlopCounterMode
 
+from nsp.artifacts.counting import operation_counter
 from nsp.family.objective import Objective
 from nsp.training.data_order import Share, sample_keys
 
@@ -31,6 +31,6 @@ def flops_per_image(
     batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in items.items()}
     keys = sample_keys(Share(batch_size=batch_size), 0, 0, seed=0)
     objective.eval()
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         objective({**batch, "key": keys})
     return float((1 + _BACKWARD) * counter.get_total_flops() / batch_size)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.config import Config
+from nsp.config import ModelConfig
 from nsp.errors import ConfigError
 from nsp.family.contract import Family, Kind, Learner, Stage
 from nsp.family.gate import Psnr, Tokens
@@ -29,7 +29,7 @@ Orders: TypeAlias = "Sequence[Order[RasterSampling]]"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RasterConfig(Config):
+class RasterConfig(ModelConfig):
     """Sizes of one model."""
 
     image_size_px: int = 16

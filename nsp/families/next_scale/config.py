@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from nsp.config import Config
+from nsp.config import Config, ModelConfig
 from nsp.errors import ConfigError
 
 _MAX_FLOW_STEPS = 2**12  # a picture has 16
@@ -110,7 +110,7 @@ class GeneratorConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NextScaleConfig(Config):
+class NextScaleConfig(ModelConfig):
     """One complete `next_scale` model."""
 
     initial_size: int  # side of the first latent, made from noise

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from nsp.config import Config
+from nsp.config import Config, ModelConfig
 from nsp.errors import ConfigError
 from nsp.values import shown
 
@@ -155,7 +155,7 @@ class PredictorConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VarConfig(Config):
+class VarConfig(ModelConfig):
     """One complete `var` model: its scale schedule, tokenizer, transformer and condition."""
 
     patch_nums: tuple[int, ...]
