@@ -7,13 +7,24 @@ from nsp.console.command_line import Program, verbose_option, version_option
 from nsp.console.data_verbs import data
 from nsp.console.folder_verbs import convert, doctor, inspect
 from nsp.console.generate_verb import generate
+from nsp.console.train_command import main as train
 from nsp.export.verbs import export_engines, verify_engines
 
 
 @click.group(
     "nsp",
     cls=Program,
-    commands=[export_engines, generate, convert, verify_engines, inspect, doctor, data, bench],
+    commands=[
+        train,
+        export_engines,
+        generate,
+        convert,
+        verify_engines,
+        inspect,
+        doctor,
+        data,
+        bench,
+    ],
     invoke_without_command=True,
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -25,7 +36,7 @@ from nsp.export.verbs import export_engines, verify_engines
 @verbose_option
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Export, run and measure next-scale image generators. Train one with: python train.py."""
+    """Train, export, run and measure next-scale image generators."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -25,7 +25,7 @@ from nsp.artifacts.systems import save_checkpoint
 from nsp.data.sources import ImageSource
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.objective import Objective, TokenCache
-from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.recipe import PhaseConfig, RunConfig, counted
 from nsp.family.registry import family
 from nsp.family.system import System
 from nsp.files import write_file
@@ -38,6 +38,7 @@ from nsp.training.folder import (
     START_NAME,
     TOKENS_NAME,
     check_folder,
+    check_order,
     differing_values,
     locked,
     newest_model,
@@ -63,6 +64,7 @@ class RunResult:
     """Where a run left its results."""
 
     checkpoint: Path
+    run: RunConfig  # as it was trained, with all lengths in steps
     finished: bool  # False after a request to stop
     is_main_process: bool = True  # the process that reports to the user
 
@@ -91,7 +93,8 @@ def train(
 
     Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint of what was learnt;
     `resume` continues such a run (or one that died) at its last saved step. A resumed run may
-    change the number of steps, the precision and the devices, and its data may have moved.
+    change the number of steps, the precision and the devices, and its data may have moved. Lengths
+    in epochs become steps when the data are open.
     ConfigError is raised for other differences from the stored configuration, for changed data
     unless `accept_changed_data` is set, and for a folder that has a run if `resume` is not given.
     `device` is "cpu" or "cuda"; None is a GPU if there is one. Every process of a distributed run
@@ -122,6 +125,9 @@ def train(
     set_seed(config.seed)
     _check_place(folder, config, resume=resume)
     data = open_pictures(config.data, skip_bad_files=skip_bad_files)
+    config = config.in_steps(None if data.source is None else len(data.source))
+    if resume:
+        check_order(folder, config)
     record = DataRecord(folder, data, resume=resume)
     record.check(accept_changed_data=accept_changed_data)
     _check_batches(config, accelerator, data)
@@ -150,10 +156,10 @@ def train(
         for phase in config.phases:
             if not _run_phase(phase, config, folder, accelerator, stop, tracker, data):
                 tracker.close("stopped")
-                return RunResult(folder / CHECKPOINT_NAME, False, is_main)
+                return RunResult(folder / CHECKPOINT_NAME, config, False, is_main)
             if phase.name == last_phase:
                 break
-    return RunResult(folder / CHECKPOINT_NAME, True, is_main)
+    return RunResult(folder / CHECKPOINT_NAME, config, True, is_main)
 
 
 def speak_less() -> None:
@@ -174,7 +180,7 @@ def _run_phase(
     """Train one phase, starting from the newest checkpoint; return whether all steps are made."""
     record = newest_model(folder)
     steps = dict(record.notes.get("steps", {}))
-    if steps.get(config.name, 0) >= config.steps:
+    if steps.get(config.name, 0) >= counted(config.steps):
         logger.info("%s: all %d steps are made", config.name, config.steps)
         return True
     system = record.load()
@@ -276,7 +282,7 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
     for index, phase in enumerate(config.phases):
         own, made = folder / phase.name, steps.get(phase.name, 0)
         later = any((folder / each.name).exists() for each in config.phases[index + 1 :])
-        complete = made >= phase.steps and (own.exists() or later)
+        complete = made >= counted(phase.steps) and (own.exists() or later)
         if not made or complete or any(steps_folder(config, own).glob("step*")):
             continue
         logger.warning("%s has no saved steps: %s starts again", own, phase.name)

@@ -16,11 +16,10 @@ from nsp.data.sources import ImageSource
 from nsp.data.stream import ShardStream
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.next_scale import latents
-from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.config import NextScaleConfig, ScalesSettings
 from nsp.families.next_scale.modules import build_stages
 from nsp.families.next_scale.objective import (
     ScalesObjective,
-    ScalesSettings,
     VaeObjective,
     VaeSettings,
 )

@@ -83,7 +83,7 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
         return examples(config, sampling)
 
     @property
-    def recipes(self) -> "Mapping[str, Callable[[], RunConfig]]":
+    def recipes(self) -> "Mapping[str, Callable[..., RunConfig]]":
         """Named training runs."""
         from nsp.families.var.recipes import RECIPES
 
