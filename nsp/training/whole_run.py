@@ -22,7 +22,6 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint, write_digests
 from nsp.artifacts.systems import save_checkpoint
-from nsp.data.sources import ImageSource
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.objective import Objective, TokenCache
 from nsp.family.recipe import PhaseConfig, RunConfig, counted
@@ -47,6 +46,7 @@ from nsp.training.folder import (
 )
 from nsp.training.leftovers import refuse_links, remove_leftovers
 from nsp.training.optimizer import check_targets, merge_adapters
+from nsp.training.other_trackers import OtherTrackers, check_trackers
 from nsp.training.parallel import gathered, on_main
 from nsp.training.run_pictures import Pictures, open_pictures
 from nsp.training.stopping import StopRequest
@@ -110,11 +110,14 @@ def train(
     start = Path(config.start_from) if config.start_from is not None and not resume else None
     if start is not None and not is_checkpoint(start):
         raise CheckpointError(wrong_path(start, "--start-from"))
+    check_trackers(config.tracking.log_with)
     # Set explicitly, because processes without a GPU would otherwise not find one another.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=resolve_precision(config.precision, on_cpu=on_cpu),
+        log_with=list(config.tracking.log_with) or None,
+        project_dir=folder if config.tracking.log_with else None,
         # Long enough for the first process to tokenize a large set or write a large checkpoint.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
@@ -147,7 +150,8 @@ def train(
 
         accelerator.wait_for_everyone()  # no process writes before all have checked
         on_main(accelerator, begin)
-        tracker.start(config.to_dict(), folder)
+        others = [OtherTrackers(accelerator, config)] if config.tracking.log_with else []
+        tracker.start(config.to_dict(), folder, others)
         logger.info(
             "family %s on %s in %s, number of processes: %d; data: %s; run folder: %s",
             *(config.family, accelerator.device, accelerator.mixed_precision.replace("no", "fp32")),
@@ -253,7 +257,7 @@ def _prepare_folder(
     """Create the model that a new run starts from, and store the run's configuration."""
     start = folder / START_NAME
     if not (resume and is_checkpoint(start)):
-        system = _new_system(config, data.source)
+        system = _new_system(config, data)
         for phase in config.phases:  # report mistakes of later phases now, not when they begin
             objective = _objective(phase, config, folder, accelerator, data, system)
             if phase in phases:
@@ -296,11 +300,15 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
         record = read_checkpoint(folder / CHECKPOINT_NAME)
 
 
-def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
-    """Return the model before the first step: new, or that of another checkpoint."""
+def _new_system(config: RunConfig, data: Pictures) -> Any:
+    """Return the model before the first step: new, or that of another checkpoint.
+
+    A new model has the classes of the pictures.
+    """
     if config.start_from is None:
-        model = family(config.family).config.from_dict(config.model)
-        return family(config.family).learner.new_system(model, config.text_encoder, source)
+        owner = family(config.family)
+        model = owner.with_classes(owner.config.from_dict(config.model), data.train.class_names)
+        return owner.learner.new_system(model, config.text_encoder, data.source)
     record = read_checkpoint(Path(config.start_from))
     if record.family.name != config.family:
         raise ConfigError(
@@ -309,7 +317,7 @@ def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
         )
     trained = record.family.config.from_dict(record.config)
     wanted = record.family.adopt(record.family.config.from_dict(config.model), trained)
-    for name, have, want in differing_values(dict(record.config), wanted.to_dict()):
+    for name, have, want in differing_values(trained.to_dict(), wanted.to_dict()):
         raise ConfigError(
             f"{config.start_from} has {name} {have!r}, but this run's model has {want!r}; use the "
             "model of its config.json, or train from new weights"

@@ -6,8 +6,7 @@ reads the whole canvas (B, 1, h, w), which holds the ink of every pixel, in [0, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from nsp.family.contract import Family, Kind, Learner, Stage
 from nsp.family.gate import Psnr, Tokens
 from nsp.family.order import Order, Sampling, Step, stream
 from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
+from nsp.family.signature import Range
 from nsp.stage.arena import Array
 from nsp.stage.backend import Backend
 from nsp.stage.io import Axes, StageIO
@@ -54,11 +54,19 @@ class RasterSampling(Sampling):
             raise ConfigError("temperature must be in [0.001, 1000], ink_bias in [-1000, 1000]")
 
 
-def training_run(size: str, steps: int, batch_size: int) -> RunConfig:
-    """Return a run on the embedded set; the pictures become grey."""
+def raster(*, width: Annotated[int, "Channels of the network.", Range(1)] = 48) -> RunConfig:
+    """Return a run on the embedded set, whose pictures become grey; `--width` is its option."""
     optimizer = OptimizerConfig(lr=2e-3, schedule="cos", warmup_steps=1)
-    phase = PhaseConfig(name="pixels", steps=steps, batch_size=batch_size, optimizer=optimizer)
-    return RunConfig(family="raster", model=SIZES[size].to_dict(), phases=(phase,))
+    phase = PhaseConfig(name="pixels", steps=3000, batch_size=32, optimizer=optimizer)
+    model = replace(SIZES["small"], width=width)
+    return RunConfig(family="raster", model=model.to_dict(), phases=(phase,))
+
+
+def smoke() -> RunConfig:
+    """Return a run of two steps, for tests."""
+    run = raster()
+    phases = tuple(replace(phase, steps=2, batch_size=4) for phase in run.phases)
+    return replace(run, model=SIZES["tiny"].to_dict(), phases=phases)
 
 
 class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
@@ -66,10 +74,7 @@ class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
 
     name: ClassVar[str] = "raster"
     config, sampling, sizes = RasterConfig, RasterSampling, SIZES
-    recipes: ClassVar = {
-        "raster": partial(training_run, "small", 3000, 32),
-        "raster_smoke": partial(training_run, "tiny", 2, 4),
-    }
+    recipes: ClassVar = {"raster": raster, "raster_smoke": smoke}
 
     def condition(self, config: RasterConfig) -> Kind:
         """Return what a picture is requested with: nothing."""
