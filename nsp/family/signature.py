@@ -94,16 +94,11 @@ def _signature(make: Callable[..., Any]) -> inspect.Signature:
 
 def _parameter(name: str, hint: Any, default: object) -> Parameter:
     """Return the option for one parameter of a function."""
-    notes: tuple[object, ...] = ()
-    if typing.get_origin(hint) is typing.Annotated:
-        hint, *rest = typing.get_args(hint)
-        notes = tuple(rest)
-    options = [each for each in typing.get_args(hint) if each is not types.NoneType]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(options) == 1:
-        hint, options = options[0], list(typing.get_args(options[0]))
+    hint, notes = _plain(hint, ())
     choices: tuple[str, ...] = ()
+    options = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal and all(isinstance(o, str) for o in options):
-        hint, choices = str, tuple(options)
+        hint, choices = str, options
     if hint not in _KINDS:
         known = ", ".join(each.__name__ for each in _KINDS)
         raise ConfigError(
@@ -120,3 +115,14 @@ def _parameter(name: str, hint: Any, default: object) -> Parameter:
         range=next((note for note in notes if isinstance(note, Range)), Range()),
         env=next((note.name for note in notes if isinstance(note, Env)), None),
     )
+
+
+def _plain(hint: Any, notes: tuple[object, ...]) -> tuple[Any, tuple[object, ...]]:
+    """Return a type without Annotated and "or None", and what Annotated says about it."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Annotated:
+        return _plain(arguments[0], (*notes, *arguments[1:]))
+    options = [each for each in arguments if each is not types.NoneType]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(options) == 1:
+        return _plain(options[0], notes)
+    return hint, notes

@@ -105,8 +105,8 @@ def _divided(source: ImageSource, share: float) -> tuple[ImageSource, ImageSourc
     name is chosen, the nearest one is.
     """
     digests = [hashlib.sha256(sample.name.encode()).digest()[:8] for sample in source.samples]
-    ranks = [int.from_bytes(digest, "big") / 2**64 for digest in digests]
-    limit = max(share, min(ranks) + 2**-64)
+    ranks = [int.from_bytes(digest, "big") for digest in digests]
+    limit = max(int(share * 2**64), min(ranks) + 1)
     held_out = [index for index, rank in enumerate(ranks) if rank < limit]
     rest = [index for index, rank in enumerate(ranks) if rank >= limit]
     if not rest:

@@ -6,6 +6,7 @@ reads the whole canvas (B, 1, h, w), which holds the ink of every pixel, in [0, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -17,7 +18,6 @@ from nsp.family.contract import Family, Kind, Learner, Stage
 from nsp.family.gate import Psnr, Tokens
 from nsp.family.order import Order, Sampling, Step, stream
 from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
-from nsp.family.signature import Range
 from nsp.stage.arena import Array
 from nsp.stage.backend import Backend
 from nsp.stage.io import Axes, StageIO
@@ -54,19 +54,14 @@ class RasterSampling(Sampling):
             raise ConfigError("temperature must be in [0.001, 1000], ink_bias in [-1000, 1000]")
 
 
-def raster(*, width: Annotated[int, "Channels of the network.", Range(1)] = 48) -> RunConfig:
+def run(
+    width: Annotated[int, "Channels of the network."] = 48, steps: int = 3000, batch_size: int = 32
+) -> RunConfig:
     """Return a run on the embedded set, whose pictures become grey; `--width` is its option."""
     optimizer = OptimizerConfig(lr=2e-3, schedule="cos", warmup_steps=1)
-    phase = PhaseConfig(name="pixels", steps=3000, batch_size=32, optimizer=optimizer)
+    phase = PhaseConfig(name="pixels", steps=steps, batch_size=batch_size, optimizer=optimizer)
     model = replace(SIZES["small"], width=width)
     return RunConfig(family="raster", model=model.to_dict(), phases=(phase,))
-
-
-def smoke() -> RunConfig:
-    """Return a run of two steps, for tests."""
-    run = raster()
-    phases = tuple(replace(phase, steps=2, batch_size=4) for phase in run.phases)
-    return replace(run, model=SIZES["tiny"].to_dict(), phases=phases)
 
 
 class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
@@ -74,7 +69,7 @@ class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
 
     name: ClassVar[str] = "raster"
     config, sampling, sizes = RasterConfig, RasterSampling, SIZES
-    recipes: ClassVar = {"raster": raster, "raster_smoke": smoke}
+    recipes: ClassVar = {"raster": run, "raster_smoke": partial(run, 8, 2, 4)}
 
     def condition(self, config: RasterConfig) -> Kind:
         """Return what a picture is requested with: nothing."""
