@@ -8,9 +8,9 @@ from typing import Any
 from nsp.console.run_files import read_run
 from nsp.errors import ConfigError
 from nsp.family.recipe import Epochs, RunConfig
-from nsp.family.recipes import DEFAULT, Recipe, check_options, recipe
+from nsp.family.recipes import DEFAULT, Recipe, check_model, check_options, recipe
 from nsp.family.registry import family
-from nsp.family.run_values import check_model, with_texts, with_values
+from nsp.family.run_values import with_texts, with_values
 from nsp.family.signature import parameters
 from nsp.values import choice, nearest
 
@@ -81,11 +81,17 @@ def configure(
         run = _adapted(stored, own, common)
     else:
         run = _from_recipe(recipe(preset or DEFAULT), own, common, stored)
-    values = {n: Epochs(epochs=v).to_dict() if n in _IN_EPOCHS else v for n, v in common.items()}
-    run = with_values(run, [(PLACES[name], value) for name, value in values.items()])
-    run = with_texts(run, assignments)
+    if common:
+        run = with_values(run, [(PLACES[name], _value(name, common[name])) for name in common])
+    if assignments:
+        run = with_texts(run, assignments)
     check_model(run)
     return run if from_phase is None else _from_phase(run, from_phase)
+
+
+def _value(name: str, given: Any) -> Any:
+    """Return the value of a common option as the run's dictionary has it."""
+    return Epochs(epochs=given).to_dict() if name in _IN_EPOCHS else given
 
 
 def _stored(folder: Path | None) -> RunConfig | None:

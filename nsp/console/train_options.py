@@ -9,7 +9,7 @@ import click
 
 from nsp.console.command_line import FOLDER, OneLineErrors
 from nsp.errors import ConfigError, NspError
-from nsp.family.signature import Parameter, parameters
+from nsp.family.signature import Parameter, Range, parameters
 
 _OWN = "nsp.own_options"  # where a context keeps what was found for its command line
 
@@ -155,6 +155,8 @@ def _type(parameter: Parameter) -> "click.ParamType[Any] | type":
         return click.Choice(parameter.choices)
     if parameter.kind is Path:
         return FOLDER
+    if limits == Range():
+        return parameter.kind
     if parameter.kind is float:
         return click.FloatRange(limits.least, limits.most)
     if parameter.kind is int:

@@ -103,3 +103,10 @@ def recipe(name: str) -> Recipe:
 def preset(name: str, **options: object) -> RunConfig:
     """Return the run of the recipe called `name`."""
     return recipe(name).run(**options)
+
+
+def check_model(run: RunConfig) -> None:
+    """Raise ConfigError for a model or sampling settings that the run's family does not have."""
+    owner = family(run.family)
+    owner.config.from_dict(run.model)
+    owner.sampling.from_dict(run.sampling)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.recipes import check_model
 from nsp.family.registry import family
 from nsp.values import nearest
 
@@ -52,13 +53,6 @@ def _checked(run: RunConfig, values: dict[str, Any]) -> RunConfig:
     if (changed.model, changed.sampling) != (run.model, run.sampling):
         check_model(changed)
     return changed
-
-
-def check_model(run: RunConfig) -> None:
-    """Raise ConfigError for a model or sampling settings that the run's family does not have."""
-    owner = family(run.family)
-    owner.config.from_dict(run.model)
-    owner.sampling.from_dict(run.sampling)
 
 
 def _places(

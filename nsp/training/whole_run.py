@@ -110,7 +110,8 @@ def train(
     start = Path(config.start_from) if config.start_from is not None and not resume else None
     if start is not None and not is_checkpoint(start):
         raise CheckpointError(wrong_path(start, "--start-from"))
-    check_trackers(config.tracking.log_with)
+    if config.tracking.log_with:
+        check_trackers(config.tracking.log_with)
     # Set explicitly, because processes without a GPU would otherwise not find one another.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
