@@ -225,14 +225,19 @@ def test_the_size_of_any_family_takes_the_place_of_the_recipes(tmp_path: Path) -
     assert (tiny.model["target_size"], tiny.model["initial_size"]) == (16, 4)
 
 
-def test_a_stopped_run_is_lengthened_in_epochs(pictures: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_is_lengthened_in_epochs(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     given = configure("smoke", None, data=str(pictures), epochs=1)
     first = train(given, tmp_path / "run", last_phase="tokenizer")
     assert [phase.steps for phase in first.run.phases] == [12 // 8, 12 // 8]
     stored = json.loads((tmp_path / "run/run.json").read_text())
     assert [phase["steps"] for phase in stored["phases"]] == [1, 1]
     longer = configure(None, tmp_path / "run", epochs=3)
-    made = train(longer, tmp_path / "run", last_phase="tokenizer", resume=True)
+    with caplog.at_level(logging.INFO):
+        made = train(longer, tmp_path / "run", last_phase="tokenizer", resume=True)
+    assert "phases.0.epochs is now 3; it was None" in caplog.text
+    assert "is now None" not in caplog.text
     assert made.run.phases[0].steps == 3
     assert configure("smoke", tmp_path / "run") == made.run
 
