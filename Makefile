@@ -5,18 +5,23 @@ BIN := $(VENV)/bin
 ENGINES ?= engines
 OUTPUTS ?= outputs
 
-.PHONY: demo test fast lint clean
+# Without an NVIDIA driver, torch comes from PyTorch's index for CPUs: 200 MB instead of 3 GB.
+NVIDIA ?= $(wildcard /proc/driver/nvidia/version)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH = "torch>=2.11,<2.14" $(if $(NVIDIA),,$$($(BIN)/python deploy/reachable.py $(CPU_INDEX)))
+
+.PHONY: demo test fast lint docs clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nsp needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); \
 	    echo "no virtual environment: install the venv module (Debian, Ubuntu: python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.*"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[all]"
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/nsp export --fp16 --engine-dir $(ENGINES)
+	$(BIN)/nsp export --fp16 --target auto --target tensorrt-rtx --engine-dir $(ENGINES)
 	$(BIN)/nsp generate --engine-dir $(ENGINES) --output-dir $(OUTPUTS) \
 	    --prompt "grinning face" --prompt "woman firefighter medium-dark skin tone" \
 	    --prompt "man cook light skin tone" --prompt "woman student light skin tone" \
@@ -39,6 +44,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ and of the docstrings, in outputs/site; a warning is an error.
+docs: $(VENV)/.ready
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

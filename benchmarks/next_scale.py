@@ -20,6 +20,7 @@ from nsp.cores import num_threads
 from nsp.errors import ConfigError, NspError
 from nsp.files import read_json, write_file
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
+from nsp.text.parts import TextEncoderSettings
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,9 @@ def _new_pipeline(size: str, threads: int, save_to: Path | None) -> Pipeline:
     heads = 12 if config.text.text_width % 12 == 0 else 2
     encoder = {**_TEXT_ENCODER, "num_heads": heads}
     record = family("next_scale")
-    system = record.learner.new_system(config, encoder, ImageSource(samples, (), ()))
+    system = record.learner.new_system(
+        config, TextEncoderSettings.from_dict(encoder), ImageSource(samples, (), ())
+    )
     if save_to is not None:
         save_checkpoint(save_to, system, notes=_NOTES, sampling={})
     return torch_pipeline(record, system, device="cpu")

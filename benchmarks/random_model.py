@@ -21,6 +21,7 @@ from nsp.families.var.config import SIZES, ClassCondition, VarConfig, size, with
 from nsp.families.var.model import initialize
 from nsp.families.var.system import VarSystem
 from nsp.family.registry import family
+from nsp.text.parts import TextEncoderSettings
 
 FAMILY = "var"
 _NOTES = {"made_by": "nsp.benchmarks.random_model", "version": 2}
@@ -45,7 +46,7 @@ def random_system(config: VarConfig) -> VarSystem:
     """Return a model of random weights, the same each time, in which every weight matters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        system: VarSystem = family(FAMILY).learner.new_system(config, {}, None)
+        system: VarSystem = family(FAMILY).learner.new_system(config, TextEncoderSettings(), None)
         initialize(system.predictor, adaln_gamma=_ADALN_GAMMA, head=_HEAD)
         nn.init.normal_(system.predictor.class_emb.weight)
     return system.eval()

@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader
 
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.systems import save_checkpoint
-from nsp.family.objective import Objective, TokenCache
+from nsp.family.objective import Objective, TokenCache, TrainingData
 from nsp.family.recipe import PhaseConfig, RunConfig, counted
+from nsp.family.recipes import preset as named_run
 from nsp.family.registry import family
+from nsp.text.parts import TextEncoderSettings
 from nsp.training.data_order import Share, StepSampler, sample_keys
 from nsp.training.optimizer import new_optimizer, set_rates
-from nsp.family.recipes import preset as named_run
 from nsp.training.progress import Progress
 from nsp.training.run_pictures import open_pictures
 from nsp.training.stopping import StopRequest
@@ -111,7 +112,9 @@ def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> dict[str, Any
         start = Path(folder) / "start"
         record = family(run.family)
         new = record.learner.new_system(
-            record.config.from_dict(run.model), run.text_encoder, pictures.source
+            record.config.from_dict(run.model),
+            TextEncoderSettings.from_dict(run.text_encoder),
+            pictures.source,
         )
         save_checkpoint(start, new, notes={}, sampling={})
         cache = TokenCache(Path(folder) / "tokens.safetensors")
@@ -123,7 +126,7 @@ def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> dict[str, Any
                 system.config.image_size_px, run, Share(batch_size=config.batch_size)
             )
             made: Objective = record.learner.objective(
-                config.name, config.objective, system, data, None, cache
+                config.name, config.objective, system, TrainingData(data, cache=cache)
             )
             return made.to(accelerator.device)
 

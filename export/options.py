@@ -21,7 +21,7 @@ class ExportOptions(Config):
     checkpoint: str  # folder
     engine_dir: str = "engines"
     precisions: tuple[str, ...] = ("fp32",)
-    targets: tuple[str, ...] = (AUTO,)  # names in `nsp.export.targets.TARGETS`, or "auto" alone
+    targets: tuple[str, ...] = (AUTO,)  # names in `nsp.export.targets.TARGETS`, or "auto"
     max_batch: int = 4  # images per batch of TensorRT engines; ONNX Runtime has no limit
     static_batch: bool = False  # TensorRT engines of one batch size, for guided images
     gpu_archs: tuple[str, ...] = ()  # for TensorRT-RTX engines; () is the target's default

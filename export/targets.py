@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nsp.backends.available import BACKENDS, BackendRecord
+from nsp.backends.nvidia import find_gpu
 from nsp.errors import BackendError, ConfigError
 from nsp.export.options import AUTO, ExportOptions
 
@@ -75,19 +76,16 @@ def is_installed(target: Target) -> bool:
 def resolve(options: ExportOptions) -> list[tuple[Target, str]]:
     """Return the (target, precision) pairs to export, in order.
 
-    "auto" is ONNX Runtime and every installed TensorRT; if ONNX Runtime would run on a CPU it adds
-    fp32, which is fast on a CPU. Raises ConfigError for an unknown target, a precision that a
+    "auto" is what this machine can run: ONNX Runtime and, with an NVIDIA GPU, every installed
+    TensorRT; if ONNX Runtime would run on a CPU it adds fp32, which is fast on a CPU. Named targets
+    may stand beside it. Raises ConfigError for an unknown target, a precision that a
     target does not have, a GPU architecture that cannot be built for or an option that no target
     uses, and BackendError for a target that is not installed.
     """
+    named = [_named(name) for name in dict.fromkeys(options.targets) if name != AUTO]
+    pairs = [(target, precision) for target in named for precision in options.precisions]
     if AUTO in options.targets:
-        if len(options.targets) > 1:
-            raise ConfigError(
-                f"target {AUTO!r} must be the only one; got {', '.join(options.targets)}"
-            )
-        pairs = _automatic(options)
-    else:
-        pairs = [(_named(n), p) for n in dict.fromkeys(options.targets) for p in options.precisions]
+        pairs = [*_automatic(options, named), *pairs]
     for target, precision in pairs:
         if precision not in target.precisions:
             raise ConfigError(
@@ -130,6 +128,8 @@ def _check_heeded(targets: Sequence[Target], options: ExportOptions) -> None:
 
 def _advice(target: Target) -> str:
     """Return what to do about a target that is not installed."""
+    if is_installed(target):
+        return f"--target {target.name} builds it for machines with an NVIDIA GPU"
     if (install := target.runtime.install) is not None:
         return f"run: {install}"
     return (
@@ -144,8 +144,8 @@ def _named(name: str) -> Target:
     return TARGETS[name]
 
 
-def _automatic(options: ExportOptions) -> list[tuple[Target, str]]:
-    """Return the targets that suit this machine, and log why."""
+def _automatic(options: ExportOptions, named: Sequence[Target]) -> list[tuple[Target, str]]:
+    """Return the targets that suit this machine, and log why; `named` ones are built besides."""
     runtime = TARGETS["onnxruntime"]
     precisions = [p for p in options.precisions if p in runtime.precisions]
     asked_narrow = {"fp32", "int8"}.isdisjoint(precisions)
@@ -154,13 +154,23 @@ def _automatic(options: ExportOptions) -> list[tuple[Target, str]]:
         logger.info("target auto: also fp32, which is fastest in ONNX Runtime on a CPU")
     pairs = [(runtime, precision) for precision in precisions]
     for target in (TARGETS["tensorrt-rtx"], TARGETS["tensorrt"]):
-        if is_installed(target):
-            pairs += [(target, p) for p in options.precisions if p in target.precisions]
-        else:
+        if target in named:
+            continue
+        if not is_installed(target):
             logger.info("target auto: no %s, because it is not installed", target.name)
-    if missing := set(options.precisions) - {precision for _, precision in pairs}:
+        elif find_gpu() is not None or (target.gpu_archs and options.gpu_archs):
+            pairs += [(target, p) for p in options.precisions if p in target.precisions]
+        elif target.gpu_archs:
+            logger.info(
+                "target auto: no %s, because this machine has no NVIDIA GPU; to build its engines "
+                "here for others, add: --target auto --target %s",
+                *(target.name, target.name),
+            )
+    found = {precision for _, precision in pairs}
+    found |= {precision for target in named for precision in target.precisions}
+    if missing := set(options.precisions) - found:
         raise ConfigError(
-            f"no installed target has {min(missing)}; {_advice(TARGETS['tensorrt-rtx'])}, "
+            f"no target that runs here has {min(missing)}; {_advice(TARGETS['tensorrt-rtx'])}, "
             "or export with --fp32 or --fp16"
         )
     return pairs

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     multiple=True,
     default=("auto",),
     show_default=True,
-    help="auto (all installed ones), onnxruntime, tensorrt, tensorrt-rtx. Repeatable.",
+    help="auto (what this machine can run), onnxruntime, tensorrt, tensorrt-rtx. Repeatable.",
 )
 @click.option(
     "--max-batch",
@@ -92,7 +92,7 @@ def export_engines(
     Existing unchanged stages are reused; an interrupted export continues where it stopped.
     The default precision is fp32.
     """
-    from nsp.console.inspection import describe_folder
+    from nsp.console.inspection import describe_folder, parity_lines
     from nsp.console.terminal import progress_bar
     from nsp.export.run import ExportEvent, ExportOptions, export, find_checkpoint, plan
 
@@ -121,6 +121,8 @@ def export_engines(
         return
     kind = manifest.family_record.condition(manifest.model_config)
     asked = {"prompt": ' --prompt "…"', "class": " --class-id 0", "none": ""}[kind]
+    for line in parity_lines(manifest):
+        click.echo(line)
     click.echo(f"engines: {folder} ({', '.join(manifest.backends())})")
     click.echo(f"next: nsp generate --engine-dir {shlex.quote(str(folder))}{asked}")
 

@@ -17,7 +17,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from nsp.errors import ConfigError, one_line
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 NOT_REGULAR = "not a regular file"
 _MAX_JSON_DEPTH = 64  # ours have about ten levels; Python functions give up at a thousand
@@ -116,6 +121,21 @@ def inside(folder: Path, name: str) -> Path:
         if path.is_symlink():
             raise ValueError("is a symbolic link, or is behind one; copy the files themselves")
     return path
+
+
+def read_array(path: Path) -> "NDArray[Any]":
+    """Return the array in an .npy file; ConfigError if it is none, or not one of numbers."""
+    import numpy as np
+
+    try:  # mapped first: a header that promises more than the file has allocates nothing
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return np.array(found)
+        found.close()
+        problem = "it is an archive of arrays"
+    except (OSError, ValueError, EOFError) as error:
+        problem = one_line(str(error))
+    raise ConfigError(f"{path} is not an .npy file with one array of numbers ({problem})")
 
 
 @contextmanager

@@ -16,8 +16,12 @@ CAPTIONS = (
 )
 
 
-def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -> Path:
+def new_tiny_checkpoint(
+    folder: Path, *, seed: int = 0, null: str = "learned", greedy: bool = False
+) -> Path:
     """Write a text-conditional model of the tiny size to `folder` and return it.
+
+    If `greedy`, its own sampling settings are the bundled model's.
 
     The published initialisation makes logits almost constant; larger weights make parity mean
     something.
@@ -30,19 +34,21 @@ def new_tiny_checkpoint(folder: Path, *, seed: int = 0, null: str = "learned") -
     from nsp.data.sources import ImageSource, Sample
     from nsp.families.var.config import SIZES
     from nsp.families.var.learn import VarLearner
+    from nsp.text.parts import TextEncoderSettings
 
     torch.manual_seed(seed)
     config = SIZES["tiny"]
     config = dataclasses.replace(config, condition=dataclasses.replace(config.condition, null=null))
     samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS)
     source = ImageSource(samples, (), ())
-    text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
+    text_encoder = TextEncoderSettings(vocab_size=560, depth=1, num_heads=2)
     system = VarLearner().new_system(config, text_encoder, source)
     with torch.no_grad():
         system.predictor.head.weight.mul_(100)
         for block in system.predictor.blocks:
             block.ada_lin[1].weight.mul_(10)
-    save_checkpoint(folder, system, notes={"made_by": "tests"})
+    sampling = {"top_k": 1} if greedy else {}
+    save_checkpoint(folder, system, notes={"made_by": "tests"}, sampling=sampling)
     return folder
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from nsp.cli import main
-from nsp.data.png import read_metadata
+from nsp.data.image_files import read_metadata
 from nsp.pipeline.pipeline import load_pipeline
 from tests.goldens.var_tiny.fixtures import GOLDEN_DIR
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nsp.data.png import read_metadata
+from nsp.data.image_files import read_metadata
 from nsp.testing import CHECKS
 from tests.test_plugins import BACKEND, BACKEND_GROUP, install
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nsp.backends.torch import TorchBackend
 from nsp.export.plan import ExportPlan
 from nsp.export.proof.recorded import Call, Recording
-from nsp.family.order import Order, Step
+from nsp.family.order import Order, Sampling, Step
 from nsp.pipeline.pipeline import Pipeline
 from nsp.pipeline.results import Trace
 from nsp.stage.arena import KVArena, KVShape, is_cached
@@ -24,7 +24,7 @@ from nsp.stage.backend import TENSORRT_RANKS, Loop, T
 class Generated:
     """One batch of images and all stage calls that made it."""
 
-    orders: Sequence[Order[Any]]
+    orders: Sequence[Order[Sampling]]
     recording: Recording
     trace: Trace
 

@@ -17,7 +17,7 @@ def load_system(
     record: AnyFamily,
     config: Mapping[str, Any],
     listed: Collection[str] | None = None,
-) -> System[Any]:
+) -> System:
     """Return the model in `folder`, in float32 and eval mode; `config` is config.json's "config".
 
     With `listed` only files of those names are read. Raises CheckpointError naming a missing,
@@ -33,7 +33,7 @@ def load_system(
             folder / "text_encoder", listed=listed_in(listed, "text_encoder")
         )
     with bounded_by_files(folder, learner.parts, listed):
-        system: System[Any] = learner.build(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
+        system: System = learner.build(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
     for part in learner.parts:
         load_weights(system.get_submodule(part), folder / part)
     return system.eval()

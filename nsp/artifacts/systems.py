@@ -19,7 +19,7 @@ from nsp.weights.module_weights import save_weights
 
 def save_checkpoint(
     folder: Path,
-    system: System[Any],
+    system: System,
     *,
     notes: Mapping[str, Any],
     sampling: Mapping[str, Any] | None = None,

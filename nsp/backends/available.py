@@ -148,7 +148,7 @@ def _probe_torch(record: BackendRecord) -> Availability:
     where = f"GPU {torch.cuda.get_device_name()}" if cuda else "CPU"
     install = None
     if not cuda and (gpu := find_gpu()) is not None:
-        install = "pip install --force-reinstall 'torch==2.13.*'"
+        install = "pip install --force-reinstall 'torch>=2.11,<2.14'"
         where += f"; this machine has {gpu.name}, but this build of torch cannot use it"
     device: Device = "cuda" if cuda else "cpu"
     return Availability(True, f"runs checkpoints on the {where}", install, device, detail)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -30,6 +30,7 @@ from nsp.console.settings import (
     class_numbers,
     planned_orders,
     setting_names,
+    with_arrays,
 )
 from nsp.errors import ConfigError, NspError
 
@@ -77,7 +78,16 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also save intermediate pictures, for example after every scale.",
 )
-@output_dir_option("outputs", "Folder for the images.")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(("png", "webp", "jpeg", "npz")),
+    default="png",
+    show_default=True,
+    help="Files to write; webp is lossless, npz is one array of all images.",
+)
+@click.option("--sheet/--no-sheet", default=True, help="Write a contact sheet.  [default: yes]")
+@output_dir_option("outputs", "Folder for the images; those already there are not made again.")
 @no_verify_option
 @json_option
 @verbose_option
@@ -97,6 +107,8 @@ def generate(
     backend: str,
     threads: int | None,
     save_intermediates: bool,
+    file_format: Literal["png", "webp", "jpeg", "npz"],
+    sheet: bool,
     output_dir: Path,
     no_verify: bool,
     as_json: bool,
@@ -124,6 +136,8 @@ def generate(
         engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
     )
     family = pipeline.family
+    declared = family.given(pipeline.config)
+    files = {name: given.pop(name) for name in declared if name in given}
     if family.default_prompt and not prompts and not class_ids and not listed:
         prompts = (family.default_prompt,)
     if num_images is None:  # of some first implementations the batch size is the number of images
@@ -137,6 +151,7 @@ def generate(
         num_images=num_images,
         negative=negative_prompt,
     )
+    orders = with_arrays(orders, declared, files) if files else orders
     from nsp.console.gallery import generate_gallery  # while the engines are loading
     from nsp.console.terminal import progress_bar
     from nsp.pipeline.orders import choose_batch_size
@@ -148,6 +163,8 @@ def generate(
             output_dir,
             batch_size=choose_batch_size(pipeline, batch_size or family.default_batch_size),
             save_intermediates=save_intermediates,
+            kind=file_format,
+            sheet=sheet,
             on_step=lambda step: show(step.activity, step.scale, step.num_scales),
         )
     if as_json:
@@ -155,8 +172,10 @@ def generate(
         return
     for image in gallery.images:
         note = "" if image.warm else " (first batch, includes loading)"
-        click.echo(f"{image.path}  {image.ms:.1f} ms{note}")
-    click.echo(f"contact sheet: {gallery.contact_sheet}")
+        time = "was there already" if image.ms is None else f"{image.ms:.1f} ms{note}"
+        click.echo(f"{image.path}  {time}")
+    if gallery.contact_sheet is not None:
+        click.echo(f"contact sheet: {gallery.contact_sheet}")
 
 
 def _family_of(folder: Path) -> "tuple[AnyFamily | None, Mapping[str, Any]]":

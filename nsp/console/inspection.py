@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
-from nsp.artifacts.manifest import read_manifest
+from nsp.artifacts.manifest import Manifest, read_manifest
 from nsp.errors import CheckpointError, EngineError
 from nsp.paths import describe, wrong_path
 from nsp.stage.arena import is_cached
@@ -129,6 +129,35 @@ def _parity_of(parity: Mapping[str, Any]) -> str:
         equal = sum(each["tokens"] * each["agreement"] for each in drawn) / count
         return f"{equal:.2%} of {count} tokens, {words}"
     return words
+
+
+def parity_lines(manifest: Manifest) -> list[str]:
+    """Return for every backend and precision the parity with PyTorch that the export measured.
+
+    It is that of the stage whose outputs differ most, and of the stages where tokens or decibels
+    are counted.
+    """
+    lines = []
+    engines = [(name, each) for name, built in manifest.stages.items() for each in built]
+    for kind in dict.fromkeys((each.backend, each.precision) for _, each in engines):
+        found = {n: each.parity for n, each in engines if (each.backend, each.precision) == kind}
+        counted = [f"{n} {_parity_of(p)}" for n, p in found.items() if _is_counted(p)]
+        errors = {n: _largest_error(p) for n, p in found.items() if p.get("outputs")}
+        if errors and not counted:
+            worst = max(errors, key=lambda name: errors[name])
+            counted = [f"{worst} {_parity_of(found[worst])}"]
+        if counted:
+            lines.append(f"parity of {kind[0]} {kind[1]}: {'; '.join(counted)}")
+    return lines
+
+
+def _is_counted(parity: Mapping[str, Any]) -> bool:
+    """Return whether tokens or decibels were measured."""
+    return "psnr_db" in parity or any("tokens" in each for each in parity.get("units", ()))
+
+
+def _largest_error(parity: Mapping[str, Any]) -> float:
+    return max(float(each["relative"]) for each in parity["outputs"].values())
 
 
 def _cache_of(variant: Mapping[str, Any]) -> str:

@@ -1,23 +1,30 @@
-"""Settings of an image on the command line: the fields of the families' own sampling records."""
+"""What a family lets one image have on the command line, each an option of `nsp generate`.
+
+These are the fields of its sampling record, and the arrays of `given`, which are read from files.
+"""
 
 import dataclasses
 import logging
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from nsp import values
-from nsp.console.command_line import Verb
+from nsp.console.command_line import FILE, Verb
 from nsp.errors import ConfigError
 from nsp.family.registry import BUILT_IN, family, family_names
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from nsp.console.prompt_lists import ListedImage
     from nsp.family.contract import AnyFamily
-    from nsp.family.order import Order, S
+    from nsp.family.order import Given, Order, S
 
 logger = logging.getLogger(__name__)
 
@@ -63,28 +70,37 @@ def sampling_options(
     owners: dict[str, list[str]] = {}
     options: dict[str, dict[str, Any]] = {}
     for name in known:
-        sampling = family(name).sampling
-        hints = typing.get_type_hints(sampling)
-        for each in dataclasses.fields(sampling):
-            if each.name in own:
+        for word, made in _options_of(family(name)).items():
+            if word in own:
                 logger.warning(
                     "the setting %s of family %s is left out: the verb has an option of that name",
-                    *(each.name, name),
+                    *(word, name),
                 )
                 continue
-            made = _option(hints[each.name], each.metadata.get("help", ""))
-            if options.setdefault(each.name, made)["type"] != made["type"]:
+            if options.setdefault(word, made)["type"] != made["type"]:
                 logger.warning(
                     "the setting %s of family %s is left out: its type is not that of family %s",
-                    *(each.name, name, owners[each.name][0]),
+                    *(word, name, owners[word][0]),
                 )
                 continue
-            owners.setdefault(each.name, []).append(name)
+            owners.setdefault(word, []).append(name)
     for name, option in options.items():
         only = "" if len(owners[name]) == len(known) else f" ({', '.join(owners[name])})"
         words = name.replace("_", "-")
         spelled = f"--{words}/--no-{words}" if option["type"] is bool else f"--{words}"
         yield click.Option([spelled], **{**option, "help": f"{option['help']}{only}"})
+
+
+def _options_of(owner: "AnyFamily") -> dict[str, dict[str, Any]]:
+    """Return click's arguments for every setting of a family, then for the arrays it takes."""
+    hints = typing.get_type_hints(owner.sampling)
+    fields = dataclasses.fields(owner.sampling)
+    made = {each.name: _option(hints[each.name], each.metadata.get("help", "")) for each in fields}
+    declared = owner.given(next(iter(owner.sizes.values())))  # names do not depend on the size
+    return made | {
+        name: {"type": FILE, "default": None, "help": f"File (.npy). {each.help}".rstrip()}
+        for name, each in declared.items()
+    }
 
 
 def _option(hint: Any, help_text: str) -> dict[str, Any]:
@@ -107,7 +123,7 @@ def setting_names(owner: "AnyFamily") -> tuple[str, ...]:
 
 def check_settings(owner: "AnyFamily", given: Iterable[str]) -> None:
     """Raise ConfigError for an option that belongs to another family."""
-    known = setting_names(owner)
+    known = tuple(_options_of(owner))
     if foreign := [name for name in given if name not in known]:
         raise ConfigError(
             f"--{foreign[0].replace('_', '-')} is not a setting of family {owner.name}, which has "
@@ -197,6 +213,31 @@ def planned_orders(
             negative=null,
         )
     return planned
+
+
+def with_arrays(
+    orders: "Sequence[Order[S]]", declared: "Mapping[str, Given]", files: Mapping[str, Path]
+) -> "list[Order[S]]":
+    """Return the orders with the arrays of files: one for all images, or one row for each.
+
+    Raises ConfigError naming a file that cannot be read, or whose shape does not fit.
+    """
+    carried: list[dict[str, NDArray[Any]]] = [{} for _ in orders]
+    for name, file in files.items():
+        expected = declared[name]
+        array = expected.read(file)
+        if array.shape == expected.shape:
+            rows = [array] * len(orders)
+        elif array.shape == (len(orders), *expected.shape):
+            rows = list(array)
+        else:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {file}: the array is {array.shape}; an image takes "
+                f"{expected.shape}, and {len(orders)} images {(len(orders), *expected.shape)}"
+            )
+        for own, row in zip(carried, rows, strict=True):
+            own[name] = row
+    return [replace(order, given=own) for order, own in zip(orders, carried, strict=True)]
 
 
 def _settings_of(row: "ListedImage", sampling: "S") -> "S":

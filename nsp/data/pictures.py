@@ -104,11 +104,13 @@ def picture_format(content: bytes) -> str:
         return _opened(content).format or ""
 
 
-def read_text_chunks(path: Path) -> dict[str, str]:
-    """Return the text chunks of a PNG of ours; raises OSError."""
+def read_text(path: Path, tag: int) -> tuple[dict[str, str], str | None]:
+    """Return the text chunks of a PNG, and the text of an EXIF tag of others; raises OSError."""
     with _quiet(), Image.open(path) as picture:
+        if picture.format != "PNG":
+            return {}, str(picture.getexif().get(tag, ""))
         picture.load()  # text may follow the pixels
-        return {key: str(value) for key, value in getattr(picture, "text", {}).items()}
+        return {key: str(value) for key, value in getattr(picture, "text", {}).items()}, None
 
 
 def _opened(content: bytes) -> ImageFile.ImageFile:

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     from nsp.data.dataset import ImageDataset
     from nsp.data.sources import ImageSource
-    from nsp.data.stream import ShardStream
-    from nsp.family.objective import Objective, TokenCache
+    from nsp.family.objective import Objective, TrainingData
     from nsp.family.recipe import RunConfig
     from nsp.family.system import System
     from nsp.stage.arena import Array, KVShape
     from nsp.stage.backend import Backend
+    from nsp.text.parts import TextEncoderSettings
     from nsp.text.tokenizer import PromptTokenizer
 
 API = 1  # version of this contract; plugins for other versions are left out with a warning
@@ -38,7 +38,7 @@ API = 1  # version of this contract; plugins for other versions are left out wit
 Span: TypeAlias = Mapping[str, int | tuple[int, int]]  # one size, or smallest and largest
 Kind: TypeAlias = Literal["prompt", "class", "none"]
 C = TypeVar("C", bound=Config)  # the configuration of its models
-Y = TypeVar("Y", bound="System[Any]")  # the modules of one model, with torch
+Y = TypeVar("Y", bound="System")  # the modules of one model, with torch
 
 # Sizes of the reserved axes for tracing graphs: all different and at least 2, since 0 and 1 would
 # become constants; rows G must not be fewer than images B. A family's own axes get further sizes.
@@ -98,7 +98,7 @@ def trace_sizes(stages: Mapping[str, Stage]) -> Sizes:
     return {**_TRACED, **{axis: _FIRST_OWN + number for number, axis in enumerate(names)}}
 
 
-class Learner(ABC, Generic[C, Y]):
+class Learner(ABC, Generic[C, S, Y]):
     """The side of a family that needs torch."""
 
     parts: ClassVar[tuple[str, ...]]  # of the system, each stored as a folder of weights
@@ -114,7 +114,7 @@ class Learner(ABC, Generic[C, Y]):
         """Return a system whose weights will be loaded."""
 
     def new_system(
-        self, config: C, text_encoder: Mapping[str, Any], source: "ImageSource | None"
+        self, config: C, text_encoder: "TextEncoderSettings", source: "ImageSource | None"
     ) -> Y:
         """Return a freshly initialised system; weights are drawn from torch's global generator.
 
@@ -130,18 +130,16 @@ class Learner(ABC, Generic[C, Y]):
     def objective(
         self,
         phase: str,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         system: Y,
-        data: "ImageDataset | ShardStream",
-        held_out: "ImageDataset | None" = None,
-        cache: "TokenCache | None" = None,
+        data: "TrainingData",
     ) -> "Objective":
         """Return the objective of a phase; raise ConfigError for an unknown one."""
 
     def without_cache(
         self,
         system: Y,
-        orders: "Sequence[Order[Any]]",
+        orders: Sequence[Order[S]],
         tokens: "Sequence[NDArray[np.int64]]",
         latents: "Sequence[NDArray[np.float32]]",
     ) -> "Sequence[NDArray[np.float32]]":
@@ -272,14 +270,14 @@ class Family(ABC, Generic[C, S, Y]):
         return config
 
     def convert(
-        self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
+        self, files: Mapping[str, Path], config: Mapping[str, object] | None, output_dir: Path
     ) -> None:
         """Write a checkpoint folder from published weights, the files named in `published`."""
         raise ConfigError(f"family {self.name} has no published weights; train a model instead")
 
     @property
     @abstractmethod
-    def learner(self) -> Learner[C, Y]:
+    def learner(self) -> Learner[C, S, Y]:
         """The part that needs torch: new systems, modules of the stages, objectives."""
 
 

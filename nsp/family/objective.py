@@ -4,12 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Required, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from nsp.data.dataset import ImageDataset
+    from nsp.data.stream import ShardStream
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,28 @@ class TokenCache:
 
     file: Path
     is_given: bool = False  # whether the user gave it: then it must fit, and is never written
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The pictures of one phase."""
+
+    pictures: "ImageDataset | ShardStream"
+    held_out: "ImageDataset | None" = None  # to validate on
+    cache: TokenCache | None = None  # keeps what the image tokenizer makes of the pictures
+
+
+class Batch(TypedDict, total=False):
+    """A collated batch, on the device: `key`, and what the objective's dataset has of the rest."""
+
+    key: Required[Tensor]  # (B,) int64 on the CPU: all randomness of a sample depends on it
+    image: Tensor  # (B, 3, H, W) uint8
+    caption: list[str]  # "" for a picture without one
+    class_id: Tensor  # (B,) int64, -1 for a picture without one
+    condition: Tensor  # (B,) class ids, or (B, T) token ids of prompts
+    tokens: Tensor  # (B, L) codes of the image tokenizer
+    latents: list[Tensor]  # of every scale, (B, C, h, w)
+    held_out: Tensor  # (B,) bool: not trained on
 
 
 class Objective(nn.Module, ABC):
@@ -41,13 +67,13 @@ class Objective(nn.Module, ABC):
         return self
 
     @abstractmethod
-    def dataset(self) -> Dataset[Mapping[str, Any]]:
+    def dataset(self) -> Dataset[Mapping[str, object]]:
         """Return the training set; an item is a dictionary of tensors, numbers and strings.
 
         It is called once, before modules are sharded or compiled.
         """
 
-    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+    def held_out(self) -> Dataset[Mapping[str, object]] | None:
         """Return held-out pictures in the form of `dataset`, if there are any."""
         return None
 
@@ -59,10 +85,10 @@ class Objective(nn.Module, ABC):
         return ()
 
     @abstractmethod
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return `loss` (scalar, differentiable) and further scalars to report.
 
-        `batch` is a collated batch of `dataset`, with `key` (B,) int64 on the CPU.
+        `batch` is a collated batch of `dataset`.
         """
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:

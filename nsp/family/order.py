@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from nsp import values
 from nsp.config import Config
 from nsp.errors import ConfigError
+from nsp.files import read_array
 from nsp.stage.arena import Array
 from nsp.stage.io import Shape
 
@@ -20,7 +22,7 @@ Unit: TypeAlias = Literal["scale", "tokens", "timestep"]
 class Sampling(Config):
     """Base of a family's settings of one image; every field has a default."""
 
-    def changed(self, settings: Mapping[str, Any], *, beside: tuple[str, ...] = ()) -> Self:
+    def changed(self, settings: Mapping[str, object], *, beside: tuple[str, ...] = ()) -> Self:
         """Return these settings with some replaced; ConfigError for an unknown or wrong one.
 
         `beside` names further arguments of the caller, for the message about an unknown name.
@@ -46,15 +48,16 @@ class Sampling(Config):
 
 
 S = TypeVar("S", bound=Sampling)
+S_co = TypeVar("S_co", bound=Sampling, covariant=True)
 
 
 @dataclass(frozen=True, eq=False)
-class Order(Generic[S]):
+class Order(Generic[S_co]):
     """One image. Its content depends on nothing else, also not on other orders of its batch."""
 
     condition: str | int | None  # a prompt, a class, or nothing
     seed: int
-    sampling: S
+    sampling: S_co
     negative: str | None = None  # a prompt instead of guidance's null condition
     given: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # for one image, without B
 
@@ -67,8 +70,10 @@ class Given:
     dtype: str
     least: float | None = None  # smallest value; None: any finite one
     below: float | None = None  # all values are smaller
+    help: str = ""  # of the option of `nsp generate`, which takes a file
+    read: Callable[[Path], NDArray[Any]] = read_array  # how a file becomes the array
 
-    def check(self, name: str, array: Any) -> None:
+    def check(self, name: str, array: object) -> None:
         """Raise ConfigError unless `array` is allowed under this name."""
         expected = f"expected a NumPy array, {self.dtype} {self.shape}"
         if not isinstance(array, np.ndarray):

@@ -1,7 +1,7 @@
 """All trainable parts of one model together, as in checkpoints."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,18 @@ from nsp.text.tokenizer import PromptTokenizer
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
-C = TypeVar("C", bound=Config)
 
-
-class System(nn.Module, Generic[C]):
+class System(nn.Module):
     """Base of a family's system: its configuration and, for prompts, encoder and tokenizer."""
 
     family: ClassVar[str]  # its name
-    config: C
+    config: Config  # a family's system narrows it to its own
     text_encoder: "CLIPTextModel | None"
     prompt_tokenizer: PromptTokenizer | None
 
     def __init__(
         self,
-        config: C,
+        config: Config,
         text_encoder: "CLIPTextModel | None" = None,
         prompt_tokenizer: PromptTokenizer | None = None,
     ) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nsp.family.order import Order
+from nsp.family.order import Order, Sampling
 from nsp.pipeline.orders import cut_batches
 from nsp.pipeline.results import PipelineOutput, StreamStep, to_uint8
 from nsp.pipeline.runner import OrderRunner
@@ -28,7 +28,7 @@ class OnStepEnd(Protocol):
 
 def call(
     pipeline: OrderRunner,
-    orders: Sequence[Order[Any]],
+    orders: Sequence[Order[Sampling]],
     output_type: str,
     on_step_end: OnStepEnd | None,
 ) -> PipelineOutput:

@@ -7,7 +7,7 @@ change when others are added.
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nsp import values
 from nsp.errors import ConfigError
 from nsp.family.contract import AnyFamily
-from nsp.family.order import Order, S
+from nsp.family.order import Order, S, Sampling
 from nsp.stage.backend import Backend
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def make_orders(
     seed: int | Sequence[int] = 0,
     num_images: int = 1,
     negative: str | Sequence[str | None] | None = None,
-    given: Mapping[str, Any] | None = None,
+    given: Mapping[str, object] | None = None,
 ) -> list[Order[S]]:
     """Return `num_images` orders for every prompt, or class id, or for no condition at all.
 
@@ -101,7 +101,7 @@ def _seeds(seed: int | Sequence[int], conditions: Sequence[Hashable]) -> list[in
     return found
 
 
-def _nulls(negative: Any, count: int) -> list[str | None]:
+def _nulls(negative: object, count: int) -> list[str | None]:
     """Return the negative prompt of every condition."""
     if negative is None or isinstance(negative, str):
         return [negative] * count
@@ -127,7 +127,7 @@ def _rows(given: Mapping[str, Any], count: int) -> list[dict[str, NDArray[Any]]]
     return [{name: array[row] for name, array in given.items()} for row in range(count)]
 
 
-def prompt_texts(prompts: Any) -> tuple[str, ...]:
+def prompt_texts(prompts: object) -> tuple[str, ...]:
     """Return the prompts of a list, an iterator or a NumPy array of texts; there may be none.
 
     Raises ConfigError naming the first item that is not a text.
@@ -136,7 +136,7 @@ def prompt_texts(prompts: Any) -> tuple[str, ...]:
         raise ConfigError(f"prompts must be a list of texts: prompts=[{values.shown(prompts)}]")
     ordered = not isinstance(prompts, Mapping | Set)
     try:
-        texts = list(prompts) if ordered else None
+        texts = list(prompts) if ordered and isinstance(prompts, Iterable) else None
     except TypeError:
         texts = None
     if texts is None:
@@ -152,9 +152,9 @@ def _text(prompt: str) -> str:
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def class_numbers(class_ids: Any) -> NDArray[np.int64]:
+def class_numbers(class_ids: object) -> NDArray[np.int64]:
     """Return the class ids (B,) of a list or array of integers; there may be none."""
-    if hasattr(class_ids, "__next__"):
+    if isinstance(class_ids, Iterator):
         class_ids = list(class_ids)
     try:
         ids = np.asarray(class_ids)
@@ -165,7 +165,7 @@ def class_numbers(class_ids: Any) -> NDArray[np.int64]:
     return ids.astype(np.int64)
 
 
-def check_condition(family: AnyFamily, config: Any, order: Order[Any]) -> None:
+def check_condition(family: AnyFamily, config: Any, order: Order[Sampling]) -> None:
     """Raise ConfigError unless this model accepts the order's condition."""
     kind, condition = family.condition(config), order.condition
     if kind == "none":
@@ -208,7 +208,7 @@ class Takes(Protocol):
 
 
 def cut_batches(
-    pipeline: Takes, orders: Sequence[Order[Any]], batch_size: int | None = None
+    pipeline: Takes, orders: Sequence[Order[Sampling]], batch_size: int | None = None
 ) -> list[list[int]]:
     """Return the orders' indices batch by batch; orders of equal keys share batches, in order.
 

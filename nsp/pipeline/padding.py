@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from nsp.family.order import Order, Step
+from nsp.family.order import Order, Sampling, Step
 from nsp.stage.arena import Array
 from nsp.stage.backend import Backend
 
 
-def pad_orders(orders: Sequence[Order[Any]], size: int) -> Sequence[Order[Any]]:
+def pad_orders(orders: Sequence[Order[Sampling]], size: int) -> Sequence[Order[Sampling]]:
     """Return `size` orders: the given ones, then repeats of the last one."""
     return [*orders, *[orders[-1]] * (size - len(orders))]
 

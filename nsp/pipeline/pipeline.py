@@ -19,7 +19,7 @@ from nsp.artifacts.engines import open_engine_dir
 from nsp.cores import num_threads
 from nsp.errors import CheckpointError, ConfigError, EngineError
 from nsp.family.contract import AnyFamily
-from nsp.family.order import Order
+from nsp.family.order import Order, Sampling
 from nsp.paths import NOTHING, describe, wrong_path
 from nsp.pipeline.call import CALL_ARGUMENTS, OUTPUT_TYPES, OnStepEnd, call
 from nsp.pipeline.keywords import LoadOptions, Requested, Settings
@@ -28,7 +28,7 @@ from nsp.pipeline.results import GenerateResult, PipelineOutput, StreamStep, to_
 from nsp.pipeline.runner import OrderRunner, Steps
 
 if TYPE_CHECKING:
-    pass
+    from nsp.family.system import System
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class Pipeline(OrderRunner):
         negative: str | Sequence[str | None] | None,
         requested: Requested,
         own: tuple[str, ...] = (),
-    ) -> list[Order[Any]]:
+    ) -> list[Order[Sampling]]:
         """Return the orders of one `generate` or `stream`; `own` are further arguments it has."""
         declared, options = self.family.given(self.config), dict(requested)
         given = {name: options.pop(name) for name in declared if name in options}
@@ -228,7 +228,7 @@ def load_pipeline(
     return pipeline
 
 
-def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_options(options: Mapping[str, object]) -> dict[str, Any]:
     """Return the options as Python's own types; ConfigError for a value of a wrong kind."""
     checked = dict(options)
     for name in ("precision", "num_threads"):
@@ -254,7 +254,7 @@ def _load_again(origin: Origin, model_hash: str) -> Pipeline:
     return pipeline
 
 
-def _load(folder: Path, backend: str, options: Mapping[str, Any]) -> Pipeline:
+def _load(folder: Path, backend: str, options: Mapping[str, object]) -> Pipeline:
     """Return the model in `folder`."""
     found = describe(folder)
     checkpoint = found.kind in ("checkpoint", "hub model")
@@ -307,11 +307,11 @@ def _load_checkpoint(folder: Path, *, device: str | None = None, verify: bool = 
 
 def torch_pipeline(
     family: AnyFamily,
-    system: Any,
+    system: "System",
     *,
     kv_layout: str = "delta",
     device: str | None = None,
-    sampling: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, object] | None = None,
 ) -> Pipeline:
     """Return a pipeline that runs the modules of `system`, sharing their weights.
 

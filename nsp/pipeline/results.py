@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from nsp.errors import ConfigError
 from nsp.family.contract import AnyFamily
 from nsp.family.order import Step
+from nsp.stage.arena import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,7 +20,7 @@ class Decoder(Protocol):
 
     family: AnyFamily
 
-    def decode(self, latent: Any) -> NDArray[np.float32]:
+    def decode(self, latent: Array) -> NDArray[np.float32]:
         """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
 
     def download(self, array: Any) -> NDArray[Any]:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def _differences(one: Order[Any], other: Order[Any]) -> str:
+def _differences(one: Order[Sampling], other: Order[Sampling]) -> str:
     """Return in words what two orders ask for differently: settings and given arrays."""
     before, after = one.sampling.to_dict(), other.sampling.to_dict()
     words = [f"{n}={after[n]!r} instead of {before[n]!r}" for n in after if after[n] != before[n]]
@@ -83,7 +83,7 @@ class OrderRunner:
             None if tokenizer is None else PromptEncoder(tokenizer, backend, max_batch=max_batch)
         )
 
-    def run(self, orders: Sequence[Order[Any]], *, trace: bool = False) -> Iterator[Step]:
+    def run(self, orders: Sequence[Order[Sampling]], *, trace: bool = False) -> Iterator[Step]:
         """Return an iterator over the steps of one batch; all other methods use this one.
 
         Orders with the same `batch_key` may share a batch, whatever their other settings, and no
@@ -94,7 +94,7 @@ class OrderRunner:
         inputs = self._inputs(orders)
         return Steps(self, self._play(inputs, len(orders), trace=trace))
 
-    def images(self, orders: Sequence[Order[Any]]) -> NDArray[np.float32]:
+    def images(self, orders: Sequence[Order[Sampling]]) -> NDArray[np.float32]:
         """Return the images (B, 3, H, W) in [0, 1] of one batch, without intermediate steps."""
         self.check(orders)
         inputs = self._inputs(orders)
@@ -102,7 +102,7 @@ class OrderRunner:
             (image,) = self.backend.play("picture", inputs, self._loop_and_decoder)
             return self.backend.download(image[: len(orders)])
 
-    def trace(self, orders: Sequence[Order[Any]]) -> Trace:
+    def trace(self, orders: Sequence[Order[Sampling]]) -> Trace:
         """Return the results of every step of one batch."""
         tokens, logits, latents, last = [], [], [], None
         for step in self.run(orders, trace=True):
@@ -115,7 +115,7 @@ class OrderRunner:
         assert last is not None  # a loop has at least one step
         return Trace(tokens, logits, latents, last.decode())
 
-    def check(self, orders: Sequence[Order[Any]]) -> None:
+    def check(self, orders: Sequence[Order[Sampling]]) -> None:
         """Raise ConfigError unless these orders can be one batch of this model."""
         wrong = (
             orders
@@ -140,13 +140,13 @@ class OrderRunner:
                     "or steps; pipe.batches(orders) groups those that can"
                 )
 
-    def batches(self, orders: Sequence[Order[Any]]) -> list[list[Order[Any]]]:
+    def batches(self, orders: Sequence[Order[Sampling]]) -> list[list[Order[Sampling]]]:
         """Return the orders in batches that `run` accepts, each as large as it may be."""
         for order in orders:
             self.check_order(order)
         return [[orders[place] for place in places] for places in cut_batches(self, orders)]
 
-    def check_order(self, order: Order[Any]) -> Hashable:
+    def check_order(self, order: Order[Sampling]) -> Hashable:
         """Return an order's batch key; ConfigError for an order that this model does not accept."""
         check_condition(self.family, self.config, order)
         declared = self.family.given(self.config)
@@ -170,7 +170,7 @@ class OrderRunner:
             )
         return self.family.batch_key(self.config, order)
 
-    def _inputs(self, orders: Sequence[Order[Any]]) -> dict[str, NDArray[Any]]:
+    def _inputs(self, orders: Sequence[Order[Sampling]]) -> dict[str, NDArray[Any]]:
         """Return the loop's inputs on the host for checked orders, padded, with encoded prompts."""
         orders = self._padded(orders)
         text = None
@@ -180,7 +180,7 @@ class OrderRunner:
                 text = self.prompts.encode([str(order.condition) for order in orders], nulls)
         return self.family.inputs(self.config, orders, text)
 
-    def _padded(self, orders: Sequence[Order[Any]]) -> Sequence[Order[Any]]:
+    def _padded(self, orders: Sequence[Order[Sampling]]) -> Sequence[Order[Sampling]]:
         """Return a batch padded to a size that the backend has; padding rows are counted."""
         size = self.backend.padded_batch_size(len(orders))
         if added := size - len(orders):
@@ -215,7 +215,7 @@ class OrderRunner:
         assert latent is not None  # the last step ends with a picture
         yield backend.run("decoder", {"latent": latent})["image"]
 
-    def decode(self, latent: Any) -> NDArray[np.float32]:
+    def decode(self, latent: Array) -> NDArray[np.float32]:
         """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
         count = latent.shape[0]
         with self.turn:

@@ -12,20 +12,16 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.stage.io import Shape
+from nsp.stage.io import Fed, Shape
 
 
-class Array(Protocol):
+class Array(Fed, Protocol):
     """The operations that the runtime needs of a backend's arrays: only views."""
 
-    @property
-    def shape(self) -> Any:
-        """The shape."""
-
-    def __getitem__(self, key: Any) -> Self:
+    def __getitem__(self, key: slice, /) -> Self:
         """Return a view of a slice of the first axis."""
 
-    def reshape(self, shape: Any) -> Self:
+    def reshape(self, shape: Shape, /) -> Self:
         """Return a view of another shape."""
 
 
@@ -58,8 +54,10 @@ class HostArrays:
         """Return uninitialised memory."""
         return np.empty(shape, dtype)
 
-    def copy_rows(self, source: Any, target: Any) -> None:
+    def copy_rows(self, source: Array, target: Array) -> None:
         """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
+        assert isinstance(source, np.ndarray)
+        assert isinstance(target, np.ndarray)
         target[...] = source[:, : target.shape[1]]
 
 

@@ -7,10 +7,10 @@ checks are computed from it.
 
 import ast
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,19 @@ from nsp.errors import ConfigError, FeedError
 
 Shape: TypeAlias = tuple[int, ...]
 Sizes: TypeAlias = Mapping[str, int]
+
+
+class Fed(Protocol):
+    """What is known of an array of any backend that is fed to a stage."""
+
+    @property
+    def shape(self) -> Shape:
+        """The shape."""
+
+    @property
+    def dtype(self) -> Hashable:
+        """NumPy's or torch's."""
+
 
 _MAX_AXIS = 80  # characters
 
@@ -111,8 +124,8 @@ class StageIO:
         """Return the shape of every output."""
         return {name: spec.shape(sizes) for name, spec in self.outputs.items()}
 
-    def check(self, feeds: Mapping[str, Any], stage: str) -> dict[str, int]:
-        """Return the sizes of the free axes found in `feeds` (arrays with shape and dtype).
+    def check(self, feeds: Mapping[str, Fed], stage: str) -> dict[str, int]:
+        """Return the sizes of the free axes found in `feeds` .
 
         Raises FeedError naming the tensor that is missing, unknown, or of another shape or dtype
         than declared.
@@ -151,7 +164,7 @@ class StageIO:
             for name in self.inputs
         }
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, dict[str, list[str]]]:
         """Return plain dictionaries for a manifest."""
         return {
             side: {name: [spec.axes, spec.dtype] for name, spec in getattr(self, side).items()}
@@ -159,7 +172,7 @@ class StageIO:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
         """Return the declaration written by `to_dict`; raise ConfigError when it is not one."""
         if not isinstance(values, Mapping) or values.keys() != {"inputs", "outputs"}:
             raise ConfigError(
@@ -168,7 +181,7 @@ class StageIO:
         return cls(*(_tensors(values[side], side) for side in ("inputs", "outputs")))
 
 
-def _tensors(declared: Any, side: str) -> dict[str, Axes]:
+def _tensors(declared: object, side: str) -> dict[str, Axes]:
     """Return the inputs or outputs of a stage; raise ConfigError naming a damaged one."""
     if not isinstance(declared, Mapping):
         raise ConfigError(f"{side} must be an object of tensors")
@@ -183,7 +196,7 @@ def _tensors(declared: Any, side: str) -> dict[str, Axes]:
 
 
 @cache  # NumPy takes 3 us to name a dtype, and this runs for every tensor of every stage call
-def _dtype_name(dtype: Any) -> str:
+def _dtype_name(dtype: Hashable) -> str:
     """Return the name of a NumPy or torch dtype."""
     return str(dtype).removeprefix("torch.")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from nsp.export.graph.dtypes import matches
 from nsp.export.proof.reference import RecordingBackend
 from nsp.family.contract import trace_sizes
-from nsp.family.order import Order
+from nsp.family.order import Order, Sampling
 from nsp.pipeline.orders import cut_batches
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from nsp.pipeline.results import Trace
@@ -190,7 +190,7 @@ def _pipeline(made: UnderTest, backend: Backend) -> Pipeline:
     )
 
 
-def _unguided(order: Order[Any]) -> Order[Any]:
+def _unguided(order: Order[Sampling]) -> Order[Sampling]:
     """Return the order with guidance off, where its family has guidance."""
     names = {each.name for each in dataclasses.fields(order.sampling)}
     off = {"guidance_scale": 1.0} if "guidance_scale" in names else {}

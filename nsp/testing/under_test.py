@@ -16,9 +16,10 @@ from nsp.errors import ConfigError, NspError
 from nsp.export.options import ExportOptions
 from nsp.export.run import export
 from nsp.family.contract import AnyFamily, Stage
-from nsp.family.order import Order
+from nsp.family.order import Order, Sampling
 from nsp.family.recipe import RunConfig
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
+from nsp.text.parts import TextEncoderSettings
 
 _NOISE = 0.05  # added to every weight: fresh models have branches that weigh nothing
 _NUM_PICTURES = 12
@@ -62,7 +63,9 @@ class UnderTest:
         """The small model, in float32 and evaluation mode."""
         torch.manual_seed(0)
         made = self.family.learner.new_system(
-            self.family.sizes["tiny"], self.run.text_encoder, open_source(self.pictures)
+            self.family.sizes["tiny"],
+            TextEncoderSettings.from_dict(self.run.text_encoder),
+            open_source(self.pictures),
         )
         with torch.no_grad():
             for parameter in made.parameters():
@@ -97,7 +100,7 @@ class UnderTest:
         return torch_pipeline(self.family, self.system, kv_layout=self.layout, device="cpu")
 
     @cached_property
-    def orders(self) -> Sequence[Order[Any]]:
+    def orders(self) -> Sequence[Order[Sampling]]:
         """Orders that may share a batch, each with a seed of its own; at least two."""
         batches = self.family.examples(self.config, self.pipeline.sampling)
         most = max(batches, key=len)
@@ -106,7 +109,7 @@ class UnderTest:
         return most[:3]
 
     @cached_property
-    def mixed(self) -> Sequence[Order[Any]]:
+    def mixed(self) -> Sequence[Order[Sampling]]:
         """Orders that may share a batch although each has another setting of its own.
 
         Every setting that is a number or a flag is tried with other values; those that the model

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate
@@ -16,7 +15,7 @@ _BACKWARD = 2  # a backward pass costs about two forward passes
 
 @torch.no_grad()
 def flops_per_image(
-    objective: Objective, data: Dataset[Mapping[str, Any]], batch_size: int
+    objective: Objective, data: Dataset[Mapping[str, object]], batch_size: int
 ) -> float:
     """Return the floating-point operations of one image's forward and backward pass.
 

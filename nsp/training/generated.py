@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from nsp.data.dataset import ImageDataset
 from nsp.data.preview import preview
 from nsp.data.stream import ShardStream
+from nsp.family.objective import TrainingData
 from nsp.family.registry import family
 from nsp.family.system import System
 from nsp.pipeline.pipeline import torch_pipeline
@@ -19,7 +21,7 @@ _SHOWN = 24
 
 @torch.no_grad()
 def generated(
-    system: System[Any], data: ImageDataset | ShardStream, seed: int, **settings: Any
+    system: System, data: ImageDataset | ShardStream, seed: int, **settings: Any
 ) -> tuple[NDArray[np.uint8], list[str]]:
     """Return pictures (N, H, W, 3) for captions or classes of the data, and a title for each.
 
@@ -45,15 +47,10 @@ def generated(
 class GeneratorObjective(PicturesObjective):
     """Teaches a model to draw pictures from the pictures themselves, and shows some of its own."""
 
-    def __init__(
-        self,
-        system: System[Any],
-        data: ImageDataset | ShardStream,
-        held_out: ImageDataset | None,
-    ) -> None:
-        super().__init__(data, held_out)
-        self.system = system
+    def __init__(self, system: System, trained: nn.Module, data: TrainingData) -> None:
+        super().__init__(data)
+        self.system, self.trained = system, trained
 
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return pictures that the model draws now."""
-        return generated(self.system, self._data, seed)
+        return generated(self.system, self.data.pictures, seed)

@@ -9,17 +9,17 @@ from torch.utils.data import DataLoader, Dataset
 from nsp.data.stream import ShardStream
 from nsp.training.data_order import Share, StepSampler
 
-Batch = Mapping[str, Any]
+Item = Mapping[str, object]
 
 
-class _AtEpoch(Dataset[Batch]):
+class _AtEpoch(Dataset[Item]):
     """A data set read by (epoch, index), so that workers reading ahead use the right epoch."""
 
-    def __init__(self, data: Dataset[Batch]) -> None:
+    def __init__(self, data: Dataset[Item]) -> None:
         self.data = data
         self._set_epoch = getattr(data, "set_epoch", None)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
         if self._set_epoch is not None:
             self._set_epoch(epoch)
@@ -27,7 +27,7 @@ class _AtEpoch(Dataset[Batch]):
 
 
 def training_loader(
-    data: Dataset[Batch],
+    data: Dataset[Item],
     share: Share,
     *,
     start: int,
@@ -35,7 +35,7 @@ def training_loader(
     seed: int,
     num_workers: int,
     pin_memory: bool,
-) -> DataLoader[Batch]:
+) -> DataLoader[Item]:
     """Return the micro-batches of data steps `start` .. `stop` - 1; a stream has no end."""
     settings: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
     if isinstance(data, ShardStream):  # this process has its own part of it
@@ -49,7 +49,7 @@ def training_loader(
     return DataLoader(_AtEpoch(data), batch_sampler=sampler, **settings)
 
 
-def validation_loader(data: Dataset[Batch], share: Share) -> tuple[DataLoader[Batch], Share]:
+def validation_loader(data: Dataset[Item], share: Share) -> tuple[DataLoader[Item], Share]:
     """Return full batches of `data`, the same every time, and this process's share of each."""
     assert isinstance(data, Sized)
     size = min(share.batch_size, len(data)) // share.world_size * share.world_size

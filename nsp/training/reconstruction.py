@@ -5,7 +5,6 @@ Axes: B pictures, H and W pixels. Values in [-1, 1].
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.dataset import to_model_range
 from nsp.data.preview import preview
-from nsp.data.stream import ShardStream
-from nsp.family.objective import Objective
+from nsp.family.objective import Objective, TrainingData
 
 _SHOWN = 16
 
@@ -25,17 +23,17 @@ _SHOWN = 16
 class PicturesObjective(Objective):
     """Trains on the pictures as they are."""
 
-    def __init__(self, data: ImageDataset | ShardStream, held_out: ImageDataset | None) -> None:
+    def __init__(self, data: TrainingData) -> None:
         super().__init__()
-        self._data, self._held_out = data, held_out
+        self.data = data
 
-    def dataset(self) -> Dataset[Mapping[str, Any]]:
+    def dataset(self) -> Dataset[Mapping[str, object]]:
         """Return the pictures."""
-        return self._data
+        return self.data.pictures
 
-    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+    def held_out(self) -> Dataset[Mapping[str, object]] | None:
         """Return the held-out pictures."""
-        return self._held_out
+        return self.data.held_out
 
 
 class ReconstructionObjective(PicturesObjective):
@@ -48,7 +46,7 @@ class ReconstructionObjective(PicturesObjective):
     @torch.no_grad()
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return pictures next to their reconstructions."""
-        items = preview(self._data, _SHOWN, seed=seed)
+        items = preview(self.data.pictures, _SHOWN, seed=seed)
         device = next(self.trained.parameters()).device
         image = torch.stack([item["image"] for item in items]).to(device)
         rebuilt = self.rebuilt(to_model_range(image))

@@ -19,7 +19,7 @@ from nsp.data.dataset import batches
 from nsp.data.sheet import contact_sheet
 from nsp.data.stream import ShardStream
 from nsp.errors import CheckpointError, ConfigError, TrainingError
-from nsp.family.objective import Objective
+from nsp.family.objective import Batch, Objective
 from nsp.family.recipe import FREE_OF_PHASE, Epochs, PhaseConfig, RunConfig, Steps, counted
 from nsp.files import write_file
 from nsp.training.average import full
@@ -27,7 +27,7 @@ from nsp.training.checkpoints import CheckpointStore
 from nsp.training.data_order import Share, sample_keys, step_seed
 from nsp.training.flops import flops_per_image
 from nsp.training.folder import steps_folder
-from nsp.training.loading import Batch, training_loader, validation_loader
+from nsp.training.loading import Item, training_loader, validation_loader
 from nsp.training.optimizer import add_adapters, new_optimizer, set_rates
 from nsp.training.parallel import accumulating, on_main, prepare, shard_again, whole
 from nsp.training.progress import Progress
@@ -162,7 +162,7 @@ class Phase:
                 self._check_norm(pending)
                 return
 
-    def _enough(self, held_out: Dataset[Batch] | None) -> Dataset[Batch] | None:
+    def _enough(self, held_out: Dataset[Item] | None) -> Dataset[Item] | None:
         """Return the held-out pictures, or None if there is not one for every process."""
         count = len(held_out) if isinstance(held_out, Sized) else 0
         if held_out is None or count >= self.share.world_size:
@@ -176,7 +176,7 @@ class Phase:
     def _is_due(self, every: Steps | Epochs) -> bool:
         return self.step % counted(every) == 0 or self.done
 
-    def _train_step(self, loader: Iterator[Batch]) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def _train_step(self, loader: Iterator[Item]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Make one optimizer step; return the gradient's norm and the metrics to report."""
         settings, data_step = self.config.optimizer, self.step + self.state.offset
         self.module.train()
@@ -207,13 +207,11 @@ class Phase:
             self.state.average.update(self.step)
         return norm, {**total, "grad_norm": norm, "lr": rate, **extra}
 
-    def _batch(self, loader: Iterator[Batch], data_step: int, micro_batch: int) -> Batch:
+    def _batch(self, loader: Iterator[Item], data_step: int, micro_batch: int) -> Batch:
         """Return the next micro-batch on the device, with its samples' keys on the CPU."""
-        batch = send_to_device(next(loader), self.accelerator.device, non_blocking=True)
-        return {
-            **batch,
-            "key": sample_keys(self.share, data_step, micro_batch, seed=self.run_config.seed),
-        }
+        batch: Batch = send_to_device(next(loader), self.accelerator.device, non_blocking=True)
+        key = sample_keys(self.share, data_step, micro_batch, seed=self.run_config.seed)
+        return {**batch, "key": key}
 
     def _check_norm(self, norm: Tensor | None) -> None:
         """Raise for a gradient that is not finite; every process sees the same norm."""

@@ -23,12 +23,13 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint, write_digests
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
-from nsp.family.objective import Objective, TokenCache
+from nsp.family.objective import Objective, TokenCache, TrainingData
 from nsp.family.recipe import PhaseConfig, RunConfig, counted
 from nsp.family.registry import family
 from nsp.family.system import System
 from nsp.files import write_file
 from nsp.paths import wrong_path
+from nsp.text.parts import TextEncoderSettings
 from nsp.training.data_order import StepSampler
 from nsp.training.data_record import DataRecord
 from nsp.training.folder import (
@@ -220,21 +221,23 @@ def _objective(
         config.name,
         config.objective,
         system,
-        data.to_train(size, run, share_of(config, accelerator)),
-        data.to_validate(size, run),
-        TokenCache(Path(run.data.token_cache), is_given=True)
-        if run.data.token_cache
-        else TokenCache(folder / TOKENS_NAME),
+        TrainingData(
+            data.to_train(size, run, share_of(config, accelerator)),
+            data.to_validate(size, run),
+            TokenCache(Path(run.data.token_cache), is_given=True)
+            if run.data.token_cache
+            else TokenCache(folder / TOKENS_NAME),
+        ),
     )
     return made
 
 
 def _plain(
-    system: System[Any],
+    system: System,
     weights: dict[str, Any] | None,
     config: PhaseConfig,
     record: CheckpointRecord,
-) -> System[Any]:
+) -> System:
     """Return the system in the form that is saved: not sharded, without adapters."""
     if weights is not None:
         system = record.load()
@@ -309,7 +312,8 @@ def _new_system(config: RunConfig, data: Pictures) -> Any:
     if config.start_from is None:
         owner = family(config.family)
         model = owner.with_classes(owner.config.from_dict(config.model), data.train.class_names)
-        return owner.learner.new_system(model, config.text_encoder, data.source)
+        settings = TextEncoderSettings.from_dict(config.text_encoder)
+        return owner.learner.new_system(model, settings, data.source)
     record = read_checkpoint(Path(config.start_from))
     if record.family.name != config.family:
         raise ConfigError(
@@ -326,7 +330,7 @@ def _new_system(config: RunConfig, data: Pictures) -> Any:
     return record.load()
 
 
-def _save(checkpoint: Path, system: System[Any], config: RunConfig, steps: dict[str, int]) -> None:
+def _save(checkpoint: Path, system: System, config: RunConfig, steps: dict[str, int]) -> None:
     """Write a checkpoint folder."""
     notes = {"steps": steps, "run": without_places(config.to_dict())}
     save_checkpoint(checkpoint, system, notes=notes, sampling=config.sampling)

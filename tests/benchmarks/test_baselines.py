@@ -13,6 +13,7 @@ from nsp.family.registry import family
 from nsp.layers.attention import attend_delta
 from nsp.pipeline.pipeline import Pipeline
 from nsp.stage.arena import DeltaArena, KVShape
+from nsp.text.parts import TextEncoderSettings
 
 VAR = family("var")
 
@@ -20,7 +21,7 @@ VAR = family("var")
 @pytest.fixture(scope="module")
 def system() -> Any:
     torch.manual_seed(0)
-    made = VAR.learner.new_system(random_config("tiny"), {}, None)
+    made = VAR.learner.new_system(random_config("tiny"), TextEncoderSettings(), None)
     with torch.no_grad():
         made.predictor.head.weight.mul_(100)
         for block in made.predictor.blocks:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from nsp.console.gallery import generate_gallery
-from nsp.data.png import read_metadata
+from nsp.data.image_files import read_metadata
 from nsp.errors import ConfigError
 from nsp.pipeline.orders import make_orders
 from nsp.pipeline.pipeline import load_pipeline
@@ -25,7 +25,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def make(pipeline, folder, *, batch_size=4, seed=3, prompts=PROMPTS, num_images=1, **options):
-    shown = {n: options.pop(n) for n in ("save_intermediates", "on_step") if n in options}
+    own = ("save_intermediates", "on_step", "kind", "sheet")
+    shown = {name: options.pop(name) for name in own if name in options}
     settings = pipeline.sampling.changed(options)
     orders = make_orders(settings, prompts=prompts, seed=seed, num_images=num_images)
     return generate_gallery(pipeline, orders, folder, batch_size=batch_size, **shown)
@@ -98,3 +99,40 @@ def test_a_bad_condition_at_the_end_is_found_before_anything_is_written(
     with pytest.raises(ConfigError, match="class id 999"):
         generate_gallery(pipeline, planned, tmp_path / "out", batch_size=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_with_the_same_settings_is_not_made_again(pipeline, tmp_path):
+    first = make(pipeline, tmp_path, batch_size=1)
+    before = {image.path: image.path.stat().st_mtime_ns for image in first.images}
+    first.images[1].path.write_bytes(first.images[1].path.read_bytes()[:-40])  # a torn file
+    steps = []
+    again = make(pipeline, tmp_path, batch_size=1, on_step=steps.append)
+    assert [image.ms is None for image in again.images] == [True, False, True]
+    assert {step.images_done for step in steps} == {2}
+    kept = [image.path for image in (again.images[0], again.images[2])]
+    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
+    sheet = pixels(again.contact_sheet)
+    assert np.array_equal(
+        sheet, pixels(make(pipeline, tmp_path / "new", batch_size=1).contact_sheet)
+    )
+    other = make(pipeline, tmp_path, batch_size=1, temperature=0.5)
+    assert all(image.ms is not None for image in other.images)
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+def test_other_formats_are_found_again_and_a_sheet_may_be_left_out(pipeline, tmp_path, kind):
+    made = make(pipeline, tmp_path, kind=kind, sheet=False)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [f".{kind}"] * 3
+    assert made.contact_sheet is None
+    assert all(image.ms is None for image in make(pipeline, tmp_path, kind=kind).images)
+
+
+def test_an_archive_has_all_pictures_in_order_with_their_metadata(pipeline, tmp_path):
+    made = make(pipeline, tmp_path, kind="npz", sheet=False, batch_size=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["images.npz"]
+    with np.load(tmp_path / "images.npz") as archive:
+        pictures, metadata = archive["arr_0"], archive["metadata"]
+    files = make(pipeline, tmp_path / "files", batch_size=2).images
+    assert np.array_equal(pictures, np.stack([pixels(image.path) for image in files]))
+    assert [json.loads(text)["prompt"] for text in metadata] == list(PROMPTS)
+    assert {image.path for image in made.images} == {tmp_path / "images.npz"}

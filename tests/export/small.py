@@ -19,6 +19,7 @@ from nsp.data.sources import ImageSource, Sample
 from nsp.export.compile.trt_builder import compile_engine
 from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
 from nsp.families.var.learn import VarLearner
+from nsp.text.parts import TextEncoderSettings
 from tests.models import CAPTIONS
 
 rtx = pytest.mark.skipif(
@@ -45,7 +46,7 @@ def new_small_checkpoint(folder: Path, *, seed: int = 0, num_classes: int = 0) -
     """
     torch.manual_seed(seed)
     samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS)
-    text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
+    text_encoder = TextEncoderSettings(vocab_size=560, depth=1, num_heads=2)
     config = small_config()
     if num_classes:
         config = with_condition(config, ClassCondition(num_classes=num_classes))

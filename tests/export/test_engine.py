@@ -32,6 +32,7 @@ from nsp.families.var.config import ClassCondition, with_condition
 from nsp.family.contract import trace_sizes
 from nsp.family.registry import family
 from nsp.stage.io import Axes, StageIO
+from nsp.text.parts import TextEncoderSettings
 from tests.export.small import compile_for_rtx, rtx, small_config, write_model
 from tests.export.test_lint import planned
 from tests.export.test_run import STAGES
@@ -203,7 +204,7 @@ def test_every_engine_of_every_stage_builds_without_a_gpu(small_checkpoint, tmp_
 def test_steps_build_in_the_other_precisions(tmp_path, precision):
     record = family("var")
     config = with_condition(small_config(), ClassCondition(num_classes=5))
-    system = record.learner.new_system(config, {}, None)
+    system = record.learner.new_system(config, TextEncoderSettings(), None)
     dtype = PRECISION_DTYPES[precision]
     declared = record.stages(system.config, kv_layout="delta", dtype=dtype)
     narrowed = at_precision(system, declared, precision)
@@ -274,7 +275,33 @@ def test_a_target_that_is_not_installed_names_its_extra(small_checkpoint, tmp_pa
         plan(options)
 
 
-def test_auto_adds_fp32_for_a_cpu_and_every_installed_tensorrt(small_checkpoint, monkeypatch):
+def test_auto_is_what_this_machine_runs_and_more_where_it_is_named(
+    small_checkpoint, monkeypatch, caplog
+):
+    monkeypatch.setattr(nsp.export.targets, "is_installed", lambda t: t.name != "tensorrt")
+    monkeypatch.setattr(nsp.export.targets, "find_gpu", lambda: None)
+    monkeypatch.setattr(nsp.export.targets, "_onnxruntime_has_gpu", lambda: False)
+    caplog.set_level("INFO")
+
+    def chosen(**changes):
+        options = ExportOptions(checkpoint=str(small_checkpoint), precisions=("fp16",))
+        return [(t.name, p) for t, p in nsp.export.targets.resolve(replace(options, **changes))]
+
+    here = [("onnxruntime", "fp32"), ("onnxruntime", "fp16")]
+    assert chosen() == here
+    assert "add: --target auto --target tensorrt-rtx" in caplog.text
+    more = [*here, ("tensorrt-rtx", "fp16")]
+    assert chosen(targets=("auto", "tensorrt-rtx")) == more
+    assert chosen(gpu_archs=("89",)) == more  # which only that target heeds
+    with pytest.raises(ConfigError, match=r"bf16; --target tensorrt-rtx builds it for machines"):
+        chosen(precisions=("bf16",))
+    both = [("onnxruntime", "fp32"), ("tensorrt-rtx", "bf16")]
+    assert chosen(precisions=("bf16",), targets=("auto", "tensorrt-rtx")) == both
+
+
+def test_auto_adds_fp32_for_a_cpu_and_every_tensorrt_beside_a_gpu(small_checkpoint, monkeypatch):
+    gpu = Gpu("NVIDIA L4", "8.9", "13.0")
+    monkeypatch.setattr(nsp.export.targets, "find_gpu", lambda: gpu)
     monkeypatch.setattr(
         nsp.export.targets, "is_installed", lambda target: target.name != "tensorrt"
     )
@@ -290,7 +317,7 @@ def test_auto_adds_fp32_for_a_cpu_and_every_installed_tensorrt(small_checkpoint,
     chosen = [(t.name, p) for t, p in nsp.export.targets.resolve(bf16)]
     assert chosen == [("onnxruntime", "fp32"), ("tensorrt-rtx", "bf16")]
     monkeypatch.setattr(nsp.export.targets, "is_installed", lambda t: t.name == "onnxruntime")
-    with pytest.raises(ConfigError, match="no installed target has bf16"):
+    with pytest.raises(ConfigError, match="no target that runs here has bf16"):
         nsp.export.targets.resolve(bf16)
 
 

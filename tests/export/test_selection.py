@@ -21,6 +21,7 @@ from nsp.family.registry import family
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 from nsp.stage.backend import TENSORRT_RANKS, Backend
 from nsp.stage.io import StageIO
+from nsp.text.parts import TextEncoderSettings
 from tests.export.small import rtx, small_config
 from tests.export.test_lint import planned
 
@@ -36,7 +37,7 @@ def wide_system() -> Any:
     """A model of more codes than TensorRT can sort."""
     config = with_condition(small_config(), ClassCondition(num_classes=5))
     config = replace(config, vae=replace(config.vae, vocab_size=CODES))
-    return VAR.learner.new_system(config, {}, None).eval()
+    return VAR.learner.new_system(config, TextEncoderSettings(), None).eval()
 
 
 def declared(system: Any) -> dict[str, StageIO]:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nsp.errors import ConfigError
-from nsp.family.order import Order
+from nsp.family.order import Order, Sampling
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
 from tests.families.next_scale.models import new_tiny_checkpoint as new_growing_checkpoint
 
@@ -45,7 +45,9 @@ def var_orders() -> st.SearchStrategy[list[dict[str, Any]]]:
     return st.lists(one.map(lambda parts: {**parts[0], **parts[1]}), min_size=2, max_size=6)
 
 
-def together_by_key(pipe: Pipeline, orders: list[Order[Any]]) -> dict[int, tuple[Any, Any, int]]:
+def together_by_key(
+    pipe: Pipeline, orders: list[Order[Sampling]]
+) -> dict[int, tuple[Any, Any, int]]:
     """Return every order's tokens and latent, made in the largest batches that it may share."""
     groups: dict[Any, list[int]] = {}
     for place, order in enumerate(orders):
@@ -89,7 +91,7 @@ def test_a_token_image_is_what_it_is_alone(
         np.testing.assert_allclose(alone.latents[-1][0], latent, atol=_LATENT_ERROR * span)
 
 
-def margin_of(pipe: Pipeline, order: Order[Any], trace: Any, scale: int) -> float:
+def margin_of(pipe: Pipeline, order: Order[Sampling], trace: Any, scale: int) -> float:
     """Return the smallest distance of a draw of one scale to an edge of its token's interval."""
     import torch
 

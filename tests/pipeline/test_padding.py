@@ -17,7 +17,7 @@ from nsp.backends.tensorrt import replay
 from nsp.backends.torch import TorchBackend
 from nsp.console.gallery import generate_gallery
 from nsp.errors import ConfigError
-from nsp.family.order import Order
+from nsp.family.order import Order, Sampling
 from nsp.pipeline.orders import cut_batches, make_orders
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
 from tests.backends.machine import Machine
@@ -153,7 +153,7 @@ _BUCKETS = (
 )
 
 
-def drawn_batch(rng: random.Random, pipe: Pipeline, number: int) -> list[Order[Any]]:
+def drawn_batch(rng: random.Random, pipe: Pipeline, number: int) -> list[Order[Sampling]]:
     """Return a batch of mixed settings that orders of one batch may have."""
     bucket, guidance = rng.choice(_BUCKETS), rng.choice([(1.0,), (1.5, 3.0)])
     nulls = rng.choice([(None,), (None, "dog", "green apple")])

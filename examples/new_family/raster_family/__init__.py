@@ -128,7 +128,7 @@ class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
         return [[Order(None, 0, sampling)], [Order(None, 1, sampling), Order(None, 2, dark)]]
 
     @property
-    def learner(self) -> "Learner[RasterConfig, RasterSystem]":
+    def learner(self) -> "Learner[RasterConfig, RasterSampling, RasterSystem]":
         """What needs torch."""
         from raster_family.learn import RasterLearner
 

@@ -1,7 +1,7 @@
 """What needs torch: the network, the stages as modules, the loss. Axes: B images, V levels."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from nsp.errors import ConfigError
 from nsp.family.contract import Learner
+from nsp.family.objective import Batch, TrainingData
 from nsp.family.system import System
 from nsp.layers.logits import sample_by_inverse_cdf
 from nsp.training.generated import GeneratorObjective
-from raster_family import RasterConfig
+from raster_family import RasterConfig, RasterSampling
 
 
 class CausalConv(nn.Conv2d):
@@ -29,10 +30,11 @@ class CausalConv(nn.Conv2d):
         return F.conv2d(x.to(weight.dtype), weight, self.bias, padding=3).float()
 
 
-class RasterSystem(System[RasterConfig]):
+class RasterSystem(System):
     """All that a checkpoint holds: `net`, from a canvas to logits (B, V, h, w) of all pixels."""
 
     family: ClassVar[str] = "raster"
+    config: RasterConfig
 
     def __init__(self, config: RasterConfig) -> None:
         super().__init__(config)
@@ -81,11 +83,9 @@ class DecoderStage(nn.Module):
 class PixelsObjective(GeneratorObjective):
     """Cross entropy of every pixel's level of ink, given the pixels before it."""
 
-    def __init__(self, system: RasterSystem, *pictures: Any) -> None:
-        super().__init__(system, *pictures)
-        self.trained = system.net
+    system: RasterSystem
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss, in nats per pixel."""
         most = self.system.config.num_levels - 1
         ink_B1hw = 1 - batch["image"].float().mean(1, keepdim=True) / 255
@@ -93,7 +93,7 @@ class PixelsObjective(GeneratorObjective):
         return {"loss": F.cross_entropy(self.trained(levels_B1hw / most), levels_B1hw[:, 0].long())}
 
 
-class RasterLearner(Learner[RasterConfig, RasterSystem]):
+class RasterLearner(Learner[RasterConfig, RasterSampling, RasterSystem]):
     """What nsp asks for where torch is installed."""
 
     parts: ClassVar[tuple[str, ...]] = ("net",)
@@ -107,9 +107,9 @@ class RasterLearner(Learner[RasterConfig, RasterSystem]):
         return {"step": StepStage(system.net), "select": SelectStage(), "decoder": DecoderStage()}
 
     def objective(
-        self, phase: str, settings: Mapping[str, Any], system: RasterSystem, *data: Any, **more: Any
+        self, phase: str, settings: Mapping[str, object], system: RasterSystem, data: TrainingData
     ) -> PixelsObjective:
-        """Return the objective of the one phase; `data` are pictures, held-out ones, a cache."""
+        """Return the objective of the one phase."""
         if phase != "pixels" or settings:
             raise ConfigError(f"family raster has one phase, pixels, and no settings of {phase}")
-        return PixelsObjective(system, *data[:2])
+        return PixelsObjective(system, system.net, data)

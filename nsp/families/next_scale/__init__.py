@@ -102,7 +102,7 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
         return config.with_parts_of(trained)
 
     @property
-    def learner(self) -> "Learner[NextScaleConfig, NextScaleSystem]":
+    def learner(self) -> "Learner[NextScaleConfig, NextScaleSampling, NextScaleSystem]":
         """The part that needs torch."""
         from nsp.families.next_scale.learn import NextScaleLearner
 

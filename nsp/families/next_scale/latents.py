@@ -6,7 +6,6 @@ antialiasing, to the size that the latent decodes to.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from nsp.training.cache import cached, digest_of, is_constant, write_cache
 _BATCH_PIXELS = 64 * 64 * 64  # encoded at once
 
 
-class LatentDataset(Dataset[Mapping[str, Any]]):
+class LatentDataset(Dataset[Mapping[str, object]]):
     """Prompts with latents, or with pictures if crops and flips change the latents."""
 
     def __init__(
@@ -51,7 +50,7 @@ class LatentDataset(Dataset[Mapping[str, Any]]):
         """Return the number of pictures."""
         return len(self._data)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, object]:
         """Return `condition`, `held_out`, and `latents` (one per scale) or `image` (3, H, W)."""
         condition = self._conditions[self._data.caption_row(index)]
         item = {"condition": condition, "held_out": self._held_out}

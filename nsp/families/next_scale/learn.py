@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.sources import ImageSource
-from nsp.data.stream import ShardStream
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.next_scale import latents
 from nsp.families.next_scale.config import NextScaleConfig, ScalesSettings
@@ -28,7 +27,7 @@ from nsp.families.next_scale.sampling import NextScaleSampling
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import load_vae
 from nsp.family.contract import Learner
-from nsp.family.objective import Objective, TokenCache
+from nsp.family.objective import Objective, TrainingData
 from nsp.family.order import Order
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
@@ -52,7 +51,7 @@ def _some_pictures(model: NextScaleConfig, source: ImageSource | None) -> Tensor
     return to_model_range(torch.stack([data[index]["image"] for index in range(count)]))
 
 
-class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
+class NextScaleLearner(Learner[NextScaleConfig, NextScaleSampling, NextScaleSystem]):
     """The torch side of the family `next_scale`."""
 
     parts: ClassVar[tuple[str, ...]] = ("generator", "vae")
@@ -75,18 +74,17 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
         return NextScaleSystem(config, text_encoder=text_encoder, prompt_tokenizer=prompt_tokenizer)
 
     def new_system(
-        self, config: NextScaleConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
+        self, config: NextScaleConfig, text_encoder: TextEncoderSettings, source: ImageSource | None
     ) -> NextScaleSystem:
         """Return a freshly initialised model; its autoencoder is loaded if that is configured.
 
-        `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length
+        A pretrained CLIP folder decides width and length
         of the text condition; otherwise the prompt tokenizer is trained on the captions of `source`
         and the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
         generator, which the caller seeds.
         """
-        settings = TextEncoderSettings.from_dict(text_encoder)
         tokenizer, encoder = text_parts(
-            settings, config.text.text_width, config.text.max_tokens, source
+            text_encoder, config.text.text_width, config.text.max_tokens, source
         )
         text = dataclasses.replace(
             config.text, text_width=encoder.config.hidden_size, max_tokens=tokenizer.max_tokens
@@ -121,31 +119,29 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSystem]):
     def objective(
         self,
         phase: str,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         system: NextScaleSystem,
-        data: ImageDataset | ShardStream,
-        held_out: ImageDataset | None = None,
-        cache: TokenCache | None = None,
+        data: TrainingData,
     ) -> Objective:
         """Return the objective of a phase; raise ConfigError for an unknown one.
 
         `vae` trains the autoencoder, `scales` all scales together (or those its settings name), and
-        `scale_k` that one alone. `cache` is where the pictures' latents are kept.
+        `scale_k` that one alone.
         """
         if phase == "vae":
-            if cache is not None and cache.is_given:
+            if data.cache is not None and data.cache.is_given:
                 raise ConfigError(
-                    f"{cache.file} has latents of a finished autoencoder, which this phase would "
-                    "change; omit it, or skip the phase with --from-phase scales"
+                    f"{data.cache.file} has latents of a finished autoencoder, which this phase "
+                    "would change; omit it, or skip the phase with --from-phase scales"
                 )
-            return VaeObjective(system, data, held_out, VaeSettings.from_dict(settings))
+            return VaeObjective(system, data, VaeSettings.from_dict(settings))
         one = _ONE_SCALE.fullmatch(phase)
         if phase != "scales" and one is None:
             raise ConfigError(f"unknown phase {phase!r} of family next_scale; known: {_PHASES}")
         if one is not None:
             settings = {"first_scale": int(one[1]), "last_scale": int(one[1]), **settings}
         chosen = ScalesSettings.from_dict(settings)
-        return ScalesObjective(system, data, held_out, chosen, cache)
+        return ScalesObjective(system, data, chosen)
 
     def reconstruct(
         self, system: NextScaleSystem, pictures_BHW3: NDArray[np.uint8]

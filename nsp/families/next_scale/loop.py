@@ -24,7 +24,9 @@ _LAST = "last_scale"  # its length is the number of scales that are made
 
 def given(config: NextScaleConfig) -> Mapping[str, Given]:
     """Return the arrays that an order may have: the standard-normal noise of the first latent."""
-    return {"noise": Given(_noise_shape(config), "float32")}
+    return {
+        "noise": Given(_noise_shape(config), "float32", help="What the first latent grows from.")
+    }
 
 
 def _noise_shape(config: NextScaleConfig) -> Shape:

@@ -7,7 +7,6 @@ by rectified flow (Liu et al. 2022, arXiv:2209.03003, eq. 1) or by plain regress
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nsp.config import Config
-from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.dataset import to_model_range
 from nsp.data.stream import ShardStream
 from nsp.families.next_scale.config import ScalesSettings
 from nsp.families.next_scale.latents import LatentDataset, encode_scales, resized
 from nsp.families.next_scale.model import FeatureBlock, NextScaleGenerator, grow
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import Vae, decode
-from nsp.family.objective import Objective, TokenCache
+from nsp.family.objective import Batch, Objective, TrainingData
 from nsp.layers.attention import KeyValue
 from nsp.training.data_order import sample_normals, sample_uniforms
 from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
@@ -48,15 +47,14 @@ class VaeObjective(ReconstructionObjective):
     def __init__(
         self,
         system: NextScaleSystem,
-        data: ImageDataset | ShardStream,
-        held_out: ImageDataset | None,
+        data: TrainingData,
         settings: VaeSettings,
     ) -> None:
-        super().__init__(data, held_out)
+        super().__init__(data)
         self.trained, self.settings, self._config = system.vae, settings, system.config
         self._squares: list[Tensor] = []  # mean squares of the current step's latents
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss, its parts at full size, and PSNR in dB."""
         image, settings = to_model_range(batch["image"]), self.settings
         config = self._config
@@ -110,13 +108,11 @@ class ScalesObjective(Objective):
     def __init__(
         self,
         system: NextScaleSystem,
-        data: ImageDataset | ShardStream,
-        held_out: ImageDataset | None,
+        data: TrainingData,
         settings: ScalesSettings,
-        cache: TokenCache | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self._data, self._held_out, self._cache = settings, data, held_out, cache
+        self.settings, self.data = settings, data
         self.scales = settings.scales(system.config)
         self.system = system.requires_grad_(False)
         generator, parts = system.generator, dict[str, nn.Module]()
@@ -133,23 +129,23 @@ class ScalesObjective(Objective):
             parts["refine"] = generator.refine
         self.trained = nn.ModuleDict(parts).requires_grad_(True)
 
-    def dataset(self) -> Dataset[Mapping[str, Any]]:
+    def dataset(self) -> Dataset[Mapping[str, object]]:
         """Return prompts with latents, or the pictures of a stream."""
-        if isinstance(self._data, ShardStream):
-            return self._data
-        return LatentDataset(self.system, self._data, self._cache)
+        if isinstance(self.data.pictures, ShardStream):
+            return self.data.pictures
+        return LatentDataset(self.system, self.data.pictures, self.data.cache)
 
-    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+    def held_out(self) -> Dataset[Mapping[str, object]] | None:
         """Return the held-out pictures as `dataset` does."""
-        if self._held_out is None:
+        if self.data.held_out is None:
             return None
-        return LatentDataset(self.system, self._held_out, held_out=True)
+        return LatentDataset(self.system, self.data.held_out, held_out=True)
 
     def units(self) -> Sequence[nn.Module]:
         """Return the blocks of base and predictors."""
         return [m for m in self.trained.modules() if isinstance(m, FeatureBlock)]
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss and each scale's loss; for held-out pictures also the chain's error."""
         system = self.system
         config, keys = system.config, batch["key"]
@@ -171,7 +167,7 @@ class ScalesObjective(Objective):
             report |= chain_errors(system.generator, latents, condition, self.scales)
         return {"loss": torch.stack(list(losses.values())).sum(), **report}
 
-    def _prompts(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+    def _prompts(self, batch: Batch, device: torch.device) -> Tensor:
         if "condition" in batch:
             tokens: Tensor = batch["condition"]
             return tokens
@@ -226,7 +222,9 @@ class ScalesObjective(Objective):
         from nsp.families.next_scale.samples import sample_grid
 
         guidance = self.settings.sample_guidance_scale
-        return sample_grid(self.system, self._data, seed, guidance, last_scale=self.scales[-1])
+        return sample_grid(
+            self.system, self.data.pictures, seed, guidance, last_scale=self.scales[-1]
+        )
 
 
 def latent_loss(found: Tensor, expected: Tensor) -> Tensor:

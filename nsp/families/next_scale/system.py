@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 
-class NextScaleSystem(System[NextScaleConfig]):
+class NextScaleSystem(System):
     """Autoencoder, generator, CLIP text encoder and its prompt tokenizer."""
 
     family: ClassVar[str] = "next_scale"
+    config: NextScaleConfig
 
     def __init__(
         self,

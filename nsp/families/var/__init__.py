@@ -110,7 +110,7 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
         return with_condition(config, trained.condition)
 
     @property
-    def learner(self) -> "Learner[VarConfig, VarSystem]":
+    def learner(self) -> "Learner[VarConfig, VarSampling, VarSystem]":
         """What needs torch."""
         from nsp.families.var.learn import VarLearner
 

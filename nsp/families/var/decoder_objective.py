@@ -4,19 +4,18 @@ Tokens do not change, so it may follow the predictor, as the decoders of latent 
 tuned after the rest (Rombach et al. 2022, arXiv:2112.10752, and the ft-MSE decoder released later).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsp.config import Config
-from nsp.data.dataset import ImageDataset, to_model_range
-from nsp.data.stream import ShardStream
+from nsp.data.dataset import to_model_range
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import check_prefix_share, decoded_latents
+from nsp.family.objective import Batch, TrainingData
 from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 
 
@@ -39,11 +38,10 @@ class DecoderObjective(ReconstructionObjective):
     def __init__(
         self,
         system: VarSystem,
-        data: ImageDataset | ShardStream,
-        held_out: ImageDataset | None,
+        data: TrainingData,
         settings: DecoderSettings,
     ) -> None:
-        super().__init__(data, held_out)
+        super().__init__(data)
         self.settings, self._vae = settings, system.vae.requires_grad_(False)
         parts = {"decoder": self._vae.decoder, "post_quant_conv": self._vae.post_quant_conv}
         self.trained = nn.ModuleDict(parts).requires_grad_(True)
@@ -52,7 +50,7 @@ class DecoderObjective(ReconstructionObjective):
         """Return the levels of the decoder."""
         return list(self._vae.decoder.up)
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss, its mean squared error, and PSNR in dB."""
         image = to_model_range(batch["image"])
         share = self.settings.prefix_share if self.training else 0.0

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import nn
 
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource
-from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.families.var import tokens
 from nsp.families.var.config import VarConfig, with_condition
@@ -25,7 +24,7 @@ from nsp.families.var.sampling import VarSampling
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerObjective, TokenizerSettings
 from nsp.family.contract import Learner
-from nsp.family.objective import Objective, TokenCache
+from nsp.family.objective import Objective, TrainingData
 from nsp.family.order import Order
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 PHASES = ("tokenizer", "decoder", "predictor")
 
 
-class VarLearner(Learner[VarConfig, VarSystem]):
+class VarLearner(Learner[VarConfig, VarSampling, VarSystem]):
     """The torch side of the family `var`."""
 
     parts: ClassVar[tuple[str, ...]] = ("predictor", "vae")
@@ -53,20 +52,19 @@ class VarLearner(Learner[VarConfig, VarSystem]):
         return VarSystem(config, text_encoder=text_encoder, prompt_tokenizer=prompt_tokenizer)
 
     def new_system(
-        self, config: VarConfig, text_encoder: Mapping[str, Any], source: ImageSource | None
+        self, config: VarConfig, text_encoder: TextEncoderSettings, source: ImageSource | None
     ) -> VarSystem:
         """Return a freshly initialised model.
 
-        `text_encoder` holds TextEncoderSettings. A pretrained CLIP folder decides width and length
+        A pretrained CLIP folder decides width and length
         of the text condition; otherwise the prompt tokenizer is trained on the captions of `source`
         and the encoder is new. `source` is None for a stream. Weights are drawn from torch's global
         generator, which the caller seeds.
         """
         encoder, tokenizer = None, None
         if config.text is not None:
-            settings = TextEncoderSettings.from_dict(text_encoder)
             tokenizer, encoder = text_parts(
-                settings, config.text.text_width, config.text.max_tokens, source
+                text_encoder, config.text.text_width, config.text.max_tokens, source
             )
             text = dataclasses.replace(
                 config.text,
@@ -107,29 +105,24 @@ class VarLearner(Learner[VarConfig, VarSystem]):
     def objective(
         self,
         phase: str,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         system: VarSystem,
-        data: ImageDataset | ShardStream,
-        held_out: ImageDataset | None = None,
-        cache: TokenCache | None = None,
+        data: TrainingData,
     ) -> Objective:
-        """Return the objective of a phase; raise ConfigError for an unknown one.
-
-        `cache` is where the pictures' tokens are kept, for the phase that needs them.
-        """
+        """Return the objective of a phase; raise ConfigError for an unknown one."""
         if phase not in PHASES:
             raise ConfigError(f"unknown phase {phase!r} of family var; known: {', '.join(PHASES)}")
         if phase == "tokenizer":
-            if cache is not None and cache.is_given:
+            if data.cache is not None and data.cache.is_given:
                 raise ConfigError(
-                    f"{cache.file} has tokens of a finished tokenizer, which this phase would "
+                    f"{data.cache.file} has tokens of a finished tokenizer, which this phase would "
                     "change; omit it, or skip the phase with --from-phase predictor"
                 )
-            return TokenizerObjective(system, data, held_out, TokenizerSettings.from_dict(settings))
+            return TokenizerObjective(system, data, TokenizerSettings.from_dict(settings))
         if phase == "decoder":
-            return DecoderObjective(system, data, held_out, DecoderSettings.from_dict(settings))
+            return DecoderObjective(system, data, DecoderSettings.from_dict(settings))
         predictor = PredictorSettings.from_dict(settings)
-        return PredictorObjective(system, data, held_out, predictor, cache)
+        return PredictorObjective(system, data, predictor)
 
     def reconstruct(self, system: VarSystem, pictures_BHW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return pictures as the tokenizer reconstructs them."""

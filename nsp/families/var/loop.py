@@ -38,9 +38,13 @@ def given(config: VarConfig) -> Mapping[str, Given]:
     """Return the arrays an order may have: random numbers and tokens of all scales, in order."""
     length, codes = config.num_tokens, config.vae.vocab_size
     return {
-        "uniforms": Given((length,), "float32", least=0, below=1),
-        "forced_tokens": Given((length,), "int64", least=-1, below=codes),  # -1: sample
-        "gumbel": Given((length, codes), "float32"),  # for more_smooth
+        "uniforms": Given(
+            (length,), "float32", least=0, below=1, help="Numbers in [0, 1) to draw codes with."
+        ),
+        "forced_tokens": Given(
+            (length,), "int64", least=-1, below=codes, help="Codes to keep; -1 is drawn."
+        ),
+        "gumbel": Given((length, codes), "float32", help="Noise for --more-smooth."),
     }
 
 

@@ -7,7 +7,6 @@ Source: arXiv:2404.02905; github.com/FoundationVision/VAR, trainer.py.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nsp.config import Config
-from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.dataset import to_model_range
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.families.var.model import Conditioning, NextScaleTransformer
 from nsp.families.var.quantizer import MultiScaleQuantizer
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokens import TokenDataset, check_classes
-from nsp.family.objective import Objective, TokenCache
+from nsp.family.objective import Batch, Objective, TrainingData
 from nsp.text.parts import without_tokens
 from nsp.training.data_order import sample_uniforms
 from nsp.training.generated import generated
@@ -74,14 +73,11 @@ class PredictorObjective(Objective):
     def __init__(
         self,
         system: VarSystem,
-        data: ImageDataset | ShardStream,
-        held_out: ImageDataset | None,
+        data: TrainingData,
         settings: PredictorSettings,
-        token_cache: TokenCache | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self._data, self._held_out = settings, data, held_out
-        self._token_cache = token_cache
+        self.settings, self.data = settings, data
         self._num_scales = system.config.num_scales
         _check_prefixes(settings.prefixes, self._num_scales)
         if settings.token_drop > 0 and system.prompt_tokenizer is None:
@@ -95,15 +91,15 @@ class PredictorObjective(Objective):
             parts["text_encoder"] = system.text_encoder
         self.trained = nn.ModuleDict(parts).requires_grad_(True)
 
-    def dataset(self) -> Dataset[Mapping[str, Any]]:
+    def dataset(self) -> Dataset[Mapping[str, object]]:
         """Return conditions with tokens, or the pictures of a stream."""
-        if isinstance(self._data, ShardStream):
-            return self._data
-        return TokenDataset(self.system, self._data, self._token_cache)
+        if isinstance(self.data.pictures, ShardStream):
+            return self.data.pictures
+        return TokenDataset(self.system, self.data.pictures, self.data.cache)
 
-    def held_out(self) -> Dataset[Mapping[str, Any]] | None:
+    def held_out(self) -> Dataset[Mapping[str, object]] | None:
         """Return the held-out pictures as `dataset` does."""
-        return None if self._held_out is None else TokenDataset(self.system, self._held_out)
+        return None if self.data.held_out is None else TokenDataset(self.system, self.data.held_out)
 
     def units(self) -> Sequence[nn.Module]:
         """Return attention, feed-forward and modulation of every block.
@@ -122,7 +118,7 @@ class PredictorObjective(Objective):
         self.work = sum(lengths[: self._num_scales]) / sum(lengths)
         return self._num_scales == len(sides)
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the metrics of `predictor_loss`; in training, the loss as a mean over tokens."""
         system = self.system
         condition_B = batch["condition"] if "condition" in batch else self._conditions(batch)
@@ -153,7 +149,7 @@ class PredictorObjective(Objective):
             metrics["loss"] = metrics["loss"] / self.work
         return metrics
 
-    def _conditions(self, batch: Mapping[str, Any]) -> Tensor:
+    def _conditions(self, batch: Batch) -> Tensor:
         """Return class ids (B,) or prompt token ids (B, T) of a stream's pictures."""
         if self.system.config.text is None:
             class_ids: Tensor = batch["class_id"]
@@ -172,7 +168,7 @@ class PredictorObjective(Objective):
     def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return pictures generated for conditions of the data set, with their captions."""
         guidance = self.settings.sample_guidance_scale
-        return generated(self.system, self._data, seed, guidance_scale=guidance, top_k=1)
+        return generated(self.system, self.data.pictures, seed, guidance_scale=guidance, top_k=1)
 
 
 def _check_prefixes(prefixes: Sequence[ScalePrefix], num_scales: int) -> None:

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 
-class VarSystem(System[VarConfig]):
+class VarSystem(System):
     """Tokenizer, transformer and, for text, the CLIP encoder with its prompt tokenizer."""
 
     family: ClassVar[str] = "var"
+    config: VarConfig
 
     def __init__(
         self,

@@ -5,9 +5,8 @@ tokenizer recipe is not public beyond its VQ loss (arXiv:2404.02905, algorithms 
 reconstruction here is L1 plus L1 of image gradients, without an adversary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,11 @@ from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
 from nsp.config import Config
-from nsp.data.dataset import ImageDataset, to_model_range
-from nsp.data.stream import ShardStream
+from nsp.data.dataset import to_model_range
 from nsp.errors import ConfigError
 from nsp.families.var.system import VarSystem
 from nsp.families.var.vqvae import VQVAE
+from nsp.family.objective import Batch, TrainingData
 from nsp.training.average import write_rows
 from nsp.training.data_order import sample_uniforms
 from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
@@ -58,11 +57,10 @@ class TokenizerObjective(ReconstructionObjective):
     def __init__(
         self,
         system: VarSystem,
-        data: ImageDataset | ShardStream,
-        held_out: ImageDataset | None,
+        data: TrainingData,
         settings: TokenizerSettings,
     ) -> None:
-        super().__init__(data, held_out)
+        super().__init__(data)
         self.trained, self.settings = system.vae, settings
         self._restarts = True
         # From the current optimizer step, for `after_step`:
@@ -73,7 +71,7 @@ class TokenizerObjective(ReconstructionObjective):
         """Return the levels of encoder and decoder."""
         return [*self.trained.encoder.down, *self.trained.decoder.up]
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss, its parts, PSNR in dB and the number of codes in use."""
         vae = self.trained
         image = to_model_range(batch["image"])

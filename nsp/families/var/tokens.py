@@ -18,7 +18,7 @@ from nsp.training.cache import cached, digest_of, is_constant, write_cache
 _BATCH = 64  # pictures tokenized at once
 
 
-class TokenDataset(Dataset[Mapping[str, Any]]):
+class TokenDataset(Dataset[Mapping[str, object]]):
     """Conditions with tokens, or with pictures if crops and flips change the tokens.
 
     Without crops and flips, tokens are computed once; `cache` is the file that keeps them.

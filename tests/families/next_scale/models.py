@@ -12,6 +12,7 @@ from nsp.data.sources import ImageSource, Sample
 from nsp.families.next_scale.config import SIZES, NextScaleConfig
 from nsp.families.next_scale.learn import NextScaleLearner
 from nsp.families.next_scale.system import NextScaleSystem
+from nsp.text.parts import TextEncoderSettings
 from tests.models import CAPTIONS
 
 
@@ -27,7 +28,7 @@ def new_tiny_system(
     """Return a model with random weights; where `trained`, what starts as zero is random too."""
     torch.manual_seed(seed)
     samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS)
-    text_encoder = {"vocab_size": 560, "depth": 1, "num_heads": 2}
+    text_encoder = TextEncoderSettings(vocab_size=560, depth=1, num_heads=2)
     model = config or SIZES["tiny"]
     system = NextScaleLearner().new_system(model, text_encoder, ImageSource(samples, (), ())).eval()
     if trained:

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from nsp import cli, train
-from nsp.data.png import read_metadata
+from nsp.data.image_files import read_metadata
 from tests.families.next_scale.models import new_tiny_checkpoint
 
 TRAIN_OPTIONS = (

@@ -16,7 +16,7 @@ from nsp.errors import ConfigError
 from nsp.families.next_scale.config import ScalesSettings
 from nsp.families.next_scale.latents import LatentDataset, cached_latents, resized
 from nsp.families.next_scale.objective import ScalesObjective
-from nsp.family.objective import TokenCache
+from nsp.family.objective import TokenCache, TrainingData
 from nsp.family.recipe import Epochs, RunConfig
 from nsp.training.whole_run import train
 from tests.families.next_scale.models import new_tiny_system, tiny_config
@@ -151,7 +151,7 @@ def test_what_is_random_about_a_sample_is_its_own_and_only_trained_scales_learn(
 ) -> None:
     system = new_tiny_system(tiny_config(base=base, dropout=0.0))
     data = ImageDataset(open_source(pictures), 16, train=True, crop=False)
-    made = ScalesObjective(system, data, None, ScalesSettings(last_scale=1))
+    made = ScalesObjective(system, TrainingData(data), ScalesSettings(last_scale=1))
     made.train()
     items = [made.dataset()[index] for index in range(4)]
     batch = torch.utils.data.default_collate(items)

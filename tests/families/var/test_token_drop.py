@@ -14,6 +14,7 @@ from nsp.families.var.config import SIZES, ClassCondition, with_condition
 from nsp.families.var.model import Conditioning
 from nsp.families.var.objective import PredictorObjective, PredictorSettings
 from nsp.families.var.system import VarSystem
+from nsp.family.objective import TrainingData
 
 
 def test_prompts_lose_tokens_in_training_and_are_whole_in_validation(
@@ -21,7 +22,7 @@ def test_prompts_lose_tokens_in_training_and_are_whole_in_validation(
 ) -> None:
     system: VarSystem = read_checkpoint(tiny_checkpoint).load()
     data = ImageDataset(ImageSource((), (), ()), 32, train=True, crop=False)
-    objective = PredictorObjective(system, data, None, PredictorSettings(token_drop=0.9))
+    objective = PredictorObjective(system, TrainingData(data), PredictorSettings(token_drop=0.9))
     seen: list[Tensor] = []
     whole = system.condition
 
@@ -54,4 +55,4 @@ def test_a_class_has_no_tokens_to_lose() -> None:
     system = VarSystem(with_condition(SIZES["tiny"], ClassCondition(num_classes=2)))
     data = ImageDataset(ImageSource((), (), ()), 16, train=True, crop=False)
     with pytest.raises(ConfigError, match="class-conditional"):
-        PredictorObjective(system, data, None, PredictorSettings(token_drop=0.5))
+        PredictorObjective(system, TrainingData(data), PredictorSettings(token_drop=0.5))

@@ -17,6 +17,7 @@ from nsp.families.var.config import SIZES, ClassCondition, with_condition
 from nsp.families.var.learn import VarLearner
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerSettings, decoded_latents
+from nsp.family.objective import TrainingData
 from nsp.family.recipes import preset
 from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
@@ -61,7 +62,7 @@ def test_what_is_measured_is_decoded_from_all_scales(
         monkeypatch.setattr(module, "decoded_latents", noting)
     system = VarSystem(with_condition(SIZES["tiny"], ClassCondition(num_classes=2)))
     data = ImageDataset(ImageSource((), (), ()), 16, train=True, crop=False)
-    made = VarLearner().objective(phase, {"prefix_share": 0.5}, system, data)
+    made = VarLearner().objective(phase, {"prefix_share": 0.5}, system, TrainingData(data))
     batch = {"image": torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "key": torch.arange(2)}
     made.train()(batch)
     made.eval()(batch)
