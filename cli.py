@@ -7,6 +7,7 @@ from nsp.console.command_line import Program, verbose_option, version_option
 from nsp.console.data_verbs import data
 from nsp.console.folder_verbs import convert, doctor, inspect
 from nsp.console.generate_verb import generate
+from nsp.console.train_command import main as train
 from nsp.export.plan_verb import plan_size
 from nsp.export.verbs import export_engines, verify_engines
 
@@ -15,7 +16,7 @@ from nsp.export.verbs import export_engines, verify_engines
     "nsp",
     cls=Program,
     commands=[
-        *(export_engines, generate, convert, verify_engines, inspect, doctor, plan_size),
+        *(train, export_engines, generate, convert, verify_engines, inspect, doctor, plan_size),
         *(data, bench),
     ],
     invoke_without_command=True,
@@ -29,7 +30,7 @@ from nsp.export.verbs import export_engines, verify_engines
 @verbose_option
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Export, run and measure next-scale image generators. Train one with: python train.py."""
+    """Train, export, run and measure next-scale image generators."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.family.objective import Objective, TokenCache, TrainingData
-from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.recipe import PhaseConfig, RunConfig, counted
+from nsp.family.recipes import preset as named_run
 from nsp.family.registry import family
 from nsp.text.parts import TextEncoderSettings
 from nsp.training.data_order import Share, StepSampler, sample_keys
 from nsp.training.optimizer import new_optimizer, set_rates
-from nsp.training.presets import preset as named_run
 from nsp.training.progress import Progress
 from nsp.training.run_pictures import open_pictures
 from nsp.training.stopping import StopRequest
@@ -51,7 +51,7 @@ def plain_loop(objective: Objective, config: PhaseConfig, seed: int) -> Iterator
     average = [p.detach().clone() for p in parameters]
     for step, batch in enumerate(_batches(objective, config, seed)):
         objective.train()
-        set_rates(optimizer, config.optimizer, step, config.steps)
+        set_rates(optimizer, config.optimizer, step, counted(config.steps))
         loss = objective(batch)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.grad_clip)
@@ -99,7 +99,7 @@ def interleaved(
 def _batches(objective: Objective, config: PhaseConfig, seed: int) -> Iterator[Mapping[str, Any]]:
     data: Any = objective.dataset()
     share = Share(batch_size=config.batch_size)
-    sampler = StepSampler(len(data), share, start=0, stop=config.steps, seed=seed)
+    sampler = StepSampler(len(data), share, start=0, stop=counted(config.steps), seed=seed)
     indices = [[index for _, index in batch] for batch in sampler]
     for step, batch in enumerate(DataLoader(data, batch_sampler=indices)):
         yield {**batch, "key": sample_keys(share, step, 0, seed=seed)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from nsp.errors import ConfigError
-from nsp.values import integer, real, shown
+from nsp.values import integer, nearest, real, shown
 
 _MOST = 2**64  # the largest integer: as large as seeds can be
 # Far beyond any model: with more, torch and Python fail with errors of their own.
@@ -36,9 +36,8 @@ class Config:
             raise ConfigError(f"{cls.__name__}: expected a JSON object, got {shown(values)}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := [key for key in values if key not in fields]:
-            raise ConfigError(
-                f"{cls.__name__}: unknown key {unknown[0]!r}; known: {', '.join(fields)}"
-            )
+            near = nearest(str(unknown[0]), fields)
+            raise ConfigError(f"{cls.__name__}: unknown key {unknown[0]!r}{near}")
         unset = (dataclasses.MISSING, dataclasses.MISSING)
         needed = [f.name for f in fields.values() if (f.default, f.default_factory) == unset]
         if missing := [name for name in needed if name not in values]:

@@ -6,6 +6,7 @@ used. Each function returns Python's own value or raises ConfigError with what w
 allowed.
 """
 
+import difflib
 import math
 import numbers
 import os
@@ -17,6 +18,7 @@ from nsp.errors import ConfigError
 
 MOST = 2**31 - 1  # the largest count: more than fits into any machine
 _MAX_SHOWN = 80  # characters of a wrong value in an error
+_MAX_KNOWN = 40  # names in an error
 
 
 def shown(value: Any) -> str:
@@ -28,6 +30,19 @@ def shown(value: Any) -> str:
     except Exception as error:  # an object of somebody else may raise anything
         return f"a {type(value).__name__} ({type(error).__name__})"
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ", nearest is X; known: X, Y" for an error about a name; X is absent if none is near.
+
+    Upper case, dashes and underscores do not count.
+    """
+    names = list(known)
+    plain = {each.lower().replace("-", "_"): each for each in names}
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), plain, 1)
+    more = f" and {len(names) - _MAX_KNOWN} more" if len(names) > _MAX_KNOWN else ""
+    hint = f", nearest is {plain[near[0]]}" if near else ""
+    return f"{hint}; known: {', '.join(names[:_MAX_KNOWN])}{more}"
 
 
 def is_integer(value: Any) -> bool:
@@ -85,7 +100,7 @@ def choice(name: str, value: Any, known: Iterable[str] = ()) -> str:
         expected = f"one of {', '.join(options)}" if options else "a text"
         raise ConfigError(f"{name} must be {expected}, not {shown(value)}")
     if options and value not in options:
-        raise ConfigError(f"{name} {value!r} is unknown; known: {', '.join(options)}")
+        raise ConfigError(f"{name} {value!r} is unknown{nearest(value, options)}")
     return str(value)
 
 

@@ -45,7 +45,7 @@ class Whole(Config):
         ({"pair": [0, "x"]}, "Whole.pair[1]: 'x' is not allowed; expected a number"),
         ({"parts": [{"size": 1}, {}]}, "Whole.parts[1]: Part: key 'size' is missing"),
         ({"notes": []}, "Whole.notes: [] is not allowed; expected an object"),
-        ({"nmae": 1}, "Whole: unknown key 'nmae'; known: name, mode"),
+        ({"nmae": 1}, "Whole: unknown key 'nmae', nearest is name; known: name, mode"),
         ({1: 1}, "Whole: unknown key 1; known: name, mode"),
         ({"name": None}, "Whole.name: None is not allowed; expected text"),
         ({"name": ["x"] * 999}, "…"),

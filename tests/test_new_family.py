@@ -124,6 +124,13 @@ def test_its_own_setting_is_an_option_and_named_in_the_help(installed: Workplace
     assert re.search(r"--temperature FLOAT .+\(var,\s+raster\)", text, re.DOTALL)
 
 
+def test_its_recipes_option_is_one_of_the_command_line(installed: Workplace) -> None:
+    train = (ROOT / "train.py", "--preset", "raster")
+    shown = installed.run(*train, "--help").stdout
+    assert re.search(r"--width INTEGER +Channels of the network\. +\[default: 48\]", shown)
+    assert "\n  width: 5\n" in installed.run(*train, "--width", 5, "--print-config").stdout
+
+
 def test_it_passes_the_conformance_suite(installed: Workplace) -> None:
     lines = installed.run("-m", "nsp.testing", "raster").stdout.splitlines()
     assert [line.partition("  ")[0] for line in lines] == ["passed"] * len(CHECKS)

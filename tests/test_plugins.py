@@ -13,8 +13,8 @@ from nsp.console.settings import sampling_options
 from nsp.errors import ConfigError
 from nsp.families.var import Var
 from nsp.family import registry
+from nsp.family.recipes import recipes
 from nsp.plugins import Plugins
-from nsp.training.presets import preset
 
 # The beginning of a family that is `var` under the name "mine".
 SOUND = "from nsp.families.var import Var\nclass Thing(Var):\n    name = 'mine'\n"
@@ -168,7 +168,7 @@ def test_a_plugin_that_ends_the_process_when_imported_is_one_warning(
 
 
 @pytest.mark.parametrize(
-    ("recipes", "words"),
+    ("code", "words"),
     [
         ("return {'smoke': print}", "recipe 'smoke' of family mine is left out"),
         ("raise OSError('no')", "family mine has no usable recipes"),
@@ -178,18 +178,18 @@ def test_recipes_of_a_plugin_take_no_others_place_and_stop_none(
     site: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    recipes: str,
+    code: str,
     words: str,
 ) -> None:
     install(
         site,
         "good_one",
         {"mine": "good_one:Thing"},
-        f"{SOUND}    @property\n    def recipes(self): {recipes}\n",
+        f"{SOUND}    @property\n    def recipes(self): {code}\n",
     )
     monkeypatch.setattr(registry, "_PLUGINS", Plugins(GROUP, registry.BUILT_IN))
     with caplog.at_level(logging.WARNING):
-        assert preset("smoke").family == "var"
+        assert recipes()["smoke"].family == "var"
     assert words in caplog.text
     registry.family.cache_clear()
 

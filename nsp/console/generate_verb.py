@@ -27,6 +27,7 @@ from nsp.console.settings import (
     SamplingVerb,
     check_conditions,
     check_settings,
+    class_numbers,
     planned_orders,
     setting_names,
     with_arrays,
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
     "seed, negative_prompt and settings such as guidance_scale.",
 )
 @click.option("--negative-prompt", help="What not to show; used instead of the null condition.")
+@click.option(
+    "--class", "class_names", multiple=True, help="Class by its name, if it has one. Repeatable."
+)
 @click.option("--class-id", "class_ids", type=int, multiple=True, help="Class. Repeatable.")
 @click.option(
     "--num-images",
@@ -93,6 +97,7 @@ def generate(
     checkpoint: Path | None,
     prompts: tuple[str, ...],
     prompts_file: Path | None,
+    class_names: tuple[str, ...],
     class_ids: tuple[int, ...],
     negative_prompt: str | None,
     num_images: int | None,
@@ -118,6 +123,7 @@ def generate(
     given = {name: value for name, value in options.items() if value is not None}
     if family is not None:
         check_settings(family, given)
+        class_ids = (*class_ids, *class_numbers(family, config, class_names))
     listed: tuple[ListedImage, ...] = ()
     if prompts_file is not None:
         from nsp.console.prompt_lists import read_list

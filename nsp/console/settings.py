@@ -131,6 +131,25 @@ def check_settings(owner: "AnyFamily", given: Iterable[str]) -> None:
         )
 
 
+def class_numbers(
+    owner: "AnyFamily", config: Mapping[str, Any], names: Sequence[str]
+) -> tuple[int, ...]:
+    """Return the numbers of a model's classes by their names; upper and lower case are alike.
+
+    Raises ConfigError for an unknown name, with the nearest one.
+    """
+    known = owner.class_names(owner.config.from_dict(config)) if names else ()
+    if names and not known:
+        raise ConfigError(
+            f"--class {names[0]!r}: this model has no names of classes; give --class-id, if it has "
+            "classes"
+        )
+    numbers = {name.lower(): number for number, name in enumerate(known)}
+    if unknown := [name for name in names if name.lower() not in numbers]:
+        raise ConfigError(f"--class {unknown[0]!r} is unknown{values.nearest(unknown[0], known)}")
+    return tuple(numbers[name.lower()] for name in names)
+
+
 def check_conditions(
     owner: "AnyFamily | None",
     prompts: Sequence[str],

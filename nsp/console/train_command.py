@@ -1,4 +1,4 @@
-"""The options of `python train.py`, the end of a run, and its final report."""
+"""The options of every run of `python train.py`, the end of a run, and its final report."""
 
 import json
 import logging
@@ -15,12 +15,11 @@ from nsp.console.command_line import (
     DONE,
     FOLDER,
     INTERRUPTED,
-    OneLineErrors,
     drop_unwritten,
     explain,
     open_standard_streams,
 )
-from nsp.console.train_config import configure
+from nsp.console.train_options import TrainCommand
 from nsp.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -29,8 +28,17 @@ if TYPE_CHECKING:
 SCALE = click.IntRange(min=0)
 
 
+def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from nsp.family.recipe_schema import run_schema
+
+        click.echo(json.dumps(run_schema(), indent=1))
+        context.exit()
+
+
 @click.command(
-    cls=OneLineErrors,
+    "train",
+    cls=TrainCommand,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
@@ -38,41 +46,64 @@ SCALE = click.IntRange(min=0)
 )
 @click.option(
     "--preset",
-    help="Named run: emoji, quick, smoke, next-scale, next-scale-sdxl.  [default: emoji]",
+    "--recipe",
+    "preset",
+    help="Named run, such as emoji, quick, next-scale; with --help, its options.  [default: emoji]",
 )
 @click.option(
-    "--config", type=FOLDER, help="JSON file with a run's configuration, instead of a preset."
+    "--config",
+    type=FOLDER,
+    help="YAML or JSON file with a run's configuration, instead of a preset.",
 )
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="PLACE=VALUE",
+    help="Change one value of the run, such as predictor.optimizer.lr=1e-3. Repeatable.",
+)
+@click.option("--print-config", is_flag=True, help="Print the run as YAML for --config, and exit.")
+@click.option(
+    "--json-schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON Schema of a run's configuration, and exit.",
+)
+@click.option("--size", help="Named model of the family, such as d16, instead of the recipe's.")
 @click.option(
     "--data", "--data-dir", help="'emoji', a .tar, a folder, hf:NAME_OR_FOLDER, or shards."
 )
 @click.option("--val-dir", help="Pictures to validate on, instead of the held-out ones.")
+@click.option(
+    "--val-share",
+    type=float,
+    help="Share of the pictures to validate on, such as 0.05, if they have no validation split.",
+)
 @click.option("--num-workers", type=SCALE, help="Processes that read pictures ahead.")
-@click.option("--stream", is_flag=True, help="Read --data (shards, paths or URLs) as a stream.")
+@click.option(
+    "--stream",
+    is_flag=True,
+    default=None,
+    help="Read --data (shards, paths or URLs) as a stream.",
+)
 @click.option("--token-cache", help="File with the pictures' tokens, made by nsp data cache.")
 @click.option("--text-encoder", help="Pretrained CLIP or pipeline folder to start from.")
 @click.option(
     "--output-dir",
     type=FOLDER,
-    help="Run folder, also for samples.  [default: runs/PRESET or runs/NAME of FILE]",
+    help="Run folder, also for samples.  [default: the preset's, or runs/PRESET, or runs/NAME of "
+    "FILE]",
 )
 @click.option("--checkpoint-dir", help="Folder for saved steps.  [default: in the run folder]")
 @click.option("--log-dir", help="Folder for TensorBoard files.  [default: in the run folder]")
-@click.option("--vae", "pretrained_vae", help="AutoencoderKL folder to use (next-scale).")
-@click.option("--initial-size", type=COUNT, help="Side length of the first latent (next-scale).")
-@click.option("--target-size", type=COUNT, help="Side length of the image in px (next-scale).")
-@click.option(
-    "--scale-factor", type=COUNT, help="Ratio of a latent's side to the one before (next-scale)."
-)
 @click.option("--batch-size", type=COUNT, help="Pictures per step, over all devices.")
 @click.option("--learning-rate", type=float, help="Peak learning rate of every phase.")
-@click.option("--num-epochs-per-scale", type=COUNT, help="Epochs for each scale (next-scale).")
-@click.option("--progressive", is_flag=True, help="Train one scale after the other (next-scale).")
-@click.option("--start-scale", type=SCALE, help="First scale to train (next-scale).  [default: 0]")
-@click.option("--end-scale", type=SCALE, help="Last scale to train.  [default: the final scale]")
 @click.option("--save-every", type=COUNT, help="Epochs between saved steps.")
 @click.option("--validate-every", type=COUNT, help="Epochs between validations.")
 @click.option("--steps", type=int, help="Steps of every phase, instead of the preset's numbers.")
+@click.option("--epochs", type=COUNT, help="Epochs of every phase, instead of steps.")
 @click.option("--phase", help="Stop after this phase.")
 @click.option("--from-phase", help="Skip the phases before this one (needs --start-from).")
 @click.option(
@@ -92,6 +123,11 @@ SCALE = click.IntRange(min=0)
     help="Recompute activations to save memory.",
 )
 @click.option("--mlflow", help="Record to MLflow: 'local', a folder, or a server's URI.")
+@click.option(
+    "--log-with",
+    multiple=True,
+    help="Record also with a tracker of accelerate: wandb, comet_ml, aim, ... Repeatable.",
+)
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
 @click.option(
     "--resume-from",
@@ -109,6 +145,7 @@ def main(
     resume_from: Path | None,
     accept_changed_data: bool,
     skip_bad_files: bool,
+    print_config: bool,
     verbose: bool,
     device: str | None,
     fp16: bool,
@@ -116,15 +153,12 @@ def main(
 ) -> None:
     """Train phase after phase; the result is a checkpoint folder for `nsp export`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    config: Path | None = changes["config"]
-    preset = preset and preset.replace("-", "_")  # both spellings are allowed
-    folder = output_dir or Path("runs") / (config.stem if config else preset or "emoji")
+    folder = output_dir or Path("runs")
     try:
         open_standard_streams()
-        from nsp.training.whole_run import train
+        from nsp.console.train_config import configure
 
-        if preset is not None and not resume and resume_from is None:
-            folder = _take_defaults(preset, output_dir, changes) or folder
+        folder = _folder(preset, changes["config"], output_dir)
         if resume_from is not None:
             folder, resume = run_of(resume_from, output_dir), True
         if fp16:
@@ -133,9 +167,14 @@ def main(
                     f"--fp16 and --precision {changes['precision']} are both given; choose one"
                 )
             changes["precision"] = "fp16"
-        run = configure(
-            preset, folder if resume else None, skip_bad_files=skip_bad_files, **changes
-        )
+        run = configure(preset, folder if resume else None, **changes)
+        if print_config:
+            from nsp.console.run_files import as_yaml
+
+            click.echo(as_yaml(run), nl=False)
+            return
+        from nsp.training.whole_run import train
+
         result = train(
             run,
             folder,
@@ -162,31 +201,26 @@ def main(
         sys.exit(DONE if result.finished else INTERRUPTED)
     if not result.finished:
         click.echo(_stopped(folder, phase, skip_bad_files), err=True)
-    for line in summary(run, folder):
+    for line in summary(result.run, folder):
         click.echo(line)
     click.echo(f"checkpoint: {result.checkpoint}")
     following = ["nsp", "export", "--checkpoint", str(result.checkpoint)]
-    if phase is not None and phase != run.phases[-1].name:
+    if phase is not None and phase != result.run.phases[-1].name:
         following = ["python", "train.py", "--resume", "--output-dir", str(folder)]
     click.echo(f"next: {shlex.join(following)}")
     sys.exit(DONE if result.finished else INTERRUPTED)
 
 
-def _take_defaults(preset: str, output_dir: Path | None, changes: dict[str, Any]) -> Path | None:
-    """Fill in a preset's own defaults for missing options; return the run folder, if any."""
-    from nsp.training.presets import option_defaults
+def _folder(preset: str | None, config: Path | None, output_dir: Path | None) -> Path:
+    """Return the run folder of a command line."""
+    from nsp.family.recipes import DEFAULT, recipe
 
-    defaults = dict(option_defaults(preset))
-    if not defaults:
+    if output_dir is not None:
         return output_dir
-    if changes["data"] is None:
-        raise ConfigError(f"--preset {preset} has no pictures of its own; give --data-dir")
-    folder: Path = defaults.pop("output_dir")
-    in_epochs = ("num_epochs_per_scale", "save_every", "validate_every")
-    for name, value in defaults.items():
-        if changes[name] is None and not (changes["stream"] and name in in_epochs):
-            changes[name] = value
-    return output_dir or folder
+    if config is not None:
+        return Path("runs", config.stem)
+    found = recipe(preset or DEFAULT)
+    return found.output_dir or Path("runs", found.name)
 
 
 def _stopped(folder: Path, phase: str | None, skip_bad_files: bool) -> str:

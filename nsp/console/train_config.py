@@ -1,25 +1,50 @@
-"""The run that the options of `python train.py` make from a preset, a file or a resumed run."""
+"""The run that the options of `python train.py` make from a recipe, a file or a resumed run."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nsp.console.command_line import read_json
+from nsp.console.run_files import read_run
 from nsp.errors import ConfigError
+from nsp.family.recipe import Epochs, RunConfig
+from nsp.family.recipes import DEFAULT, Recipe, check_model, check_options, recipe
+from nsp.family.registry import family
+from nsp.family.run_values import with_texts, with_values
+from nsp.family.signature import parameters
+from nsp.values import choice, nearest
 
-if TYPE_CHECKING:
-    from nsp.family.recipe import RunConfig
-
-# Fields of RunConfig that are options of the same name.
-_OPTIONS = (
-    "seed",
-    "precision",
-    "start_from",
-    "parallel",
-    "compile",
-    "activation_checkpointing",
-    "tracking",
-    "checkpoint_dir",
+# The options of every run: the places of their values in its configuration.
+PLACES: Mapping[str, str] = {
+    "data": "data.source",
+    "val_dir": "data.validation",
+    "val_share": "data.val_share",
+    "num_workers": "data.num_workers",
+    "stream": "data.stream",
+    "token_cache": "data.token_cache",
+    "text_encoder": "text_encoder.folder",
+    "checkpoint_dir": "checkpoint_dir",
+    "log_dir": "tracking.log_dir",
+    "log_with": "tracking.log_with",
+    "mlflow": "tracking.mlflow",
+    "batch_size": "phases.*.batch_size",
+    "learning_rate": "phases.*.optimizer.lr",
+    "save_every": "phases.*.checkpoint_every",
+    "validate_every": "phases.*.validate_every",
+    "epochs": "phases.*.epochs",
+    "steps": "phases.*.steps",
+    "seed": "seed",
+    "precision": "precision",
+    "start_from": "start_from",
+    "parallel": "parallel",
+    "compile": "compile",
+    "activation_checkpointing": "activation_checkpointing",
+}
+_IN_EPOCHS = ("save_every", "validate_every")
+# Fields that a resumed run keeps although its preset is given again.
+_KEPT = (
+    *("data", "seed", "precision", "start_from", "parallel", "compile"),
+    *("activation_checkpointing", "tracking", "checkpoint_dir"),
 )
 
 
@@ -28,74 +53,103 @@ def configure(
     resumed: Path | None,
     *,
     config: Path | None = None,
-    data: str | None = None,
-    text_encoder: str | None = None,
-    steps: int | None = None,
-    mlflow: str | None = None,
-    stream: bool = False,
-    token_cache: str | None = None,
+    size: str | None = None,
     from_phase: str | None = None,
-    skip_bad_files: bool = False,
-    **changes: Any,
-) -> "RunConfig":
-    """Return the run that a command line describes: from a file, a preset or a resumed folder.
+    assignments: Sequence[str] = (),
+    **options: Any,
+) -> RunConfig:
+    """Return the run that a command line describes: from a recipe, a file or a resumed folder.
 
+    `options` are those of every run (PLACES) and of the recipe or family; None means not given.
     With a preset and a resumed run, options that are not given keep the values of the resumed run,
-    so that they need not be repeated. `changes` are fields of RunConfig; None means no change.
-    Raises ConfigError for an unknown preset or a value that is not allowed.
+    so that they need not be repeated. Raises ConfigError for an unknown name, naming the nearest,
+    or a value that is not allowed.
     """
-    from nsp.family.recipe import RunConfig
-    from nsp.training.folder import RUN_NAME, stored_run
-    from nsp.training.presets import preset as named_run
-    from nsp.training.run_options import OPTIONS, with_options
-
-    stored: RunConfig | None = None
-    if resumed is not None and (resumed / RUN_NAME).is_file():
-        stored = stored_run(resumed)
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    common = {name: given[name] for name in given if name in PLACES}
+    own = {name: given[name] for name in given if name not in PLACES}
+    if size is not None:
+        own["size"] = size
+    if {"steps", "epochs"} <= common.keys():
+        raise ConfigError("--steps and --epochs are both given; choose one")
     if preset is not None and config is not None:
         raise ConfigError(f"--preset {preset} and --config {config} are both given; choose one")
+    stored = _stored(resumed)
     if config is not None:
-        if not config.is_file():
-            raise ConfigError(f"{config} does not exist; give the JSON file of a run")
-        run = RunConfig.from_dict(read_json(config))
+        run = _adapted(read_run(config), own, common)
     elif preset is None and stored is not None:
-        run = stored
+        run = _adapted(stored, own, common)
     else:
-        run = named_run(preset or "emoji")
-        if stored is not None:
-            run = _with_options_of(run, stored)
-    values = run.to_dict()
-    if data is not None:
-        values["data"]["source"] = data
-    if text_encoder is not None:
-        values["text_encoder"]["folder"] = text_encoder
-    if stream:
-        values["data"]["stream"] = True
-    if token_cache is not None:
-        values["data"]["token_cache"] = token_cache
-    if mlflow is not None:
-        values["tracking"]["mlflow"] = mlflow
-    given = {name: value for name, value in changes.items() if value is not None}
-    given = {name: value for name, value in given.items() if value or name != "progressive"}
-    values |= {name: value for name, value in given.items() if name not in OPTIONS}
-    run = with_options(
-        RunConfig.from_dict(values),
-        {name: given[name] for name in given if name in OPTIONS},
-        skip_bad_files=skip_bad_files,
-    )
-    if from_phase is not None:
-        run = _from_phase(run, from_phase)
-    if steps is not None:
-        phases = tuple(dataclasses.replace(each, steps=steps) for each in run.phases)
-        run = dataclasses.replace(run, phases=phases)
-    return run
+        run = _from_recipe(recipe(preset or DEFAULT), own, common, stored)
+    if common:
+        run = with_values(run, [(PLACES[name], _value(name, common[name])) for name in common])
+    if assignments:
+        run = with_texts(run, assignments)
+    check_model(run)
+    return run if from_phase is None else _from_phase(run, from_phase)
 
 
-def _from_phase(run: "RunConfig", name: str) -> "RunConfig":
+def _value(name: str, given: Any) -> Any:
+    """Return the value of a common option as the run's dictionary has it."""
+    return Epochs(epochs=given).to_dict() if name in _IN_EPOCHS else given
+
+
+def _stored(folder: Path | None) -> RunConfig | None:
+    """Return the run in a folder, if there is one."""
+    if folder is None or not (folder / "run.json").is_file():
+        return None
+    from nsp.training.folder import stored_run
+
+    return stored_run(folder)
+
+
+def _from_recipe(
+    found: Recipe, own: Mapping[str, Any], common: Mapping[str, Any], stored: RunConfig | None
+) -> RunConfig:
+    """Return the run of a recipe; `stored` is the run that it continues."""
+    takes = {each.name for each in found.parameters}
+    passed = {name: value for name, value in common.items() if name in takes}
+    if stored is not None and "data" in takes:
+        passed.setdefault("data", stored.data.source)
+    has_size = "size" in takes
+    rest = {name: value for name, value in own.items() if name != "size" or has_size}
+    run = found.run(**rest, **passed)
+    if not has_size:
+        run = _of_size(run, own.get("size"))
+    if stored is None:
+        return run
+    run = _continued(run, stored)
+    return _adapted(run, own, common) if own else run
+
+
+def _adapted(run: RunConfig, own: Mapping[str, Any], common: Mapping[str, Any]) -> RunConfig:
+    """Return a run from a file or a folder with the options of its family."""
+    change = family(run.family).run_options
+    known = () if change is None else parameters(change, skip=1)
+    takes = {each.name for each in known}
+    rest = dict(own)
+    if "size" not in takes:
+        run = _of_size(run, rest.pop("size", None))
+    check_options(f"family {run.family}", known, rest)
+    if change is None:
+        return run
+    return change(run, **rest, **{name: common[name] for name in common if name in takes})
+
+
+def _of_size(run: RunConfig, name: str | None) -> RunConfig:
+    """Return the run with a named model of its family; None: its own."""
+    if name is None:
+        return run
+    sizes = family(run.family).sizes
+    chosen = sizes[choice(f"size of family {run.family}", name, sizes)]
+    return dataclasses.replace(run, model=chosen.to_dict())
+
+
+def _from_phase(run: RunConfig, name: str) -> RunConfig:
     """Return the run without the phases before `name`; --start-from must give their results."""
     names = [phase.name for phase in run.phases]
     if name not in names:
-        raise ConfigError(f"unknown phase {name!r} of this run; known: {', '.join(names)}")
+        raise ConfigError(f"unknown phase {name!r} of this run{nearest(name, names)}")
     if name != names[0] and run.start_from is None:
         raise ConfigError(
             f"--from-phase {name} leaves out {names[0]}; give the checkpoint that has it with "
@@ -104,15 +158,14 @@ def _from_phase(run: "RunConfig", name: str) -> "RunConfig":
     return dataclasses.replace(run, phases=run.phases[names.index(name) :])
 
 
-def _with_options_of(run: "RunConfig", stored: "RunConfig") -> "RunConfig":
-    """Return `run` with the fields that command-line options can change taken from `stored`."""
+def _continued(run: RunConfig, stored: RunConfig) -> RunConfig:
+    """Return `run` with the fields that common options can change taken from `stored`."""
     steps = {phase.name: phase.steps for phase in stored.phases}
-    folder = {k: v for k, v in stored.text_encoder.items() if k == "folder"}
+    folder = {name: value for name, value in stored.text_encoder.items() if name == "folder"}
     return dataclasses.replace(
         run,
-        data=stored.data,
         text_encoder={**run.text_encoder, **folder},
-        **{name: getattr(stored, name) for name in _OPTIONS},
+        **{name: getattr(stored, name) for name in _KEPT},
         phases=tuple(
             dataclasses.replace(phase, steps=steps.get(phase.name, phase.steps))
             for phase in run.phases

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,15 @@ class ImageSource:
     def has_captions(self) -> bool:
         """Return whether the samples have captions: either all have one, or none."""
         return all(sample.captions for sample in self.samples)
+
+    def part(self, indices: Sequence[int]) -> "ImageSource":
+        """Return only these samples, in this order."""
+        return replace(
+            self,
+            samples=tuple(self.samples[index] for index in indices),
+            files=tuple(self.files[index] for index in indices),
+            digests=tuple(self.digests[index] for index in indices) if self.digests else (),
+        )
 
     def identity(self) -> Identity:
         """Return the identity of these samples, which depends on no path (see identity.py)."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nsp.data.dataset import ImageDataset
     from nsp.data.sources import ImageSource
     from nsp.family.objective import Objective, TrainingData
-    from nsp.family.recipe import PhaseConfig, RunConfig
+    from nsp.family.recipe import RunConfig
     from nsp.family.system import System
     from nsp.stage.arena import Array, KVShape
     from nsp.stage.backend import Backend
@@ -249,25 +249,21 @@ class Family(ABC, Generic[C, S, Y]):
 
     @property
     @abstractmethod
-    def recipes(self) -> "Mapping[str, Callable[[], RunConfig]]":
-        """Named training runs."""
+    def recipes(self) -> "Mapping[str, Callable[..., RunConfig]]":
+        """Named training runs; their keywords are options of `train.py` (see signature.py)."""
 
     @property
-    def recipe_options(self) -> Mapping[str, Mapping[str, Any]]:
-        """Defaults of options of `train.py` for some recipes."""
-        return {}
+    def run_options(self) -> "Callable[..., RunConfig] | None":
+        """The options for a run from a file or a stopped run: a function of it and keywords."""
+        return None
 
-    def with_options(
-        self,
-        run: "RunConfig",
-        options: Mapping[str, Any],
-        steps_of: "Callable[[PhaseConfig], int]",
-    ) -> "RunConfig":
-        """Return the run with this family's options of `train.py`; ConfigError for unknown ones."""
-        if options:
-            name = next(iter(options)).replace("_", "-").removeprefix("pretrained-")
-            raise ConfigError(f"--{name} is not an option of family {self.name}")
-        return run
+    def with_classes(self, config: C, names: Sequence[str]) -> C:
+        """Return `config` for pictures of these classes; the number of a class is its index."""
+        return config
+
+    def class_names(self, config: C) -> Sequence[str]:
+        """Return the names of a model's classes by their numbers; empty if it has none."""
+        return ()
 
     def adopt(self, config: C, trained: C) -> C:
         """Return `config` with values from trained parts, such as a text encoder's width."""

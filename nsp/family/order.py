@@ -29,11 +29,7 @@ class Sampling(Config):
         """
         known = [*beside, *(each.name for each in fields(self))]
         if unknown := [name for name in settings if name not in known]:
-            import difflib
-
-            near = difflib.get_close_matches(unknown[0], known, 1)
-            hint = f", nearest is {near[0]}" if near else ""
-            raise ConfigError(f"unknown argument {unknown[0]!r}{hint}; known: {', '.join(known)}")
+            raise ConfigError(f"unknown argument {unknown[0]!r}{values.nearest(unknown[0], known)}")
         return self.from_dict({**self.to_dict(), **settings})
 
     @property

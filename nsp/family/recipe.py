@@ -1,10 +1,12 @@
 """The configuration of a training run: data, phases, optimizer; stored with every checkpoint."""
 
+import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeAlias
 from urllib.parse import urlsplit
 
 from nsp.config import Config
@@ -27,6 +29,26 @@ _COUNTS = (
 )
 # The fields of a phase that a resumed run may change: its length, computation and reports.
 FREE_OF_PHASE = (*(name for name in _COUNTS if name != "batch_size"), "guard")
+_LENGTHS = ("steps", "sample_every", "checkpoint_every", "validate_every")
+
+Steps: TypeAlias = int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epochs(Config):
+    """A length in passes over the pictures; it becomes steps as soon as the data are open."""
+
+    epochs: int
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        self.check_counts("length", "epochs")
+
+
+def counted(length: Steps | Epochs) -> Steps:
+    """Return the steps of a length that `RunConfig.in_steps` has counted."""
+    assert isinstance(length, int), "epochs are counted before a phase begins"
+    return length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +138,14 @@ class LoraConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig(Config):
-    """One phase of a run: the family's objective of this name, its length and its settings."""
+    """One phase of a run: the family's objective of this name, its length and its settings.
+
+    As a dictionary its length is `steps: 400` or `epochs: 3`, and another length is a number of
+    steps or `{epochs: 1}`.
+    """
 
     name: str
-    steps: int
+    steps: Steps | Epochs
     batch_size: int  # pictures per optimizer step, over all devices and micro-batches
     accumulate: int = 1  # micro-batches of a step on each device
     optimizer: OptimizerConfig
@@ -127,19 +153,54 @@ class PhaseConfig(Config):
     lora: LoraConfig | None = None  # None: all weights of the objective learn
     guard: GuardConfig = field(default_factory=GuardConfig)
     objective: dict[str, Any] = field(default_factory=dict)  # settings of the family's objective
-    sample_every: int = 500
-    checkpoint_every: int = 250
+    sample_every: Steps | Epochs = 500
+    checkpoint_every: Steps | Epochs = 250
     keep_last: int = 2  # saved steps kept in addition to the best one
-    validate_every: int = 500  # on the held-out split, if the data has one
+    validate_every: Steps | Epochs = 500  # on the held-out split, if the data has one
     log_every: int = 10
 
     def __post_init__(self) -> None:
         """Check the counts."""
         for name in _COUNTS:
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not isinstance(value, Epochs) and value < 1:
                 raise ConfigError(f"phase {self.name}: {name} must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"phase {self.name}: ema_decay must be in [0, 1)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary; a length in epochs has the key `epochs` instead of `steps`."""
+        values = super().to_dict()
+        if not isinstance(self.steps, Epochs):
+            return values
+        return {("epochs" if n == "steps" else n): values[n] for n in values} | self.steps.to_dict()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the phase that the dictionary describes; it has one of `steps` and `epochs`."""
+        if isinstance(values, Mapping) and "epochs" in values:
+            if "steps" in values:
+                name = values.get("name")
+                raise ConfigError(f"phase {name}: steps and epochs are both given; choose one")
+            rest = {name: value for name, value in values.items() if name != "epochs"}
+            values = {**rest, "steps": {"epochs": values["epochs"]}}
+        return super().from_dict(values)
+
+    def in_steps(self, num_pictures: int | None) -> Self:
+        """Return the phase with all lengths in steps; an epoch is cut as in `StepSampler`.
+
+        Raises ConfigError for a length in epochs when the number of pictures is not known.
+        """
+        lengths = {name: getattr(self, name) for name in _LENGTHS}
+        in_epochs = {n: each.epochs for n, each in lengths.items() if isinstance(each, Epochs)}
+        if in_epochs and num_pictures is None:
+            raise ConfigError(
+                f"phase {self.name}: a stream has no epochs; give --steps instead of options in "
+                f"epochs, or --set {self.name}.{next(iter(in_epochs))}=STEPS"
+            )
+        epoch = max((num_pictures or 0) // self.batch_size, 1)
+        steps: dict[str, Any] = {name: count * epoch for name, count in in_epochs.items()}
+        return dataclasses.replace(self, **steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +210,7 @@ class DataConfig(Config):
     source: str = "emoji"  # 'emoji', a .tar, a folder, hf:NAME_OR_FOLDER[:SPLIT], or shards
     stream: bool = False  # read shards (paths or URLs) in order, without listing them first
     validation: str | None = None  # pictures to validate on, instead of the held-out ones
+    val_share: float | None = None  # of the pictures, held out if they have no validation split
     heldout: str | None = None  # list (name<TAB>caption) of samples that must not be trained on
     token_cache: str | None = None  # made by `nsp data cache`; None: the run makes its own
     crop: bool = False  # resize the short side to 1.125 x size, then crop at random
@@ -156,9 +218,14 @@ class DataConfig(Config):
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        """Check the count."""
+        """Check the numbers."""
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers must be at least 0, got {self.num_workers}")
+        if self.val_share is not None and not 0 < self.val_share < 1:
+            raise ConfigError(f"data.val_share must be between 0 and 1, got {self.val_share}")
+        if self.val_share is not None and (self.validation is not None or self.stream):
+            other = "a stream is not listed" if self.stream else "data.validation is also given"
+            raise ConfigError(f"data.val_share divides listed pictures, but {other}; omit one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +237,7 @@ class TrackingConfig(Config):
     mlflow: str | None = None  # "local": in the run folder; else a folder or a tracking URI
     experiment: str = "nsp"  # name of the MLflow experiment
     run_name: str | None = None  # name in MLflow; None: the run folder's name
+    log_with: tuple[str, ...] = ()  # further trackers, by accelerate's names, such as wandb
 
     def __post_init__(self) -> None:
         """Check the address; a password in it would be stored with every checkpoint."""
@@ -224,3 +292,9 @@ class RunConfig(Config):
             raise ConfigError(f"phases must be one or more with distinct names, got {names}")
         if isinstance(self.seed, bool) or not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"seed must be a whole number from 0 to {MAX_SEED}, got {self.seed}")
+
+    def in_steps(self, num_pictures: int | None) -> Self:
+        """Return the run with all lengths in steps; `num_pictures` is None for a stream."""
+        return dataclasses.replace(
+            self, phases=tuple(phase.in_steps(num_pictures) for phase in self.phases)
+        )

@@ -11,7 +11,7 @@ from typing import Any
 from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint
 from nsp.config import Config
 from nsp.errors import CheckpointError, ConfigError
-from nsp.family.recipe import FREE_OF_PHASE, RunConfig
+from nsp.family.recipe import FREE_OF_PHASE, RunConfig, counted
 from nsp.files import locked_file, read_json
 
 logger = logging.getLogger(__name__)
@@ -114,9 +114,10 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
             f"{path} has the phases {', '.join(then)}, not {', '.join(now)}; omit the option that "
             "changes them to continue that run, or start another with --output-dir"
         )
-    _check_order(folder, config)
     knows_data = (folder / DATA_NAME).exists()
     for name, was, given in differences(stored, config):
+        if given is None and name.endswith((".steps", ".epochs")):
+            continue  # a length is one of the two keys; the other one is reported
         if _is_free(name) or (name in _PLACES and knows_data):
             logger.info("%s: %s is now %r; it was %r", folder, name, given, was)
         else:
@@ -126,11 +127,14 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
             )
 
 
-def _check_order(folder: Path, config: RunConfig) -> None:
-    """Raise when an earlier phase would continue although a later one was trained on its result."""
+def check_order(folder: Path, config: RunConfig) -> None:
+    """Raise when an earlier phase would continue although a later one was trained on its result.
+
+    The lengths of the phases are in steps.
+    """
     made = newest_model(folder).notes.get("steps", {})
     for phase, later in itertools.pairwise(config.phases):
-        if 0 < made.get(phase.name, 0) < phase.steps and (folder / later.name).exists():
+        if 0 < made.get(phase.name, 0) < counted(phase.steps) and (folder / later.name).exists():
             raise ConfigError(
                 f"{folder}: {later.name} was trained on {phase.name} after "
                 f"{made[phase.name]} steps, but {phase.steps} are requested now; delete "
@@ -143,9 +147,8 @@ def _check_order(folder: Path, config: RunConfig) -> None:
 def _is_free(name: str) -> bool:
     """Return whether a resumed run may change the field `name`, such as "phases.0.steps"."""
     parts = name.split(".")
-    return (
-        name in _FREE or parts[0] in _FREE or (parts[0] == "phases" and parts[2] in FREE_OF_PHASE)
-    )
+    of_phase = (*FREE_OF_PHASE, "epochs")  # a length is one of `steps` and `epochs`
+    return name in _FREE or parts[0] in _FREE or (parts[0] == "phases" and parts[2] in of_phase)
 
 
 def stored_run(folder: Path) -> RunConfig:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from nsp.family.recipe import PhaseConfig
+from nsp.family.recipe import PhaseConfig, counted
 from nsp.files import write_file
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Progress:
                 console=console,
             )
             self._task = self._bar.add_task(
-                config.name, total=config.steps, completed=start, metrics=""
+                config.name, total=counted(config.steps), completed=start, metrics=""
             )
 
     def __enter__(self) -> Self:
@@ -117,8 +117,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, metrics=line)
         elif step % (_LINES_APART * self.config.log_every) == 0 or step == self.config.steps:
-            left = (self.config.steps - step) / max(rate, 1e-9)
-            name, steps = self.config.name, self.config.steps
+            name, steps = self.config.name, counted(self.config.steps)
+            left = (steps - step) / max(rate, 1e-9)
             logger.info("%s %d/%d  %s  %.0f s left", name, step, steps, line, left)
         return values
 

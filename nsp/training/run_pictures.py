@@ -1,5 +1,6 @@
 """The pictures of a run as configured: listed or streamed, for training and held out."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,33 @@ def open_pictures(config: DataConfig, *, skip_bad_files: bool) -> Pictures:
     held_out = found.choose("heldout") if found.heldout.rows else None
     if config.validation is not None:
         held_out = open_source(config.validation, split="all", skip_bad_files=skip_bad_files)
+    if config.val_share is not None:
+        if held_out is not None:
+            raise ConfigError(
+                f"data.val_share: {config.source} has a validation split of its own "
+                f"({HELDOUT_MEMBER}, {len(held_out)} pictures); omit --val-share"
+            )
+        train, held_out = _divided(train, config.val_share)
     return Pictures(train, held_out, skip_bad_files)
+
+
+def _divided(source: ImageSource, share: float) -> tuple[ImageSource, ImageSource]:
+    """Return the pictures to train on and a share of all, at least one, to validate on.
+
+    The name of a picture alone decides, so neither the order nor further pictures move it. If no
+    name is chosen, the nearest one is.
+    """
+    digests = [hashlib.sha256(sample.name.encode()).digest()[:8] for sample in source.samples]
+    ranks = [int.from_bytes(digest, "big") for digest in digests]
+    limit = max(int(share * 2**64), min(ranks) + 1)
+    held_out = [index for index, rank in enumerate(ranks) if rank < limit]
+    rest = [index for index, rank in enumerate(ranks) if rank >= limit]
+    if not rest:
+        raise ConfigError(
+            f"data.val_share {share:g} leaves none of {len(ranks)} pictures to train on; give a "
+            "smaller share"
+        )
+    return source.part(rest), source.part(held_out)
 
 
 def _check_held_out(source: ImageSource, path: str) -> None:

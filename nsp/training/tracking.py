@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -58,15 +58,17 @@ class Tracker:
         self._phase: str | None = None
         self._environment: list[str] = []  # names of the variables set here
 
-    def start(self, run: Mapping[str, Any], folder: Path) -> None:
+    def start(self, run: Mapping[str, Any], folder: Path, others: Sequence[Recorder] = ()) -> None:
         """Begin recording the run that `run` describes, or continue the recording in `folder`.
+
+        `others` are recorders beside TensorBoard and MLflow.
 
         Raises MissingExtraError for a package that the configuration asks for by name, and
         ConfigError for a store that the installed MLflow cannot open.
         """
         if not self._is_main_process:
             return
-        recorders: list[Recorder] = []
+        recorders: list[Recorder] = [*others]
         if self._config.tensorboard is not False:
             try:
                 recorders.append(TensorBoard(run, self._config.tensorboard_dir(folder)))

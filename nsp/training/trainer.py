@@ -20,7 +20,7 @@ from nsp.data.sheet import contact_sheet
 from nsp.data.stream import ShardStream
 from nsp.errors import CheckpointError, ConfigError, TrainingError
 from nsp.family.objective import Batch, Objective
-from nsp.family.recipe import FREE_OF_PHASE, PhaseConfig, RunConfig
+from nsp.family.recipe import FREE_OF_PHASE, Epochs, PhaseConfig, RunConfig, Steps, counted
 from nsp.files import write_file
 from nsp.training.average import full
 from nsp.training.checkpoints import CheckpointStore
@@ -88,7 +88,7 @@ class Phase:
     @property
     def done(self) -> bool:
         """Whether every step has been made."""
-        return self.step >= self.config.steps
+        return self.step >= counted(self.config.steps)
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step and return True, or to a signal's and return False.
@@ -131,7 +131,7 @@ class Phase:
                 self.data,
                 self.share,
                 start=self.step + offset,
-                stop=self.config.steps + offset,
+                stop=counted(self.config.steps) + offset,
                 seed=run.seed,
                 num_workers=run.data.num_workers,
                 pin_memory=self.accelerator.device.type == "cuda",
@@ -144,7 +144,7 @@ class Phase:
             pending = norm
             self.state.step += 1
             progress.advance(self.step)
-            saves = self.step % self.config.checkpoint_every == 0
+            saves = self.step % counted(self.config.checkpoint_every) == 0
             reports = self.step % self.config.log_every == 0 or self.done
             if saves or reports:
                 self._check_norm(pending)
@@ -174,8 +174,8 @@ class Phase:
         )
         return None
 
-    def _is_due(self, every: int) -> bool:
-        return self.step % every == 0 or self.done
+    def _is_due(self, every: Steps | Epochs) -> bool:
+        return self.step % counted(every) == 0 or self.done
 
     def _train_step(self, loader: Iterator[Item]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Make one optimizer step; return the gradient's norm and the metrics to report."""
@@ -185,8 +185,9 @@ class Phase:
         torch.manual_seed(
             step_seed(self.run_config.seed, self.config.name, data_step, self.share.rank)
         )
-        rate = set_rates(self.optimizer, settings, self.step, self.config.steps)
-        self.comparable = self.objective.before_step(self.step, self.config.steps)
+        total_steps = counted(self.config.steps)
+        rate = set_rates(self.optimizer, settings, self.step, total_steps)
+        self.comparable = self.objective.before_step(self.step, total_steps)
         total: dict[str, Tensor] = {}
         for index in range(self.share.accumulate):
             batch = self._batch(loader, data_step, index)

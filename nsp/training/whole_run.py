@@ -22,10 +22,9 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint, write_digests
 from nsp.artifacts.systems import save_checkpoint
-from nsp.data.sources import ImageSource
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.objective import Objective, TokenCache, TrainingData
-from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.recipe import PhaseConfig, RunConfig, counted
 from nsp.family.registry import family
 from nsp.family.system import System
 from nsp.files import write_file
@@ -39,6 +38,7 @@ from nsp.training.folder import (
     START_NAME,
     TOKENS_NAME,
     check_folder,
+    check_order,
     differing_values,
     locked,
     newest_model,
@@ -48,6 +48,7 @@ from nsp.training.folder import (
 from nsp.training.leftovers import refuse_links, remove_leftovers
 from nsp.training.needs import check_classes, check_disk, saved_bytes, warn_of_memory
 from nsp.training.optimizer import check_targets, merge_adapters
+from nsp.training.other_trackers import OtherTrackers, check_trackers
 from nsp.training.parallel import gathered, on_main
 from nsp.training.run_pictures import Pictures, open_pictures
 from nsp.training.stopping import StopRequest
@@ -65,6 +66,7 @@ class RunResult:
     """Where a run left its results."""
 
     checkpoint: Path
+    run: RunConfig  # as it was trained, with all lengths in steps
     finished: bool  # False after a request to stop
     is_main_process: bool = True  # the process that reports to the user
 
@@ -93,7 +95,8 @@ def train(
 
     Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint of what was learnt;
     `resume` continues such a run (or one that died) at its last saved step. A resumed run may
-    change the number of steps, the precision and the devices, and its data may have moved.
+    change the number of steps, the precision and the devices, and its data may have moved. Lengths
+    in epochs become steps when the data are open.
     ConfigError is raised for other differences from the stored configuration, for changed data
     unless `accept_changed_data` is set, and for a folder that has a run if `resume` is not given.
     `device` is "cpu" or "cuda"; None is a GPU if there is one. Every process of a distributed run
@@ -109,11 +112,15 @@ def train(
     start = Path(config.start_from) if config.start_from is not None and not resume else None
     if start is not None and not is_checkpoint(start):
         raise CheckpointError(wrong_path(start, "--start-from"))
+    if config.tracking.log_with:
+        check_trackers(config.tracking.log_with)
     # Set explicitly, because processes without a GPU would otherwise not find one another.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=resolve_precision(config.precision, on_cpu=on_cpu),
+        log_with=list(config.tracking.log_with) or None,
+        project_dir=folder if config.tracking.log_with else None,
         # Long enough for the first process to tokenize a large set or write a large checkpoint.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
@@ -124,6 +131,9 @@ def train(
     set_seed(config.seed)
     _check_place(folder, config, resume=resume)
     data = open_pictures(config.data, skip_bad_files=skip_bad_files)
+    config = config.in_steps(None if data.source is None else len(data.source))
+    if resume:
+        check_order(folder, config)
     record = DataRecord(folder, data, resume=resume)
     record.check(accept_changed_data=accept_changed_data)
     _check_batches(config, accelerator, data)
@@ -143,7 +153,8 @@ def train(
 
         accelerator.wait_for_everyone()  # no process writes before all have checked
         on_main(accelerator, begin)
-        tracker.start(config.to_dict(), folder)
+        others = [OtherTrackers(accelerator, config)] if config.tracking.log_with else []
+        tracker.start(config.to_dict(), folder, others)
         logger.info(
             "family %s on %s in %s, number of processes: %d; data: %s; run folder: %s",
             *(config.family, accelerator.device, accelerator.mixed_precision.replace("no", "fp32")),
@@ -152,10 +163,10 @@ def train(
         for phase in config.phases:
             if not _run_phase(phase, config, folder, accelerator, stop, tracker, data):
                 tracker.close("stopped")
-                return RunResult(folder / CHECKPOINT_NAME, False, is_main)
+                return RunResult(folder / CHECKPOINT_NAME, config, False, is_main)
             if phase.name == last_phase:
                 break
-    return RunResult(folder / CHECKPOINT_NAME, True, is_main)
+    return RunResult(folder / CHECKPOINT_NAME, config, True, is_main)
 
 
 def speak_less() -> None:
@@ -176,7 +187,7 @@ def _run_phase(
     """Train one phase, starting from the newest checkpoint; return whether all steps are made."""
     record = newest_model(folder)
     steps = dict(record.notes.get("steps", {}))
-    if steps.get(config.name, 0) >= config.steps:
+    if steps.get(config.name, 0) >= counted(config.steps):
         logger.info("%s: all %d steps are made", config.name, config.steps)
         return True
     system = record.load()
@@ -251,7 +262,7 @@ def _prepare_folder(
     """Create the model that a new run starts from, and store the run's configuration."""
     start = folder / START_NAME
     if not (resume and is_checkpoint(start)):
-        system = _new_system(config, data.source)
+        system = _new_system(config, data)
         check_classes(system.config, family(config.family).condition(system.config), data.source)
         saved = 0
         for phase in config.phases:  # report mistakes of later phases now, not when they begin
@@ -292,7 +303,7 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
     for index, phase in enumerate(config.phases):
         own, made = folder / phase.name, steps.get(phase.name, 0)
         later = any((folder / each.name).exists() for each in config.phases[index + 1 :])
-        complete = made >= phase.steps and (own.exists() or later)
+        complete = made >= counted(phase.steps) and (own.exists() or later)
         if not made or complete or any(steps_folder(config, own).glob("step*")):
             continue
         logger.warning("%s has no saved steps: %s starts again", own, phase.name)
@@ -306,13 +317,16 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
         record = read_checkpoint(folder / CHECKPOINT_NAME)
 
 
-def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
-    """Return the model before the first step: new, or that of another checkpoint."""
+def _new_system(config: RunConfig, data: Pictures) -> Any:
+    """Return the model before the first step: new, or that of another checkpoint.
+
+    A new model has the classes of the pictures.
+    """
     if config.start_from is None:
-        model = family(config.family).config.from_dict(config.model)
-        return family(config.family).learner.new_system(
-            model, TextEncoderSettings.from_dict(config.text_encoder), source
-        )
+        owner = family(config.family)
+        model = owner.with_classes(owner.config.from_dict(config.model), data.train.class_names)
+        settings = TextEncoderSettings.from_dict(config.text_encoder)
+        return owner.learner.new_system(model, settings, data.source)
     record = read_checkpoint(Path(config.start_from))
     if record.family.name != config.family:
         raise ConfigError(
@@ -321,7 +335,7 @@ def _new_system(config: RunConfig, source: ImageSource | None) -> Any:
         )
     trained = record.family.config.from_dict(record.config)
     wanted = record.family.adopt(record.family.config.from_dict(config.model), trained)
-    for name, have, want in differing_values(dict(record.config), wanted.to_dict()):
+    for name, have, want in differing_values(trained.to_dict(), wanted.to_dict()):
         raise ConfigError(
             f"{config.start_from} has {name} {have!r}, but this run's model has {want!r}; use the "
             "model of its config.json, or train from new weights"

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from nsp.benchmarks.training import measure
-from nsp.training.presets import preset
+from nsp.family.recipes import preset
 from tests.training.pictures import write_pictures
 
 

@@ -36,7 +36,7 @@ def write_pictures(folder: Path) -> None:
 def write_config(file: Path) -> None:
     """Write the preset smoke with the smallest model that has all parts: 12,000 weights."""
     from nsp.families.var.config import PredictorConfig, TextCondition, VaeConfig, VarConfig
-    from nsp.training.presets import preset
+    from nsp.family.recipes import preset
 
     vae = VaeConfig(
         vocab_size=16,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nsp.family.recipe import RunConfig
-from nsp.training.presets import preset
+from nsp.family.recipes import preset
 from tests.training.pictures import write_pictures
 
 

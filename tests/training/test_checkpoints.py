@@ -14,8 +14,8 @@ import torch
 
 from nsp.errors import CheckpointError
 from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.recipes import preset
 from nsp.training.checkpoints import CheckpointStore
-from nsp.training.presets import preset
 from nsp.training.whole_run import train
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 
 from nsp.errors import ConfigError
 from nsp.family.recipe import OptimizerConfig, RunConfig
-from nsp.training.presets import preset
+from nsp.family.recipes import preset
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, True])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from nsp.data.heldout import format_heldout
 from nsp.family.recipe import RunConfig
-from nsp.training.presets import preset
+from nsp.family.recipes import preset
 from tests.training.pictures import write_pictures
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,8 @@ from nsp.errors import ConfigError, DataError
 from nsp.families.var.tokens import cached_tokens, tokenize
 from nsp.family.objective import TokenCache
 from nsp.family.recipe import RunConfig
+from nsp.family.recipes import preset
 from nsp.family.registry import family
-from nsp.training.presets import preset
 from nsp.training.whole_run import train
 
 

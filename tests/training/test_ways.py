@@ -37,7 +37,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from nsp.training.presets import preset
+    from nsp.family.recipes import preset
 
     run = preset("smoke")
     run = replace(run, data=replace(run.data, source=str(pictures)))

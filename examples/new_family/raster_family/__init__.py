@@ -7,7 +7,7 @@ reads the whole canvas (B, 1, h, w), which holds the ink of every pixel, in [0, 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,11 +54,14 @@ class RasterSampling(Sampling):
             raise ConfigError("temperature must be in [0.001, 1000], ink_bias in [-1000, 1000]")
 
 
-def training_run(size: str, steps: int, batch_size: int) -> RunConfig:
-    """Return a run on the embedded set; the pictures become grey."""
+def run(
+    width: Annotated[int, "Channels of the network."] = 48, steps: int = 3000, batch_size: int = 32
+) -> RunConfig:
+    """Return a run on the embedded set, whose pictures become grey; `--width` is its option."""
     optimizer = OptimizerConfig(lr=2e-3, schedule="cos", warmup_steps=1)
     phase = PhaseConfig(name="pixels", steps=steps, batch_size=batch_size, optimizer=optimizer)
-    return RunConfig(family="raster", model=SIZES[size].to_dict(), phases=(phase,))
+    model = replace(SIZES["small"], width=width)
+    return RunConfig(family="raster", model=model.to_dict(), phases=(phase,))
 
 
 class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
@@ -66,10 +69,7 @@ class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
 
     name: ClassVar[str] = "raster"
     config, sampling, sizes = RasterConfig, RasterSampling, SIZES
-    recipes: ClassVar = {
-        "raster": partial(training_run, "small", 3000, 32),
-        "raster_smoke": partial(training_run, "tiny", 2, 4),
-    }
+    recipes: ClassVar = {"raster": run, "raster_smoke": partial(run, 8, 2, 4)}
 
     def condition(self, config: RasterConfig) -> Kind:
         """Return what a picture is requested with: nothing."""

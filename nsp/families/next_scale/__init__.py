@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nsp.families.next_scale.system import NextScaleSystem
-    from nsp.family.recipe import PhaseConfig, RunConfig
+    from nsp.family.recipe import RunConfig
     from nsp.stage.arena import Array, KVShape
     from nsp.stage.backend import Backend
 
@@ -80,7 +80,7 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
         return examples(sampling)
 
     @property
-    def recipes(self) -> "Mapping[str, Callable[[], RunConfig]]":
+    def recipes(self) -> "Mapping[str, Callable[..., RunConfig]]":
         """Named training runs."""
         from nsp.families.next_scale import recipes
 
@@ -91,22 +91,11 @@ class NextScale(Family[NextScaleConfig, NextScaleSampling, "NextScaleSystem"]):
         }
 
     @property
-    def recipe_options(self) -> Mapping[str, Mapping[str, Any]]:
-        """Defaults of options of `train.py` for some recipes."""
-        from nsp.families.next_scale.recipes import SDXL_OPTIONS
+    def run_options(self) -> "Callable[..., RunConfig]":
+        """The options for a run from a file or a stopped run."""
+        from nsp.families.next_scale.recipes import adapted
 
-        return {"next_scale_sdxl": SDXL_OPTIONS}
-
-    def with_options(
-        self,
-        run: "RunConfig",
-        options: Mapping[str, Any],
-        steps_of: "Callable[[PhaseConfig], int]",
-    ) -> "RunConfig":
-        """Return the run with this family's options of `train.py`."""
-        from nsp.families.next_scale.recipes import with_options
-
-        return with_options(run, options, steps_of)
+        return adapted
 
     def adopt(self, config: NextScaleConfig, trained: NextScaleConfig) -> NextScaleConfig:
         """Return `config` with the autoencoder and the text encoder of the trained model."""

@@ -207,6 +207,33 @@ def _either(sizes: list[int]) -> str:
     return " or ".join(map(str, sizes))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScalesSettings(Config):
+    """The scales that a phase trains; scale 0 is the base, and predictor k - 1 makes scale k."""
+
+    first_scale: int = 0
+    last_scale: int | None = None  # None: the finished latent
+    noise: float = 0.1  # largest deviation added to the latents that predictors start from
+    train_text_encoder: bool | None = None  # None: where scale 0 is among those trained
+    sample_guidance_scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the deviation."""
+        if not 0 <= self.noise < 10:
+            raise ConfigError(f"objective.noise must be in [0, 10), got {self.noise}")
+
+    def scales(self, config: NextScaleConfig) -> range:
+        """Return the scales to train; raise ConfigError for scales that the model does not have."""
+        last = config.num_scales - 1
+        end = last if self.last_scale is None else self.last_scale
+        if not 0 <= self.first_scale <= end <= last:
+            raise ConfigError(
+                f"scales {self.first_scale} to {end} are requested, but this model has 0 to {last} "
+                f"(latents of side {', '.join(map(str, config.sides))})"
+            )
+        return range(self.first_scale, end + 1)
+
+
 # stabilityai/sdxl-vae, config.json.
 SDXL_VAE = VaeConfig(block_out_channels=(128, 256, 512, 512), scaling_factor=0.13025)
 

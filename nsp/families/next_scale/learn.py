@@ -15,11 +15,10 @@ from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.sources import ImageSource
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.next_scale import latents
-from nsp.families.next_scale.config import NextScaleConfig
+from nsp.families.next_scale.config import NextScaleConfig, ScalesSettings
 from nsp.families.next_scale.modules import build_stages
 from nsp.families.next_scale.objective import (
     ScalesObjective,
-    ScalesSettings,
     VaeObjective,
     VaeSettings,
 )

@@ -1,32 +1,43 @@
 """Training runs of the family `next_scale`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict, Unpack
 
 from nsp.errors import ConfigError
-from nsp.families.next_scale.config import SIZES, NextScaleConfig
-from nsp.families.next_scale.objective import ScalesSettings
-from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
+from nsp.families.next_scale.config import SIZES, NextScaleConfig, ScalesSettings
+from nsp.family.recipe import (
+    DataConfig,
+    Epochs,
+    OptimizerConfig,
+    PhaseConfig,
+    RunConfig,
+    TrackingConfig,
+)
+from nsp.family.signature import OutputDir, Range
+from nsp.values import choice
 
 _VAE, _SCALES, _SCALE = "vae", "scales", "scale_"
-# From the first implementation's command line; options in epochs do not work with a stream.
-SDXL_OPTIONS: Mapping[str, Any] = {
-    "output_dir": Path("outputs"),
-    "checkpoint_dir": "checkpoints",
-    "log_dir": "logs",
-    "num_workers": 4,
-    "num_epochs_per_scale": 10,
-    "save_every": 1,
-    "validate_every": 1,
-}
-_RANGE = ("start_scale", "end_scale", "progressive")
-_ENDS = ("first_scale", "last_scale")
+_ENDS = {"start_scale": "first_scale", "end_scale": "last_scale"}
 _SIZES = ("initial_size", "target_size", "scale_factor")
 
 
-def emoji() -> RunConfig:
+class ScaleOptions(TypedDict, total=False):
+    """The options of this family's runs; sizes that are not given are those of the named model."""
+
+    size: Annotated[str, "Named model"]
+    start_from: Annotated[str, "Checkpoint folder whose weights the run starts with"]
+    vae: Annotated[Path, "AutoencoderKL folder to use; it is not trained further."]
+    initial_size: Annotated[int, "Side length of the first latent.", Range(1)]
+    target_size: Annotated[int, "Side length of the image in px.", Range(1)]
+    scale_factor: Annotated[int, "Ratio of a latent's side to the one before.", Range(1)]
+    start_scale: Annotated[int, "First scale to train.  [default: 0]", Range(0)]
+    end_scale: Annotated[int, "Last scale to train.  [default: the final scale]", Range(0)]
+    progressive: Annotated[bool, "Train one scale after the other, with a schedule each."]
+    num_epochs_per_scale: Annotated[int, "Epochs for each scale.", Range(1)]
+
+
+def emoji(**options: Unpack[ScaleOptions]) -> RunConfig:
     """Return text to emoji at 64 px from the embedded set, sized for two CPU cores.
 
     The base alone first: what a picture shows is decided there, and without the predictors behind
@@ -65,24 +76,30 @@ def emoji() -> RunConfig:
         optimizer=dataclasses.replace(base.optimizer, lr=1e-3),
         objective={"first_scale": 1},
     )
-    return RunConfig(
+    run = RunConfig(
         family="next_scale",
         model=SIZES["emoji"].to_dict(),
         text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
         phases=(vae, base, scales),
         sampling={"guidance_scale": 2.0},
     )
+    return adapted(run, **options)
 
 
-def sdxl() -> RunConfig:
-    """Return 16 to 1024 by 2 with a pretrained autoencoder: give --data, --vae, --text-encoder.
+def sdxl(
+    *,
+    data: Annotated[str, "it has no pictures of its own; give --data-dir"],
+    stream: bool = False,
+    **options: Unpack[ScaleOptions],
+) -> Annotated[RunConfig, OutputDir("outputs")]:
+    """Return 16 to 1024 by 2 with a pretrained autoencoder: give also --vae and --text-encoder.
 
-    Rates, batch and losses are those of the first implementation of the idea, as are
-    `SDXL_OPTIONS`, which set the number of steps.
+    Rates, batch, losses, epochs and folders are those of the first implementation of the idea. A
+    stream has no epochs: its lengths are in steps.
     """
     scales = PhaseConfig(
         name=_SCALES,
-        steps=100_000,
+        steps=100_000 if stream else Epochs(epochs=10),
         batch_size=8,
         optimizer=OptimizerConfig(
             lr=1e-4,
@@ -92,19 +109,23 @@ def sdxl() -> RunConfig:
             final_ratio=0.0,
             grad_clip=1.0,
         ),
-        checkpoint_every=1000,
+        checkpoint_every=1000 if stream else Epochs(epochs=1),
         sample_every=5000,
-        validate_every=1000,
+        validate_every=1000 if stream else Epochs(epochs=1),
     )
-    return RunConfig(
+    run = RunConfig(
         family="next_scale",
         model=SIZES["sdxl"].to_dict(),
+        data=DataConfig(source=data, stream=stream, num_workers=4),
         phases=(scales,),
         sampling={"guidance_scale": 2.0},
+        checkpoint_dir="checkpoints",
+        tracking=TrackingConfig(log_dir="logs"),
     )
+    return adapted(run, **options)
 
 
-def smoke() -> RunConfig:
+def smoke(**options: Unpack[ScaleOptions]) -> RunConfig:
     """Return a run of seconds, for tests: the tiny model at 16 px, four steps a phase."""
     run = emoji()
     phases = tuple(
@@ -120,63 +141,71 @@ def smoke() -> RunConfig:
         )
         for phase in run.phases
     )
-    return dataclasses.replace(
+    run = dataclasses.replace(
         run,
         model=SIZES["tiny"].to_dict(),
         text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
         phases=phases,
     )
+    return adapted(run, **options)
 
 
-def with_options(
-    run: RunConfig, options: Mapping[str, Any], steps_of: Callable[[PhaseConfig], int]
-) -> RunConfig:
-    """Return the run with this family's options of the command line, of which any may be absent.
+def adapted(run: RunConfig, **options: Unpack[ScaleOptions]) -> RunConfig:
+    """Return the run with these options; it may come from a recipe, a file or a stopped run.
 
-    Sizes of the model; `pretrained_vae`; `start_scale` to `end_scale` (inclusive), trained together
-    or, where `progressive`, one after the other with a schedule each. `steps_of` counts the steps
-    of a phase, 0 where the phase's own stay. A pretrained autoencoder is not trained further.
-    Raises ConfigError for values that do not fit, and where the run would have no autoencoder.
+    The scales from `start_scale` to `end_scale` (inclusive) are trained together or, if
+    `progressive`, one after the other. Raises ConfigError for values that do not fit, and if the
+    run would have no autoencoder.
     """
     model = dict(run.model)
-    model |= {name: options[name] for name in (*_SIZES, "pretrained_vae") if name in options}
-    if "pretrained_vae" in options:
+    if "size" in options:
+        model = SIZES[choice("size", options["size"], SIZES)].to_dict()
+    model |= {name: value for name, value in options.items() if name in _SIZES}
+    if "vae" in options:
         from nsp.families.next_scale.vae import read_vae_config
 
-        model["vae"] = read_vae_config(Path(options["pretrained_vae"])).to_dict()
+        model["pretrained_vae"] = str(options["vae"])
+        model["vae"] = read_vae_config(options["vae"]).to_dict()
         phases = tuple(phase for phase in run.phases if phase.name != _VAE)
         run = dataclasses.replace(run, phases=phases)
-    NextScaleConfig.from_dict(model)  # report sizes that do not fit before pictures are read
-    run = dataclasses.replace(run, model=model)
+    config = NextScaleConfig.from_dict(model)  # report sizes that do not fit before pictures
+    run = dataclasses.replace(
+        run, model=model, start_from=options.get("start_from", run.start_from)
+    )
     trains_vae = any(phase.name == _VAE for phase in run.phases)
-    if not (trains_vae or model.get("pretrained_vae") or run.start_from):
+    if not (trains_vae or config.pretrained_vae or run.start_from):
         raise ConfigError(
             "this run would begin with an untrained autoencoder; give a trained one with --vae "
             "FOLDER (an AutoencoderKL), or a trained model with --start-from CHECKPOINT"
         )
-    wanted = {name: options[name] for name in _RANGE if name in options}
-    phases = tuple(
-        dataclasses.replace(phase, steps=steps_of(phase) or phase.steps)
-        if _is_of_scales(phase)
-        else phase
-        for phase in run.phases
-    )
-    run = dataclasses.replace(run, phases=phases)
-    return _cut(run, wanted) if wanted else run
+    if "num_epochs_per_scale" in options:
+        length = Epochs(epochs=options["num_epochs_per_scale"])
+        phases = tuple(
+            dataclasses.replace(phase, steps=length) if _is_of_scales(phase) else phase
+            for phase in run.phases
+        )
+        run = dataclasses.replace(run, phases=phases)
+    ends = {_ENDS[name]: value for name, value in options.items() if name in _ENDS}
+    is_progressive = options.get("progressive", False)
+    return _cut(run, config, ends, is_progressive) if ends or is_progressive else run
 
 
 def _is_of_scales(phase: PhaseConfig) -> bool:
     return phase.name == _SCALES or phase.name.startswith(_SCALE)
 
 
-def _cut(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+def _cut(
+    run: RunConfig, config: NextScaleConfig, ends: dict[str, Any], is_progressive: bool
+) -> RunConfig:
     """Return the run with the requested scales, in one phase or, if progressive, one phase each."""
     given = {phase.name: phase for phase in run.phases if _is_of_scales(phase)}
     whole = given.get(_SCALES)
-    settings = {n: v for n, v in (whole.objective if whole else {}).items() if n not in _ENDS}
-    ends = {_ENDS[i]: options[n] for i, n in enumerate(_RANGE[:2]) if n in options}
-    range_of = ScalesSettings.from_dict({**settings, **ends}).scales
-    names = [f"{_SCALE}{scale}" for scale in range_of(NextScaleConfig.from_dict(run.model))]
+    old = whole.objective if whole else {}
+    settings = {name: value for name, value in old.items() if name not in _ENDS.values()}
+    names = [
+        f"{_SCALE}{scale}"
+        for scale in ScalesSettings.from_dict({**settings, **ends}).scales(config)
+    ]
     if whole is None:  # a continued run, which already has the requested phases
         if not set(names) <= given.keys():
             found = ", ".join(phase.name for phase in run.phases)
@@ -186,7 +215,7 @@ def _cut(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:
             )
         return run
     parts = [dataclasses.replace(whole, objective={**settings, **ends})]
-    if options.get("progressive"):
+    if is_progressive:
         alike = dataclasses.replace(whole, objective=settings)
         parts = [given.get(name, dataclasses.replace(alike, name=name)) for name in names]
     before = [phase for phase in run.phases if not _is_of_scales(phase)]

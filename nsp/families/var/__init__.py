@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nsp.families.var.config import SIZES, VarConfig, with_condition
+from nsp.families.var.config import SIZES, TextCondition, VarConfig, with_classes, with_condition
 from nsp.families.var.loop import batch_key, cache, generate, given, loop_inputs
 from nsp.families.var.sampling import VarSampling
 from nsp.families.var.stages import stages
@@ -83,11 +83,19 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
         return examples(config, sampling)
 
     @property
-    def recipes(self) -> "Mapping[str, Callable[[], RunConfig]]":
+    def recipes(self) -> "Mapping[str, Callable[..., RunConfig]]":
         """Named training runs."""
         from nsp.families.var.recipes import RECIPES
 
         return RECIPES
+
+    def with_classes(self, config: VarConfig, names: Sequence[str]) -> VarConfig:
+        """Return the configuration for pictures of these classes."""
+        return with_classes(config, names)
+
+    def class_names(self, config: VarConfig) -> Sequence[str]:
+        """Return the names of a model's classes by their numbers."""
+        return () if isinstance(config.condition, TextCondition) else config.condition.id2label
 
     def convert(
         self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path

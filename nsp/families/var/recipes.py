@@ -114,4 +114,4 @@ def _shortened(run: RunConfig, steps: Mapping[str, int]) -> RunConfig:
     return dataclasses.replace(run, phases=tuple(phases))
 
 
-RECIPES: Mapping[str, Callable[[], RunConfig]] = {"emoji": emoji, "quick": quick, "smoke": smoke}
+RECIPES: Mapping[str, Callable[..., RunConfig]] = {"emoji": emoji, "quick": quick, "smoke": smoke}

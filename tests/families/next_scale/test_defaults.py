@@ -10,7 +10,7 @@ from nsp.console.train_command import main
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import VaeConfig
 from nsp.families.next_scale.vae import new_autoencoder
-from nsp.family.recipe import RunConfig
+from nsp.family.recipe import Epochs, RunConfig
 from nsp.training.whole_run import resolve_precision
 from tests.training.pictures import write_pictures
 
@@ -44,8 +44,9 @@ def test_all_twenty_have_their_defaults(data: list[str], begun: list[Any]) -> No
     (phase,) = run.phases
     assert (phase.name, phase.objective) == ("scales", {})
     assert (phase.batch_size, phase.optimizer.lr) == (8, 1e-4)
-    epoch = phase.checkpoint_every
-    assert (phase.steps, phase.validate_every) == (10 * epoch, epoch)
+    epoch = Epochs(epochs=1)
+    assert (phase.checkpoint_every, phase.validate_every) == (epoch, epoch)
+    assert phase.steps == Epochs(epochs=10)
     assert (run.data.num_workers, run.data.validation, run.precision) == (4, None, "auto")
     folders = (str(folder), run.checkpoint_dir, run.tracking.log_dir)
     assert folders == ("outputs", "checkpoints", "logs")
@@ -80,8 +81,8 @@ def test_each_of_them_has_an_effect_in_either_spelling(data: list[str], begun: l
     assert [run.model[n] for n in ("initial_size", "target_size")] == [8, 256]
     assert [phase.name for phase in run.phases] == ["scale_1", "scale_2"]
     phase = run.phases[0]
-    epoch = phase.checkpoint_every // 2
-    assert (phase.steps, phase.validate_every) == (3 * epoch, 3 * epoch)
+    assert phase.checkpoint_every == Epochs(epochs=2)
+    assert phase.steps == phase.validate_every == Epochs(epochs=3)
     assert (phase.batch_size, phase.optimizer.lr) == (2, 0.5)
     assert (run.data.num_workers, run.data.validation, run.precision) == (0, data[1], "fp16")
     assert (str(folder), run.checkpoint_dir, run.tracking.log_dir) == ("here", "steps", "noted")

@@ -13,10 +13,11 @@ from nsp.console.train_config import configure
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import open_source
 from nsp.errors import ConfigError
+from nsp.families.next_scale.config import ScalesSettings
 from nsp.families.next_scale.latents import LatentDataset, cached_latents, resized
-from nsp.families.next_scale.objective import ScalesObjective, ScalesSettings
+from nsp.families.next_scale.objective import ScalesObjective
 from nsp.family.objective import TokenCache, TrainingData
-from nsp.family.recipe import RunConfig
+from nsp.family.recipe import Epochs, RunConfig
 from nsp.training.whole_run import train
 from tests.families.next_scale.models import new_tiny_system, tiny_config
 from tests.training.pictures import write_pictures
@@ -115,11 +116,13 @@ def test_the_sizes_and_scales_of_the_command_line_decide_the_run(pictures: Path)
     )
     assert run.model["initial_size"] == 4
     phase = run.phases[-1]
-    assert (phase.name, phase.steps, phase.checkpoint_every) == ("scales", 6, 3)
+    assert (phase.name, phase.steps) == ("scales", Epochs(epochs=2))
+    phase = run.in_steps(12).phases[-1]
+    assert (phase.steps, phase.checkpoint_every) == (6, 3)
     assert (phase.batch_size, phase.optimizer.lr) == (4, 0.5)
     with pytest.raises(ConfigError, match="this model has 0 to 2"):
         _run(pictures, start_scale=3)
-    with pytest.raises(ConfigError, match="is not an option of family var"):
+    with pytest.raises(ConfigError, match="is not an option of preset smoke"):
         configure("smoke", None, data=str(pictures), progressive=True)
 
 

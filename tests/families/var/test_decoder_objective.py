@@ -11,7 +11,7 @@ from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import ConfigError
 from nsp.families.var.decoder_objective import DecoderSettings
 from nsp.family.recipe import RunConfig
-from nsp.training.presets import preset
+from nsp.family.recipes import preset
 from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nsp.errors import ConfigError
 from nsp.families.var import objective
 from nsp.family.recipe import GuardConfig, RunConfig
-from nsp.training.presets import preset
+from nsp.family.recipes import preset
 from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 

@@ -18,7 +18,7 @@ from nsp.families.var.learn import VarLearner
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerSettings, decoded_latents
 from nsp.family.objective import TrainingData
-from nsp.training.presets import preset
+from nsp.family.recipes import preset
 from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 

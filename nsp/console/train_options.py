@@ -1,0 +1,165 @@
+"""Options of `train.py` that a recipe or a family brings, from the signature of its function."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nsp.console.command_line import FOLDER, OneLineErrors
+from nsp.errors import ConfigError, NspError
+from nsp.family.signature import Parameter, Range, parameters
+
+_OWN = "nsp.own_options"  # where a context keeps what was found for its command line
+
+
+@dataclass(frozen=True)
+class Own:
+    """The options of the chosen recipe, and the groups of options that --help shows."""
+
+    owner: str = ""
+    options: Sequence[click.Option] = ()
+    groups: Sequence[tuple[str, Sequence[click.Option]]] = field(default=())
+
+
+class TrainCommand(OneLineErrors):
+    """A command that finds the recipe first, then has the recipe's options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments: once to find the recipe, then with its options."""
+        finder = self.make_parser(ctx)
+        finder.ignore_unknown_options = True
+        chosen, _, _ = finder.parse_args(list(args))
+        common: set[str | None] = {each.name for each in super().get_params(ctx)}
+        wants_help = bool({"-h", "--help"} & set(args))
+        ctx.meta[_OWN] = own_options(chosen, common, wants_help=wants_help)
+        if not wants_help:
+            self._refuse_foreign(ctx, args)
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the common options, and those of the recipe."""
+        own: Own = ctx.meta.get(_OWN, Own())
+        return [*super().get_params(ctx), *own.options]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the common options, then a group for each recipe with options of its own."""
+        own: Own = ctx.meta.get(_OWN, Own())
+        for title, options in (("Options", super().get_params(ctx)), *own.groups):
+            rows = [row for each in options if (row := each.get_help_record(ctx)) is not None]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+    def _refuse_foreign(self, ctx: click.Context, args: Sequence[str]) -> None:
+        """Raise ConfigError for an option that only other recipes have, and name these."""
+        known = {
+            word for each in self.get_params(ctx) for word in (*each.opts, *each.secondary_opts)
+        }
+        for arg in args:
+            word = arg.partition("=")[0].replace("_", "-")
+            if not word.startswith("--") or word in {*known, "--"}:
+                continue
+            name = word.removeprefix("--").removeprefix("no-").replace("-", "_")
+            if others := _presets_with(name):
+                owner = ctx.meta[_OWN].owner
+                raise ConfigError(
+                    f"{word} is not an option of {owner}; presets with it: {', '.join(others)}"
+                )
+
+
+def own_options(chosen: dict[str, Any], common: set[str | None], *, wants_help: bool) -> Own:
+    """Return what the recipe, the file or the stopped run of a command line adds to its options."""
+    from nsp.family.recipes import DEFAULT, recipe, recipes
+
+    if chosen.get("preset") is None and (folder := _place_of(chosen)) is not None:
+        return _of_family(folder, common)
+    if wants_help and chosen.get("preset") is None:
+        grouped: dict[tuple[Parameter, ...], list[str]] = {}
+        for name, found in recipes(built_in_only=True).items():
+            grouped.setdefault(_without(found.parameters, common), []).append(name)
+        groups = [
+            (f"Options of --preset {' or '.join(names)}", [*map(option_of, own)])
+            for own, names in grouped.items()
+            if own
+        ]
+        return Own(groups=groups)
+    found = recipe(chosen.get("preset") or DEFAULT)
+    options = [*map(option_of, _without(found.parameters, common))]
+    groups = [(f"Options of --preset {found.name}", options)] if options else []
+    return Own(f"preset {found.name}", options, groups)
+
+
+def _place_of(chosen: dict[str, Any]) -> Path | None:
+    """Return the file or the run folder that a command line continues from, if any."""
+    if config := chosen.get("config"):
+        return Path(config)
+    if place := chosen.get("resume_from"):
+        found = [
+            each for each in (Path(place), *Path(place).parents) if (each / "run.json").is_file()
+        ]
+        return found[0] / "run.json" if found else Path(place)
+    if chosen.get("resume"):
+        from nsp.family.recipes import DEFAULT
+
+        return Path(chosen.get("output_dir") or Path("runs", DEFAULT)) / "run.json"
+    return None
+
+
+def _of_family(path: Path, common: set[str | None]) -> Own:
+    """Return the options that the family of a run in a file has for it."""
+    from nsp.console.run_files import run_values
+    from nsp.family.registry import family
+
+    try:
+        name = str(run_values(path).get("family"))
+        change = family(name).run_options
+    except (NspError, OSError):  # the command itself reports what is wrong with the file
+        return Own("this run")
+    options = [] if change is None else _without(parameters(change, skip=1), common)
+    made = [*map(option_of, options)]
+    return Own(f"family {name}", made, [(f"Options of family {name}", made)] if made else [])
+
+
+def _without(found: Sequence[Parameter], common: set[str | None]) -> tuple[Parameter, ...]:
+    """Return the parameters that are not options of every run."""
+    return tuple(each for each in found if each.name not in common)
+
+
+def _presets_with(name: str) -> list[str]:
+    from nsp.family.recipes import recipes
+
+    found = recipes(built_in_only=True).values()
+    return [each.name for each in found if name in (own.name for own in each.parameters)]
+
+
+def option_of(parameter: Parameter) -> click.Option:
+    """Return the option for a parameter; its value is None unless it is given."""
+    words = parameter.name.replace("_", "-")
+    spelled = f"--{words}/--no-{words}" if parameter.kind is bool else f"--{words}"
+    shows = parameter.default is not None and parameter.kind is not bool
+    default = f"  [default: {parameter.default}]" if shows else ""
+    return click.Option(
+        [spelled, parameter.name],
+        type=_type(parameter),
+        default=None,
+        help=parameter.help + default,
+        envvar=parameter.env,
+        show_envvar=parameter.env is not None,
+    )
+
+
+def _type(parameter: Parameter) -> "click.ParamType[Any] | type":
+    limits = parameter.range
+    if parameter.choices:
+        return click.Choice(parameter.choices)
+    if parameter.kind is Path:
+        return FOLDER
+    if limits == Range():
+        return parameter.kind
+    if parameter.kind is float:
+        return click.FloatRange(limits.least, limits.most)
+    if parameter.kind is int:
+        least, most = (None if each is None else int(each) for each in (limits.least, limits.most))
+        return click.IntRange(least, most)
+    return parameter.kind

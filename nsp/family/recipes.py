@@ -1,0 +1,112 @@
+"""Named training runs: the recipes of all families."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from nsp.errors import ConfigError
+from nsp.family import signature
+from nsp.family.recipe import RunConfig
+from nsp.family.registry import BUILT_IN, family, family_names
+from nsp.family.signature import Parameter
+from nsp.values import nearest, real
+
+logger = logging.getLogger(__name__)
+
+DEFAULT = "emoji"  # the recipe of a command line without a preset, a file or a stopped run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A function beside its family that returns a run; its signature is the command line."""
+
+    name: str
+    family: str
+    make: Callable[..., RunConfig]
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Its options."""
+        return signature.parameters(self.make)
+
+    @property
+    def output_dir(self) -> Path | None:
+        """The run folder if none is given; None: runs/NAME."""
+        return signature.output_dir(self.make)
+
+    def run(self, **options: object) -> RunConfig:
+        """Return the run; ConfigError for an option that is unknown, missing or out of range."""
+        check_options(f"preset {self.name}", self.parameters, options)
+        return self.make(**options)
+
+
+def check_options(owner: str, known: tuple[Parameter, ...], options: Mapping[str, object]) -> None:
+    """Raise ConfigError for an option that is unknown, missing or out of its range."""
+    named = {each.name: each for each in known}
+    if unknown := [name for name in options if name not in named]:
+        hint = nearest(_option(unknown[0]), map(_option, named)) if named else ""
+        raise ConfigError(f"{_option(unknown[0])} is not an option of {owner}{hint}")
+    if missing := [each for each in known if each.is_required and each.name not in options]:
+        raise ConfigError(f"{owner} needs {_option(missing[0].name)}: {missing[0].help}")
+    for name, value in options.items():
+        limits = named[name].range
+        if isinstance(value, int | float) and limits != signature.Range():
+            least = -float("inf") if limits.least is None else limits.least
+            most = float("inf") if limits.most is None else limits.most
+            real(_option(name), value, least=least, most=most)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def recipes(*, built_in_only: bool = False) -> dict[str, Recipe]:
+    """Return every family's recipes by name; the first family that has a name keeps it."""
+    found: dict[str, Recipe] = {}
+    for owner in BUILT_IN if built_in_only else family_names():
+        for name, make in _recipes_of(owner).items():
+            if found.setdefault(name, Recipe(name, owner, make)).family != owner:
+                logger.warning("recipe %r of family %s is left out: the name is taken", name, owner)
+    return found
+
+
+def _recipes_of(name: str) -> Mapping[str, Callable[..., RunConfig]]:
+    """Return a family's recipes; none, with a warning, of a plugin where they fail."""
+    try:
+        return family(name).recipes
+    except Exception as error:  # the code of another package may raise anything
+        if name in BUILT_IN:
+            raise
+        logger.warning(
+            "family %s has no usable recipes (%s: %s)", name, type(error).__name__, error
+        )
+        return {}
+
+
+def recipe(name: str) -> Recipe:
+    """Return the recipe called `name`, with dashes or underscores; ConfigError names the nearest.
+
+    Families of other packages are loaded only if no built-in one has it.
+    """
+    for spelled in (name, name.replace("-", "_")):
+        if found := recipes(built_in_only=True).get(spelled):
+            return found
+    known = recipes()
+    for spelled in (name, name.replace("-", "_")):
+        if spelled in known:
+            return known[spelled]
+    raise ConfigError(f"unknown preset {name!r}{nearest(name, known)}")
+
+
+def preset(name: str, **options: object) -> RunConfig:
+    """Return the run of the recipe called `name`."""
+    return recipe(name).run(**options)
+
+
+def check_model(run: RunConfig) -> None:
+    """Raise ConfigError for a model or sampling settings that the run's family does not have."""
+    owner = family(run.family)
+    owner.config.from_dict(run.model)
+    owner.sampling.from_dict(run.sampling)

@@ -1,0 +1,128 @@
+"""A recipe's signature, read as options: names, types, defaults, help and ranges, without torch.
+
+    def sdxl(*, vae: Annotated[Path | None, "AutoencoderKL folder"] = None,
+             scale_factor: Annotated[int, "Ratio of two sides", Range(2)] = 2,
+             seed: Annotated[int, "Seed", Env("MY_SEED")] = 0,
+    ) -> Annotated[RunConfig, OutputDir("outputs")]: ...
+
+Recipes that share options declare them once, as a TypedDict of `**options: Unpack[...]`. An option
+that every run has (nsp/console/train_options.py) may be a parameter, too: it is then required, or
+has another default.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from nsp.errors import ConfigError
+
+Kind: TypeAlias = type[bool] | type[int] | type[float] | type[str] | type[Path]
+_KINDS: tuple[Kind, ...] = (bool, int, float, str, Path)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The smallest and the largest value of a number; None: no limit."""
+
+    least: float | None = None
+    most: float | None = None
+
+
+@dataclass(frozen=True)
+class Env:
+    """The environment variable that gives a value if the command line does not."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class OutputDir:
+    """The run folder of a recipe if none is given; annotates its result."""
+
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One option of a recipe."""
+
+    name: str
+    kind: Kind
+    choices: tuple[str, ...] = ()
+    default: object = None
+    is_required: bool = False
+    help: str = ""
+    range: Range = Range()
+    env: str | None = None
+
+
+def parameters(make: Callable[..., Any], *, skip: int = 0) -> tuple[Parameter, ...]:
+    """Return the options of a recipe, without its first `skip` parameters.
+
+    Raises ConfigError for a parameter that cannot be an option.
+    """
+    found: list[Parameter] = []
+    for each in list(_signature(make).parameters.values())[skip:]:
+        if each.kind is each.VAR_KEYWORD and typing.get_origin(each.annotation) is typing.Unpack:
+            (shared,) = typing.get_args(each.annotation)
+            hints = typing.get_type_hints(shared, include_extras=True)
+            found += [_parameter(name, hint, None) for name, hint in hints.items()]
+        elif each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD):
+            found.append(_parameter(each.name, each.annotation, each.default))
+        else:
+            raise ConfigError(f"recipe parameter {each} cannot be an option: it is not a keyword")
+    return tuple(found)
+
+
+def output_dir(make: Callable[..., Any]) -> Path | None:
+    """Return the run folder that a recipe has of its own, if it has one."""
+    result = _signature(make).return_annotation
+    folders = [each for each in getattr(result, "__metadata__", ()) if isinstance(each, OutputDir)]
+    return Path(folders[0].folder) if folders else None
+
+
+def _signature(make: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(make, eval_str=True)
+    except Exception as error:  # names in quotes that the module does not have
+        raise ConfigError(f"the signature of {make!r} cannot be read ({error})") from error
+
+
+def _parameter(name: str, hint: Any, default: object) -> Parameter:
+    """Return the option for one parameter of a function."""
+    hint, notes = _plain(hint, ())
+    choices: tuple[str, ...] = ()
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal and all(isinstance(o, str) for o in options):
+        hint, choices = str, options
+    if hint not in _KINDS:
+        known = ", ".join(each.__name__ for each in _KINDS)
+        raise ConfigError(
+            f"recipe parameter {name}: {hint} cannot be an option; it must be {known}, a Literal "
+            "of texts, or one of these or None"
+        )
+    return Parameter(
+        name=name,
+        kind=hint,
+        choices=choices,
+        default=None if default is inspect.Parameter.empty else default,
+        is_required=default is inspect.Parameter.empty,
+        help=next((note for note in notes if isinstance(note, str)), ""),
+        range=next((note for note in notes if isinstance(note, Range)), Range()),
+        env=next((note.name for note in notes if isinstance(note, Env)), None),
+    )
+
+
+def _plain(hint: Any, notes: tuple[object, ...]) -> tuple[Any, tuple[object, ...]]:
+    """Return a type without Annotated and "or None", and what Annotated says about it."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Annotated:
+        return _plain(arguments[0], (*notes, *arguments[1:]))
+    options = [each for each in arguments if each is not types.NoneType]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(options) == 1:
+        return _plain(options[0], notes)
+    return hint, notes
