@@ -11,8 +11,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nsp.benchmarks.results import Footprint
-from nsp.benchmarks.timing import StageCall
+from nsp.benchmarks.contest.rounds import StageCall
+from nsp.benchmarks.record.result import Footprint
 from nsp.families.var.config import VaeConfig, VarConfig
 from nsp.stage.arena import ARENAS, HostArrays, KVShape
 from nsp.stage.io import Shape, Sizes

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from nsp.benchmarks.child import resident_mib
+from nsp.benchmarks.contest.child import resident_mib
 from nsp.errors import NspError
 
 

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.benchmarks import gpu_contestants as contestants
-from nsp.benchmarks.gpu_ceilings import Clock, GpuCeilings
+from nsp.benchmarks.ceilings.gpu import Clock, GpuCeilings
+from nsp.benchmarks.contest.parity import compare
+from nsp.benchmarks.contest.processes import run_child
+from nsp.benchmarks.contest.rounds import StageCall
 from nsp.benchmarks.gpu_contestants import EAGER, ENTRIES, REFERENCE, Place
 from nsp.benchmarks.gpu_results import (
     DECODER,
@@ -31,11 +34,8 @@ from nsp.benchmarks.gpu_results import (
     part_cost,
     summary_rows,
 )
-from nsp.benchmarks.parity import compare
-from nsp.benchmarks.processes import run_child
 from nsp.benchmarks.random_model import FAMILY, random_config, write_random_model
-from nsp.benchmarks.results import Cost, call_costs
-from nsp.benchmarks.timing import StageCall
+from nsp.benchmarks.record.result import Cost, call_costs
 from nsp.cores import num_threads
 from nsp.family.registry import family
 from nsp.pipeline.pipeline import Pipeline

@@ -13,7 +13,7 @@ from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.manifest import read_manifest
 from nsp.backends.available import availability
 from nsp.backends.onnxruntime.ort_backend import CUDA, OnnxRuntimeBackend
-from nsp.benchmarks import baselines
+from nsp.benchmarks.peers import torch_recorded as baselines
 from nsp.benchmarks.random_model import FAMILY
 from nsp.errors import BackendError
 from nsp.export.run import ExportOptions, export

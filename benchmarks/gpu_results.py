@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from nsp.benchmarks.gpu_ceilings import KERNELS_PER_LAYER, GpuCeilings
-from nsp.benchmarks.machine import Environment
-from nsp.benchmarks.results import Cost
+from nsp.benchmarks.ceilings.cpu import Environment
+from nsp.benchmarks.ceilings.gpu import KERNELS_PER_LAYER, GpuCeilings
+from nsp.benchmarks.record.result import Cost
 from nsp.config import Config
 
 GPU_SCHEMA = 1

@@ -22,11 +22,11 @@ import click
 import torch
 
 from nsp.backends.nvidia import find_gpu
-from nsp.benchmarks.gpu_ceilings import Clock, measure_gpu_ceilings
+from nsp.benchmarks.ceilings.cpu import Environment
+from nsp.benchmarks.ceilings.gpu import Clock, measure_gpu_ceilings
 from nsp.benchmarks.gpu_contest import contest
 from nsp.benchmarks.gpu_contestants import ENTRIES, Place
 from nsp.benchmarks.gpu_results import GPU_SCHEMA, Contest, SuiteResult, markdown
-from nsp.benchmarks.machine import Environment
 from nsp.benchmarks.random_model import random_config
 from nsp.console.command_line import FOLDER
 from nsp.cores import num_threads

@@ -20,7 +20,7 @@ from typing import Any
 import click
 from torch.utils.data import DataLoader, Sampler
 
-from nsp.benchmarks.machine import OtherWork
+from nsp.benchmarks.ceilings.cpu import OtherWork
 from nsp.config import Config
 from nsp.console.command_line import COUNT
 from nsp.console.terminal import results_console

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from nsp.benchmarks.machine import Environment
+from nsp.benchmarks.ceilings.cpu import Environment
 from nsp.config import Config
 from nsp.console.command_line import FOLDER
 from nsp.cores import num_threads

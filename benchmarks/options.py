@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from nsp.benchmarks.peer import check_clone
-from nsp.benchmarks.rivals import RIVAL_NAMES
-from nsp.benchmarks.timing import Stability
+from nsp.benchmarks.contest.contenders import RIVAL_NAMES
+from nsp.benchmarks.contest.rounds import Stability
+from nsp.benchmarks.peers.process import check_clone
 from nsp.errors import ConfigError
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsp.benchmarks.contest_tables import step_section
 from nsp.benchmarks.next_scale import growth_table, read_growth
-from nsp.benchmarks.report import table_lines, write_text
-from nsp.benchmarks.results import BatchResult, BenchResult, Row, read_result
+from nsp.benchmarks.record.result import BatchResult, BenchResult, Row, read_result
+from nsp.benchmarks.render.contest_tables import step_section
+from nsp.benchmarks.render.report import table_lines, write_text
 from nsp.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout: its folder is linked into nsp/

@@ -132,7 +132,7 @@ def bench(
         _compare_results(*compare, threshold=threshold, as_json=as_json)
         return
     check_output(options["output_dir"])
-    from nsp.benchmarks.bench import run
+    from nsp.benchmarks.contest.measure import run
     from nsp.benchmarks.options import BenchOptions
     from nsp.console.terminal import progress_bar, results_console
 
@@ -183,9 +183,9 @@ def _refuse_options_of_other_uses(use: str | None) -> None:
 
 def _compare_results(old: Path, new: Path, *, threshold: str, as_json: bool) -> None:
     """Say how two results differ; end with an error when the engines became slower."""
-    from nsp.benchmarks.compare import compare_results, comparison_sections, parse_threshold
-    from nsp.benchmarks.report import render
-    from nsp.benchmarks.results import read_result
+    from nsp.benchmarks.record.compare import compare_results, comparison_sections, parse_threshold
+    from nsp.benchmarks.record.result import read_result
+    from nsp.benchmarks.render.report import render
     from nsp.console.terminal import results_console
 
     share = parse_threshold(threshold)
@@ -201,7 +201,7 @@ def _compare_results(old: Path, new: Path, *, threshold: str, as_json: bool) -> 
 
 def _measure_fidelity(*, as_json: bool, **options: Any) -> None:
     """Measure and report."""
-    from nsp.benchmarks.fidelity import FidelityOptions, run
+    from nsp.benchmarks.fidelity.measure import FidelityOptions, run
     from nsp.console.terminal import progress_bar
 
     chosen = FidelityOptions(**options)

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from nsp.artifacts.checkpoint import read_checkpoint
-from nsp.benchmarks.bench import BenchEvent, measure
+from nsp.benchmarks.contest.cold import Source
+from nsp.benchmarks.contest.measure import BenchEvent, measure
+from nsp.benchmarks.contest.subject import Side, Subject
 from nsp.benchmarks.flops import TextEncoderSize
-from nsp.benchmarks.memory import Source
 from nsp.benchmarks.options import BenchOptions, Effort
-from nsp.benchmarks.results import BenchResult
-from nsp.benchmarks.subject import Side, Subject
+from nsp.benchmarks.record.result import BenchResult
 from nsp.pipeline.pipeline import Pipeline, load_pipeline, torch_pipeline
 
 SMALL = Effort(

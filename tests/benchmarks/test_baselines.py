@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from nsp.backends.torch import TorchBackend
-from nsp.benchmarks.baselines import CompiledTorchBackend, RecordedTorchBackend, eager, graphed
+from nsp.benchmarks.peers.torch_recorded import (
+    CompiledTorchBackend,
+    RecordedTorchBackend,
+    eager,
+    graphed,
+)
 from nsp.benchmarks.random_model import random_config
 from nsp.family.registry import family
 from nsp.layers.attention import attend_delta
@@ -80,7 +85,7 @@ def test_inputs_and_cache_stay_where_a_recording_holds_them(
 def test_attention_in_place_is_that_of_joined_copies() -> None:
     torch.manual_seed(0)
     arena = DeltaArena(KVShape(1, 9, 2, 3, 4, "float32"), TorchBackend({}, {}))
-    from nsp.benchmarks.baselines import attend_in_place
+    from nsp.benchmarks.peers.torch_recorded import attend_in_place
 
     for length in (1, 3, 5):
         q, k, v = (torch.randn(2, length, 3, 4) for _ in range(3))

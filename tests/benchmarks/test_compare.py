@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from nsp.benchmarks.compare import Ratio, compare_results, parse_threshold
-from nsp.benchmarks.results import BenchResult, batch_result
-from nsp.benchmarks.timing import Observation
+from nsp.benchmarks.contest.rounds import Observation
+from nsp.benchmarks.record.compare import Ratio, compare_results, parse_threshold
+from nsp.benchmarks.record.result import BenchResult, batch_result
 from nsp.cli import main
 from nsp.errors import ConfigError
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
+from nsp.benchmarks.contest.rounds import Contestant
+from nsp.benchmarks.contest.subject import Subject
 from nsp.benchmarks.footprint import arena_bytes, scratch_floats, var_footprint
-from nsp.benchmarks.results import BenchResult
-from nsp.benchmarks.subject import Subject
-from nsp.benchmarks.tables import sections
-from nsp.benchmarks.timing import Contestant
+from nsp.benchmarks.record.result import BenchResult
+from nsp.benchmarks.render.tables import sections
 from nsp.families.var.config import size
 from nsp.families.var.loop import cache
 from nsp.stage.arena import KVShape

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from nsp.backends.nvidia import find_gpu
 from nsp.benchmarks import gpu_contestants, gpu_suite
-from nsp.benchmarks.gpu_ceilings import Clock, GpuCeilings, measure_gpu_ceilings
+from nsp.benchmarks.ceilings.gpu import Clock, GpuCeilings, measure_gpu_ceilings
 from nsp.benchmarks.gpu_contest import contest, fresh_process, part_costs
 from nsp.benchmarks.gpu_contestants import ENTRIES, Entry, Place
 from nsp.benchmarks.gpu_results import (

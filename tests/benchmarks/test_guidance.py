@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from nsp.benchmarks.guidance import LAST_SCALES, NUM_PICTURES, guidance_sweep
-from nsp.benchmarks.plots import plots
-from nsp.benchmarks.report import markdown
-from nsp.benchmarks.results import BenchResult, GuidancePoint
-from nsp.benchmarks.subject import Subject
-from nsp.benchmarks.tables import sections
+from nsp.benchmarks.contest.guidance import LAST_SCALES, NUM_PICTURES, guidance_sweep
+from nsp.benchmarks.contest.subject import Subject
+from nsp.benchmarks.record.result import BenchResult, GuidancePoint
+from nsp.benchmarks.render.plots import plots
+from nsp.benchmarks.render.report import markdown
+from nsp.benchmarks.render.tables import sections
 from nsp.pipeline.pipeline import Pipeline
 
 

@@ -5,13 +5,13 @@ import sys
 import numpy as np
 import pytest
 
-from nsp.benchmarks.machine import Ceilings, Environment, OtherWork, measure_ceilings
-from nsp.benchmarks.memory import ColdRun
-from nsp.benchmarks.processes import run_child
-from nsp.benchmarks.results import BenchResult
+from nsp.benchmarks.ceilings.cpu import Ceilings, Environment, OtherWork, measure_ceilings
+from nsp.benchmarks.contest.cold import ColdRun
+from nsp.benchmarks.contest.processes import run_child
+from nsp.benchmarks.record.result import BenchResult
 from nsp.errors import BackendError
 
-PEAK = "from nsp.benchmarks.child import resident_mib; print(resident_mib('VmHWM'))"
+PEAK = "from nsp.benchmarks.contest.child import resident_mib; print(resident_mib('VmHWM'))"
 
 
 def test_the_peak_of_a_fresh_process_is_its_own_and_not_its_parents() -> None:
@@ -65,7 +65,7 @@ def test_a_failing_process_is_one_line_that_ends_with_its_message() -> None:
         {"started_ns": 0, "path": "nowhere", "backend": "auto", "options": {}, "request": {}}
     )
     with pytest.raises(BackendError, match="nowhere does not exist") as caught:
-        run_child("nsp.benchmarks.child", [job], threads=1)
+        run_child("nsp.benchmarks.contest.child", [job], threads=1)
     assert "\n" not in str(caught.value)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsp.benchmarks.page import page
-from nsp.benchmarks.parity import Flip
-from nsp.benchmarks.pictures import Pictures
-from nsp.benchmarks.results import BenchResult, Entry, GuidancePoint, SweepPoint
-from nsp.benchmarks.scenarios import sweep_scenarios
-from nsp.benchmarks.section import ms
+from nsp.benchmarks.contest.parity import Flip
+from nsp.benchmarks.contest.pictures import Pictures
+from nsp.benchmarks.contest.scenarios import sweep_scenarios
+from nsp.benchmarks.record.result import BenchResult, Entry, GuidancePoint, SweepPoint
+from nsp.benchmarks.render.page import page
+from nsp.benchmarks.render.section import ms
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nsp.benchmarks.parity import MAX_FLIPS, Parity, _kl, compare, psnr_db
+from nsp.benchmarks.contest.parity import MAX_FLIPS, Parity, _kl, compare, psnr_db
 from nsp.errors import ParityError
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 

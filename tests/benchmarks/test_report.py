@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nsp.benchmarks import bench
-from nsp.benchmarks.bench import BenchEvent, measure, run
-from nsp.benchmarks.contest_tables import step_ms, step_section
+from nsp.benchmarks.ceilings.product import GEMM
+from nsp.benchmarks.contest import measure as bench
+from nsp.benchmarks.contest.measure import BenchEvent, measure, run
+from nsp.benchmarks.contest.subject import Subject
 from nsp.benchmarks.options import BenchOptions, Effort
-from nsp.benchmarks.product import GEMM
-from nsp.benchmarks.report import markdown, write_report
-from nsp.benchmarks.results import BenchResult
-from nsp.benchmarks.subject import Subject
-from nsp.benchmarks.tables import sections
+from nsp.benchmarks.record.result import BenchResult
+from nsp.benchmarks.render.contest_tables import step_ms, step_section
+from nsp.benchmarks.render.report import markdown, write_report
+from nsp.benchmarks.render.tables import sections
 from nsp.distribution import pip_install
 from nsp.errors import ConfigError
 from tests.benchmarks.conftest import SMALL
@@ -27,7 +27,7 @@ def drawn_elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """Leave the drawing of the page, two seconds each, to its own tests."""
     if "packages" not in request.node.name:
         monkeypatch.setattr(
-            "nsp.benchmarks.report.page", lambda result, pictures: "drawn elsewhere"
+            "nsp.benchmarks.render.report.page", lambda result, pictures: "drawn elsewhere"
         )
 
 

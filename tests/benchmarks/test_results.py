@@ -3,11 +3,11 @@ from typing import Any
 
 import pytest
 
+from nsp.benchmarks.ceilings.cpu import Ceilings
+from nsp.benchmarks.contest.rounds import Contestant, Observation
+from nsp.benchmarks.contest.subject import Subject
 from nsp.benchmarks.flops import TextEncoderSize
-from nsp.benchmarks.machine import Ceilings
-from nsp.benchmarks.results import CallCost, Cost, batch_result, call_costs
-from nsp.benchmarks.subject import Subject
-from nsp.benchmarks.timing import Contestant, Observation
+from nsp.benchmarks.record.result import CallCost, Cost, batch_result, call_costs
 
 CEILINGS = Ceilings(threads=1, gemm_side=8, gemm_gflops={"numpy": (50.0, 100.0)}, copy_gb_s=(10.0,))
 COSTS = [

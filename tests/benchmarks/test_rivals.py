@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from nsp.artifacts.checkpoint import read_checkpoint
-from nsp.benchmarks import rivals
-from nsp.benchmarks.memory import Source
-from nsp.benchmarks.options import BenchOptions
-from nsp.benchmarks.peer import PEER, check_clone, peer_process
-from nsp.benchmarks.rivals import (
+from nsp.benchmarks.contest import contenders as rivals
+from nsp.benchmarks.contest.cold import Source
+from nsp.benchmarks.contest.contenders import (
     PlainOnnxBackend,
     Rival,
     export_plain,
@@ -21,9 +19,11 @@ from nsp.benchmarks.rivals import (
     make_rivals,
     other_precisions,
 )
-from nsp.benchmarks.scenarios import sweep_scenarios
-from nsp.benchmarks.subject import Side, Subject
-from nsp.benchmarks.sweep import sweep
+from nsp.benchmarks.contest.scenarios import sweep_scenarios
+from nsp.benchmarks.contest.subject import Side, Subject
+from nsp.benchmarks.contest.sweep import sweep
+from nsp.benchmarks.options import BenchOptions
+from nsp.benchmarks.peers.process import PEER, check_clone, peer_process
 from nsp.cli import main
 from nsp.errors import BackendError, ConfigError
 from nsp.pipeline.pipeline import Pipeline, load_pipeline

@@ -7,7 +7,7 @@ import pytest
 
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.manifest import read_manifest, write_manifest
-from nsp.benchmarks.subject import BASELINE, CAPTIONS, Subject, load_subject
+from nsp.benchmarks.contest.subject import BASELINE, CAPTIONS, Subject, load_subject
 from nsp.data.sources import EMOJI_TAR
 from nsp.errors import CheckpointError, EngineError
 from tests.artifacts.engine_folders import CLASSES, TEXT, write_engines

@@ -3,7 +3,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsp.benchmarks.timing import Contestant, Observation, Stability, interleaved, percentiles
+from nsp.benchmarks.contest.rounds import (
+    Contestant,
+    Observation,
+    Stability,
+    interleaved,
+    percentiles,
+)
 from nsp.pipeline.pipeline import Pipeline
 
 REQUEST = {"prompts": ["red apple"], "seed": 3}

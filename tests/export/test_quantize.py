@@ -8,8 +8,8 @@ import onnx
 import pytest
 
 from nsp.artifacts.manifest import Manifest, Variant
-from nsp.benchmarks.rivals import make_rivals, other_precisions
-from nsp.benchmarks.subject import load_subject
+from nsp.benchmarks.contest.contenders import make_rivals, other_precisions
+from nsp.benchmarks.contest.subject import load_subject
 from nsp.errors import ConfigError
 from nsp.export.options import ExportOptions
 from nsp.export.proof.verify import verify

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nsp.benchmarks import bench
+from nsp.benchmarks.contest import measure as bench
 from nsp.benchmarks.options import QUICK, BenchOptions
 from nsp.family.registry import BUILT_IN, family
 from nsp.testing import CHECKS, Check, UnderTest

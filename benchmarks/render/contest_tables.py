@@ -3,11 +3,11 @@
 import statistics
 from collections.abc import Sequence
 
-from nsp.benchmarks.intervals import median_ratio
-from nsp.benchmarks.product import GEMM, product_gflop
-from nsp.benchmarks.results import BatchResult, BenchResult
-from nsp.benchmarks.section import NONE, Section, db, ms, percent
-from nsp.benchmarks.timing import Observation
+from nsp.benchmarks.ceilings.product import GEMM, product_gflop
+from nsp.benchmarks.contest.rounds import Observation
+from nsp.benchmarks.record.intervals import median_ratio
+from nsp.benchmarks.record.result import BatchResult, BenchResult
+from nsp.benchmarks.render.section import NONE, Section, db, ms, percent
 
 
 def rivals_section(result: BenchResult) -> Section:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from nsp.benchmarks.contract import Contract
+from nsp.benchmarks.ceilings.cpu import Ceilings, Environment
+from nsp.benchmarks.contest.cold import ColdRun
+from nsp.benchmarks.contest.parity import Parity
+from nsp.benchmarks.contest.rounds import Observation, Percentiles, StageCall, percentiles
+from nsp.benchmarks.contest.scenarios import Scenario
 from nsp.benchmarks.flops import TextEncoderSize, stage_work
-from nsp.benchmarks.machine import Ceilings, Environment
-from nsp.benchmarks.memory import ColdRun
-from nsp.benchmarks.parity import Parity
-from nsp.benchmarks.scenarios import Scenario
-from nsp.benchmarks.timing import Observation, Percentiles, StageCall, percentiles
+from nsp.benchmarks.record.contract import Contract
 from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.files import read_json

@@ -13,19 +13,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from nsp.benchmarks.contract import TIMING_BOUNDARY, Contract
-from nsp.benchmarks.doubts import doubts
+from nsp.benchmarks.ceilings.cpu import Ceilings, Environment, OtherWork, measure_ceilings
+from nsp.benchmarks.ceilings.product import Product
+from nsp.benchmarks.contest.cold import ColdRun, cold_run
+from nsp.benchmarks.contest.contenders import RIVALS, make_rivals, other_precisions
+from nsp.benchmarks.contest.guidance import guidance_sweep
+from nsp.benchmarks.contest.parity import Parity, compare, takes_tokens
+from nsp.benchmarks.contest.pictures import Pictures, make_pictures
+from nsp.benchmarks.contest.rounds import Contestant, Observation, Timed, interleaved
+from nsp.benchmarks.contest.scenarios import Scenario, batch_scenarios, sweep_scenarios
+from nsp.benchmarks.contest.subject import Subject, load_subject, torch_threads
+from nsp.benchmarks.contest.sweep import sweep
 from nsp.benchmarks.footprint import FOOTPRINTS
-from nsp.benchmarks.guidance import guidance_sweep
-from nsp.benchmarks.machine import Ceilings, Environment, OtherWork, measure_ceilings
-from nsp.benchmarks.memory import ColdRun, cold_run
 from nsp.benchmarks.options import BenchOptions, Effort, plain
-from nsp.benchmarks.parity import Parity, compare, takes_tokens
-from nsp.benchmarks.peer import peer_process
-from nsp.benchmarks.pictures import Pictures, make_pictures
-from nsp.benchmarks.product import Product
-from nsp.benchmarks.report import BenchReport, write_report
-from nsp.benchmarks.results import (
+from nsp.benchmarks.peers.process import peer_process
+from nsp.benchmarks.record.contract import TIMING_BOUNDARY, Contract
+from nsp.benchmarks.record.doubts import doubts
+from nsp.benchmarks.record.result import (
     SCHEMA,
     BatchResult,
     BenchResult,
@@ -36,11 +40,7 @@ from nsp.benchmarks.results import (
     batch_result,
     call_costs,
 )
-from nsp.benchmarks.rivals import RIVALS, make_rivals, other_precisions
-from nsp.benchmarks.scenarios import Scenario, batch_scenarios, sweep_scenarios
-from nsp.benchmarks.subject import Subject, load_subject, torch_threads
-from nsp.benchmarks.sweep import sweep
-from nsp.benchmarks.timing import Contestant, Observation, Timed, interleaved
+from nsp.benchmarks.render.report import BenchReport, write_report
 from nsp.cores import num_threads, usable_cores
 from nsp.errors import BackendError, ConfigError
 

@@ -1,9 +1,9 @@
-"""The program whose start-up and memory are measured: `python -m nsp.benchmarks.child JOB`.
+"""The program whose start-up and memory are measured: `python -m nsp.benchmarks.contest.child JOB`.
 
-It prints one JSON object, the measured fields of `nsp.benchmarks.memory.ColdRun`. JOB is JSON too:
-`started_ns`, the parent's monotonic clock just before this process was created; `path`, `backend`
-and `options` for `load_pipeline`; `request` for `Pipeline.stream`. Only what is always needed is
-imported before the clock is first read.
+It prints one JSON object, the measured fields of `ColdRun`. JOB is JSON too: `started_ns`, the
+parent's monotonic clock just before this process was created; `path`, `backend` and `options` for
+`load_pipeline`; `request` for `Pipeline.stream`. Only what is always needed is imported before the
+clock is first read.
 """
 
 import json
@@ -36,7 +36,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     import importlib
 
     from nsp.backends.available import backend_record
-    from nsp.benchmarks.timing import StageCall, TimedBackend, with_backend
+    from nsp.benchmarks.contest.rounds import StageCall, TimedBackend, with_backend
     from nsp.errors import ConfigError
     from nsp.pipeline.pipeline import load_pipeline
     from nsp.pipeline.results import to_uint8

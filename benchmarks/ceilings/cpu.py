@@ -1,7 +1,7 @@
 """What the numbers were measured on: the environment, and the ceilings of this machine in this run.
 
-`python -m nsp.benchmarks.machine THREADS SIDE` prints the ceilings as JSON; `measure_ceilings` runs
-it as a child, because the number of threads of NumPy's products is fixed when NumPy is imported.
+`python -m nsp.benchmarks.ceilings.cpu THREADS SIDE` prints the ceilings as JSON; `measure_ceilings`
+runs it as a child, because NumPy's number of threads is fixed when NumPy is imported.
 """
 
 import importlib.metadata
@@ -16,8 +16,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from nsp.benchmarks.processes import run_child
-from nsp.benchmarks.product import onnxruntime_product, product_gflop
+from nsp.benchmarks.ceilings.product import onnxruntime_product, product_gflop
+from nsp.benchmarks.contest.processes import run_child
 from nsp.config import Config
 from nsp.console.doctor import examine
 from nsp.cores import usable_cores
@@ -149,7 +149,7 @@ class Ceilings(Config):
 def measure_ceilings(*, threads: int, gemm_side: int) -> Ceilings:
     """Return the ceilings, measured in a fresh process. Takes about a second."""
     return Ceilings.from_dict(
-        run_child("nsp.benchmarks.machine", [str(threads), str(gemm_side)], threads=threads)
+        run_child("nsp.benchmarks.ceilings.cpu", [str(threads), str(gemm_side)], threads=threads)
     )
 
 

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nsp.benchmarks.pictures import Pictures
-from nsp.benchmarks.plots import plots
-from nsp.benchmarks.results import BenchResult
-from nsp.benchmarks.section import Section, ms
-from nsp.benchmarks.svg import Plot
-from nsp.benchmarks.tables import sections
+from nsp.benchmarks.contest.pictures import Pictures
+from nsp.benchmarks.record.result import BenchResult
+from nsp.benchmarks.render.plots import plots
+from nsp.benchmarks.render.section import Section, ms
+from nsp.benchmarks.render.svg import Plot
+from nsp.benchmarks.render.tables import sections
 from nsp.errors import MissingExtraError
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.benchmarks.parity import psnr_db
-from nsp.benchmarks.subject import Subject
+from nsp.benchmarks.contest.parity import psnr_db
+from nsp.benchmarks.contest.subject import Subject
 
 NUM_PICTURES = 6
 _GAIN = 16  # of a difference as it is shown: rounding to 8 bits alone is invisible

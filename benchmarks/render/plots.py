@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nsp.benchmarks.growth_plots import batches_plot, guidance_plot, threads_plot, tokens_plot
-from nsp.benchmarks.intervals import median_ratio
-from nsp.benchmarks.machine import Ceilings
-from nsp.benchmarks.parity import Parity
-from nsp.benchmarks.results import BatchResult, BenchResult, Row
-from nsp.benchmarks.section import ms
-from nsp.benchmarks.svg import FAINT, INK, MARKERS, SERIES, Plot, draw
+from nsp.benchmarks.ceilings.cpu import Ceilings
+from nsp.benchmarks.contest.parity import Parity
+from nsp.benchmarks.record.intervals import median_ratio
+from nsp.benchmarks.record.result import BatchResult, BenchResult, Row
+from nsp.benchmarks.render.growth_plots import (
+    batches_plot,
+    guidance_plot,
+    threads_plot,
+    tokens_plot,
+)
+from nsp.benchmarks.render.section import ms
+from nsp.benchmarks.render.svg import FAINT, INK, MARKERS, SERIES, Plot, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,6 @@
-"""The program around the public VAR code: `python -m nsp.benchmarks.peer_child`, a line per batch.
+"""The program around the public VAR code: a line of JSON per batch.
 
-The first line read is the job (`nsp.benchmarks.peer.peer_job`), answered with what was built; every
+The first line read is the job (`peer_job`), answered with what was built; every
 further line asks for a batch and is answered with its times. What that code prints goes to stderr.
 """
 

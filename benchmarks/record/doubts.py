@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from nsp.benchmarks.machine import Ceilings, Environment
-from nsp.benchmarks.results import BatchResult
+from nsp.benchmarks.ceilings.cpu import Ceilings, Environment
+from nsp.benchmarks.record.result import BatchResult
 
 NOISE_SPREAD = 0.25  # of the median, from p10 to p90
 NOISE_DRIFT = 0.15  # of the ceilings, from before to after

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.benchmarks.parity import psnr_db
-from nsp.benchmarks.results import GuidancePoint, measured_times
-from nsp.benchmarks.timing import Contestant, interleaved
+from nsp.benchmarks.contest.parity import psnr_db
+from nsp.benchmarks.contest.rounds import Contestant, interleaved
+from nsp.benchmarks.record.result import GuidancePoint, measured_times
 from nsp.pipeline.pipeline import Pipeline
 
 LAST_SCALES = 4  # at most so many go without guidance

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest, read_manifest
 from nsp.backends.available import backend_record
-from nsp.benchmarks.results import Entry
-from nsp.benchmarks.subject import Subject
-from nsp.benchmarks.timing import Contestant
+from nsp.benchmarks.contest.rounds import Contestant
+from nsp.benchmarks.contest.subject import Subject
+from nsp.benchmarks.record.result import Entry
 from nsp.errors import BackendError, ConfigError, NspError
 from nsp.family.contract import AnyFamily
 from nsp.pipeline.pipeline import Pipeline, load_pipeline

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.benchmarks.timing import Observation
+from nsp.benchmarks.contest.rounds import Observation
 
 GEMM = "GEMM"  # the contestant's name
 

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 
-from nsp.benchmarks.contest_tables import (
+from nsp.benchmarks.ceilings.cpu import Ceilings
+from nsp.benchmarks.contest.parity import Parity
+from nsp.benchmarks.record.result import BatchResult, BenchResult, Row
+from nsp.benchmarks.render.contest_tables import (
     guidance_section,
     rivals_section,
     step_section,
     sweep_section,
 )
-from nsp.benchmarks.machine import Ceilings
-from nsp.benchmarks.memory_tables import cold_section, first_calls_section, footprint_section
-from nsp.benchmarks.parity import Parity
-from nsp.benchmarks.results import BatchResult, BenchResult, Row
-from nsp.benchmarks.section import NONE, Section, db, ms, percent
+from nsp.benchmarks.render.memory_tables import cold_section, first_calls_section, footprint_section
+from nsp.benchmarks.render.section import NONE, Section, db, ms, percent
 
 
 def sections(result: BenchResult) -> Iterator[Section]:

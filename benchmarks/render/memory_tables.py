@@ -3,9 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
-from nsp.benchmarks.memory import ColdRun
-from nsp.benchmarks.results import BenchResult, Footprint
-from nsp.benchmarks.section import NONE, Section, ms
+from nsp.benchmarks.contest.cold import ColdRun
+from nsp.benchmarks.record.result import BenchResult, Footprint
+from nsp.benchmarks.render.section import NONE, Section, ms
 
 
 def cold_section(result: BenchResult) -> Section:

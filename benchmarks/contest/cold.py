@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsp.benchmarks.processes import run_child
+from nsp.benchmarks.contest.processes import run_child
 from nsp.config import Config
 
 
@@ -64,5 +64,5 @@ def cold_run(source: Source, request: Mapping[str, Any], *, batch: int, threads:
         "options": dict(source.options),
         "request": dict(request),
     }
-    measured = run_child("nsp.benchmarks.child", [json.dumps(job)], threads=threads)
+    measured = run_child("nsp.benchmarks.contest.child", [json.dumps(job)], threads=threads)
     return ColdRun.from_dict({"contestant": source.name, "batch": batch, **measured})

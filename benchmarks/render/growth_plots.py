@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nsp.benchmarks.results import BenchResult
-from nsp.benchmarks.svg import INK, MARKERS, SERIES, Plot, draw
+from nsp.benchmarks.record.result import BenchResult
+from nsp.benchmarks.render.svg import INK, MARKERS, SERIES, Plot, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

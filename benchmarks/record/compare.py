@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.benchmarks.results import BatchResult, BenchResult
-from nsp.benchmarks.section import Section
-from nsp.benchmarks.timing import Observation
+from nsp.benchmarks.contest.rounds import Observation
+from nsp.benchmarks.record.result import BatchResult, BenchResult
+from nsp.benchmarks.render.section import Section
 from nsp.config import Config
 from nsp.errors import ConfigError
 

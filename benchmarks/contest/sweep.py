@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from nsp.benchmarks.results import SweepPoint
-from nsp.benchmarks.scenarios import Scenario
-from nsp.benchmarks.subject import Subject, torch_threads
-from nsp.benchmarks.timing import Contestant, interleaved
+from nsp.benchmarks.contest.rounds import Contestant, interleaved
+from nsp.benchmarks.contest.scenarios import Scenario
+from nsp.benchmarks.contest.subject import Subject, torch_threads
+from nsp.benchmarks.record.result import SweepPoint
 
 Load = Callable[[int], Subject]  # threads -> both sides, loaded for so many
 

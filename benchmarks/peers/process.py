@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nsp.benchmarks.processes import environment
-from nsp.benchmarks.timing import Observation
+from nsp.benchmarks.contest.processes import environment
+from nsp.benchmarks.contest.rounds import Observation
 from nsp.errors import BackendError, ConfigError
 
 PEER = "public VAR"
@@ -110,7 +110,7 @@ def peer_process(path: Path, config: Any, sampling: Any, *, threads: int) -> Ite
     """
     check_clone(path)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "nsp.benchmarks.peer_child"],
+        [sys.executable, "-P", "-m", "nsp.benchmarks.peers.program"],
         env=environment(threads),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nsp.benchmarks.page import page
-from nsp.benchmarks.pictures import Pictures
-from nsp.benchmarks.results import BatchResult, BenchResult
-from nsp.benchmarks.section import Section
-from nsp.benchmarks.tables import sections
+from nsp.benchmarks.contest.pictures import Pictures
+from nsp.benchmarks.record.result import BatchResult, BenchResult
+from nsp.benchmarks.render.page import page
+from nsp.benchmarks.render.section import Section
+from nsp.benchmarks.render.tables import sections
 from nsp.errors import MissingExtraError
 from nsp.files import write_file
 

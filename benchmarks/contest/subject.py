@@ -11,9 +11,9 @@ from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.artifacts.manifest import Manifest, read_manifest
 from nsp.artifacts.repair import find_source
 from nsp.backends.available import availability, backend_record
+from nsp.benchmarks.contest.cold import Source
 from nsp.benchmarks.flops import TextEncoderSize
-from nsp.benchmarks.memory import Source
-from nsp.benchmarks.results import Model
+from nsp.benchmarks.record.result import Model
 from nsp.console import command_line
 from nsp.errors import BackendError, CheckpointError
 from nsp.pipeline.keywords import LoadOptions
