@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nsp.benchmarks.contest.rounds import StageCall
+from nsp.benchmarks.contest.clocked import StageCall
 from nsp.benchmarks.record.result import Footprint
 from nsp.families.var.config import VaeConfig, VarConfig
 from nsp.stage.arena import ARENAS, HostArrays, KVShape

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.benchmarks.contest.rounds import Observation
+from nsp.benchmarks.record.times import Observation
 
-GEMM = "GEMM"  # the contestant's name
+GEMM = "GEMM"  # the contender's name
 
 
 def product_gflop(side: int) -> float:
@@ -49,7 +49,7 @@ def onnxruntime_product(
 
 
 class Product:
-    """The product as a contestant; it ignores the request."""
+    """The product as a contender; it ignores the request."""
 
     name = GEMM
 
@@ -57,7 +57,7 @@ class Product:
         self._compute = compute
 
     @classmethod
-    def contestants(cls, side: int, *, threads: int) -> list["Product"]:
+    def contenders(cls, side: int, *, threads: int) -> list["Product"]:
         """Return the one there is; none where ONNX Runtime is missing."""
         a, b = (np.random.default_rng(s).standard_normal((side, side), np.float32) for s in (0, 1))
         compute = onnxruntime_product(a, b, threads=threads)
@@ -69,5 +69,5 @@ class Product:
         self._compute()
         wall_ms = round(1e3 * (time.perf_counter() - start), 4)
         return Observation(
-            contestant=self.name, round=number, place=place, wall_ms=wall_ms, stage_ms={}
+            contender=self.name, round=number, place=place, wall_ms=wall_ms, stage_ms={}
         )

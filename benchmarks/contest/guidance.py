@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.benchmarks.contest.parity import psnr_db
-from nsp.benchmarks.contest.rounds import Contestant, interleaved
-from nsp.benchmarks.record.result import GuidancePoint, measured_times
+from nsp.benchmarks.contest.rounds import Runner, interleaved
+from nsp.benchmarks.record.result import GuidancePoint
+from nsp.benchmarks.record.times import measured_times
 from nsp.pipeline.pipeline import Pipeline
 
 LAST_SCALES = 4  # at most so many go without guidance
@@ -27,18 +28,22 @@ def guidance_sweep(
 ) -> Iterator[GuidancePoint]:
     """Yield a point for guidance on all scales, then for ever fewer; none for a model without it.
 
+    Only families whose guidance can end early have the setting `guidance_until`.
+
     Times are of single images, all settings in the same rounds; pictures are made from the same
     conditions and seed, each setting with its own tokens.
     """
-    count = pipeline.config.num_scales
-    guided = {until: _guided(pipeline, until) for until in range(count, -1, -1)}
-    if all(value == 1 for value in guided[count].sampling.guidance_per_scale(count)):
+    settings = pipeline.sampling.to_dict()
+    if "guidance_until" not in settings or settings["guidance_scale"] == 1:
         return
-    guided = {n: each for n, each in guided.items() if n >= count - LAST_SCALES}
+    one: dict[str, Any] = {**conditions(1), "seed": seed}
+    count = [*pipeline.stream(**one)][-1].num_scales
+    fewest = max(0, count - LAST_SCALES)
+    guided = {until: _guided(pipeline, until) for until in range(count, fewest - 1, -1)}
     observations = list(
         interleaved(
-            [Contestant(str(until), each) for until, each in guided.items()],
-            {**conditions(1), "seed": seed},
+            [Runner(str(until), each) for until, each in guided.items()],
+            one,
             rounds=rounds,
             warmup=1,
             max_seconds=seconds,

@@ -1,4 +1,4 @@
-"""`nsp bench`: measures an engine folder and the PyTorch model it was made from.
+"""`nsp bench`: measures an engine folder, of any family and device, beside its baseline.
 
     load both -> parity -> interleaved rounds per scenario -> fresh processes -> sweep -> report
 
@@ -12,37 +12,41 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
-from nsp.benchmarks.ceilings.cpu import Ceilings, Environment, OtherWork, measure_ceilings
+from nsp.benchmarks.ceilings.cpu import measure_ceilings
 from nsp.benchmarks.ceilings.product import Product
-from nsp.benchmarks.contest.cold import ColdRun, cold_run
-from nsp.benchmarks.contest.contenders import RIVALS, make_rivals, other_precisions
+from nsp.benchmarks.ceilings.rates import Ceilings
+from nsp.benchmarks.contest.cold import cold_run
+from nsp.benchmarks.contest.contenders import Source
+from nsp.benchmarks.contest.field import Asked, Ready, asked_for, default_names, make_ready, peers
 from nsp.benchmarks.contest.guidance import guidance_sweep
-from nsp.benchmarks.contest.parity import Parity, compare, takes_tokens
-from nsp.benchmarks.contest.pictures import Pictures, make_pictures
-from nsp.benchmarks.contest.rounds import Contestant, Observation, Timed, interleaved
-from nsp.benchmarks.contest.scenarios import Scenario, batch_scenarios, sweep_scenarios
+from nsp.benchmarks.contest.parity import compare
+from nsp.benchmarks.contest.pictures import make_pictures
+from nsp.benchmarks.contest.rounds import Runner, Timed, interleaved
+from nsp.benchmarks.contest.steps import parts
 from nsp.benchmarks.contest.subject import Subject, load_subject, torch_threads
-from nsp.benchmarks.contest.sweep import sweep
-from nsp.benchmarks.footprint import FOOTPRINTS
+from nsp.benchmarks.contest.sweep import batch_scenarios, sweep, sweep_scenarios
+from nsp.benchmarks.costs import counter, footprint
 from nsp.benchmarks.options import BenchOptions, Effort, plain
-from nsp.benchmarks.peers.process import peer_process
+from nsp.benchmarks.record.cold import ColdRun
 from nsp.benchmarks.record.contract import TIMING_BOUNDARY, Contract
 from nsp.benchmarks.record.doubts import doubts
+from nsp.benchmarks.record.environment import Environment, OtherWork
+from nsp.benchmarks.record.old import SCHEMA
+from nsp.benchmarks.record.parity import Parity
 from nsp.benchmarks.record.result import (
-    SCHEMA,
     BatchResult,
     BenchResult,
-    Entry,
     Footprint,
+    Scenario,
     Stopped,
-    SweepPoint,
-    batch_result,
-    call_costs,
 )
+from nsp.benchmarks.record.rows import batch_result
+from nsp.benchmarks.record.times import Observation
 from nsp.benchmarks.render.report import BenchReport, write_report
 from nsp.cores import num_threads, usable_cores
-from nsp.errors import BackendError, ConfigError
+from nsp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -68,127 +72,203 @@ def run(options: BenchOptions, *, on_event: OnEvent | None = None) -> BenchRepor
     engines that do not give finite numbers, ConfigError for a batch the engines do not take.
     """
     threads = num_threads(options.threads)
-    emit = on_event or _ignore
-    emit(BenchEvent(activity="loading", done=0, total=1))
-    subject, effort = _load(options, threads), Effort.of(options)
-    result = measure(subject, options, effort, threads=threads, on_event=emit)
+    bench = Bench(options, Effort.of(options), threads, on_event or _ignore)
+    bench.tell("loading")
+    subject = bench.load(threads)
+    result = bench.measure(subject)
     if options.sweep:
-        points = tuple(_sweep(subject, options, effort, emit))
-        result = dataclasses.replace(result, sweep=points)
-    if options.sweep and hasattr(subject.candidate.pipeline.sampling, "guidance_until"):
-        emit(BenchEvent(activity="sweep: guidance ended early", done=0, total=1))
-        guidance = guidance_sweep(
-            subject.candidate.pipeline,
-            subject.conditions,
-            rounds=effort.sweep_rounds,
-            seconds=effort.sweep_seconds,
-            seed=options.seed,
-        )
-        result = dataclasses.replace(result, guidance=tuple(guidance))
-    report = write_report(result, options.output_dir, pictures=_pictures(subject, options, emit))
+        result = bench.swept(result, subject)
+    bench.tell("contact sheet")
+    pictures = make_pictures(subject, seed=options.seed)
+    report = write_report(result, options.output_dir, pictures=pictures)
     logger.info("benchmark took %.0f s: %s", result.seconds, report.markdown_path)
     return report
 
 
-def _load(options: BenchOptions, threads: int) -> Subject:
-    """Return both sides, loaded for a number of threads."""
-    return load_subject(
-        options.engine_dir,
-        checkpoint=options.checkpoint,
-        backend=options.backend,
-        precision=options.precision,
-        threads=threads,
-    )
+@dataclass(frozen=True)
+class Bench:
+    """One benchmark: its options, and whom to tell of its progress."""
 
+    options: BenchOptions
+    effort: Effort
+    threads: int
+    on_event: OnEvent
+    more: tuple[Asked, ...] = ()  # contenders that are not known by name
 
-def _sweep(
-    subject: Subject, options: BenchOptions, effort: Effort, on_event: OnEvent
-) -> Iterator[SweepPoint]:
-    """Yield the sweep's points; `subject` says what the engines take."""
-    limit = subject.candidate.pipeline.max_batch
-    yield from sweep(
-        lambda threads: _load(options, threads),
-        sweep_scenarios(cores=usable_cores(), max_batch=limit),
-        rounds=effort.sweep_rounds,
-        warmup=min(1, effort.warmup),
-        seed=options.seed,
-        seconds_per_batch=effort.sweep_seconds,
-        on_start=lambda name, done, total: on_event(
-            BenchEvent(activity=name, done=done, total=total)
-        ),
-    )
+    def tell(self, activity: str, done: int = 0, total: int = 1) -> None:
+        """Tell what is going on."""
+        self.on_event(BenchEvent(activity=activity, done=done, total=total))
 
-
-def _pictures(subject: Subject, options: BenchOptions, on_event: OnEvent) -> Pictures | None:
-    """Return the pictures of both sides for the same prompts, or None without a baseline."""
-    on_event(BenchEvent(activity="contact sheet", done=0, total=1))
-    return make_pictures(subject, seed=options.seed)
-
-
-def measure(
-    subject: Subject,
-    options: BenchOptions,
-    effort: Effort,
-    *,
-    threads: int,
-    on_event: OnEvent,
-) -> BenchResult:
-    """Return everything measured about a loaded subject."""
-    _check_batch_sizes(subject, options)
-    began, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    environment = Environment.read(threads=threads)
-    before = _ceilings(subject, effort, threads, on_event)
-    scenarios = batch_scenarios(options.batch_sizes, threads=threads)
-    with torch_threads(subject, threads), ExitStack() as stack:
-        parity = _parity(subject, options, effort, on_event)
-        entries, rivals = _rivals(subject, options, threads, stack, on_event)
-        other_work = OtherWork()
-        batches = tuple(
-            _batch(subject, options, effort, each, rivals, on_event) for each in scenarios
+    def load(self, threads: int) -> Subject:
+        """Return engines and baseline, loaded for a number of threads."""
+        options = self.options
+        return load_subject(
+            options.engine_dir,
+            checkpoint=options.checkpoint,
+            backend=options.backend,
+            precision=options.precision,
+            threads=threads,
         )
-        other_cores = other_work.cores()
-    cold_runs = tuple(_cold_runs(subject, options, effort, threads, on_event))
-    after = _ceilings(subject, effort, threads, on_event)
-    ceilings = before.joined(after) if before and after else None
-    return BenchResult(
-        schema_version=SCHEMA,
-        created=created,
-        seconds=time.perf_counter() - began,
-        options={**plain(options), **plain(effort)},
-        environment=environment,
-        ceilings=ceilings,
-        model=subject.model(),
-        candidate=subject.candidate.name,
-        baseline=subject.baseline.name if subject.baseline else None,
-        baseline_missing=subject.baseline_missing,
-        batches=batches,
-        parity=parity,
-        cold_runs=cold_runs,
-        other_work_cores=other_cores,
-        warnings=tuple(doubts(environment, other_cores, ceilings, batches)),
-        contract=_contract(subject, options, environment),
-        rivals=entries,
-        footprint=_footprint(subject, options),
-    )
 
+    def measure(self, subject: Subject) -> BenchResult:
+        """Return everything measured about a loaded subject, but for the sweep."""
+        options, effort = self.options, self.effort
+        _check_batch_sizes(subject, options)
+        began, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+        environment = Environment.read(threads=self.threads)
+        before = self._ceilings(subject)
+        scenarios = batch_scenarios(options.batch_sizes, threads=self.threads)
+        with torch_threads(subject, self.threads), ExitStack() as stack:
+            parity = self._parity(subject)
+            others = list(self._others(subject, stack))
+            other_work = OtherWork([each.process for each in others if each.process])
+            batches = tuple(self._batch(subject, each, others) for each in scenarios)
+            other_cores = other_work.cores()
+        cold_runs = tuple(self._cold_runs(subject, others))
+        after = self._ceilings(subject)
+        ceilings = before.joined(after) if before and after else None
+        warnings = tuple(doubts(environment, other_cores, ceilings, batches))
+        return BenchResult(
+            schema_version=SCHEMA,
+            created=created,
+            seconds=time.perf_counter() - began,
+            options={**plain(options), **plain(effort)},
+            environment=environment,
+            ceilings=ceilings,
+            model=subject.model(),
+            contender=subject.contender.name,
+            baseline=subject.baseline.name if subject.baseline else None,
+            baseline_missing=subject.baseline_missing,
+            batches=batches,
+            parity=parity,
+            cold_runs=cold_runs,
+            other_work_cores=other_cores,
+            warnings=warnings,
+            trusted=not warnings,
+            contract=_contract(subject, options, environment),
+            others=tuple(each.entry for each in others),
+            footprint=self._footprint(subject),
+        )
 
-def _footprint(subject: Subject, options: BenchOptions) -> Footprint | None:
-    """Return what one image on a processor must take; None for families that are not counted."""
-    side = subject.candidate
-    if subject.device != "cpu" or side.pipeline.family.name not in FOOTPRINTS:
-        return None
-    contestant = Contestant(side.name, side.pipeline)
-    calls = contestant.stage_calls(subject.request(1, options.seed))
-    rows = max(call.sizes.get("G", 0) for call in calls)
-    return FOOTPRINTS[side.pipeline.family.name](
-        side.pipeline.config,
-        calls,
-        weights_mib=subject.weights_mib[side.name],
-        kv_layout=side.pipeline.backend.kv_layout,
-        kv_shape=side.pipeline.family.cache(
-            side.pipeline.config, rows, side.pipeline.backend.kv_dtype()
-        ),
-    )
+    def swept(self, result: BenchResult, subject: Subject) -> BenchResult:
+        """Return the result with the sweep over batch sizes, threads and guidance ended early."""
+        effort = self.effort
+        points = sweep(
+            self.load,
+            sweep_scenarios(cores=usable_cores(), max_batch=subject.contender.pipeline.max_batch),
+            rounds=effort.sweep_rounds,
+            warmup=min(1, effort.warmup),
+            seed=self.options.seed,
+            seconds_per_batch=effort.sweep_seconds,
+            on_start=self.tell,
+        )
+        result = dataclasses.replace(result, sweep=tuple(points))
+        self.tell("sweep: guidance ended early")
+        guidance = guidance_sweep(
+            subject.contender.pipeline,
+            subject.conditions,
+            rounds=effort.sweep_rounds,
+            seconds=effort.sweep_seconds,
+            seed=self.options.seed,
+        )
+        return dataclasses.replace(result, guidance=tuple(guidance))
+
+    def _ceilings(self, subject: Subject) -> Ceilings | None:
+        """Return the ceilings of the device the engines run on."""
+        self.tell("ceilings")
+        if subject.device == "cpu":
+            return measure_ceilings(threads=self.threads, gemm_side=self.effort.gemm_side)
+        from nsp.benchmarks.ceilings.gpu import measure_gpu_ceilings
+
+        precision = subject.contender.pipeline.precision
+        return measure_gpu_ceilings(subject.device, precision, repeats=self.effort.sweep_rounds)
+
+    def _parity(self, subject: Subject) -> Parity | None:
+        """Return the parity with the baseline; None without one."""
+        if subject.baseline is None:
+            return None
+        self.tell("parity")
+        limit = subject.contender.pipeline.max_batch or PARITY_BATCH
+        size, count = min(PARITY_BATCH, limit), self.effort.num_conditions
+        return compare(
+            subject.baseline.pipeline,
+            subject.contender.pipeline,
+            subject.requests(count, size, self.options.seed),
+            names=(subject.baseline.name, subject.contender.name),
+            conditions=subject.titles(count, self.options.seed),
+        )
+
+    def _others(self, subject: Subject, stack: ExitStack) -> Iterator[Ready]:
+        """Yield all further contenders; their processes end with `stack`."""
+        options = self.options
+        names: Sequence[str] = options.contenders or ()
+        if options.contenders is None and not options.quick:
+            names = default_names(subject)
+        asked = [*self.more, *(asked_for(name, subject, self.threads) for name in names)]
+        yield from make_ready(
+            asked,
+            subject,
+            batches=options.batch_sizes,
+            seed=options.seed,
+            on_start=self.tell,
+        )
+        yield from peers(subject, options.peer, self.threads, stack)
+
+    def _batch(self, subject: Subject, scenario: Scenario, others: Sequence[Ready]) -> BatchResult:
+        """Return the times of one scenario, everybody in the same rounds."""
+        effort, request = self.effort, subject.request(scenario.batch, self.options.seed)
+        sides = [Runner(s.name, s.pipeline, device=subject.device) for s in subject.sides]
+        count = counter(subject.contender.pipeline, subject.checkpoint)
+        played = sides[0].play(request)
+        contenders: list[Timed] = [*sides, *(each.runner for each in others if each.runner)]
+        if subject.device == "cpu":
+            contenders += Product.contenders(effort.gemm_side, threads=scenario.threads)
+        observations: list[Observation] = []
+        total = (effort.warmup + effort.rounds) * len(contenders)
+        for observation in interleaved(
+            contenders,
+            request,
+            rounds=effort.rounds,
+            warmup=effort.warmup,
+            max_seconds=effort.seconds_per_batch,
+            stability=effort.stability,
+        ):
+            observations.append(observation)
+            self.tell(scenario.name, len(observations), total)
+        return batch_result(
+            observations,
+            list(parts(played, count)),
+            batch=scenario.batch,
+            contender=subject.contender.name,
+            baseline=subject.baseline.name if subject.baseline else None,
+            stopped=_stopped(observations, effort, len(contenders)),
+        )
+
+    def _cold_runs(self, subject: Subject, others: Sequence[Ready]) -> Iterator[ColdRun]:
+        """Yield what fresh processes measured, with batch 1, taking turns.
+
+        On a GPU every contender has one: what compiling and recording need is seen only there.
+        """
+        effort = self.effort
+        counts = (effort.engine_processes, effort.baseline_processes)
+        sources = list(zip((side.source for side in subject.sides), counts, strict=False))
+        if subject.device != "cpu":
+            sources += [(each.source, min(1, counts[0])) for each in others if each.source]
+        turns = range(max(counts))
+        planned: list[Source] = [s for turn in turns for s, count in sources if turn < count]
+        request = subject.request(1, self.options.seed)
+        for done, source in enumerate(planned):
+            self.tell("fresh processes", done, len(planned))
+            device = subject.device
+            yield cold_run(source, request, batch=1, threads=self.threads, device=device)
+
+    def _footprint(self, subject: Subject) -> Footprint | None:
+        """Return what one image on a processor must take; None where it is not counted."""
+        if subject.device != "cpu":
+            return None
+        side = subject.contender
+        calls = Runner(side.name, side.pipeline).play(subject.request(1, self.options.seed)).calls
+        return footprint(side.pipeline, calls, weights_mib=subject.weights_mib[side.name])
 
 
 def _contract(subject: Subject, options: BenchOptions, environment: Environment) -> Contract:
@@ -205,6 +285,7 @@ def _contract(subject: Subject, options: BenchOptions, environment: Environment)
         device=model.device,
         machine={
             "processor": environment.cpu,
+            "processor's kind": environment.instructions or "unknown",
             "cores": str(environment.logical_cores),
             "threads": str(environment.threads),
             "memory": f"{environment.ram_gib:.0f} GiB",
@@ -213,45 +294,8 @@ def _contract(subject: Subject, options: BenchOptions, environment: Environment)
     )
 
 
-def _rivals(
-    subject: Subject,
-    options: BenchOptions,
-    threads: int,
-    stack: ExitStack,
-    on_event: OnEvent,
-) -> tuple[tuple[Entry, ...], list[Timed]]:
-    """Return what is said of every rival, and those that are ready; processes end with `stack`."""
-    names: Sequence[str] = options.rivals or ()
-    if options.rivals is None and not options.quick:
-        made_from_baseline = RIVALS if subject.baseline is not None else ()
-        names = (*made_from_baseline, *other_precisions(subject))
-    entries: list[Entry] = []
-    ready: list[Timed] = []
-    for entry, contestant in make_rivals(
-        names,
-        subject,
-        threads=threads,
-        batches=options.batch_sizes,
-        seed=options.seed,
-        on_start=lambda activity: on_event(BenchEvent(activity=activity, done=0, total=1)),
-    ):
-        entries.append(entry)
-        ready += [contestant] if contestant is not None else []
-    if options.peer_var is not None:
-        pipeline = subject.candidate.pipeline
-        if subject.device != "cpu" or pipeline.family.name != "var":
-            raise BackendError("--peer-var is timed beside engines of the family var on a CPU")
-        process = peer_process(
-            options.peer_var, pipeline.config, pipeline.sampling, threads=threads
-        )
-        peer = stack.enter_context(process)
-        entries.append(Entry(name=peer.name, what=peer.what))
-        ready.append(peer)
-    return tuple(entries), ready
-
-
 def _check_batch_sizes(subject: Subject, options: BenchOptions) -> None:
-    limit, largest = subject.candidate.pipeline.max_batch, max(options.batch_sizes)
+    limit, largest = subject.contender.pipeline.max_batch, max(options.batch_sizes)
     if limit is not None and largest > limit:
         raise ConfigError(
             f"batch size {largest} is outside the engine's 1..{limit}; "
@@ -259,101 +303,13 @@ def _check_batch_sizes(subject: Subject, options: BenchOptions) -> None:
         )
 
 
-def _ceilings(subject: Subject, effort: Effort, threads: int, on_event: OnEvent) -> Ceilings | None:
-    """Return the ceilings of the processor, or None where the engines run on a GPU."""
-    if subject.device != "cpu":
-        return None
-    on_event(BenchEvent(activity="ceilings", done=0, total=1))
-    return measure_ceilings(threads=threads, gemm_side=effort.gemm_side)
-
-
-def _parity(
-    subject: Subject, options: BenchOptions, effort: Effort, on_event: OnEvent
-) -> Parity | None:
-    """Return the parity with the baseline; None without one, or if tokens cannot be given."""
-    if subject.baseline is None or not takes_tokens(subject.candidate.pipeline):
-        return None
-    on_event(BenchEvent(activity="parity", done=0, total=1))
-    limit = subject.candidate.pipeline.max_batch
-    return compare(
-        subject.baseline.pipeline,
-        subject.candidate.pipeline,
-        subject.conditions(effort.num_conditions),
-        names=(subject.baseline.name, subject.candidate.name),
-        seed=options.seed,
-        max_batch=min(PARITY_BATCH, limit or PARITY_BATCH),
-    )
-
-
-def _batch(
-    subject: Subject,
-    options: BenchOptions,
-    effort: Effort,
-    scenario: Scenario,
-    rivals: Sequence[Timed],
-    on_event: OnEvent,
-) -> BatchResult:
-    """Return the times of one scenario, everybody in the same rounds."""
-    request = subject.request(scenario.batch, options.seed)
-    sides = [Contestant(side.name, side.pipeline) for side in subject.sides]
-    pipeline = subject.candidate.pipeline
-    costs = call_costs(
-        sides[0].stage_calls(request),
-        pipeline.backend.stages_io,
-        family=pipeline.family.name,
-        config=pipeline.config,
-        weight_dtype=pipeline.backend.kv_dtype(),
-        text_encoder=subject.text_encoder,
-    )
-    yardstick = Product.contestants(effort.gemm_side, threads=scenario.threads)
-    contestants: list[Timed] = [*sides, *rivals, *(yardstick if subject.device == "cpu" else ())]
-    observations: list[Observation] = []
-    total = (effort.warmup + effort.rounds) * len(contestants)
-    for observation in interleaved(
-        contestants,
-        request,
-        rounds=effort.rounds,
-        warmup=effort.warmup,
-        max_seconds=effort.seconds_per_batch,
-        stability=effort.stability,
-    ):
-        observations.append(observation)
-        on_event(BenchEvent(activity=scenario.name, done=len(observations), total=total))
-    return batch_result(
-        observations,
-        costs,
-        batch=scenario.batch,
-        candidate=subject.candidate.name,
-        baseline=subject.baseline.name if subject.baseline else None,
-        scale_names=[f"{h}x{w}" for h, w in pipeline.family.grids(pipeline.config)],
-        stopped=_stopped(observations, effort, len(contestants)),
-    )
-
-
-def _stopped(observations: Sequence[Observation], effort: Effort, contestants: int) -> Stopped:
+def _stopped(observations: Sequence[Observation], effort: Effort, contenders: int) -> Stopped:
     """Return what ended a measurement."""
-    if len(observations) == (effort.warmup + effort.rounds) * contestants:
+    if len(observations) == (effort.warmup + effort.rounds) * contenders:
         return "rounds"
     stable = effort.stability is not None and effort.stability.reached(observations)
     return "stable" if stable else "time"
 
 
-def _cold_runs(
-    subject: Subject, options: BenchOptions, effort: Effort, threads: int, on_event: OnEvent
-) -> Iterator[ColdRun]:
-    """Yield what fresh processes measured, with batch 1, the sides taking turns."""
-    request = subject.request(1, options.seed)
-    counts = [effort.candidate_processes, effort.baseline_processes]
-    planned = [
-        side
-        for turn in range(max(counts))
-        for side, count in zip(subject.sides, counts, strict=False)
-        if turn < count
-    ]
-    for done, side in enumerate(planned):
-        on_event(BenchEvent(activity="fresh processes", done=done, total=len(planned)))
-        yield cold_run(side.source, request, batch=1, threads=threads)
-
-
-def _ignore(event: BenchEvent) -> None:
+def _ignore(event: Any) -> None:
     """Ignore an event."""

@@ -17,8 +17,8 @@ _GAIN = 16  # of a difference as it is shown: rounding to 8 bits alone is invisi
 class Pictures:
     """One picture per prompt from each side, (N, H, W, 3) uint8."""
 
-    reference: str
-    candidate: str
+    baseline: str
+    contender: str
     captions: tuple[str, ...]
     expected: NDArray[np.uint8]
     found: NDArray[np.uint8]
@@ -50,16 +50,16 @@ def make_pictures(subject: Subject, *, seed: int) -> Pictures | None:
     """Return the pictures of both sides, each free-running; None without a baseline."""
     if subject.baseline is None:
         return None
-    limit = subject.candidate.pipeline.max_batch or NUM_PICTURES
+    limit = subject.contender.pipeline.max_batch or NUM_PICTURES
     count = min(NUM_PICTURES, limit)
-    sampling = subject.candidate.pipeline.sampling.to_dict()
+    sampling = subject.contender.pipeline.sampling.to_dict()
     request: dict[str, Any] = {**subject.request(count, seed), **sampling}
     expected, found = (
-        side.pipeline.generate(**request).images for side in (subject.baseline, subject.candidate)
+        side.pipeline.generate(**request).images for side in (subject.baseline, subject.contender)
     )
     return Pictures(
-        reference=subject.baseline.name,
-        candidate=subject.candidate.name,
+        baseline=subject.baseline.name,
+        contender=subject.contender.name,
         captions=subject.titles(count, seed),
         expected=expected,
         found=found,

@@ -11,8 +11,7 @@ from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.artifacts.manifest import Manifest, read_manifest
 from nsp.artifacts.repair import find_source
 from nsp.backends.available import availability, backend_record
-from nsp.benchmarks.contest.cold import Source
-from nsp.benchmarks.flops import TextEncoderSize
+from nsp.benchmarks.contest.contenders import BASELINE, Source
 from nsp.benchmarks.record.result import Model
 from nsp.console import command_line
 from nsp.errors import BackendError, CheckpointError
@@ -21,8 +20,6 @@ from nsp.pipeline.pipeline import Pipeline, load_pipeline
 from nsp.walk import files_below
 
 logger = logging.getLogger(__name__)
-
-BASELINE = "torch"
 
 # Captions of the embedded data set, short and long.
 CAPTIONS = (
@@ -39,7 +36,7 @@ CAPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two that are compared: loaded here, and loadable again by a fresh process."""
+    """Engines or baseline: loaded here, and loadable again by a fresh process."""
 
     source: Source
     pipeline: Pipeline
@@ -47,31 +44,35 @@ class Side:
     @property
     def name(self) -> str:
         """What tables call it."""
-        return self.source.name
+        return self.source.label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """Both sides. Exactly one of `baseline` and `baseline_missing` is None."""
 
-    candidate: Side
+    contender: Side
     baseline: Side | None
     device: str = "cpu"  # of both
     baseline_missing: str | None = None  # why there is none
-    text_encoder: TextEncoderSize | None = None
     weights_mib: Mapping[str, float]  # on disk, per side
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Those that are there, the candidate first."""
-        return (self.candidate,) if self.baseline is None else (self.candidate, self.baseline)
+        """Those that are there, the engines first."""
+        return (self.contender,) if self.baseline is None else (self.contender, self.baseline)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where the PyTorch model lies, if there is one."""
+        return None if self.baseline is None else self.baseline.source.path
 
     def conditions(self, count: int) -> dict[str, list[Any]]:
         """Return `count` prompts, or class ids over all classes, as `generate` takes them.
 
         Nothing for a model without condition.
         """
-        pipeline = self.candidate.pipeline
+        pipeline = self.contender.pipeline
         if pipeline.family.condition(pipeline.config) == "none":
             return {}
         if (tokenizer := pipeline.tokenizer) is not None:
@@ -85,6 +86,15 @@ class Subject:
         asked = self.conditions(count)
         return {**asked, "seed": seed if asked else [seed + number for number in range(count)]}
 
+    def requests(self, count: int, size: int, seed: int) -> list[dict[str, Any]]:
+        """Return what `generate` takes for `count` images, `size` of them at a time."""
+        asked = self.request(count, seed)
+        lists = {name: each for name, each in asked.items() if isinstance(each, list)}
+        return [
+            {**asked, **{name: each[start : start + size] for name, each in lists.items()}}
+            for start in range(0, count, size)
+        ]
+
     def titles(self, count: int, seed: int) -> tuple[str, ...]:
         """Return what each of `count` images is requested with, in words."""
         asked = self.conditions(count)
@@ -92,10 +102,11 @@ class Subject:
         return tuple(str(each) for each in named)
 
     def model(self) -> Model:
-        """Return what bench.json says about the candidate's model."""
-        pipeline = self.candidate.pipeline
+        """Return what bench.json says about the contender's model."""
+        pipeline = self.contender.pipeline
         config, backend = pipeline.config, pipeline.backend
         grids = pipeline.family.grids(config)
+        cache = pipeline.family.cache(config, 1, backend.kv_dtype())
         return Model(
             family=pipeline.family.name,
             model_hash=pipeline.model_hash,
@@ -106,6 +117,7 @@ class Subject:
             kv_layout=backend.kv_layout,
             schedule=tuple(h for h, _ in grids),
             num_tokens=sum(h * w for h, w in grids),
+            num_layers=0 if cache is None else cache.num_layers,
             image_size_px=config.image_size_px,
             sampling=pipeline.sampling.to_dict(),
             weights_mib=dict(self.weights_mib),
@@ -131,8 +143,8 @@ def load_subject(
     pipeline = load_pipeline(engine_dir, backend, **options)
     name = pipeline.backend.name
     device = availability(name).device or "cpu"
-    candidate = Side(
-        source=Source(name=name, path=engine_dir, backend=name, options=options), pipeline=pipeline
+    contender = Side(
+        source=Source(label=name, path=engine_dir, backend=name, options=options), pipeline=pipeline
     )
     weights = {name: _engines_mib(manifest, engine_dir, pipeline)}
     try:
@@ -143,7 +155,7 @@ def load_subject(
             raise
         logger.warning("no PyTorch baseline: %s", error)
         return Subject(
-            candidate=candidate,
+            contender=contender,
             baseline=None,
             baseline_missing=str(error),
             device=device,
@@ -151,10 +163,9 @@ def load_subject(
         )
     weight_files = (path for path in files_below(folder) if path.suffix == ".safetensors")
     return Subject(
-        candidate=candidate,
+        contender=contender,
         baseline=baseline,
         device=device,
-        text_encoder=TextEncoderSize.read(folder),
         weights_mib={**weights, BASELINE: _mib(weight_files)},
     )
 
@@ -182,7 +193,7 @@ def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:
         fix = f"; run: {state.install}" if state.install else ""
         raise BackendError(f"torch cannot run on the engines' {device}: {state.reason}{fix}")
     options: LoadOptions = {"device": device}
-    source = Source(name=BASELINE, path=folder, backend=BASELINE, options=options)
+    source = Source(label=BASELINE, path=folder, backend=BASELINE, options=options)
     return Side(source=source, pipeline=load_pipeline(folder, BASELINE, **options))
 
 

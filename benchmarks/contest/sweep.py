@@ -3,12 +3,30 @@
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from nsp.benchmarks.contest.rounds import Contestant, interleaved
-from nsp.benchmarks.contest.scenarios import Scenario
+from nsp.benchmarks.contest.rounds import Runner, interleaved
 from nsp.benchmarks.contest.subject import Subject, torch_threads
-from nsp.benchmarks.record.result import SweepPoint
+from nsp.benchmarks.record.result import Scenario, SweepPoint
+
+SWEEP_BATCHES = (1, 2, 4, 8)
+SWEEP_THREADS = (1, 2)
 
 Load = Callable[[int], Subject]  # threads -> both sides, loaded for so many
+
+
+def batch_scenarios(batch_sizes: Sequence[int], *, threads: int) -> tuple[Scenario, ...]:
+    """Return a scenario for every batch size."""
+    return tuple(Scenario(name=f"batch {n}", batch=n, threads=threads) for n in batch_sizes)
+
+
+def sweep_scenarios(*, cores: int, max_batch: int | None) -> tuple[Scenario, ...]:
+    """Return every pair of threads and batch size that this machine and the engines take."""
+    return tuple(
+        Scenario(name=f"batch {batch}, threads {threads}", batch=batch, threads=threads)
+        for threads in SWEEP_THREADS
+        if threads <= cores
+        for batch in SWEEP_BATCHES
+        if max_batch is None or batch <= max_batch
+    )
 
 
 def sweep(
@@ -29,13 +47,15 @@ def sweep(
     done = 0
     for threads, group in groupby(scenarios, key=lambda scenario: scenario.threads):
         subject = load(threads)
-        contestants = [Contestant(side.name, side.pipeline) for side in subject.sides]
+        contenders = [
+            Runner(side.name, side.pipeline, device=subject.device) for side in subject.sides
+        ]
         with torch_threads(subject, threads):
             for scenario in group:
                 on_start(f"sweep: {scenario.name}", done, len(scenarios))
                 request = subject.request(scenario.batch, seed)
                 observations = interleaved(
-                    contestants,
+                    contenders,
                     request,
                     rounds=rounds,
                     warmup=warmup,

@@ -1,4 +1,4 @@
-"""What engines are measured against: PyTorch eager, with CUDA graphs, and compiled, as backends.
+"""PyTorch in the precision of the engines: eager, with CUDA graphs, and compiled, as backends.
 
 All three run the stage modules of one model in the precision map of the export (no autocast): the
 same weights, the same dtypes, the same loop. The faster two record what the loop does once and
@@ -95,9 +95,11 @@ class RecordedTorchBackend(TorchBackend):
     def attend_in_place(self) -> None:
         """Let new keys and values be written behind the past instead of joined with a copy of it.
 
-        For families whose step stage takes its attention as a field.
+        For stages that take their attention as a field; others stay as they are.
         """
-        self._stages["step"].attend = attend_in_place  # type: ignore[assignment]
+        for module in self._stages.values():
+            if hasattr(module, "attend"):
+                module.attend = attend_in_place  # type: ignore[assignment]
 
     def new_arena(self, shape: KVShape) -> KVArena:
         """Return the one arena of this shape, empty: its addresses are part of the recordings."""

@@ -1,4 +1,4 @@
-"""`nsp bench --compare OLD NEW`: whether the engines became slower, and how sure that is.
+"""`nsp bench compare OLD NEW`: whether the engines became slower, and how sure that is.
 
 Both results keep raw observations, taken in rounds of one contestant after the other. The PyTorch
 baseline of a round tells how fast the machine was at that moment, so where both results have the
@@ -14,9 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.benchmarks.contest.rounds import Observation
 from nsp.benchmarks.record.result import BatchResult, BenchResult
-from nsp.benchmarks.render.section import Section
+from nsp.benchmarks.record.times import Observation
 from nsp.config import Config
 from nsp.errors import ConfigError
 
@@ -135,7 +134,7 @@ def _change(
     old: BenchResult, new: BenchResult, before: BatchResult, after: BatchResult, *, adjusted: bool
 ) -> BatchChange:
     rng = np.random.default_rng(0)
-    ours, theirs = before.times(old.candidate), after.times(new.candidate)
+    ours, theirs = before.times(old.contender), after.times(new.contender)
     plain = _ratio(rng, [ours], [theirs])
     baseline = None
     gate = plain
@@ -145,7 +144,7 @@ def _change(
         baseline = _ratio(rng, [base_before], [base_after])
         gate = _ratio(rng, [ours, base_before], [theirs, base_after])
     stages = {
-        name: _ratio(rng, [before.times(old.candidate, of)], [after.times(new.candidate, of)])
+        name: _ratio(rng, [before.times(old.contender, of)], [after.times(new.contender, of)])
         for name, of in _stages(before, after)
     }
     return BatchChange(
@@ -162,7 +161,7 @@ def _stages(
     before: BatchResult, after: BatchResult
 ) -> Iterator[tuple[str, Callable[[Observation], float]]]:
     """Yield the stages of both, with how an observation tells their time."""
-    for row in after.rows[:-2]:  # then: outside stages, end to end
+    for row in after.stage_rows:
         if row.name in [each.name for each in before.rows]:
             yield row.name, partial(_stage_ms, stage=row.name)
 
@@ -219,32 +218,6 @@ def _notes(old: BenchResult, new: BenchResult, *, adjusted: bool) -> Iterator[st
     for name, result in (("old", old), ("new", new)):
         for warning in result.warnings:
             yield f"{name} result: {warning}"
-
-
-def comparison_sections(comparison: Comparison) -> Iterator[Section]:
-    """Yield the tables: verdicts first."""
-    rows = []
-    for each in comparison.batches:
-        verdict = comparison.verdicts[each.batch]
-        baseline = "-" if each.baseline is None else str(each.baseline)
-        rows.append((str(each.batch), verdict, str(each.gate), str(each.plain), baseline))
-    units = "in units of the baseline" if comparison.batches[0].adjusted else "in ms"
-    yield Section(
-        title="New over old",
-        header=("batch", "verdict", f"engines, {units}", "engines, in ms", "baseline, in ms"),
-        rows=tuple(rows),
-        notes=(
-            f"Above 1 is slower. Intervals: {CONFIDENCE:.0%}, bootstrap over rounds. Slower means "
-            f"by more than {comparison.threshold:.1%}, and not by chance.",
-            *comparison.notes,
-        ),
-    )
-    for each in comparison.batches:
-        yield Section(
-            title=f"Stages, batch {each.batch}",
-            header=("stage", "engines, in ms"),
-            rows=tuple((name, str(ratio)) for name, ratio in each.stages.items()),
-        )
 
 
 def parse_threshold(text: str) -> float:

@@ -21,7 +21,7 @@ class Contract(Config):
     sampling: dict[str, str]
     timing_boundary: str
     device: str
-    machine: dict[str, str]  # processor, cores, threads, memory, GPU
+    machine: dict[str, str]  # processor and its kind, cores, threads, memory, GPU
 
     def differences(self, other: "Contract") -> Iterator[str]:
         """Yield every field that differs, with both values, in words."""
@@ -29,8 +29,9 @@ class Contract(Config):
             old, new = getattr(self, field.name), getattr(other, field.name)
             if isinstance(old, dict):
                 for key in sorted(old.keys() | new.keys()):
-                    if old.get(key) != new.get(key):
-                        yield _difference(f"{field.name} {key}", old.get(key), new.get(key))
+                    a, b = old.get(key, "not recorded"), new.get(key, "not recorded")
+                    if a != b:
+                        yield _difference(f"{field.name} {key}", a, b)
             elif field.name == "conditions":
                 # A smaller largest batch is a prefix: only batches of both are compared.
                 if any(a != b for a, b in zip(old, new, strict=False)):

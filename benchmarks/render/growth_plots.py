@@ -20,10 +20,10 @@ def tokens_plot(result: BenchResult) -> Plot:
 
         for number, batch in enumerate(result.batches):
             color = SERIES[number % len(SERIES)]
-            ours = [row.candidate.p50 for row in batch.scale_rows]
-            label = f"{result.candidate}, batch {batch.batch}"
+            ours = [row.contender.p50 for row in batch.step_rows]
+            label = f"{result.contender}, batch {batch.batch}"
             axes.loglog(tokens, ours, MARKERS[number] + "-", color=color, label=label)
-            theirs = [row.baseline.p50 for row in batch.scale_rows if row.baseline]
+            theirs = [row.baseline.p50 for row in batch.step_rows if row.baseline]
             if theirs:
                 label = f"{result.baseline}, batch {batch.batch}"
                 axes.loglog(tokens, theirs, MARKERS[number] + ":", color=color, label=label)
@@ -47,7 +47,7 @@ def batches_plot(result: BenchResult) -> Plot:
         for threads in dict.fromkeys(point.scenario.threads for point in result.sweep):
             points = [p for p in result.sweep if p.scenario.threads == threads]
             sizes = [p.scenario.batch for p in points]
-            for name, dash in ((result.candidate, "-"), (result.baseline, ":")):
+            for name, dash in ((result.contender, "-"), (result.baseline, ":")):
                 if name is None:
                     continue
                 times = [float(np.median(p.times(name))) / p.scenario.batch for p in points]
@@ -74,7 +74,7 @@ def threads_plot(result: BenchResult) -> Plot:
     def paint(axes: "Axes") -> str:
         for number, batch in enumerate(sorted({p.scenario.batch for p in result.sweep})):
             points = {p.scenario.threads: p for p in result.sweep if p.scenario.batch == batch}
-            walls = [float(np.median(points[n].times(result.candidate))) for n in counts]
+            walls = [float(np.median(points[n].times(result.contender))) for n in counts]
             gains = [walls[0] / wall for wall in walls]
             axes.plot(
                 counts, gains, MARKERS[number] + "-", color=SERIES[number], label=f"batch {batch}"
@@ -88,7 +88,7 @@ def threads_plot(result: BenchResult) -> Plot:
         return ""
 
     return draw(
-        "threads", "Gain from threads", f"Medians of {result.candidate}, end to end.", 3.1, paint
+        "threads", "Gain from threads", f"Medians of {result.contender}, end to end.", 3.1, paint
     )
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from nsp.benchmarks.contest.pictures import Pictures
 from nsp.benchmarks.record.result import BenchResult
+from nsp.benchmarks.render.headline import Tile, headline
 from nsp.benchmarks.render.plots import plots
 from nsp.benchmarks.render.section import Section, ms
 from nsp.benchmarks.render.svg import Plot
@@ -26,8 +27,8 @@ _PIXELATED_PX = 128  # pictures up to here are shown with their pixels, not smoo
 
 # Part of the page -> its title, the plots and the topics of the tables that belong there.
 _PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("latency", "Latency", ("waterfall", "speedups"), ("latency", "rivals")),
-    ("ceilings", "Ceilings", ("roofline",), ("step",)),
+    ("latency", "Latency", ("waterfall", "speedups"), ("latency", "contenders")),
+    ("ceilings", "Ceilings", ("roofline",), ("steps",)),
     ("parity", "Parity", ("parity", "flips"), ("parity",)),
     ("pictures", "Pictures", (), ()),
     (
@@ -39,15 +40,6 @@ _PARTS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("memory", "Memory and start", ("memory",), ("memory",)),
     ("environment", "Environment", (), ("environment",)),
 )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One key figure."""
-
-    label: str
-    value: str
-    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,51 +87,44 @@ def page(result: BenchResult, pictures: Pictures | None) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     model = result.model
     subject = f"{model.backend} {model.precision}"
+    kind = f" ({kind})" if (kind := result.environment.instructions) else ""
     against = f" against {result.baseline}" if result.baseline else ""
     return template.render(
         title=f"{subject}{against}",
         subtitle=(
             f"{model.family} {model.model_hash[:12]}, {model.image_size_px} px, "
             f"{model.schedule_words}. "
-            f"{result.environment.cpu}, {result.environment.threads} thread(s). "
+            f"{result.environment.cpu}{kind}, {result.environment.threads} thread(s). "
             f"{result.created[:16].replace('T', ' ')} UTC"
         ),
         warnings=result.warnings,
-        tiles=list(_tiles(result)),
+        headline=list(headline(result)),
+        tiles=list(_more_tiles(result)),
         parts=list(_parts(result, pictures)),
     )
 
 
-def _tiles(result: BenchResult) -> Iterator[Tile]:
-    """Yield the figures one looks for first."""
-    for batch in (result.batches[0], *result.batches[-1:][: len(result.batches) - 1]):
+def _more_tiles(result: BenchResult) -> Iterator[Tile]:
+    """Yield the figures that come after the first screen."""
+    for batch in result.batches[1:]:
         row = batch.end_to_end
-        what = "one image" if batch.batch == 1 else f"{batch.batch} images at once"
-        beside = f"p90 {ms(row.candidate.p90)} ms"
+        beside = f"p90 {ms(row.contender.p90)} ms"
         if row.baseline is not None:
             beside = f"{result.baseline} {ms(row.baseline.p50)} ms"
-        yield Tile(f"{what}, end to end", f"{ms(row.candidate.p50)} ms", beside)
-        if row.speedup is not None:
-            reached = row.of_roof(result.ceilings)
-            share = "" if reached is None else f"{100 * reached:.0f} % of the GEMM peak"
-            yield Tile(f"speed-up, batch {batch.batch}", f"{row.speedup:.2f}×", share)
-    leading = result.batches[0]
-    step = next((row for row in leading.rows if row.name == "step"), None)
-    if step is not None and (part := step.of_roof(result.ceilings)) is not None:
-        ratio = f"{step.speedup:.2f} times as fast as {result.baseline}" if step.speedup else ""
-        yield Tile(
-            f"scale steps, batch {leading.batch}", f"{100 * part:.0f} % of the GEMM peak", ratio
-        )
-    if result.parity is not None:
-        agreement, flips = result.parity.token_agreement, result.parity.num_flips
-        shown = "100 %" if agreement == 1 else f"{min(100 * agreement, 99.99):.2f} %"
-        plural = "" if flips == 1 else "s"
-        yield Tile("sampled tokens that agree", shown, f"{flips} flip{plural}")
-    cold = [run for run in result.cold_runs if run.contestant == result.candidate]
+            if result.trusted and row.speedup is not None:
+                beside = f"{row.speedup:.2f}× as fast as {result.baseline}"
+        yield Tile(f"{batch.batch} images at once", f"{ms(row.contender.p50)} ms", beside)
+    loop = result.batches[0].loop
+    if loop is not None and (share := loop.of_roof(result.ceilings)) is not None:
+        ratio = ""
+        if loop.speedup and result.trusted:
+            ratio = f"{loop.speedup:.2f}× as fast as {result.baseline}"
+        yield Tile("all steps, of the GEMM peak", f"{100 * share:.0f} %", ratio)
+    cold = [run for run in result.cold_runs if run.contender == result.contender]
     if cold:
         first = statistics.median(run.first_step_ms for run in cold)
         peak = statistics.median(run.peak_mib for run in cold)
-        yield Tile("new process to the first scale", f"{first / 1e3:.2f} s")
+        yield Tile("new process to the first step", f"{first / 1e3:.2f} s")
         yield Tile("peak memory", f"{peak:.0f} MiB", "libraries included")
 
 
@@ -174,15 +159,15 @@ def _latency_texts(result: BenchResult) -> list[str]:
         f"Batch {batch.batch}: {batch.rounds} interleaved rounds, {stops[batch.stopped]}."
         for batch in result.batches
     ]
-    texts += [f"{e.name} is missing: {e.missing}" for e in result.rivals if e.missing]
+    texts += [f"{e.name} is missing: {e.missing}" for e in result.others if e.missing]
     return [" ".join(texts)]
 
 
 def _cards(pictures: Pictures) -> Iterator[dict[str, Any]]:
     """Yield a card per prompt: both pictures, their difference, and what it measures."""
     rows: Sequence[tuple[str, NDArray[np.uint8]]] = (
-        (pictures.reference, pictures.expected),
-        (pictures.candidate, pictures.found),
+        (pictures.baseline, pictures.expected),
+        (pictures.contender, pictures.found),
         ("difference", pictures.difference),
     )
     for index, caption in enumerate(pictures.captions):

@@ -1,15 +1,14 @@
 """What the report plots of a result."""
 
 import itertools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nsp.benchmarks.ceilings.cpu import Ceilings
-from nsp.benchmarks.contest.parity import Parity
-from nsp.benchmarks.record.intervals import median_ratio
-from nsp.benchmarks.record.result import BatchResult, BenchResult, Row
+from nsp.benchmarks.ceilings.rates import Ceilings
+from nsp.benchmarks.record.parity import Parity
+from nsp.benchmarks.record.result import LOOP, BatchResult, BenchResult, Row
+from nsp.benchmarks.record.times import median_ratio
 from nsp.benchmarks.render.growth_plots import (
     batches_plot,
     guidance_plot,
@@ -26,17 +25,19 @@ if TYPE_CHECKING:
 def plots(result: BenchResult) -> list[Plot]:
     """Return every plot there are data for, in reading order."""
     first = result.batches[0]
-    made = [_waterfall(result, first), _speedups(result)]
+    made = [_waterfall(result, first)]
+    if result.trusted and len(result.contenders) > 1:
+        made.append(_speedups(result))
     ceilings = result.ceilings
-    if ceilings is not None and any(row.cost for row in first.rows):
+    if ceilings is not None and any(row.cost and row.cost.gflop for row in first.stage_rows):
         made.append(_roofline(result, ceilings))
     if result.parity is not None:
-        made.append(_parity(result, result.parity))
+        made.append(_parity(result.parity))
         if result.parity.flips:
             made.append(_flips(result.parity))
     if result.cold_runs:
         made.append(_memory(result))
-    if first.scale_rows:
+    if len(first.step_rows) == len(result.model.schedule) > 1:
         made.append(tokens_plot(result))
     if result.sweep:
         made += [batches_plot(result), threads_plot(result)]
@@ -46,16 +47,17 @@ def plots(result: BenchResult) -> list[Plot]:
 
 
 def _waterfall(result: BenchResult, batch: BatchResult) -> Plot:
-    """Return when every stage of every scale runs, at medians, one line per scale."""
-    stages = list(dict.fromkeys(row.name for row in batch.rows[:-2]))
+    """Return when every stage of every step runs, at medians, one line per part."""
+    stages = list(dict.fromkeys(row.name for row in batch.stage_rows))
     colors = dict(zip(stages, itertools.cycle(SERIES), strict=False))
-    scales = [row.name for row in batch.scale_rows]
-    names = [name for name in (result.candidate, result.baseline) if name]
+    names = [name for name in (result.contender, result.baseline) if name]
+    lanes_of = {name: _lanes(batch, name) for name in names}
+    longest = max(len(lanes) for lanes in lanes_of.values())
 
     def paint(axes: "Axes") -> str:
         labels: list[str] = []
         for offset, name in zip((0.0, 0.42), names, strict=False):
-            lanes = _lanes(batch, name, stages, scales)
+            lanes = lanes_of[name]
             labels = [label for label, _ in lanes]
             at = 0.0
             for lane, (_, parts) in enumerate(lanes):
@@ -67,7 +69,7 @@ def _waterfall(result: BenchResult, batch: BatchResult) -> Plot:
                         left=at,
                         height=0.36,
                         color=color,
-                        alpha=1 if name == result.candidate else 0.45,
+                        alpha=1 if name == result.contender else 0.45,
                     )
                     at += took
             axes.text(at, len(lanes) - 1 + offset, f" {name} {ms(at)} ms", va="center", fontsize=9)
@@ -81,46 +83,38 @@ def _waterfall(result: BenchResult, batch: BatchResult) -> Plot:
         axes.figure.legend(loc="outside upper center", ncols=3)
         return ""
 
-    pale = f" Solid is {result.candidate}, pale {result.baseline}." if result.baseline else ""
+    pale = f" Solid is {result.contender}, pale {result.baseline}." if result.baseline else ""
     return draw(
         "waterfall",
         f"Where the time goes, batch {batch.batch}",
-        f"Median time of every stage call, scale by scale, one after the other.{pale}",
-        1.5 + 0.36 * (len(scales) + len(stages) - 1),
+        f"Median time of every stage, step by step, one after the other.{pale}",
+        1.5 + 0.36 * longest,
         paint,
     )
 
 
-def _lanes(
-    batch: BatchResult, name: str, stages: Sequence[str], scales: Sequence[str]
-) -> list[tuple[str, list[tuple[str, float]]]]:
-    """Return (label, [(stage, ms)]) line by line: once-per-image stages, scales, the rest."""
-    medians = {
-        stage: [
-            float(np.median([o.stage_ms[stage][call] for o in measured]))
-            for call in range(min(len(o.stage_ms[stage]) for o in measured))
+def _lanes(batch: BatchResult, name: str) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Return (label, [(stage, ms)]) line by line: every part in order, then the rest."""
+    measured = [o for o in batch.observations if o.contender == name and not o.warmup]
+    if any(o.loop_ms is not None for o in measured):  # the calls are unknown
+        loop = float(np.median(batch.times(name, batch.loop_ms)))
+        rest = float(np.median(batch.times(name))) - loop
+        return [(LOOP, [(LOOP, loop)]), ("outside", [("outside", max(rest, 0.0))])]
+    lanes = []
+    for part in batch.parts:
+        found = [
+            (stage, float(np.median([sum(o.stage_ms.get(stage, ())[a:b]) for o in measured])))
+            for stage, (a, b) in part.calls.items()
         ]
-        for stage in stages
-        if (measured := [o for o in batch.observations if o.contestant == name and not o.warmup])
-        and all(stage in o.stage_ms for o in measured)
-    }
-    per_scale = {stage for stage, calls in medians.items() if len(calls) == len(scales) > 1}
-    single = [stage for stage in stages if stage in medians and stage not in per_scale]
-    lanes = [(stage, [(stage, sum(medians[stage]))]) for stage in single if stage != "decoder"]
-    for index, scale in enumerate(scales):
-        parts = [(s, medians[s][index]) for s in stages if s in per_scale]
-        lanes.append((scale, parts))
-    if "decoder" in single:
-        lanes.append(("decoder", [("decoder", sum(medians["decoder"]))]))
+        lanes.append((part.name, found))
     outside = float(np.median(batch.times(name, lambda o: o.outside_ms)))
-    lanes.append(("outside", [("outside", max(outside, 0.0))]))
-    return lanes
+    return [*lanes, ("outside", [("outside", max(outside, 0.0))])]
 
 
 def _speedups(result: BenchResult) -> Plot:
     """Return how many times as fast as the baseline everybody is, with intervals."""
-    reference = result.baseline or result.candidate
-    names = list(result.contestants)
+    reference = result.baseline or result.contender
+    names = list(result.contenders)
 
     def paint(axes: "Axes") -> str:
         said = []
@@ -176,8 +170,9 @@ def _roofline(result: BenchResult, ceilings: Ceilings) -> Plot:
         points: list[tuple[float, float]] = []
         for number, batch in enumerate({b.batch: b for b in result.batches}.values()):
             color = SERIES[number % len(SERIES)]
-            steps = [_intensity(row) for row in batch.scale_rows if row.cost]
-            axes.plot(*zip(*steps, strict=True), "o-", color=color, label=f"batch {batch.batch}")
+            steps = [_intensity(row) for row in batch.step_rows if row.cost and row.cost.gflop]
+            xy = list(zip(*steps, strict=True)) or [(), ()]
+            axes.plot(*xy, "o-", color=color, label=f"batch {batch.batch}")
             points += steps
             for kind, row in enumerate(_counted_stages(batch)):
                 point = _intensity(row)
@@ -202,8 +197,8 @@ def _roofline(result: BenchResult, ceilings: Ceilings) -> Plot:
     return draw(
         "roofline",
         "How near to the machine's ceilings",
-        f"Rates of {result.candidate} at medians under the GEMM peak and the memory bandwidth "
-        "measured in this run. Lines join the scale steps, from few tokens to many. Caches let "
+        f"Rates of {result.contender} at medians under the GEMM peak and the memory bandwidth "
+        "measured in this run. Lines join the steps, in order. Caches let "
         "small stages rise above the slope.",
         3.9,
         paint,
@@ -211,10 +206,10 @@ def _roofline(result: BenchResult, ceilings: Ceilings) -> Plot:
 
 
 def _counted_stages(batch: BatchResult) -> list[Row]:
-    """Return the rows of stages with counted work, but for the step, which has rows of its own."""
-    rows = batch.rows[:-2]
-    names = {"step"} if batch.scale_rows else set[str]()
-    return [row for row in rows if row.cost and row.cost.gflop and row.name not in names]
+    """Return the rows of stages with counted work, but for those whose steps have rows."""
+    in_steps = {stage for part in batch.parts if part.unit for stage in part.calls}
+    shown = [row for row in batch.stage_rows if not (batch.step_rows and row.name in in_steps)]
+    return [row for row in shown if row.cost and row.cost.gflop]
 
 
 def _intensity(row: Row) -> tuple[float, float]:
@@ -222,34 +217,42 @@ def _intensity(row: Row) -> tuple[float, float]:
     assert row.cost is not None
     return (
         1e9 * row.cost.gflop / (row.cost.mib * 2**20),
-        1e3 * row.cost.gflop / row.candidate.p50,
+        1e3 * row.cost.gflop / row.contender.p50,
     )
 
 
-def _parity(result: BenchResult, parity: Parity) -> Plot:
-    """Return error and divergence of every scale."""
-    names = [f"{side}×{side}" for side in result.model.schedule]
-    errors = [scale.max_relative_error for scale in parity.scales]
-    series = (
-        ("largest error of the logits, of their range", errors),
-        ("KL divergence, nats per token", [scale.kl_mean for scale in parity.scales]),
-    )
+def _parity(parity: Parity) -> Plot:
+    """Return error and divergence of every part of the loop."""
+    names = [step.name for step in parity.steps]
+    what = "logits" if any(step.logits_range for step in parity.steps) else "latents"
+    errors = [step.max_relative_error for step in parity.steps]
+    series = [(f"largest error of the {what}, of their range", errors)]
+    if all(step.kl_mean is not None for step in parity.steps):
+        divergence = [step.kl_mean or 0.0 for step in parity.steps]
+        series.append(("KL divergence, nats per token", divergence))
+
+    fed = "with the same tokens fed to both" if parity.forced else "with the same random numbers"
 
     def paint(axes: "Axes") -> str:
         for number, (label, values) in enumerate(series):
             shown = [value or float("nan") for value in values]  # zero has no place on a log axis
             axes.plot(names, shown, MARKERS[number] + "-", color=SERIES[number], label=label)
-        axes.set_yscale("log")
-        axes.set_xlabel("grid of the scale")
+        if any(value for _, values in series for value in values):
+            axes.set_yscale("log")
+        axes.set_xlabel("step")
+        if len(names) > 12:
+            axes.set_xticks(axes.get_xticks()[:: len(names) // 4])
         axes.figure.legend(loc="outside upper center")
-        agreement = min(scale.token_agreement for scale in parity.scales)
-        return f"The scale with the fewest equal tokens has {100 * agreement:.2f} % of them."
+        shares = [step.token_agreement for step in parity.steps]
+        known = [share for share in shares if share is not None]
+        if not known:
+            return ""
+        return f"The step with the fewest equal tokens has {100 * min(known):.2f} % of them."
 
     return draw(
         "parity",
-        "How closely the logits agree",
-        f"{parity.candidate} against {parity.reference}, with the same tokens fed to both. "
-        "Exact zeros are left out.",
+        f"How closely the {what} agree",
+        f"{parity.contender} against {parity.baseline}, {fed}. Exact zeros are left out.",
         3.1,
         paint,
     )
@@ -281,7 +284,7 @@ def _flips(parity: Parity) -> Plot:
 
 def _memory(result: BenchResult) -> Plot:
     """Return resident memory of fresh processes beside the weights on disk."""
-    names = list(dict.fromkeys(run.contestant for run in result.cold_runs))
+    names = list(dict.fromkeys(run.contender for run in result.cold_runs))
     parts = (
         ("after imports", "imported_mib"),
         ("after loading", "loaded_mib"),
@@ -291,7 +294,7 @@ def _memory(result: BenchResult) -> Plot:
     def paint(axes: "Axes") -> str:
         for number, (label, field) in enumerate(parts):
             values = [
-                float(np.median([getattr(r, field) for r in result.cold_runs if r.contestant == n]))
+                float(np.median([getattr(r, field) for r in result.cold_runs if r.contender == n]))
                 for n in names
             ]
             places = np.arange(len(names)) + (number - 1) * 0.27

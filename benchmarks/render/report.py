@@ -14,6 +14,7 @@ from rich.text import Text
 
 from nsp.benchmarks.contest.pictures import Pictures
 from nsp.benchmarks.record.result import BatchResult, BenchResult
+from nsp.benchmarks.render.headline import one_line
 from nsp.benchmarks.render.page import page
 from nsp.benchmarks.render.section import Section
 from nsp.benchmarks.render.tables import sections
@@ -35,8 +36,9 @@ class BenchReport:
     page_path: Path | None  # None: a package that draws it is missing
 
     def render(self, console: Console) -> None:
-        """Print the tables."""
+        """Print the tables, and what matters most in the last line."""
         render(sections(self.result), console)
+        console.print(Text(one_line(self.result), style="bold"))
 
     def summary_json(self) -> str:
         """Return one JSON line for programs: the end-to-end figures of every batch size."""
@@ -60,8 +62,8 @@ def render(tables: Iterable[Section], console: Console) -> None:
 
 def summary(report: BenchReport) -> dict[str, Any]:
     """Return the end-to-end figures, JSON-ready."""
-    result = report.result
-    cold = [run for run in result.cold_runs if run.contestant == result.candidate]
+    result, parity = report.result, report.result.parity
+    cold = [run for run in result.cold_runs if run.contender == result.contender]
     return {
         "command": "bench",
         "schema_version": result.schema_version,
@@ -69,8 +71,9 @@ def summary(report: BenchReport) -> dict[str, Any]:
         "precision": result.model.precision,
         "model_hash": result.model.model_hash,
         "batches": [_batch_summary(result, batch) for batch in result.batches],
-        "token_agreement": result.parity.token_agreement if result.parity else None,
-        "max_relative_error": result.parity.max_relative_error if result.parity else None,
+        "trusted": result.trusted,
+        "token_agreement": parity.token_agreement if parity else None,
+        "max_relative_error": parity.max_relative_error if parity else None,
         "baseline": result.baseline,
         "baseline_missing": result.baseline_missing,
         "cold_first_step_ms": _median([run.first_step_ms for run in cold]),
@@ -87,12 +90,12 @@ def _batch_summary(result: BenchResult, batch: BatchResult) -> dict[str, Any]:
     row = batch.end_to_end
     return {
         "batch": batch.batch,
-        "p50_ms": row.candidate.p50,
-        "p90_ms": row.candidate.p90,
-        "p99_ms": row.candidate.p99,
+        "p50_ms": row.contender.p50,
+        "p90_ms": row.contender.p90,
+        "p99_ms": row.contender.p99,
         "images_per_s": batch.images_per_s,
         "baseline_p50_ms": row.baseline.p50 if row.baseline else None,
-        "speedup": row.speedup,
+        "speedup": row.speedup if result.trusted else None,  # told of trusted runs only
         "of_gemm_roof": row.of_roof(result.ceilings),
     }
 
@@ -127,7 +130,7 @@ def write_text(path: Path, text: str) -> None:
 
 def markdown(result: BenchResult) -> str:
     """Return all sections as GitHub-flavoured Markdown."""
-    lines = ["# nsp bench", ""]
+    lines = ["# nsp bench", "", f"{one_line(result)}.", ""]
     for section in sections(result):
         lines += [f"## {section.title}", "", *table_lines(section)]
         lines += [line for note in section.notes for line in ("", note)]

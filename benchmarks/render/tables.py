@@ -1,14 +1,14 @@
 """The tables of a benchmark's result, for the screen and for Markdown alike."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from nsp.benchmarks.ceilings.cpu import Ceilings
-from nsp.benchmarks.contest.parity import Parity
+from nsp.benchmarks.ceilings.rates import Ceilings
+from nsp.benchmarks.record.parity import Parity, StepParity
 from nsp.benchmarks.record.result import BatchResult, BenchResult, Row
-from nsp.benchmarks.render.contest_tables import (
+from nsp.benchmarks.render.contender_tables import (
+    contenders_section,
     guidance_section,
-    rivals_section,
-    step_section,
+    steps_section,
     sweep_section,
 )
 from nsp.benchmarks.render.memory_tables import cold_section, first_calls_section, footprint_section
@@ -22,12 +22,12 @@ def sections(result: BenchResult) -> Iterator[Section]:
         yield Section("Warnings", ("",), doubts, numbers=False, topic="warnings")
     for batch in result.batches:
         yield _latency_section(result, batch)
-        if batch.scale_rows:
-            yield _scales_section(result, batch)
-    if result.rivals:
-        yield rivals_section(result)
-    if any(row.name == "step" for batch in result.batches for row in batch.rows):
-        yield step_section(result)
+        if batch.step_rows:
+            yield _steps_section(result, batch)
+    if result.others:
+        yield contenders_section(result)
+    if any(batch.loop for batch in result.batches):
+        yield steps_section(result)
     if result.sweep:
         yield sweep_section(result)
     if result.guidance:
@@ -36,31 +36,27 @@ def sections(result: BenchResult) -> Iterator[Section]:
         yield cold_section(result)
         if result.footprint is not None and _has_runs(result):
             yield footprint_section(result, result.footprint)
-        yield first_calls_section(result)
+        if any(run.stage_ms for run in result.cold_runs):
+            yield first_calls_section(result)
     if result.parity is not None:
-        yield _parity_section(result, result.parity)
+        yield _parity_section(result.parity)
     yield _environment_section(result)
 
 
 def _has_runs(result: BenchResult) -> bool:
-    return any(run.contestant == result.candidate for run in result.cold_runs)
+    return any(run.contender == result.contender for run in result.cold_runs)
 
 
 def _latency_section(result: BenchResult, batch: BatchResult) -> Section:
-    throughput = f"Throughput: {result.candidate} {batch.images_per_s:.2f} images/s"
+    throughput = f"Throughput: {result.contender} {batch.images_per_s:.2f} images/s"
     if batch.baseline_images_per_s is not None:
         throughput += f", {result.baseline} {batch.baseline_images_per_s:.2f} images/s"
     rounds = f"{batch.rounds} interleaved rounds after warm-up; ms per batch of {batch.batch}."
     notes = [throughput, rounds, _ceilings_note(result.ceilings)]
     if result.baseline_missing:
         notes.append(f"No PyTorch baseline: {result.baseline_missing}")
-    if result.parity is None and result.baseline:
-        notes.append(
-            "Parity is not among the tables: this model cannot be given the tokens of a whole "
-            "scale. `nsp verify` holds every stage to PyTorch, and the report has pictures of both."
-        )
     return Section(
-        title=f"Latency, batch {batch.batch}: {result.candidate} {result.model.precision}",
+        title=f"Latency, batch {batch.batch}: {result.contender} {result.model.precision}",
         header=("stage", "calls", *_row_header(result)),
         rows=tuple(
             (row.name, str(row.calls), *_row_cells(result, row, batch.batch)) for row in batch.rows
@@ -72,38 +68,39 @@ def _latency_section(result: BenchResult, batch: BatchResult) -> Section:
 
 def _ceilings_note(ceilings: Ceilings | None) -> str:
     if ceilings is None:
-        return "No ceilings: this version does not measure those of a GPU."
+        return "No ceilings were measured."
+    threads = f" with {ceilings.threads} thread(s)" if ceilings.launch_us is None else ""
     return (
         f"Roof: the operations at this run's GEMM peak, {ceilings.gemm_peak_gflops:.0f} GFLOP/s "
-        f"in float32 with {ceilings.threads} thread(s). Memory: weights and tensors once per call "
+        f"in {ceilings.dtype}{threads}. Memory: weights and tensors once per call "
         f"at {ceilings.bandwidth_gb_s:.1f} GB/s; caches can be faster."
     )
 
 
-def _scales_section(result: BenchResult, batch: BatchResult) -> Section:
+def _steps_section(result: BenchResult, batch: BatchResult) -> Section:
     return Section(
-        title=f"Scale steps, batch {batch.batch}",
-        header=("grid", *_row_header(result)),
-        rows=tuple((row.name, *_row_cells(result, row, batch.batch)) for row in batch.scale_rows),
+        title=f"Steps, batch {batch.batch}",
+        header=("step", *_row_header(result)),
+        rows=tuple((row.name, *_row_cells(result, row, batch.batch)) for row in batch.step_rows),
         topic="latency",
     )
 
 
 def _row_header(result: BenchResult) -> tuple[str, ...]:
-    baseline = (f"{result.baseline} p50", "speed-up") if result.baseline else ()
+    ratio = ("speed-up",) if result.trusted else ()
+    baseline = (f"{result.baseline} p50", *ratio) if result.baseline else ()
     roof = ("GFLOP", "roof ms", "of roof", "memory ms")
     return ("p50 ms", "p90", "p99", "images/s", *baseline, *roof)
 
 
 def _row_cells(result: BenchResult, row: Row, batch: int) -> tuple[str, ...]:
-    times = row.candidate
+    times = row.contender
     rate = ms(1e3 * batch / times.p50) if times.p50 else NONE
     cells = [ms(times.p50), ms(times.p90), ms(times.p99), rate]
     if result.baseline:
-        cells += [
-            ms(row.baseline.p50) if row.baseline else NONE,
-            NONE if row.speedup is None else f"{row.speedup:.2f}x",
-        ]
+        cells.append(ms(row.baseline.p50) if row.baseline else NONE)
+        if result.trusted:
+            cells.append(NONE if row.speedup is None else f"{row.speedup:.2f}x")
     return (*cells, *_cost_cells(row, result.ceilings))
 
 
@@ -119,48 +116,62 @@ def _cost_cells(row: Row, ceilings: Ceilings | None) -> tuple[str, str, str, str
     )
 
 
-def _parity_section(result: BenchResult, parity: Parity) -> Section:
-    rows = tuple(
-        (
-            f"{side}x{side}",
-            str(scale.num_tokens),
-            f"{scale.max_abs_error:.2e}",
-            f"{scale.mean_abs_error:.2e}",
-            f"{scale.max_relative_error:.2e}",
-            f"{scale.kl_mean:.2e}",
-            percent(scale.top1_agreement),
-            percent(scale.token_agreement),
-            percent(scale.free_token_agreement),
-        )
-        for side, scale in zip(result.model.schedule, parity.scales, strict=True)
-    )
+def _parity_section(parity: Parity) -> Section:
+    """Return the errors of every part; only the columns that any part has."""
     unexplained = sum(not flip.explained for flip in parity.flips)
-    flips = f"Flips with the reference's tokens: {parity.num_flips}"
+    flips = f"Flips with the baseline's tokens: {parity.num_flips}"
     if parity.num_flips:
         flips += f", of the first {len(parity.flips)} beyond the measured error: {unexplained}"
+    fed = "with the baseline's tokens fed to both; the last column is with each its own"
+    free = "each running free with the same random numbers"
+    psnr = f"PSNR of the images: {db(parity.forced_psnr_db)} from the same tokens, "
+    columns = [
+        (title, [show(step) for step in parity.steps]) for title, show in _PARITY_COLUMNS.items()
+    ]
+    used = [column for column in columns if any(cell != NONE for cell in column[1])]
+    names = [step.name for step in parity.steps]
     return Section(
-        title=f"Parity of {parity.candidate} with {parity.reference}",
-        header=(
-            "grid",
-            "tokens",
-            "max error",
-            "mean error",
-            "of range",
-            "KL",
-            "top-1",
-            "sampled",
-            "free-running",
-        ),
-        rows=rows,
+        title=f"Parity of {parity.contender} with {parity.baseline}",
+        header=("step", *(title for title, _ in used)),
+        rows=tuple(zip(names, *(cells for _, cells in used), strict=True)),
         notes=(
-            "Guided logits, with the reference's tokens fed to both; the last column is with each "
-            f"its own. {len(parity.conditions)} conditions, seed {parity.seed}.",
-            flips,
-            f"PSNR of the images: {db(parity.forced_psnr_db)} from the same tokens, "
-            f"{db(parity.free_psnr_db)} free-running.",
+            f"Guided, {fed if parity.forced else free}. "
+            f"{len(parity.conditions)} conditions, seed {parity.seed}.",
+            *((flips,) if parity.forced else ()),
+            f"{psnr if parity.forced else 'PSNR of the images: '}{db(parity.free_psnr_db)} "
+            "free-running.",
         ),
         topic="parity",
     )
+
+
+def _number(name: str) -> Callable[[StepParity], str]:
+    def show(step: StepParity) -> str:
+        value = getattr(step, name)
+        return NONE if value is None else f"{value:.2e}"
+
+    return show
+
+
+def _share(name: str) -> Callable[[StepParity], str]:
+    def show(step: StepParity) -> str:
+        value = getattr(step, name)
+        return NONE if value is None else percent(value)
+
+    return show
+
+
+_PARITY_COLUMNS: Mapping[str, Callable[[StepParity], str]] = {
+    "tokens": lambda step: NONE if step.num_tokens is None else str(step.num_tokens),
+    "max error": _number("max_abs_error"),
+    "mean error": _number("mean_abs_error"),
+    "latent's max error": _number("latent_max_abs_error"),
+    "of range": _number("max_relative_error"),
+    "KL": _number("kl_mean"),
+    "top-1": _share("top1_agreement"),
+    "sampled": _share("token_agreement"),
+    "free-running": _share("free_token_agreement"),
+}
 
 
 def _environment_section(result: BenchResult) -> Section:
@@ -169,6 +180,7 @@ def _environment_section(result: BenchResult) -> Section:
     other = NONE if (busy := result.other_work_cores) is None else f"{busy:.2f} cores busy"
     rows = (
         ("CPU", environment.cpu),
+        ("processor's kind", environment.instructions or "not recorded"),
         ("cores", f"{environment.logical_cores} logical, {environment.usable_cores} usable"),
         ("threads", str(environment.threads)),
         ("RAM", f"{environment.ram_gib} GiB"),
@@ -185,6 +197,7 @@ def _environment_section(result: BenchResult) -> Section:
         ("KV cache", f"{model.kv_dtype}, layout {model.kv_layout}"),
         ("sampling", ", ".join(f"{key}={value}" for key, value in model.sampling.items())),
         *_ceiling_rows(result.ceilings),
+        ("trusted", "yes" if result.trusted else "no"),
         ("measured", f"{result.created}, {result.seconds:.0f} s"),
     )
     return Section("Environment", ("", ""), rows, numbers=False, topic="environment")
@@ -199,6 +212,6 @@ def _ceiling_rows(ceilings: Ceilings | None) -> tuple[tuple[str, str], ...]:
         for name, rates in ceilings.gemm_gflops.items()
     )
     return (
-        ("GEMM, GFLOP/s", f"{rates} (float32, {ceilings.gemm_side} squared)"),
+        ("GEMM, GFLOP/s", f"{rates} ({ceilings.dtype}, {ceilings.gemm_side} squared)"),
         ("copy, GB/s", ", ".join(f"{rate:.1f}" for rate in ceilings.copy_gb_s)),
     )

@@ -13,7 +13,7 @@ from nsp.benchmarks.peers.torch_recorded import (
     eager,
     graphed,
 )
-from nsp.benchmarks.random_model import random_config
+from nsp.families.var.config import ClassCondition, size, with_condition
 from nsp.family.registry import family
 from nsp.layers.attention import attend_delta
 from nsp.pipeline.pipeline import Pipeline
@@ -25,7 +25,9 @@ VAR = family("var")
 @pytest.fixture(scope="module")
 def system() -> Any:
     torch.manual_seed(0)
-    made = VAR.learner.new_system(random_config("tiny"), {}, None)
+    made = VAR.learner.new_system(
+        with_condition(size("tiny"), ClassCondition(num_classes=10)), {}, None
+    )
     with torch.no_grad():
         made.predictor.head.weight.mul_(100)
         for block in made.predictor.blocks:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from nsp.benchmarks.contest.rounds import Contestant
+from nsp.benchmarks.contest.rounds import Runner
 from nsp.benchmarks.contest.subject import Subject
 from nsp.benchmarks.footprint import arena_bytes, scratch_floats, var_footprint
 from nsp.benchmarks.record.result import BenchResult
@@ -36,8 +36,8 @@ def test_the_report_holds_the_peak_against_what_was_counted(
 ) -> None:
     found = result.footprint
     assert found is not None
-    pipeline = subject.candidate.pipeline
-    calls = Contestant("a", pipeline).stage_calls(subject.request(1, 0))
+    pipeline = subject.contender.pipeline
+    calls = Runner("a", pipeline).play(subject.request(1, 0)).calls
     rows = max(call.sizes.get("G", 0) for call in calls)
     again = var_footprint(
         pipeline.config,
@@ -50,7 +50,7 @@ def test_the_report_holds_the_peak_against_what_was_counted(
     assert found.total_mib == pytest.approx(1 + found.arena_mib + found.scratch_mib)
     (run,) = result.cold_runs
     ours = dataclasses.replace(
-        run, contestant="engines", imported_mib=100.0, peak_mib=100 + 2 * found.total_mib
+        run, contender="engines", imported_mib=100.0, peak_mib=100 + 2 * found.total_mib
     )
     told = dataclasses.replace(result, cold_runs=(ours,))
     (section,) = [each for each in sections(told) if "counted" in each.title]

@@ -32,7 +32,7 @@ def test_the_baseline_is_the_checkpoint_the_manifest_names(
     subject = load(folder)
     assert [side.name for side in subject.sides] == ["onnxruntime", BASELINE]
     assert subject.baseline_missing is None
-    assert subject.text_encoder is not None
+    assert subject.checkpoint == tiny_checkpoint
     assert subject.device == "cpu"
     assert subject.weights_mib[BASELINE] > 0.2
     assert 0 < subject.weights_mib["onnxruntime"] < 0.1  # hollow
@@ -75,7 +75,7 @@ def test_conditions_fit_the_kind_of_model(tmp_path: Path) -> None:
     text = load(engines(tmp_path / "text"))
     prompts = text.conditions(11)["prompts"]
     assert len(prompts) == 11
-    tokenizer = text.candidate.pipeline.tokenizer
+    tokenizer = text.contender.pipeline.tokenizer
     assert tokenizer is not None
     assert all(tokenizer.truncated(prompt) is None for prompt in prompts)
 

@@ -1,22 +1,18 @@
-"""The program around the public VAR code: a line of JSON per batch.
+"""The program around the public VAR code, run by `nsp bench` in a process of its own.
 
-The first line read is the job (`peer_job`), answered with what was built; every
-further line asks for a batch and is answered with its times. What that code prints goes to stderr.
+The first job (`nsp.families.var.peers.job`) is answered with what was built; every further one asks
+for a batch and is answered with its times.
 """
 
-import json
-import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def main() -> None:
-    """Build the model, then time batches until the input ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # the public code prints
-    job = json.loads(sys.stdin.readline())
+def answers(jobs: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Build the model, then time batches until there are no more jobs."""
+    job = next(jobs)
     sys.path.insert(0, job["path"])
     import torch
 
@@ -24,13 +20,12 @@ def main() -> None:
     torch.manual_seed(0)
     var, vae = build(job)
     parameters = sum(p.numel() for p in var.parameters())
-    what = (
-        f"FoundationVision/VAR eager, {parameters / 1e6:.1f} M random weights, class-conditional, "
-        f"stock decoder of {job['vae']['ch']} channels"
-    )
-    print(json.dumps({"what": what}), file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(timed(var, vae, job, json.loads(line))), file=answers, flush=True)
+    yield {
+        "what": f"FoundationVision/VAR eager, {parameters / 1e6:.1f} M random weights, "
+        f"class-conditional, stock decoder of {job['vae']['ch']} channels"
+    }
+    for request in jobs:
+        yield timed(var, vae, job, request)
 
 
 def build(job: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -45,7 +40,9 @@ def build(job: Mapping[str, Any]) -> tuple[Any, Any]:
     return VAR(vae_local=vae, **var_arguments).eval(), vae
 
 
-def timed(var: Any, vae: Any, job: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+def timed(
+    var: Any, vae: Any, job: Mapping[str, Any], request: Mapping[str, Any]
+) -> dict[str, float]:
     """Return the times of one batch in ms, to uint8 pixels as everybody's."""
     import torch
 
@@ -73,8 +70,5 @@ def timed(var: Any, vae: Any, job: Mapping[str, Any], request: Mapping[str, Any]
             images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     finally:
         del vae.fhat_to_img
-    return {"wall_ms": 1e3 * (time.perf_counter() - start), "decoder_ms": decoder_ms[0]}
-
-
-if __name__ == "__main__":
-    main()
+    wall_ms = 1e3 * (time.perf_counter() - start)
+    return {"wall_ms": wall_ms, "loop_ms": wall_ms - decoder_ms[0]}
