@@ -47,8 +47,8 @@ def _speed(result: BenchResult, batch: BatchResult) -> Tile:
         return Tile("beside a baseline", "not measured", result.baseline_missing or "")
     beside = f"{result.baseline}: {ms(row.baseline.p50 / batch.batch)} ms per picture"
     if not result.trusted:
-        return Tile(f"as fast as {result.baseline}", "no ratio", "this run is not trusted")
-    return Tile(f"as fast as {result.baseline}", f"{row.speedup:.2f}×", beside)
+        return Tile(f"times as fast as {result.baseline}", "no ratio", "this run is not trusted")
+    return Tile(f"times as fast as {result.baseline}", f"{row.speedup:.2f}×", beside)
 
 
 def exactness(parity: Parity | None) -> Tile:
@@ -66,6 +66,16 @@ def exactness(parity: Parity | None) -> Tile:
 
 
 def one_line(result: BenchResult) -> str:
-    """Return the headline as one line of text, for the end of the command's output."""
-    tiles = [f"{tile.value} {tile.label}" for tile in headline(result)]
-    return "; ".join([*tiles[:-1], "trusted" if result.trusted else "not trusted"])
+    """Return the headline as one line of text: the last one of the command's output."""
+    batch = result.batches[0]
+    row, parts = (
+        batch.end_to_end,
+        [f"{ms(batch.end_to_end.contender.p50 / batch.batch)} ms a picture"],
+    )
+    if result.trusted and row.speedup is not None:
+        parts.append(f"{row.speedup:.2f}× as fast as {result.baseline}")
+    if result.parity is not None:
+        tile = exactness(result.parity)
+        parts.append(f"{tile.label}: {tile.value}")
+    parts.append("trusted" if result.trusted else "not trusted, so no ratio")
+    return "; ".join(parts)
