@@ -7,13 +7,17 @@ from nsp.console.command_line import Program, verbose_option, version_option
 from nsp.console.data_verbs import data
 from nsp.console.folder_verbs import convert, doctor, inspect
 from nsp.console.generate_verb import generate
+from nsp.export.plan_verb import plan_size
 from nsp.export.verbs import export_engines, verify_engines
 
 
 @click.group(
     "nsp",
     cls=Program,
-    commands=[export_engines, generate, convert, verify_engines, inspect, doctor, data, bench],
+    commands=[
+        *(export_engines, generate, convert, verify_engines, inspect, doctor, plan_size),
+        *(data, bench),
+    ],
     invoke_without_command=True,
     context_settings={
         "help_option_names": ["-h", "--help"],

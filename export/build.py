@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from nsp.artifacts.counting import count_costs
 from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest, Variant
 from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
 from nsp.backends.torch import TorchBackend
@@ -189,6 +190,13 @@ class StageBuilder:
             self._modules_key = key
             self._modules = self._family.learner.modules(system, build.kv_layout)
         return self._modules
+
+    def costs(self) -> dict[str, Any]:
+        """Return what every stage costs, as the manifest has it."""
+        started = time.monotonic()
+        found = count_costs(self._family, self.system)
+        logger.info("costs: %d stages counted in %.1f s", len(found), time.monotonic() - started)
+        return {stage: costs.to_dict() for stage, costs in found.items()}
 
     def check_images(self, manifest: Manifest) -> Manifest:
         """Return the manifest with the results of whole images from its stages.

@@ -154,7 +154,12 @@ def _run(todo: ExportPlan, store: EngineStore, on_event: OnEvent) -> Manifest:
     recorded = {} if store.previous is None else store.previous.recorded
     if builder is not None:
         recorded = _recorded(builder, todo, store)
-    manifest = replace(manifest, files=_tokenizer_files(todo, store), recorded=recorded)
+    manifest = replace(
+        manifest,
+        files=_tokenizer_files(todo, store),
+        recorded=recorded,
+        costs=_costs(builder, todo, store),
+    )
     kept = store.kept(manifest)
     for stage, variants in kept.items():
         for variant in variants:
@@ -219,6 +224,14 @@ def _recorded(builder: "StageBuilder", todo: ExportPlan, store: EngineStore) -> 
         recordings = kept(builder.reference.smallest_first())
         write_recorded(recordings, folder, model_hash=todo.model_hash)
         return store.finish(folder, f"{RECORDED_DIR}/")
+
+
+def _costs(builder: "StageBuilder | None", todo: ExportPlan, store: EngineStore) -> dict[str, Any]:
+    """Return what the stages cost: as before if the model is the same, otherwise counted now."""
+    old = store.previous
+    model = (todo.model_hash, dict(todo.record.config))
+    known = old.costs if old is not None and (old.model_hash, old.config) == model else {}
+    return known if known or builder is None else builder.costs()
 
 
 def _check_space(todo: ExportPlan, folder: Path) -> None:

@@ -1,14 +1,12 @@
 """The sizes of a checkpoint's stages, from the headers of its weight files."""
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nsp.export.graph.dtypes import matches
+from nsp.artifacts.weight_kinds import count_weights
 from nsp.family.contract import Stage
+from nsp.stage.io import Shape
 from nsp.weights.weight_files import read_shapes
-
-_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # int8: weights not quantized
 
 
 def stage_bytes(checkpoint: Path, stages: Mapping[str, Stage], precision: str) -> dict[str, int]:
@@ -16,22 +14,14 @@ def stage_bytes(checkpoint: Path, stages: Mapping[str, Stage], precision: str) -
 
     Raises CheckpointError for an unreadable weight file.
     """
-    sizes = dict(_parameters(checkpoint))
-    result = {}
-    for stage, declared in stages.items():
-        half = sum(n for name, n in sizes.items() if matches(name, declared.half))
-        full = sum(n for name, n in sizes.items() if matches(name, declared.full))
-        result[stage] = half * _ITEM_BYTES[precision] + full * _ITEM_BYTES["fp32"]
-        if precision == "int8":
-            bytes_saved = _ITEM_BYTES["int8"] - 1
-            result[stage] -= bytes_saved * sum(
-                n for name, n in sizes.items() if matches(name, declared.int8)
-            )
-    return result
+    shapes = dict(_shapes(checkpoint))
+    return {
+        name: count_weights(stage, shapes).num_bytes(precision) for name, stage in stages.items()
+    }
 
 
-def _parameters(checkpoint: Path) -> Iterator[tuple[str, int]]:
-    """Yield (name in the family's system, number of elements); a part's folder leads the name."""
+def _shapes(checkpoint: Path) -> Iterator[tuple[str, Shape]]:
+    """Yield (name in the family's system, shape); a part's folder leads the name."""
     for path in sorted(checkpoint.glob("*/*.safetensors")):
         for name, shape in read_shapes(path).items():
-            yield f"{path.parent.name}.{name}", math.prod(shape)
+            yield f"{path.parent.name}.{name}", tuple(shape)

@@ -1,15 +1,7 @@
 """The dtype of each weight of a stage in an export; without torch."""
 
-import fnmatch
-from collections.abc import Sequence
-
 from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.family.contract import Stage
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether a parameter's name fits one of the patterns."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def precision_map(stage: Stage, precision: str) -> dict[str, str]:

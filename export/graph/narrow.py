@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nsp.artifacts.manifest import PRECISION_DTYPES
-from nsp.export.graph.dtypes import matches
+from nsp.artifacts.weight_kinds import matches
 from nsp.family.contract import Stage
 
 

@@ -108,6 +108,8 @@ class Manifest(Config):
     sampling: dict[str, Any] = field(default_factory=dict)  # settings that suit this model
     files: dict[str, str] = field(default_factory=dict)  # shared files (tokenizer) -> SHA-256
     recorded: dict[str, str] = field(default_factory=dict)  # calls for `nsp verify` -> SHA-256
+    # Stage -> its StageCosts, read by `costs.read_costs`; none in folders of older exports.
+    costs: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, tuple[Variant, ...]]
 
     def __post_init__(self) -> None:

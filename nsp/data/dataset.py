@@ -58,7 +58,7 @@ class ImageDataset(Dataset[ImageItem]):
         )
         self._first_rows = np.cumsum([0, *(len(each.captions) for each in source.samples)])
         self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it
+        self._epoch.share_memory_()  # persistent workers see it
         self._own_epoch: int | None = None
         self._cache: dict[int, NDArray[np.uint8]] = {}
         self._cache_bytes_left = cache_bytes

@@ -104,7 +104,7 @@ class ShardStream(IterableDataset[StreamItem]):
         )
         self._reader = ShardReader(self.shards)
         self._left_out = torch.zeros(_MAX_WORKERS, dtype=torch.int64)
-        self._left_out.share_memory_()  # type: ignore[no-untyped-call]  # workers count here
+        self._left_out.share_memory_()  # workers count here
         self._warned: set[str] = set()
         # The counts in index.json are right only if every sample is used.
         records = {} if skip_bad_files else self.shards.records

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nsp.export.graph.dtypes import matches
+from nsp.artifacts.weight_kinds import matches
 from nsp.export.proof.reference import RecordingBackend
 from nsp.family.contract import trace_sizes
 from nsp.family.order import Order

@@ -75,9 +75,11 @@ class TextEncoderStage(nn.Module):
         self.model = model
         self.eos_id = eos_id
         max_tokens: int = model.config.max_position_embeddings
-        causal_mask = torch.ones(1, 1, max_tokens, max_tokens, dtype=torch.bool).tril()
-        self.register_buffer("causal_mask", causal_mask, persistent=False)
-        self.register_buffer("position_T", torch.arange(max_tokens), persistent=False)
+        device = model.device
+        mask = torch.ones(1, 1, max_tokens, max_tokens, dtype=torch.bool, device=device).tril()
+        self.register_buffer("causal_mask", mask, persistent=False)
+        positions_T = torch.arange(max_tokens, device=device)
+        self.register_buffer("position_T", positions_T, persistent=False)
 
     def forward(self, token_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return text states (B, T, D) after the final norm and pooled text (B, D), both float32.

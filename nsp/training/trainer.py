@@ -28,6 +28,7 @@ from nsp.training.data_order import Share, sample_keys, step_seed
 from nsp.training.flops import flops_per_image
 from nsp.training.folder import steps_folder
 from nsp.training.loading import Batch, training_loader, validation_loader
+from nsp.training.needs import saved_bytes
 from nsp.training.optimizer import add_adapters, new_optimizer, set_rates
 from nsp.training.parallel import accumulating, on_main, prepare, shard_again, whole
 from nsp.training.progress import Progress
@@ -358,10 +359,7 @@ class Phase:
 
     def _check_space(self) -> None:
         """Raise before the first step when the disk has no space for the steps to be kept."""
-        total = sum(p.numel() * p.element_size() for p in self.objective.trained.parameters())
-        learnt = sum(p.numel() * 4 for p in self.objective.trained.parameters() if p.requires_grad)
-        each = total + learnt * (2 + (self.state.average is not None))
-        needed = each * (self.config.keep_last + 2)  # the best, and the one being written
+        needed = saved_bytes(self.objective, self.config)
         existing = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
         needed -= self.store.num_bytes()  # a resumed run already has these
         if needed > (free := shutil.disk_usage(existing).free):

@@ -45,6 +45,7 @@ from nsp.training.folder import (
     without_places,
 )
 from nsp.training.leftovers import refuse_links, remove_leftovers
+from nsp.training.needs import check_classes, check_disk, saved_bytes, warn_of_memory
 from nsp.training.optimizer import check_targets, merge_adapters
 from nsp.training.parallel import gathered, on_main
 from nsp.training.run_pictures import Pictures, open_pictures
@@ -248,12 +249,24 @@ def _prepare_folder(
     start = folder / START_NAME
     if not (resume and is_checkpoint(start)):
         system = _new_system(config, data.source)
+        check_classes(system.config, family(config.family).condition(system.config), data.source)
+        saved = 0
         for phase in config.phases:  # report mistakes of later phases now, not when they begin
             objective = _objective(phase, config, folder, accelerator, data, system)
+            saved += saved_bytes(objective, phase) if phase in phases else 0
             if phase in phases:
                 _check_captions(config, phase, objective, data)
             if phase.lora is not None:
                 check_targets(objective.trained, phase.lora)
+        check_disk(saved, Path(config.checkpoint_dir or folder))
+        warn_of_memory(
+            config,
+            phases,
+            system,
+            lambda phase, empty: _objective(phase, config, folder, accelerator, data, empty),
+            batch_size_of=lambda phase: share_of(phase, accelerator).micro_batch_size,
+            device=accelerator.device,
+        )
         _save(start, system, config, {})
     _begin_again(folder, config, accelerator, data)
     newest = newest_model(folder)

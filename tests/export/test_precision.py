@@ -7,7 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from nsp.export.graph.dtypes import matches, precision_map, stored_precision
+from nsp.artifacts.weight_kinds import matches
+from nsp.export.graph.dtypes import precision_map, stored_precision
 from nsp.export.graph.narrow import at_precision
 from nsp.export.stage_bytes import stage_bytes
 from nsp.families.var.config import ClassCondition, with_condition

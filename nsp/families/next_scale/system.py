@@ -40,8 +40,7 @@ class NextScaleSystem(System[NextScaleConfig]):
 
     def condition(self, token_ids_BT: Tensor, dropped_B: Tensor) -> Tensor:
         """Return condition vectors (B, D); rows where `dropped_B` holds have no prompt."""
-        # The stage creates its tables on the CPU.
-        mean = TextMeanStage(self.text_encoder).to(token_ids_BT.device)(token_ids_BT)
+        mean = TextMeanStage(self.text_encoder)(token_ids_BT)
         rows = torch.arange(len(dropped_B), device=dropped_B.device)
         null_row = torch.full_like(rows, len(dropped_B))
         condition: Tensor = self.generator.condition(mean, torch.where(dropped_B, null_row, rows))
@@ -57,7 +56,8 @@ class TextMeanStage(nn.Module):
         super().__init__()
         self.encoder = TextEncoderStage(model)
         length: int = model.config.max_position_embeddings
-        self.register_buffer("upto_TT", torch.ones(length, length).tril(), persistent=False)
+        upto_TT = torch.ones(length, length, device=model.device).tril()
+        self.register_buffer("upto_TT", upto_TT, persistent=False)
 
     def forward(self, token_ids_NT: Tensor) -> Tensor:
         """Return (N, D) in float32."""

@@ -55,9 +55,7 @@ class VarSystem(System[VarConfig]):
             return self.predictor.condition_on_class(torch.where(dropped_B, null, condition_B))
         if self.config.text.null == "empty_prompt":
             condition_B = torch.cat([condition_B, self.encode_prompts([""]).to(condition_B)])
-        # The stage creates its tables on the CPU.
-        encoder = TextEncoderStage(self.text_encoder).to(condition_B.device)
-        states, pooled = encoder(condition_B)
+        states, pooled = TextEncoderStage(self.text_encoder)(condition_B)
         rows = torch.arange(len(dropped_B), device=dropped_B.device)
         null_row = torch.full_like(rows, len(dropped_B))
         return self.predictor.condition_on_text(
