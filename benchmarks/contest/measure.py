@@ -218,7 +218,7 @@ class Bench:
         """Return the times of one scenario, everybody in the same rounds."""
         effort, request = self.effort, subject.request(scenario.batch, self.options.seed)
         sides = [Runner(s.name, s.pipeline, device=subject.device) for s in subject.sides]
-        count = counter(subject.contender.pipeline, subject.checkpoint)
+        count = counter(subject.costs, subject.contender.pipeline)
         played = sides[0].play(request)
         contenders: list[Timed] = [*sides, *(each.runner for each in others if each.runner)]
         if subject.device == "cpu":
@@ -268,7 +268,8 @@ class Bench:
             return None
         side = subject.contender
         calls = Runner(side.name, side.pipeline).play(subject.request(1, self.options.seed)).calls
-        return footprint(side.pipeline, calls, weights_mib=subject.weights_mib[side.name])
+        weights_mib = subject.weights_mib[side.name]
+        return footprint(subject.costs, side.pipeline, calls, weights_mib=weights_mib)
 
 
 def _contract(subject: Subject, options: BenchOptions, environment: Environment) -> Contract:

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
+from nsp.artifacts.costs import StageCosts, read_costs
 from nsp.artifacts.manifest import Manifest, read_manifest
 from nsp.artifacts.repair import find_source
 from nsp.backends.available import availability, backend_record
@@ -56,6 +57,7 @@ class Subject:
     device: str = "cpu"  # of both
     baseline_missing: str | None = None  # why there is none
     weights_mib: Mapping[str, float]  # on disk, per side
+    costs: Mapping[str, StageCosts] = field(default_factory=dict)  # counted at export
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -147,6 +149,9 @@ def load_subject(
         source=Source(label=name, path=engine_dir, backend=name, options=options), pipeline=pipeline
     )
     weights = {name: _engines_mib(manifest, engine_dir, pipeline)}
+    costs = read_costs(manifest)
+    if not costs:
+        logger.warning("%s was exported before costs were counted: no rates", engine_dir)
     try:
         folder = checkpoint or find_source(engine_dir, manifest)
         baseline = _load_baseline(folder, manifest.model_hash, device=device)
@@ -160,6 +165,7 @@ def load_subject(
             baseline_missing=str(error),
             device=device,
             weights_mib=weights,
+            costs=costs,
         )
     weight_files = (path for path in files_below(folder) if path.suffix == ".safetensors")
     return Subject(
@@ -167,6 +173,7 @@ def load_subject(
         baseline=baseline,
         device=device,
         weights_mib={**weights, BASELINE: _mib(weight_files)},
+        costs=costs,
     )
 
 

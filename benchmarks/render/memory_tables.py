@@ -77,7 +77,7 @@ def footprint_section(result: BenchResult, counted: Footprint) -> Section:
         notes=(
             f"Measured: the peak of {peak:.0f} MiB without the {own:.0f} MiB a process has before "
             "the model is loaded (interpreter, libraries). Scratch is counted: the widest moment "
-            "of every stage, float32.",
+            "of every stage and its outputs, float32.",
         ),
         topic="memory",
     )

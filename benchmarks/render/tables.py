@@ -52,7 +52,7 @@ def _latency_section(result: BenchResult, batch: BatchResult) -> Section:
     if batch.baseline_images_per_s is not None:
         throughput += f", {result.baseline} {batch.baseline_images_per_s:.2f} images/s"
     rounds = f"{batch.rounds} interleaved rounds after warm-up; ms per batch of {batch.batch}."
-    notes = [throughput, rounds, _ceilings_note(result.ceilings)]
+    notes = [throughput, rounds, _ceilings_note(result.ceilings, batch)]
     if result.baseline_missing:
         notes.append(f"No PyTorch baseline: {result.baseline_missing}")
     return Section(
@@ -66,9 +66,11 @@ def _latency_section(result: BenchResult, batch: BatchResult) -> Section:
     )
 
 
-def _ceilings_note(ceilings: Ceilings | None) -> str:
+def _ceilings_note(ceilings: Ceilings | None, batch: BatchResult) -> str:
     if ceilings is None:
         return "No ceilings were measured."
+    if all(row.cost is None for row in batch.rows):
+        return "No rates: these engines were exported before costs were counted; export them again."
     threads = f" with {ceilings.threads} thread(s)" if ceilings.launch_us is None else ""
     return (
         f"Roof: the operations at this run's GEMM peak, {ceilings.gemm_peak_gflops:.0f} GFLOP/s "

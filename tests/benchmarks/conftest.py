@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.counting import count_costs
 from nsp.benchmarks.contest.contenders import Source
 from nsp.benchmarks.contest.measure import Bench, BenchEvent
 from nsp.benchmarks.contest.subject import Side, Subject
@@ -48,6 +49,7 @@ def subject(tiny_checkpoint: Path, tiny_system: Any, reference: Pipeline) -> Sub
         contender=sides[0],
         baseline=sides[1],
         weights_mib={"engines": 1.0, "torch": 2.0},
+        costs=count_costs(reference.family, tiny_system),
     )
 
 

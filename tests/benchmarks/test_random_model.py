@@ -72,7 +72,7 @@ def test_what_is_there_is_kept_and_nothing_trained_is_replaced(tmp_path: Path) -
 
 
 def test_the_size_for_cpus_has_the_published_schedule_and_a_small_decoder() -> None:
-    from nsp.benchmarks.flops import var_work
+    from tests.artifacts.hand_counts import var_work
 
     _, config = find_size("w512")
     assert (config.num_tokens, config.image_size_px) == (680, 256)

@@ -260,7 +260,9 @@ def test_doubts_are_about_others_a_falling_clock_and_unsteady_times(result: Benc
     busy = list(doubts(machine, 0.5, None, ()))
     assert "kept 0.5 of 4 cores busy" in busy[0]
     assert list(doubts(machine, 0.3, None, ())) == []
-    fell = dataclasses.replace(result.ceilings, gemm_gflops={"numpy": (100.0, 80.0)})
+    fell = dataclasses.replace(
+        result.ceilings, gemm_gflops={"numpy": (100.0, 80.0)}, copy_gb_s=(1.0,)
+    )
     assert "changed by 20 %" in next(doubts(machine, 0.0, fell, ()))
     fast = dataclasses.replace(result.ceilings, gemm_gflops={"numpy": (1e9,)})
     slowed = list(doubts(machine, 0.0, fast, result.batches))

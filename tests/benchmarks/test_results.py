@@ -132,11 +132,10 @@ def test_bytes_of_a_call_are_its_tensors_and_weights(subject: Subject) -> None:
     pipeline = subject.contender.pipeline
     config = pipeline.config
     calls = Runner("a", pipeline).play(subject.request(1, 0)).calls
-    count = counter(pipeline, subject.checkpoint)
+    count = counter(subject.costs, pipeline)
     costs = [count(call.stage, call.sizes) for call in calls]
     assert all(cost is not None for cost in costs)
     decoder = costs[-1]
     pixels, cells = 3 * config.image_size_px**2, 8 * config.latent_side**2
     weights = sum(p.numel() for p in pipeline.backend._stages["decoder"].parameters())
-    # Norms are parameters too, but not counted as weights of products.
     assert decoder.mib * 2**20 == pytest.approx(4 * (pixels + cells + weights), rel=0.03)
