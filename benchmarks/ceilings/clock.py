@@ -1,15 +1,25 @@
 """One clock for every device: the device is idle before and after what it times."""
 
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
 
 
+def torch_uses_gpu() -> bool:
+    """Return whether there is a PyTorch that uses the GPU; engines need none."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 class Clock:
-    """Times work in ms: by CUDA events on a GPU, else by the wall."""
+    """Times work in ms: by CUDA events on a GPU that torch uses, else by the wall."""
 
     def __init__(self, device: str) -> None:
-        self.on_gpu = device.startswith("cuda")
+        self.on_gpu = device.startswith("cuda") and torch_uses_gpu()
         self.name = "CUDA events" if self.on_gpu else "wall"
 
     def ms(self, work: Callable[[], Any]) -> float:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from nsp.benchmarks.ceilings.clock import torch_uses_gpu
 from nsp.benchmarks.contest.contenders import Source
 from nsp.benchmarks.contest.processes import ask_once
 from nsp.benchmarks.record.cold import ColdRun
@@ -28,7 +29,7 @@ def cold_run(
 def _gpu_memory(device: str) -> Iterator[dict[str, float]]:
     """Yield what will hold `gpu_peak_mib` after the block: used on the GPU by whomever else."""
     found: dict[str, float] = {}
-    if device != "cuda":
+    if device != "cuda" or not torch_uses_gpu():
         yield found
         return
     import torch

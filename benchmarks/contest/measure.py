@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from nsp.benchmarks.ceilings.clock import torch_uses_gpu
 from nsp.benchmarks.ceilings.cpu import measure_ceilings
 from nsp.benchmarks.ceilings.product import Product
 from nsp.benchmarks.ceilings.rates import Ceilings
@@ -174,10 +175,12 @@ class Bench:
         return dataclasses.replace(result, guidance=tuple(guidance))
 
     def _ceilings(self, subject: Subject) -> Ceilings | None:
-        """Return the ceilings of the device the engines run on."""
+        """Return the ceilings of the device the engines run on; None if torch cannot use it."""
         self.tell("ceilings")
         if subject.device == "cpu":
             return measure_ceilings(threads=self.threads, gemm_side=self.effort.gemm_side)
+        if not torch_uses_gpu():
+            return None
         from nsp.benchmarks.ceilings.gpu import measure_gpu_ceilings
 
         precision = subject.contender.pipeline.precision

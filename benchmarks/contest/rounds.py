@@ -35,7 +35,9 @@ class Runner:
         self._calls: list[StageCall] = []
         self._timed = TimedBackend(pipeline.backend, self._calls.append)
         self._watched = with_backend(pipeline, self._timed)
-        self._pipeline = pipeline if records(pipeline.backend) else self._watched
+        # A clock on every call would undo a recording, and would make a GPU wait after each stage.
+        unwatched = records(pipeline.backend) or device != "cpu"
+        self._pipeline = pipeline if unwatched else self._watched
 
     def observe(self, request: Mapping[str, Any], *, number: int, place: int) -> Observation:
         """Return the times of one `generate` call, from prompts that have not been read before."""

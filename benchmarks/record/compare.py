@@ -1,6 +1,6 @@
 """`nsp bench compare OLD NEW`: whether the engines became slower, and how sure that is.
 
-Both results keep raw observations, taken in rounds of one contestant after the other. The PyTorch
+Both results keep raw observations, taken in rounds of one contender after the other. The PyTorch
 baseline of a round tells how fast the machine was at that moment, so where both results have the
 same baseline software, what is compared is the engines' time in units of it; else plain times.
 Intervals are those of the bootstrap over rounds (Efron & Tibshirani 1993, percentile method).

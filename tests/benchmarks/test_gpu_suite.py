@@ -61,6 +61,7 @@ def test_work_left_on_another_stream_is_timed_to_its_end(monkeypatch: pytest.Mon
     def enqueue() -> None:
         now["device"] = now["host"] + 7
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.update(host=now["device"]))
     assert Clock("cuda").ms(enqueue) == 7
