@@ -56,12 +56,12 @@ def exactness(parity: Parity | None) -> Tile:
     if parity is None:
         return Tile("equal to the baseline", "not measured", "there is no baseline")
     picture = f"picture {db(parity.forced_psnr_db)}"
-    error = f"largest error {100 * parity.max_relative_error:.2g} % of the range"
+    error = f"largest error {parity.max_relative_error:.1e} of the range"
     shares = (parity.token_agreement, parity.free_token_agreement)
     share = next((each for each in shares if each is not None), None)
     if share is None:
-        value = f"{100 * parity.max_relative_error:.2g} %"
-        return Tile(f"largest error of the latents, against {parity.baseline}", value, picture)
+        label = f"largest error of the latents over their range, against {parity.baseline}"
+        return Tile(label, f"{parity.max_relative_error:.1e}", picture)
     return Tile(f"tokens equal to those of {parity.baseline}", percent(share), error)
 
 
