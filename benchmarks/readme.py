@@ -101,7 +101,7 @@ def _rows(result: BenchResult) -> Iterator[tuple[str, str, str, str]]:
 
 def _time_row(result: BenchResult, name: str, row: Row) -> tuple[str, str, str, str]:
     assert row.baseline is not None
-    reached = row.of_roof(result.ceilings)
+    reached = row.of_roof(result.ceilings) if result.trusted else None
     share = "" if reached is None else f" ({100 * reached:.0f} % of the GEMM peak)"
     ours, theirs = row.contender.p50, row.baseline.p50
     return name, f"{ours:.0f} ms{share}", f"{theirs:.0f} ms", f"{theirs / ours:.2f}x"

@@ -115,10 +115,9 @@ def _more_tiles(result: BenchResult) -> Iterator[Tile]:
                 beside = f"{row.speedup:.2f}× as fast as {result.baseline}"
         yield Tile(f"{batch.batch} images at once", f"{ms(row.contender.p50)} ms", beside)
     loop = result.batches[0].loop
-    if loop is not None and (share := loop.of_roof(result.ceilings)) is not None:
-        ratio = ""
-        if loop.speedup and result.trusted:
-            ratio = f"{loop.speedup:.2f}× as fast as {result.baseline}"
+    share = None if loop is None else loop.of_roof(result.ceilings)
+    if result.trusted and loop is not None and share is not None:
+        ratio = f"{loop.speedup:.2f}× as fast as {result.baseline}" if loop.speedup else ""
         yield Tile("all steps, of the GEMM peak", f"{100 * share:.0f} %", ratio)
     cold = [run for run in result.cold_runs if run.contender == result.contender]
     if cold:

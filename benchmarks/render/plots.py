@@ -40,7 +40,7 @@ def plots(result: BenchResult) -> list[Plot]:
     if len(first.step_rows) == len(result.model.schedule) > 1:
         made.append(tokens_plot(result))
     if result.sweep:
-        made += [batches_plot(result), threads_plot(result)]
+        made += [batches_plot(result), *([threads_plot(result)] if result.trusted else [])]
     if result.guidance:
         made.append(guidance_plot(result))
     return made

@@ -96,7 +96,7 @@ def _batch_summary(result: BenchResult, batch: BatchResult) -> dict[str, Any]:
         "images_per_s": batch.images_per_s,
         "baseline_p50_ms": row.baseline.p50 if row.baseline else None,
         "speedup": row.speedup if result.trusted else None,  # told of trusted runs only
-        "of_gemm_roof": row.of_roof(result.ceilings),
+        "of_gemm_roof": row.of_roof(result.ceilings) if result.trusted else None,
     }
 
 
