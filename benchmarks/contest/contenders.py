@@ -5,7 +5,7 @@ one. To add one, add its record to CONTENDERS.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,8 @@ def _onnxruntime_graphs(source: Source) -> Pipeline:
     """Return the engines of ONNX Runtime with CUDA graphs, which `load_pipeline` leaves off."""
     from nsp.backends.onnxruntime.ort_backend import CUDA, OnnxRuntimeBackend
 
-    pipeline, manifest = _load(source), read_manifest(source.path)
+    pipeline = _load(replace(source, backend="onnxruntime"))
+    manifest = read_manifest(source.path)
     loaded = {
         stage: next(v for v in manifest.variants(stage, "onnxruntime") if _is_used(v, pipeline))
         for stage in manifest.stages

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from nsp.benchmarks.curves import main, read_curves, smoothed
+from nsp.console.curves import main, read_curves, smoothed
 from nsp.errors import DataError
 
 
