@@ -135,6 +135,7 @@ def _trace(pipeline: Pipeline, orders: Sequence[Order[Any]]) -> _Trace:
         for name, arrays in drawn.items():
             if name in step.drawn:
                 arrays.append(pipeline.download(step.drawn[name]))
+    assert last is not None  # the last step ends with a picture
     groups = group_steps(kinds, pipeline.family.grids(pipeline.config))
 
     def of_group(name: str, group: Group) -> NDArray[Any] | None:

@@ -73,6 +73,7 @@ class Runner:
                 latent = step.latent
                 kinds.append((step.unit, latent is not None))
                 calls.append(self._taken())
+            assert latent is not None  # the last step ends with a picture
             pipeline.decode(latent)
             groups = group_steps(kinds, pipeline.family.grids(pipeline.config))
             return Played(before, calls, self._taken(), groups)
