@@ -1,39 +1,43 @@
-"""`var` on a GPU: parity and speed of everything that runs here, each beside its ceiling.
+"""Named model sizes on a GPU, by everything that runs here: one benchmark per size and batch size.
 
     python -m nsp.benchmarks.gpu_suite [--sizes d16,d20,d24,d30] [--batch 1,8] [--quick]
 
-For every size and batch: random weights -> engines -> a fresh process each (first image, memory) ->
-parity with float32 PyTorch -> interleaved rounds. What cannot run here is reported with the reason.
-`--device cpu --sizes tiny` runs the same path on a CPU in a minute: a check of the suite itself.
+For each: random weights -> engines of every target -> the contest of `nsp bench`, with all its
+contenders. What cannot run here is reported with the reason. `--device cpu --sizes tiny` runs the
+same path on a CPU in a minute: a check of the suite itself.
 """
 
 import itertools
-import json
 import logging
 import tempfile
-import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 
+from nsp.backends.available import availability
 from nsp.backends.nvidia import find_gpu
-from nsp.benchmarks.gpu_ceilings import Clock, measure_gpu_ceilings
-from nsp.benchmarks.gpu_contest import contest
-from nsp.benchmarks.gpu_contestants import ENTRIES, Place
-from nsp.benchmarks.gpu_results import GPU_SCHEMA, Contest, SuiteResult, markdown
-from nsp.benchmarks.machine import Environment
-from nsp.benchmarks.random_model import random_config
+from nsp.benchmarks.contest.contenders import Source, check_name
+from nsp.benchmarks.contest.field import Asked, asked_for
+from nsp.benchmarks.contest.measure import Bench
+from nsp.benchmarks.contest.names import OTHERS
+from nsp.benchmarks.contest.pictures import make_pictures
+from nsp.benchmarks.contest.subject import Subject, load_subject
+from nsp.benchmarks.options import BenchOptions, Effort
+from nsp.benchmarks.random_model import find_size, write_random_model
+from nsp.benchmarks.render.report import BenchReport, write_report
 from nsp.console.command_line import FOLDER
 from nsp.cores import num_threads
 from nsp.errors import BackendError, ConfigError, NspError
-from nsp.files import write_file
+from nsp.export.run import ExportOptions, export
 
-JSON_NAME, MARKDOWN_NAME = "gpu_suite.json", "gpu_suite.md"
+logger = logging.getLogger(__name__)
+
+TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+_FIXED_BATCH = ("tensorrt", "tensorrt-rtx")  # their engines are built for one batch size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,88 +50,142 @@ class SuiteOptions:
     quick: bool = False
     precision: str = "fp16"
     device: str = "cuda"
-    only: tuple[str, ...] = tuple(ENTRIES)
+    only: tuple[str, ...] = (*TARGETS, *OTHERS)
     fresh_processes: bool = True
     engine_dir: Path | None = None  # where weights and engines stay; None: a temporary folder
-    compiler: str = "inductor"
 
     def __post_init__(self) -> None:
         """Check the names and numbers."""
-        for name in self.sizes:
-            random_config(name)
-        if unknown := [name for name in self.only if name not in ENTRIES]:
-            raise ConfigError(f"unknown contestant {unknown[0]!r}; known: {', '.join(ENTRIES)}")
+        for size in self.sizes:
+            find_size(size)
+        for name in self.only:
+            if name not in TARGETS:
+                check_name(name)
         if not self.sizes or not self.batches or min(self.batches) < 1:
             raise ConfigError("give at least one size and one batch size of at least 1")
 
     @property
-    def rounds(self) -> tuple[int, int]:
-        """Rounds to warm up, and to measure."""
-        return (1, 5) if self.quick else (5, 50)
-
-
-def run(options: SuiteOptions) -> SuiteResult:
-    """Return everything measured, written to `output_dir`; BackendError where there is no GPU."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        gpu = find_gpu()
-        raise BackendError(
-            "the GPU suite needs an NVIDIA GPU, but there is none; to check only the suite, run: "
-            "python -m nsp.benchmarks.gpu_suite --device cpu --sizes tiny"
-            if gpu is None
-            else f"this PyTorch does not use the {gpu.name}; "
-            "run: pip install --force-reinstall 'torch==2.13.*'"
+    def effort(self) -> Effort:
+        """How much is measured of each size and batch size."""
+        basis = BenchOptions(
+            engine_dir=self.output_dir, output_dir=self.output_dir, quick=self.quick
         )
-    began, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+        processes = int(self.fresh_processes)
+        rounds, warmup = (5, 1) if self.quick else (50, 5)
+        return replace(
+            Effort.of(basis),
+            rounds=rounds,
+            warmup=warmup,
+            stability=None,
+            engine_processes=processes,
+            baseline_processes=processes,
+        )
+
+
+def run(options: SuiteOptions) -> Iterator[BenchReport]:
+    """Yield the report of each size and batch size, written before the next one begins.
+
+    Raises BackendError where there is no GPU, or no engines can be made.
+    """
+    _check_device(options.device)
     with ExitStack() as stack:
-        # Convolutions as exact as the products beside them, their kernels chosen by trial.
-        stack.enter_context(torch.backends.cudnn.flags(True, benchmark=True, allow_tf32=False))
         root = options.engine_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ceilings = measure_gpu_ceilings(options.device, options.precision, quick=options.quick)
-        contests: list[Contest] = []
         for size, batch in itertools.product(options.sizes, options.batches):
-            place = Place(
-                folder=root / size,
-                batch=batch,
-                precision=options.precision,
-                device=options.device,
-                compiler=options.compiler,
-            )
-            contests.append(
-                contest(
-                    size,
-                    place,
-                    ceilings,
-                    only=options.only,
-                    fresh_processes=options.fresh_processes,
-                    rounds=options.rounds,
-                )
-            )
-            result = SuiteResult(
-                schema_version=GPU_SCHEMA,
-                created=created,
-                seconds=time.perf_counter() - began,
-                options=_plain(options),
-                clock=Clock(options.device).name,
-                environment=Environment.read(threads=num_threads()),
-                ceilings=ceilings,
-                contests=tuple(contests),
-            )
-            _write(result, options.output_dir)  # after each: a later one may end the run
-    return result
+            yield _measured(options, root / size, size, batch)
 
 
-def _write(result: SuiteResult, folder: Path) -> None:
-    with write_file(folder / JSON_NAME) as partial:
-        partial.write_text(json.dumps(result.to_dict(), allow_nan=False) + "\n", encoding="utf-8")
-    with write_file(folder / MARKDOWN_NAME) as partial:
-        partial.write_text(markdown(result), encoding="utf-8")
+def _check_device(device: str) -> None:
+    import torch
+
+    if device != "cuda" or torch.cuda.is_available():
+        return
+    gpu = find_gpu()
+    raise BackendError(
+        "the GPU suite needs an NVIDIA GPU, but there is none; to check only the suite, run: "
+        "python -m nsp.benchmarks.gpu_suite --device cpu --sizes tiny"
+        if gpu is None
+        else f"this PyTorch does not use the {gpu.name}; "
+        "run: pip install --force-reinstall 'torch==2.13.*'"
+    )
 
 
-def _plain(options: SuiteOptions) -> dict[str, Any]:
-    """Return the options, JSON-ready; folders are not part of a result."""
-    kept = ("sizes", "batches", "quick", "precision", "device", "only", "compiler")
-    values = {name: getattr(options, name) for name in kept}
-    return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+def _measured(options: SuiteOptions, folder: Path, size: str, batch: int) -> BenchReport:
+    """Return the report of one size with one batch size."""
+    checkpoint = folder / "checkpoint"
+    write_random_model(checkpoint, *find_size(size))
+    build = partial(_build, options, checkpoint, batch)
+    targets = [name for name in options.only if name in TARGETS]
+    subject, rest = _first_that_works(options, targets, build, checkpoint)
+    bench_options = BenchOptions(
+        engine_dir=subject.contender.source.path,
+        output_dir=options.output_dir / f"{size}-batch{batch}",
+        checkpoint=checkpoint,
+        batch_sizes=(batch,),
+        contenders=(),
+        quick=options.quick,
+    )
+    threads = num_threads()
+    asked = [Asked(name, f"engines for {name}", partial(build, name)) for name in rest]
+    asked += [asked_for(n, subject, threads) for n in options.only if n not in TARGETS]
+    bench = Bench(bench_options, options.effort, threads, _log, tuple(asked))
+    result = bench.measure(subject)
+    pictures = make_pictures(subject, seed=bench_options.seed)
+    return write_report(result, bench_options.output_dir, pictures=pictures)
+
+
+def _log(event: object) -> None:
+    logger.debug("%s", event)
+
+
+def _first_that_works(
+    options: SuiteOptions,
+    targets: Sequence[str],
+    build: Callable[[str], Source],
+    checkpoint: Path,
+) -> tuple[Subject, list[str]]:
+    """Return the engines of the first target that can be built, and the other targets."""
+    reasons = []
+    for name in targets:
+        try:
+            source = build(name)
+        except NspError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        subject = load_subject(
+            source.path,
+            checkpoint=checkpoint,
+            backend=source.backend,
+            precision=options.precision,
+            threads=num_threads(),
+        )
+        return subject, [each for each in targets if each != name]
+    raise BackendError("no engines can be made here: " + ("; ".join(reasons) or "none are asked"))
+
+
+def _build(options: SuiteOptions, checkpoint: Path, batch: int, target: str) -> Source:
+    """Return the engines of a target, exported unless they are there unchanged.
+
+    Raises NspError where they cannot run or be built here.
+    """
+    backend, fixed = target.replace("-", "_"), target in _FIXED_BATCH
+    state = availability(target)
+    if not state.works or (options.device == "cuda" and state.device != "cuda"):
+        raise BackendError(state.reason + (f"; run: {state.install}" if state.install else ""))
+    folder = checkpoint.parent / (f"{target}-b{batch}" if fixed else target)
+    logger.info("building %s", folder)
+    export(
+        ExportOptions(
+            checkpoint=str(checkpoint),
+            engine_dir=str(folder),
+            precisions=(options.precision,),
+            targets=(target,),
+            max_batch=max(options.batches) if not fixed else batch,
+            static_batch=fixed,
+            gpu_archs=("current",) if backend == "tensorrt_rtx" else (),
+        )
+    )
+    kept = {"precision": options.precision, "device": options.device}
+    return Source(label=target, path=folder, backend=target, options=kept)
 
 
 def _numbers(value: str) -> tuple[int, ...]:
@@ -145,12 +203,12 @@ def _names(value: str) -> tuple[str, ...]:
 @click.option("--sizes", default="d16,d20,d24,d30", show_default=True, help="Model sizes.")
 @click.option("--batch", default="1,8", show_default=True, help="Images per call.")
 @click.option("--precision", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16")
-@click.option("--only", default=",".join(ENTRIES), show_default=True, help="Contestants.")
+@click.option("--only", default=",".join((*TARGETS, *OTHERS)), help="Contenders.  [default: all]")
 @click.option("--quick", is_flag=True, help="5 rounds instead of 50.")
 @click.option(
     "--engine-dir", type=FOLDER, help="Folder that keeps weights and engines for later runs."
 )
-@click.option("--output-dir", type=FOLDER, help="[default: benchmarks/results]")
+@click.option("--output-dir", type=FOLDER, default="outputs/gpu_suite", show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 def main(
     *,
@@ -160,30 +218,29 @@ def main(
     only: str,
     quick: bool,
     engine_dir: Path | None,
-    output_dir: Path | None,
+    output_dir: Path,
     device: str,
 ) -> None:
-    """Check parity and measure speed of `var` on this machine's GPU."""
+    """Check parity and measure speed of model sizes on this machine's GPU."""
+    from nsp.console.terminal import results_console
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    on_gpu = device == "cuda"
-    folder = output_dir or Path("benchmarks/results" if on_gpu else "outputs/gpu_suite")
     try:
         options = SuiteOptions(
             sizes=_names(sizes),
             batches=_numbers(batch),
-            precision=precision if on_gpu else "fp32",
+            precision=precision if device == "cuda" else "fp32",
             only=_names(only),
             quick=quick,
             engine_dir=engine_dir,
-            output_dir=folder,
+            output_dir=output_dir,
             device=device,
-            compiler="inductor" if on_gpu else "aot_eager",
         )
-        result = run(options)
+        for report in run(options):
+            report.render(results_console())
+            click.echo(f"data: {report.json_path}")
     except NspError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(markdown(result))
-    click.echo(f"data: {folder / JSON_NAME}")
 
 
 if __name__ == "__main__":

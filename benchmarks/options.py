@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from nsp.benchmarks.peer import check_clone
-from nsp.benchmarks.rivals import RIVAL_NAMES
-from nsp.benchmarks.timing import Stability
+from nsp.benchmarks.contest.contenders import check_name
+from nsp.benchmarks.contest.rounds import Stability
 from nsp.errors import ConfigError
 
 
@@ -27,20 +26,18 @@ class BenchOptions:
     warmup: int | None = None
     seed: int = 0
     threads: int | None = None  # None: see `nsp.cores`
-    rivals: tuple[str, ...] | None = None  # of RIVAL_NAMES; None: all there are, none when quick
-    peer_var: Path | None = None  # a clone of the public VAR code
+    contenders: tuple[str, ...] | None = None  # beside the engines; None: all, or none when quick
+    peer: Path | None = None  # a clone of the public code that the family declares as a peer
     sweep: bool = False  # batch sizes, threads and guidance ended early, for the plots
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if unknown := [name for name in self.rivals or () if name not in RIVAL_NAMES]:
-            known = ", ".join(RIVAL_NAMES)
-            raise ConfigError(f"rival {unknown[0]!r} is unknown; known: {known}")
+        for name in self.contenders or ():
+            check_name(name)
         # Times are identified by name alone: two of one name would be counted as one.
-        if twice := [name for name, count in Counter(self.rivals or ()).items() if count > 1]:
-            raise ConfigError(f"rival {twice[0]!r} is given twice; give it once")
-        if self.peer_var is not None:
-            check_clone(self.peer_var)
+        counted = Counter(self.contenders or ())
+        if twice := [name for name, count in counted.items() if count > 1]:
+            raise ConfigError(f"contender {twice[0]!r} is given twice; give it once")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(f"batch sizes {list(self.batch_sizes)} must be positive numbers")
         for name, least in (("rounds", 1), ("warmup", 0), ("threads", 1)):
@@ -56,7 +53,7 @@ class Effort:
     rounds: int
     warmup: int
     seconds_per_batch: float  # no further round starts after this
-    candidate_processes: int
+    engine_processes: int
     baseline_processes: int
     gemm_side: int
     num_conditions: int  # for parity
@@ -77,7 +74,7 @@ QUICK: dict[str, Any] = {
     "rounds": 12,
     "warmup": 1,
     "seconds_per_batch": 8.0,
-    "candidate_processes": 2,
+    "engine_processes": 2,
     "baseline_processes": 1,
     "gemm_side": 1024,
     "num_conditions": 4,
@@ -89,7 +86,7 @@ FULL: dict[str, Any] = {
     "rounds": 100,
     "warmup": 3,
     "seconds_per_batch": 180.0,  # with half a second an image the whole takes ten minutes
-    "candidate_processes": 5,
+    "engine_processes": 5,
     "baseline_processes": 3,
     "gemm_side": 2048,
     "num_conditions": 8,

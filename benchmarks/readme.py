@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsp.benchmarks.contest_tables import step_section
-from nsp.benchmarks.next_scale import growth_table, read_growth
-from nsp.benchmarks.report import table_lines, write_text
-from nsp.benchmarks.results import BatchResult, BenchResult, Row, read_result
+from nsp.benchmarks.record.growth import growth_table, read_growth
+from nsp.benchmarks.record.result import BenchResult, Row, read_result
+from nsp.benchmarks.render.contender_tables import steps_section
+from nsp.benchmarks.render.report import table_lines, write_text
+from nsp.benchmarks.render.section import percent
 from nsp.errors import ConfigError
 from nsp.export.size_table import read_sizes, size_table
 
@@ -22,12 +23,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 END = "<!-- end -->"
 
 
-def step_loop(result: BenchResult) -> str:
+def steps(result: BenchResult) -> str:
     """Return what everybody makes of the scale steps, as Markdown."""
     model, environment = result.model, result.environment
-    section = step_section(result)
+    section = steps_section(result)
     lines = [
-        f"The step loop of a larger model with random weights (`w512`: width 512, 8 layers, "
+        f"All steps of a larger model with random weights (`w512`: width 512, 8 layers, "
         f"{model.num_tokens} tokens in {len(model.schedule)} scales, {model.image_size_px} px, "
         f"guidance on), `nsp bench` on {environment.threads} cores of an {environment.cpu}, all in "
         "the same rounds:",
@@ -52,11 +53,11 @@ def measured(result: BenchResult) -> str:
         f"{packages['onnxruntime']} against PyTorch {packages['torch'].partition('+')[0]} eager, "
         "interleaved rounds, medians:",
         "",
-        "| | engines | PyTorch | ratio |",
-        "|---|---:|---:|---:|",
-        *(f"| {' | '.join(cells)} |" for cells in _rows(result)),
+        *_table(result),
     ]
-    if result.ceilings is not None:
+    if not result.trusted:
+        lines += ["", f"No ratios, because this run is not trusted: {'; '.join(result.warnings)}."]
+    elif result.ceilings is not None:
         lines += [
             "",
             f"The machine's own speed varied by {100 * result.ceilings.drift:.0f} % during that "
@@ -65,57 +66,55 @@ def measured(result: BenchResult) -> str:
     return "\n".join(lines)
 
 
+def _table(result: BenchResult) -> Iterator[str]:
+    """Yield the lines of the table; the column of ratios only of a run that is trusted."""
+    for cells in (("", "engines", "PyTorch", "ratio"), ("---", *["---:"] * 3), *_rows(result)):
+        yield f"| {' | '.join(cells if result.trusted else cells[:-1])} |".replace("|  |", "| |", 1)
+
+
 def _rows(result: BenchResult) -> Iterator[tuple[str, str, str, str]]:
     """Yield the table's rows."""
     for batch in result.batches:
         alone = batch.batch == 1
         name = "one image, prompt to pixels" if alone else f"{batch.batch} images at once"
         yield _time_row(result, name, batch.end_to_end)
-        if alone:
-            name = f"of it the {len(batch.scale_rows)} scale steps"
-            yield _time_row(result, name, _stage(batch, "step"))
+        if alone and batch.loop is not None:
+            name = f"of it the {len(batch.step_rows)} scale steps"
+            yield _time_row(result, name, batch.loop)
     ours, theirs = (_cold(result, side, "first_step_ms") for side in _sides(result))
-    ratio = f"{theirs / ours:.0f}x"
     yield (
         "new process to the first scale step",
         f"{ours / 1e3:.2g} s",
         f"{theirs / 1e3:.2g} s",
-        ratio,
+        f"{theirs / ours:.0f}x",
     )
     ours, theirs = (_cold(result, side, "peak_mib") for side in _sides(result))
     yield "peak memory", f"{ours:.0f} MiB", f"{theirs:.0f} MiB", f"{ours / theirs:.2f}x"
     parity = result.parity
     assert parity is not None
-    tokens = min(parity.token_agreement, parity.free_token_agreement)
-    name = "sampled tokens equal to PyTorch's, teacher-forced and free-running"
-    yield name, "100 %" if tokens == 1 else f"{min(100 * tokens, 99.99):.2f} %", "", ""
-    yield (
-        "largest logit error over its range",
-        f"{parity.max_relative_error:.0e}".replace("e-0", "e-"),
-        "",
-        "",
-    )
+    shares = [s for s in (parity.token_agreement, parity.free_token_agreement) if s is not None]
+    if shares:
+        name = "sampled tokens equal to PyTorch's, teacher-forced and free-running"
+        yield name, percent(min(shares)), "", ""
+    error = f"{parity.max_relative_error:.0e}".replace("e-0", "e-")
+    yield "largest logit error over its range", error, "", ""
 
 
 def _time_row(result: BenchResult, name: str, row: Row) -> tuple[str, str, str, str]:
     assert row.baseline is not None
-    reached = row.of_roof(result.ceilings)
+    reached = row.of_roof(result.ceilings) if result.trusted else None
     share = "" if reached is None else f" ({100 * reached:.0f} % of the GEMM peak)"
-    ours, theirs = row.candidate.p50, row.baseline.p50
+    ours, theirs = row.contender.p50, row.baseline.p50
     return name, f"{ours:.0f} ms{share}", f"{theirs:.0f} ms", f"{theirs / ours:.2f}x"
-
-
-def _stage(batch: BatchResult, name: str) -> Row:
-    return next(row for row in batch.rows if row.name == name)
 
 
 def _sides(result: BenchResult) -> tuple[str, str]:
     assert result.baseline is not None
-    return result.candidate, result.baseline
+    return result.contender, result.baseline
 
 
 def _cold(result: BenchResult, side: str, field: str) -> float:
-    runs = [run for run in result.cold_runs if run.contestant == side]
+    runs = [run for run in result.cold_runs if run.contender == side]
     return float(statistics.median(getattr(run, field) for run in runs))
 
 
@@ -130,7 +129,7 @@ class Source:
 # Between `begin(name)` and END.
 SECTIONS: Mapping[str, Source] = {
     "emoji_cpu.json": Source(read_result, measured),
-    "w512_cpu.json": Source(read_result, step_loop),
+    "w512_cpu.json": Source(read_result, steps),
     "next_scale_1024_cpu.json": Source(read_growth, growth_table),
     "sizes.json": Source(read_sizes, size_table),
 }

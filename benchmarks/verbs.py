@@ -1,16 +1,17 @@
-"""`nsp bench`: timing, comparison of two results, and fidelity of pictures."""
+"""`nsp bench` and its verbs: run, compare, fidelity, training, loader."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from nsp.benchmarks.contest.names import NAMES
 from nsp.console.command_line import (
     COUNT,
     FILE,
     FOLDER,
-    PRECISIONS,
+    OneLineErrors,
     Verb,
     backend_option,
     checkpoint_option,
@@ -25,21 +26,56 @@ from nsp.console.command_line import (
     verbose_option,
 )
 from nsp.errors import ConfigError, RegressionError
+from nsp.family.registry import BUILT_IN
 from nsp.paths import check_output
 
-# What the two other uses read; the timing takes everything that is not theirs alone.
-_OF_USES = {
-    "--compare": {"compare", "threshold", "as_json", "verbose"},
-    "--fidelity": {
-        *("fidelity", "num_captions", "data", "guidance_until"),
-        *("engine_dir", "checkpoint", "backend", "seed", "output_dir", "as_json", "verbose"),
-        *PRECISIONS,
-    },
-}
-_THEIRS_ALONE = {"compare", "threshold", "fidelity", "num_captions", "data", "guidance_until"}
+# Earlier spellings: options of `nsp bench` that are verbs now.
+_VERB_OF = {"--compare": "compare", "--fidelity": "fidelity"}
+_PEERS = ("--peer", *(f"--peer-{name}" for name in BUILT_IN))
 
 
-@click.command(cls=Verb)
+class Benchmarks(OneLineErrors, click.Group):
+    """`nsp bench`: without a verb it is `nsp bench run`."""
+
+    command_class = Verb
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, with earlier spellings as the verbs they have become."""
+        for flag, verb in _VERB_OF.items():
+            if flag in args:
+                args = [verb, *(arg for arg in args if arg != flag)]
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise self.misplaced("run", error) from error
+
+    def misplaced(self, verb: str, error: click.NoSuchOption) -> Exception:
+        """Return the error for an option that a verb does not have: it may be another verb's."""
+        takers = [
+            name
+            for name, command in self.commands.items()
+            if any(error.option_name in parameter.opts for parameter in command.params)
+        ]
+        if not takers:
+            return error
+        return ConfigError(
+            f"{error.option_name} has no effect here: it is for nsp bench {' and '.join(takers)}; "
+            f"omit it with nsp bench {verb}"
+        )
+
+
+class BenchVerb(Verb):
+    """A verb of `nsp bench`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; an option of another verb is named as such."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise bench.misplaced(self.name or "", error) from error
+
+
+@click.command("run", cls=BenchVerb)
 @engine_dir_option
 @checkpoint_option("Baseline to compare with.  [default: the source of the engines]")
 @backend_option
@@ -57,101 +93,48 @@ _THEIRS_ALONE = {"compare", "threshold", "fidelity", "num_captions", "data", "gu
 )
 @click.option("--rounds", type=COUNT, help="Measured calls of each side per batch size, at most.")
 @click.option(
+    "--contender",
     "--rival",
-    "rivals",
+    "contenders",
     multiple=True,
-    type=click.Choice(["torch.compile", "plain-onnx", *PRECISIONS]),
-    help="Also time this in the same rounds; a precision means the folder's engines in it. "
-    "Repeatable.  [default: all, or none with --quick]",
+    type=click.Choice(NAMES),
+    help="Also time this in the same rounds; a precision or backend means the folder's engines "
+    "in it. Repeatable.  [default: all, or none with --quick]",
 )
 @click.option(
-    "--peer-var",
+    *_PEERS,
+    "peer",
     type=FOLDER,
-    help="Also time the public VAR code in this clone, with the same shapes.",
+    help="Also time the public code of the same kind of model in this clone, with the same shapes.",
 )
 @click.option(
     "--sweep",
     is_flag=True,
     help="Also measure batch sizes 1 to 8 with 1 and 2 threads, and guidance that ends early.",
 )
-@click.option(
-    "--compare",
-    type=(FILE, FILE),
-    metavar="OLD NEW",
-    help="Compare two bench.json files instead; exit 1 if the engines became slower.",
-)
-@click.option(
-    "--threshold",
-    default="5%",
-    show_default=True,
-    help="Allowed slowdown, for --compare.",
-)
-@click.option(
-    "--fidelity",
-    is_flag=True,
-    help="Measure instead whether pictures show the content of their prompts.",
-)
-@click.option(
-    "--num-captions",
-    type=COUNT,
-    default=200,
-    show_default=True,
-    help="Captions of each split, for --fidelity.",
-)
-@click.option(
-    "--data", default="emoji", show_default=True, help="Captioned pictures, for --fidelity."
-)
-@click.option(
-    "--guidance-until",
-    type=click.IntRange(0),
-    metavar="SCALES",
-    help="Guide only the first SCALES scales, for --fidelity.",
-)
 @seed_option("Seed of the images made.")
 @output_dir_option("outputs/bench", "Folder for bench.json, bench.md and bench.html.")
 @json_option
 @verbose_option
-def bench(
+def run_contest(
     *,
     engine_dir: Path | None,
     as_json: bool,
-    fidelity: bool,
-    num_captions: int,
-    data: str,
-    guidance_until: int | None,
-    compare: tuple[Path, Path] | None,
-    threshold: str,
-    rivals: tuple[str, ...],
+    contenders: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Measure speed, memory and parity of engines and PyTorch, or the fidelity of pictures."""
-    _refuse_options_of_other_uses(
-        "--compare" if compare is not None else "--fidelity" if fidelity else None
-    )
-    if compare is not None:
-        _compare_results(*compare, threshold=threshold, as_json=as_json)
-        return
+    """Measure speed, memory and parity of engines beside PyTorch and other contenders."""
     check_output(options["output_dir"])
-    from nsp.benchmarks.bench import run
+    from nsp.benchmarks.contest.measure import run
     from nsp.benchmarks.options import BenchOptions
     from nsp.console.terminal import progress_bar, results_console
 
     precision = one_precision(options)
-    folder = engine_dir or Path("engines")
-    if fidelity:
-        kept = ("output_dir", "checkpoint", "backend", "seed")
-        _measure_fidelity(
-            as_json=as_json,
-            engine_dir=folder,
-            precision=precision,
-            source=data,
-            num_captions=num_captions,
-            guidance_until=guidance_until,
-            **{name: options[name] for name in kept},
-        )
-        return
     bench_options = BenchOptions(
-        engine_dir=folder, precision=precision, rivals=rivals or None, **options
+        engine_dir=engine_dir or Path("engines"),
+        precision=precision,
+        contenders=contenders or None,
+        **options,
     )
     with progress_bar() as show:
         report = run(bench_options, on_event=lambda e: show(e.activity, e.done, e.total))
@@ -165,27 +148,18 @@ def bench(
         click.echo(f"page: {report.page_path}")
 
 
-def _refuse_options_of_other_uses(use: str | None) -> None:
-    """Raise ConfigError for an option given that `use` would not read; None is the timing."""
-    context = click.get_current_context()
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        allowed = name not in _THEIRS_ALONE if use is None else name in _OF_USES[use]
-        if allowed:
-            continue
-        given = parameter.opts[0]
-        takers = [other for other, names in _OF_USES.items() if name in names]
-        belongs = f"it is for {' and '.join(takers)}" if use is None else f"omit it with {use}"
-        raise ConfigError(f"{given} has no effect here: {belongs}")
-
-
-def _compare_results(old: Path, new: Path, *, threshold: str, as_json: bool) -> None:
-    """Say how two results differ; end with an error when the engines became slower."""
-    from nsp.benchmarks.compare import compare_results, comparison_sections, parse_threshold
-    from nsp.benchmarks.report import render
-    from nsp.benchmarks.results import read_result
+@click.command("compare", cls=BenchVerb)
+@click.argument("old", type=FILE)
+@click.argument("new", type=FILE)
+@click.option("--threshold", default="5%", show_default=True, help="Allowed slowdown.")
+@json_option
+@verbose_option
+def compare(*, old: Path, new: Path, threshold: str, as_json: bool) -> None:
+    """Compare two bench.json files: exit 1 if the engines became slower."""
+    from nsp.benchmarks.record.compare import compare_results, parse_threshold
+    from nsp.benchmarks.record.result import read_result
+    from nsp.benchmarks.render.comparison import comparison_sections
+    from nsp.benchmarks.render.report import render
     from nsp.console.terminal import results_console
 
     share = parse_threshold(threshold)
@@ -199,12 +173,39 @@ def _compare_results(old: Path, new: Path, *, threshold: str, as_json: bool) -> 
         raise RegressionError(f"slower than {old} by more than {share:.1%} at batch size {sizes}")
 
 
-def _measure_fidelity(*, as_json: bool, **options: Any) -> None:
-    """Measure and report."""
-    from nsp.benchmarks.fidelity import FidelityOptions, run
+@click.command("fidelity", cls=BenchVerb)
+@engine_dir_option
+@checkpoint_option("Checkpoint with the tokenizer.  [default: the source of the engines]")
+@backend_option
+@precision_options("Measure the {} engines instead of those that suit the device best.")
+@click.option(
+    "--num-captions",
+    type=COUNT,
+    default=200,
+    show_default=True,
+    help="Captions of each split.",
+)
+@click.option("--data", default="emoji", show_default=True, help="Captioned pictures.")
+@click.option(
+    "--guidance-until",
+    type=click.IntRange(0),
+    metavar="SCALES",
+    help="Guide only the first SCALES scales.",
+)
+@seed_option("Seed of the images made.")
+@output_dir_option("outputs/bench", "Folder for fidelity.json, fidelity.md and fidelity.png.")
+@json_option
+@verbose_option
+def fidelity(*, engine_dir: Path | None, data: str, as_json: bool, **options: Any) -> None:
+    """Measure whether pictures show the content of their prompts."""
+    check_output(options["output_dir"])
+    from nsp.benchmarks.fidelity.measure import FidelityOptions, run
     from nsp.console.terminal import progress_bar
 
-    chosen = FidelityOptions(**options)
+    precision = one_precision(options)
+    chosen = FidelityOptions(
+        engine_dir=engine_dir or Path("engines"), source=data, precision=precision, **options
+    )
     with progress_bar() as show:
         result = run(chosen, on_step=lambda name, done, total: show(name, done, total))
     if as_json:
@@ -219,3 +220,91 @@ def _measure_fidelity(*, as_json: bool, **options: Any) -> None:
             )
     click.echo(f"report: {chosen.output_dir / 'fidelity.md'}")
     click.echo(f"contact sheet: {chosen.output_dir / 'fidelity.png'}")
+
+
+@click.command("training", cls=BenchVerb)
+@click.option("--preset", default="emoji", show_default=True)
+@click.option("--phase", "phases", multiple=True, help="Repeatable.  [default: all]")
+@click.option("--steps", type=COUNT, default=40, show_default=True, help="Steps of each.")
+@json_option
+@verbose_option
+def training(*, preset: str, phases: tuple[str, ...], steps: int, as_json: bool) -> None:
+    """Measure the trainer's steps beside those of a plain PyTorch loop of the same model."""
+    from nsp.benchmarks.rates.training import measure_phases
+
+    found = []
+    for each in measure_phases(preset, phases, steps=steps):
+        found.append(each)
+        if not as_json:
+            click.echo(each.words)
+    if as_json:
+        print_json([each.to_dict() for each in found])
+
+
+@click.command("loader", cls=BenchVerb)
+@click.option("--source", default="emoji", show_default=True, help="Source, as for nsp data.")
+@click.option("--image-size", type=COUNT, default=64, show_default=True, help="Pixels.")
+@click.option("--batch-size", type=COUNT, default=64, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    multiple=True,
+    default=(0, 2),
+    show_default=True,
+    help="Worker processes. Repeatable.",
+)
+@click.option("--seconds", type=float, default=5.0, show_default=True, help="For each loader.")
+@click.option("--consumption", type=float, help="Images per second that the model takes.")
+@json_option
+@verbose_option
+def loader(*, source: str, image_size: int, as_json: bool, **options: Any) -> None:
+    """Measure the images per second that the data loaders give."""
+    from nsp.benchmarks.rates.loader import measure, section
+    from nsp.benchmarks.render.report import render
+    from nsp.console.terminal import results_console
+
+    report = measure(source, image_size_px=image_size, **options)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        render([section(report)], results_console())
+
+
+def _without_verb(**options: Any) -> None:
+    """Run the contest; refuse its options before another verb, which would not read them."""
+    from nsp.console.terminal import logs_on_stderr
+
+    context = click.get_current_context()
+    if context.invoked_subcommand is None:
+        with logs_on_stderr(verbose=context.obj.verbose):
+            _body(run_contest)(**options)
+        return
+    for parameter in run_contest.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is click.core.ParameterSource.COMMANDLINE:
+            raise ConfigError(
+                f"{parameter.opts[0]} is before {context.invoked_subcommand}, which would not "
+                "read it; give options after the verb"
+            )
+
+
+def _body(command: click.Command) -> Callable[..., Any]:
+    assert command.callback is not None
+    return command.callback
+
+
+def program(verb: str) -> None:
+    """Run a verb as a program of its own, for `python -m nsp.benchmarks.VERB`."""
+    import sys
+
+    bench.main([verb, *sys.argv[1:]], prog_name="nsp bench")
+
+
+bench = Benchmarks(
+    "bench",
+    commands=[run_contest, compare, fidelity, training, loader],
+    params=run_contest.params,
+    callback=_without_verb,
+    invoke_without_command=True,
+    help="Measure engines, of any family and device. Without a verb: the same as run.",
+)

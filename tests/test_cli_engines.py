@@ -122,7 +122,7 @@ def test_inspect_shows_every_stage_with_its_parity(engines):
 def test_bench_ends_with_three_reports_and_json_is_one_line(
     engines, tiny_checkpoint, tmp_path, monkeypatch
 ):
-    small = {"candidate_processes": 0, "baseline_processes": 0, "gemm_side": 64}
+    small = {"engine_processes": 0, "baseline_processes": 0, "gemm_side": 64}
     monkeypatch.setattr("nsp.benchmarks.options.QUICK", {**QUICK, **small})
     options = ("--engine-dir", engines, "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path)
     result = nsp("bench", *options, "--quick", "--rounds", 2, "--batch-size", 1)

@@ -231,15 +231,18 @@ def test_it_is_timed_beside_torch(exported: Workplace) -> None:
         "bench",
     )
     found = exported.nsp("bench", *small, "--rival", "plain-onnx")
-    assert "cannot be given the tokens of a whole scale" in " ".join(found.stdout.split())
+    assert "trusted" in found.stdout
     result = json.loads((exported.folder / "bench/bench.json").read_text())
-    assert result["parity"] is None
+    assert result["parity"]["forced"] is False  # its orders carry no tokens
+    assert {step["free_token_agreement"] for step in result["parity"]["steps"]} == {1.0}
     assert result["model"]["schedule"] == [16]
     assert result["model"]["num_tokens"] == 256
     assert result["contract"]["conditions"] == ["seed 0", "seed 1"]
     (batch,) = result["batches"]
     rows = {row["name"]: row["calls"] for row in batch["rows"]}
     assert rows["step"] == rows["select"] == 256
-    assert batch["scale_rows"] == []  # no table of 256 lines
-    assert [rival["missing"] for rival in result["rivals"]] == [None]
-    assert len((exported.folder / "bench/bench.md").read_text().splitlines()) < 120
+    names = [row["name"] for row in batch["step_rows"]]  # a line per row of pixels, not per pixel
+    assert (names[0], names[-1], len(names)) == ("tokens 1 to 16", "tokens 241 to 256", 16)
+    assert [other["missing"] for other in result["others"]] == [None]
+    assert len((exported.folder / "bench/bench.md").read_text().splitlines()) < 160
+    assert (exported.folder / "bench/bench.html").is_file()

@@ -52,7 +52,7 @@ def test_everything_a_run_needs_is_in_the_wheel(site: Path) -> None:
     code = (
         "import nsp, nsp.export, nsp.benchmarks, nsp.train\n"
         "from pathlib import Path\n"
-        "assert Path(nsp.benchmarks.__file__).with_name('report.html.j2').is_file()\n"
+        "assert Path(nsp.benchmarks.__file__).parent.joinpath('render/report.html.j2').is_file()\n"
         "packages = (nsp, nsp.export, nsp.benchmarks, nsp.train)\n"
         "assert all(str(m.__file__).startswith(sys.argv[1]) for m in packages)"
     )

@@ -15,6 +15,7 @@ from nsp.config import ModelConfig
 from nsp.errors import ConfigError
 from nsp.family.gate import RANGE, Gate
 from nsp.family.order import Encoded, Given, Order, S, Step
+from nsp.family.peer import Peer
 from nsp.stage.io import Sizes, StageIO
 
 if TYPE_CHECKING:
@@ -122,6 +123,17 @@ class Learner(ABC, Generic[C, S, Y]):
         """
         return self.build(config, text_encoder=None, prompt_tokenizer=None)
 
+    def untrained(self, config: C) -> Y:
+        """Return a system of random weights that is as hard to run and export as a trained one.
+
+        `nsp bench` measures sizes with it for which there are no weights. Weights are drawn from
+        torch's global generator. A family whose initialisation hides parts of the model, closed
+        gates for example, opens them here.
+        """
+        from nsp.text.parts import TextEncoderSettings
+
+        return self.new_system(config, TextEncoderSettings(), None)
+
     @abstractmethod
     def modules(self, system: Y, kv_layout: str) -> "Mapping[str, nn.Module]":
         """Return a module for every declared stage, sharing the weights of `system`."""
@@ -171,6 +183,7 @@ class Family(ABC, Generic[C, S, Y]):
     name: ClassVar[str]
     kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # its cache's layouts, best first
     published: ClassVar[Mapping[str, str]] = {}  # the files that `convert` takes, and their help
+    peers: ClassVar[Sequence[Peer]] = ()  # public code that `nsp bench` can time beside it
     default_prompt: ClassVar[str | None] = None  # for `nsp generate`
     default_seed: ClassVar[int] = 0
     default_batch_size: ClassVar[int | None] = None  # None: the best number for the engines

@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 
 from nsp.artifacts.checkpoint import read_checkpoint
-from nsp.benchmarks.bench import BenchEvent, measure
-from nsp.benchmarks.flops import TextEncoderSize
-from nsp.benchmarks.memory import Source
+from nsp.artifacts.counting import count_costs
+from nsp.benchmarks.contest.contenders import Source
+from nsp.benchmarks.contest.measure import Bench, BenchEvent
+from nsp.benchmarks.contest.subject import Side, Subject
 from nsp.benchmarks.options import BenchOptions, Effort
-from nsp.benchmarks.results import BenchResult
-from nsp.benchmarks.subject import Side, Subject
+from nsp.benchmarks.record.result import BenchResult
 from nsp.pipeline.pipeline import Pipeline, load_pipeline, torch_pipeline
 
 SMALL = Effort(
     rounds=3,
     warmup=1,
     seconds_per_batch=60,
-    candidate_processes=0,
+    engine_processes=0,
     baseline_processes=1,
     gemm_side=64,
     num_conditions=3,
@@ -40,16 +40,16 @@ def tiny_system(tiny_checkpoint: Path) -> Any:
 @pytest.fixture(scope="session")
 def subject(tiny_checkpoint: Path, tiny_system: Any, reference: Pipeline) -> Subject:
     """The same weights in both cache layouts, in place of engines and PyTorch."""
-    candidate = torch_pipeline(reference.family, tiny_system, kv_layout="present", device="cpu")
+    contender = torch_pipeline(reference.family, tiny_system, kv_layout="present", device="cpu")
     sides = [
-        Side(source=Source(name=name, path=tiny_checkpoint, backend="torch"), pipeline=pipeline)
-        for name, pipeline in (("engines", candidate), ("torch", reference))
+        Side(source=Source(label=name, path=tiny_checkpoint, backend="torch"), pipeline=pipeline)
+        for name, pipeline in (("engines", contender), ("torch", reference))
     ]
     return Subject(
-        candidate=sides[0],
+        contender=sides[0],
         baseline=sides[1],
-        text_encoder=TextEncoderSize.read(tiny_checkpoint),
         weights_mib={"engines": 1.0, "torch": 2.0},
+        costs=count_costs(reference.family, tiny_system),
     )
 
 
@@ -67,4 +67,4 @@ def result(
     options = BenchOptions(
         engine_dir=folder, output_dir=folder, batch_sizes=(1, 2), threads=1, quick=True
     )
-    return measure(subject, options, SMALL, threads=1, on_event=events.append)
+    return Bench(options, SMALL, 1, events.append).measure(subject)

@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from nsp.backends.torch import TorchBackend
-from nsp.benchmarks.baselines import CompiledTorchBackend, RecordedTorchBackend, eager, graphed
-from nsp.benchmarks.random_model import random_config
+from nsp.benchmarks.peers.torch_recorded import (
+    CompiledTorchBackend,
+    RecordedTorchBackend,
+    eager,
+    graphed,
+)
+from nsp.families.var.config import ClassCondition, size, with_condition
 from nsp.family.registry import family
 from nsp.layers.attention import attend_delta
 from nsp.pipeline.pipeline import Pipeline
@@ -21,7 +26,8 @@ VAR = family("var")
 @pytest.fixture(scope="module")
 def system() -> Any:
     torch.manual_seed(0)
-    made = VAR.learner.new_system(random_config("tiny"), TextEncoderSettings(), None)
+    config = with_condition(size("tiny"), ClassCondition(num_classes=10))
+    made = VAR.learner.new_system(config, TextEncoderSettings(), None)
     with torch.no_grad():
         made.predictor.head.weight.mul_(100)
         for block in made.predictor.blocks:
@@ -81,7 +87,7 @@ def test_inputs_and_cache_stay_where_a_recording_holds_them(
 def test_attention_in_place_is_that_of_joined_copies() -> None:
     torch.manual_seed(0)
     arena = DeltaArena(KVShape(1, 9, 2, 3, 4, "float32"), TorchBackend({}, {}))
-    from nsp.benchmarks.baselines import attend_in_place
+    from nsp.benchmarks.peers.torch_recorded import attend_in_place
 
     for length in (1, 3, 5):
         q, k, v = (torch.randn(2, length, 3, 4) for _ in range(3))

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from nsp.benchmarks.compare import Ratio, compare_results, parse_threshold
-from nsp.benchmarks.results import BenchResult, batch_result
-from nsp.benchmarks.timing import Observation
+from nsp.benchmarks.record.compare import Ratio, compare_results, parse_threshold
+from nsp.benchmarks.record.result import BenchResult, Part
+from nsp.benchmarks.record.rows import batch_result
+from nsp.benchmarks.record.times import Observation
 from nsp.cli import main
 from nsp.errors import ConfigError
 
@@ -29,20 +30,20 @@ def observed(
     observations = []
     for number in range(ROUNDS):
         weather = machine * rng.uniform(0.8, 1.3)  # shared by everybody in the round
-        for place, (name, base) in enumerate(((result.candidate, 50 * engines), ("torch", 100))):
+        for place, (name, base) in enumerate(((result.contender, 50 * engines), ("torch", 100))):
             wall = base * weather * rng.normal(1, 0.01)
             stages = {"step": (0.6 * wall,), "decoder": (0.3 * wall,)}
             observations.append(
                 Observation(
-                    contestant=name, round=number, place=place, wall_ms=wall, stage_ms=stages
+                    contender=name, round=number, place=place, wall_ms=wall, stage_ms=stages
                 )
             )
-    batch = batch_result(
-        observations, [], batch=1, candidate=result.candidate, baseline="torch", scale_names=[]
-    )
-    rows = [row for row in result.batches[0].rows if row.name in ("step", "decoder")]
-    batch = dataclasses.replace(batch, rows=(*rows, *batch.rows[-2:]))
-    return dataclasses.replace(result, batches=(batch,), warnings=())
+    parts = [
+        Part(name=stage, unit=unit, calls={stage: (0, 1)}, costs={})
+        for stage, unit in (("step", "scale"), ("decoder", None))
+    ]
+    batch = batch_result(observations, parts, batch=1, contender=result.contender, baseline="torch")
+    return dataclasses.replace(result, batches=(batch,), warnings=(), trusted=True)
 
 
 def verdict(old: BenchResult, new: BenchResult, threshold: float = 0.05) -> str:
@@ -104,6 +105,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says(result: BenchRes
         ("timing_boundary", "without the decoder", "timing boundary: "),
         ("conditions", ("a dove",), "prompts: "),
         ("machine", {"processor": "another"}, "machine processor: "),
+        ("machine", {"processor's kind": "AVX2"}, "machine processor's kind: .* and AVX2"),
         ("sampling", {"top_k": "3"}, "sampling top_k: "),
     ],
 )
@@ -143,19 +145,19 @@ def test_the_command_is_a_gate(result: BenchResult, tmp_path: Path) -> None:
     old, new = map(str, paths)
 
     def nsp(*words: str) -> Any:
-        return CliRunner().invoke(main, ["bench", "--compare", *words])
+        return CliRunner().invoke(main, ["bench", *words])
 
-    slower = nsp(old, new)
+    slower = nsp("compare", old, new)
     assert slower.exit_code == 1
     assert "error: slower than" in slower.stderr
     assert "batch size 1" in slower.stderr
     assert "slower" in slower.stdout
-    assert nsp(old, new, "--threshold", "30%").exit_code == 0
-    assert nsp(new, old).exit_code == 0
-    asked = nsp(old, new, "--threshold", "0.3", "--json")
+    assert nsp("compare", old, new, "--threshold", "30%").exit_code == 0
+    assert nsp("--compare", new, old).exit_code == 0
+    asked = nsp("--compare", old, new, "--threshold", "0.3", "--json")
     assert json.loads(asked.stdout)["verdicts"] == {"1": "same"}
     paths[0].write_text("{}")
-    refused = nsp(old, new)
+    refused = nsp("compare", old, new)
     assert refused.exit_code == 2
     assert "not a benchmark result" in refused.stderr
 

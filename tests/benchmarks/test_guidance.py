@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from nsp.benchmarks.guidance import LAST_SCALES, NUM_PICTURES, guidance_sweep
-from nsp.benchmarks.plots import plots
-from nsp.benchmarks.report import markdown
-from nsp.benchmarks.results import BenchResult, GuidancePoint
-from nsp.benchmarks.subject import Subject
-from nsp.benchmarks.tables import sections
+from nsp.benchmarks.contest.guidance import LAST_SCALES, NUM_PICTURES, guidance_sweep
+from nsp.benchmarks.contest.subject import Subject
+from nsp.benchmarks.record.result import BenchResult, GuidancePoint
+from nsp.benchmarks.render.plots import plots
+from nsp.benchmarks.render.report import markdown
+from nsp.benchmarks.render.tables import sections
 from nsp.pipeline.pipeline import Pipeline
 
 
@@ -21,13 +21,13 @@ def measured(pipeline: Pipeline, subject: Subject) -> list[GuidancePoint]:
 
 @pytest.fixture(scope="module")
 def points(subject: Subject) -> list[GuidancePoint]:
-    return measured(subject.candidate.pipeline, subject)
+    return measured(subject.contender.pipeline, subject)
 
 
 def test_full_guidance_is_the_measure_and_ever_fewer_scales_follow(
     points: list[GuidancePoint], subject: Subject
 ) -> None:
-    count = subject.candidate.pipeline.config.num_scales
+    count = subject.contender.pipeline.config.num_scales
     assert [point.guided_scales for point in points] == [*range(count, -1, -1)][: LAST_SCALES + 1]
     full, *others = points
     assert full.token_agreement == 1
@@ -36,13 +36,13 @@ def test_full_guidance_is_the_measure_and_ever_fewer_scales_follow(
     shares = [point.token_agreement for point in points]
     assert shares == sorted(shares, reverse=True)
     # Scales before the end of guidance are what they were.
-    config = subject.candidate.pipeline.config
+    config = subject.contender.pipeline.config
     kept = config.num_tokens - config.patch_nums[-1] ** 2
     assert kept / config.num_tokens <= others[0].token_agreement < 1
 
 
 def test_a_model_without_guidance_has_nothing_to_end(subject: Subject) -> None:
-    pipeline = copy.copy(subject.candidate.pipeline)
+    pipeline = copy.copy(subject.contender.pipeline)
     pipeline.sampling = pipeline.sampling.changed({"guidance_scale": 1.0})
     assert measured(pipeline, subject) == []
 
@@ -68,7 +68,7 @@ def test_a_half_of_pictures_that_differ_is_not_called_identical(result: BenchRes
     half = dataclasses.replace(
         full, guided_scales=1, times_ms=(1.0, 1.0), psnr_db=(None, 20.0, None, 30.0)
     )
-    found = dataclasses.replace(result, guidance=(full, half))
+    found = dataclasses.replace(result, trusted=True, guidance=(full, half))
     (section,) = [each for each in sections(found) if each.topic == "guidance"]
     assert section.rows[1][2] == "2.00x"
     assert section.rows[1][4:] == ("30.0 dB", "20.0 dB")

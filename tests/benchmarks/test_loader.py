@@ -3,7 +3,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from nsp.benchmarks.loader import LoaderReport, main
+from nsp.benchmarks.rates.loader import LoaderReport
+from nsp.cli import main
 from tests.data.picture_files import encoded, write_files
 
 
@@ -12,11 +13,11 @@ def test_every_loader_is_measured_beside_the_consumption(tmp_path: Path) -> None
     for number in range(20):
         files |= {f"{number}.png": encoded(".png", number), f"{number}.txt": f"picture {number}"}
     source = write_files(tmp_path, files)
-    options = ["--source", str(source), "--image-size", "8", "--batch-size", "4"]
+    options = ["bench", "loader", "--source", str(source), "--image-size", "8", "--batch-size", "4"]
     options += ["--workers", "0", "--seconds", "0.1", "--consumption", "10"]
-    result = CliRunner().invoke(main, options)
-    assert result.exit_code == 0
-    report = LoaderReport.from_dict(json.loads(result.stdout.splitlines()[-1]))
+    result = CliRunner().invoke(main, [*options, "--json"])
+    assert result.exit_code == 0, result.output
+    report = LoaderReport.from_dict(json.loads(result.stdout))
     assert [rate.loader for rate in report.rates] == [
         "map-style, decoding",
         "map-style, cached",
@@ -25,10 +26,13 @@ def test_every_loader_is_measured_beside_the_consumption(tmp_path: Path) -> None
     for rate in report.rates:
         assert rate.images_per_s > 0
         assert rate.of_consumption == rate.images_per_s / 10
-    assert "images/s" in result.stdout
+    assert report.trusted == (not report.warnings)
+    table = CliRunner().invoke(main, options).stdout
+    assert "images/s" in table
+    assert "{" not in table
 
 
 def test_a_source_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["--source", str(tmp_path / "nowhere")])
+    result = CliRunner().invoke(main, ["bench", "loader", "--source", str(tmp_path / "nowhere")])
     assert result.exit_code == 1
     assert "nowhere does not exist" in result.stderr

@@ -1,17 +1,21 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nsp.benchmarks.machine import Ceilings, Environment, OtherWork, measure_ceilings
-from nsp.benchmarks.memory import ColdRun
-from nsp.benchmarks.processes import run_child
-from nsp.benchmarks.results import BenchResult
+from nsp.benchmarks.ceilings.cpu import measure_ceilings
+from nsp.benchmarks.ceilings.rates import Ceilings
+from nsp.benchmarks.contest.cold import cold_run
+from nsp.benchmarks.contest.contenders import Source
+from nsp.benchmarks.record.cold import ColdRun
+from nsp.benchmarks.record.environment import Environment, OtherWork, instructions
+from nsp.benchmarks.record.result import BenchResult
 from nsp.errors import BackendError
 
-PEAK = "from nsp.benchmarks.child import resident_mib; print(resident_mib('VmHWM'))"
+PEAK = "from nsp.benchmarks.contest.cold_program import resident_mib; print(resident_mib('VmHWM'))"
 
 
 def test_the_peak_of_a_fresh_process_is_its_own_and_not_its_parents() -> None:
@@ -46,7 +50,7 @@ def test_memory_growth_is_from_one_stage_to_the_next() -> None:
         ("python_ms", "imported_ms", "loaded_ms", "first_step_ms", "image_ms"), 1.0
     )
     run = ColdRun(
-        contestant="a",
+        contender="a",
         batch=1,
         **times,
         stage_ms={"step": 1.0, "decoder": 2.0},
@@ -61,11 +65,9 @@ def test_memory_growth_is_from_one_stage_to_the_next() -> None:
 
 
 def test_a_failing_process_is_one_line_that_ends_with_its_message() -> None:
-    job = json.dumps(
-        {"started_ns": 0, "path": "nowhere", "backend": "auto", "options": {}, "request": {}}
-    )
+    source = Source(label="a", path=Path("nowhere"), backend="auto")
     with pytest.raises(BackendError, match="nowhere does not exist") as caught:
-        run_child("nsp.benchmarks.child", [job], threads=1)
+        cold_run(source, {}, batch=1, threads=1)
     assert "\n" not in str(caught.value)
 
 
@@ -92,16 +94,33 @@ def test_the_environment_names_the_machine_and_survives_json() -> None:
 
 def test_other_work_is_all_work_but_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = iter([(10.0, 100.0, 7.0), (12.0, 104.0, 10.0), None])  # wall, all, own seconds
-    monkeypatch.setattr(OtherWork, "_clocks", staticmethod(lambda: next(clocks)))
+    monkeypatch.setattr(OtherWork, "_clocks", staticmethod(lambda children: next(clocks)))
     meter = OtherWork()
     assert meter.cores() == pytest.approx((4 - 3) / 2)
     assert meter.cores() is None  # no /proc
 
 
 def test_the_clocks_of_this_machine_only_go_forward() -> None:
-    before = OtherWork._clocks()
-    after = OtherWork._clocks()
+    before = OtherWork._clocks(())
+    after = OtherWork._clocks(())
     assert (before is None) == (after is None)
     if before is not None and after is not None:
         assert all(a <= b for a, b in zip(before, after, strict=True))
         assert after[0] > before[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ({"sse2", "avx2"}, "AVX2"),
+        (
+            {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile"},
+            "AVX2, AVX-512, VNNI, BF16, AMX",
+        ),
+        ({"avx2", "avx_vnni"}, "AVX2, VNNI"),
+        ({"asimd", "asimddp", "bf16"}, "VNNI, BF16, NEON"),
+        (set(), "unknown"),
+    ],
+)
+def test_the_kind_of_a_processor_is_what_decides_its_products(flags: set[str], kind: str) -> None:
+    assert instructions(flags) == kind

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsp.benchmarks.page import page
-from nsp.benchmarks.parity import Flip
-from nsp.benchmarks.pictures import Pictures
-from nsp.benchmarks.results import BenchResult, Entry, GuidancePoint, SweepPoint
-from nsp.benchmarks.scenarios import sweep_scenarios
-from nsp.benchmarks.section import ms
+from nsp.benchmarks.contest.pictures import Pictures
+from nsp.benchmarks.contest.sweep import sweep_scenarios
+from nsp.benchmarks.record.parity import Flip
+from nsp.benchmarks.record.result import BenchResult, Entry, GuidancePoint, SweepPoint
+from nsp.benchmarks.render.page import page
+from nsp.benchmarks.render.section import ms
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -49,12 +49,22 @@ PALE = """() => {
 }"""
 
 
+def pictures() -> Pictures:
+    expected = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    found = expected.copy()
+    found[1, 0, 0, 0] ^= 1
+    return Pictures("torch", "engines", ("red apple", "a dove"), expected, found)
+
+
+PICTURES = pictures()
+
+
 @pytest.fixture(scope="module")
 def whole(result: BenchResult) -> str:
     """A page with everything that can be on one."""
     assert result.parity is not None
     flips = tuple(
-        Flip(image=0, scale=1, position=n, expected=1, drawn=2, margin=1e-4 * n, cdf_error=2e-4)
+        Flip(image=0, step=1, position=n, expected=1, drawn=2, margin=1e-4 * n, cdf_error=2e-4)
         for n in range(1, 4)
     )
     scenarios = sweep_scenarios(cores=2, max_batch=None)
@@ -72,14 +82,11 @@ def whole(result: BenchResult) -> str:
             )
             for n in (4, 3, 2)
         ),
-        rivals=(Entry(name="plain-onnx", what="<b>plain</b>", missing="no & such thing"),),
-        warnings=("the machine was busy",),
+        others=(Entry(name="plain-onnx", what="<b>plain</b>", missing="no & such thing"),),
+        warnings=(),
+        trusted=True,
     )
-    rng = np.random.default_rng(0)
-    expected = rng.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
-    found = expected.copy()
-    found[1, 0, 0, 0] ^= 1
-    return page(full, Pictures("torch", "engines", ("red apple", "a dove"), expected, found))
+    return page(full, PICTURES)
 
 
 def test_the_page_is_whole_and_alone(whole: str, result: BenchResult) -> None:
@@ -97,7 +104,7 @@ def test_the_page_is_whole_and_alone(whole: str, result: BenchResult) -> None:
     assert "&lt;b&gt;plain&lt;/b&gt;" in whole
     assert "Identical pixels." in whole
     assert "largest difference 1 of 255" in whole
-    assert f"{ms(result.batches[0].end_to_end.candidate.p50)} ms" in whole
+    assert f"{ms(result.batches[0].end_to_end.contender.p50)} ms" in whole
     assert not re.search(r"\de\+0[1-9]", re.sub(r"<svg.*?</svg>", "", whole, flags=re.DOTALL))
 
 
@@ -108,6 +115,18 @@ def test_text_of_plots_is_text_in_the_colours_of_the_page(whole: str) -> None:
         assert "var(--ink)" in plot
         assert "#0" not in plot.replace("#000000", "")  # no stand-in is left
         assert "DejaVu" not in plot
+
+
+def test_a_run_that_is_not_trusted_shows_no_ratio_and_says_why(result: BenchResult) -> None:
+    doubted = dataclasses.replace(result, warnings=("others were at work",), trusted=False)
+    text = page(doubted, None)
+    assert "Why this run is not trusted" in text
+    assert "others were at work" in text
+    assert "×" not in text
+    assert not re.search(r"\d\.\d\dx", text)
+    trusted = page(dataclasses.replace(result, warnings=(), trusted=True), None)
+    assert f"{result.batches[0].end_to_end.speedup:.2f}×" in trusted
+    assert "Why this run" not in trusted
 
 
 @pytest.fixture(scope="module")

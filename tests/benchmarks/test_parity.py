@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nsp.benchmarks.parity import MAX_FLIPS, Parity, _kl, compare, psnr_db
+from nsp.benchmarks.contest.parity import MAX_FLIPS, _kl, compare, psnr_db
+from nsp.benchmarks.record.parity import Parity
 from nsp.errors import ParityError
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
 
-PROMPTS = {"prompts": ["red apple", "smiling cat", "snow-capped mountain"]}
+PROMPTS = ["red apple", "smiling cat", "snow-capped mountain"]
+REQUESTS = [{"prompts": PROMPTS, "seed": 0}]
 
 
 def changed(reference: Pipeline, system: Any, change: Any) -> Pipeline:
@@ -22,34 +24,35 @@ def changed(reference: Pipeline, system: Any, change: Any) -> Pipeline:
 
 
 def test_a_model_agrees_with_itself_entirely(reference: Pipeline, tiny_system: Any) -> None:
-    found = compare(reference, changed(reference, tiny_system, lambda s: None), PROMPTS)
-    assert len(found.scales) == reference.config.num_scales
+    found = compare(reference, changed(reference, tiny_system, lambda s: None), REQUESTS)
+    assert len(found.steps) == reference.config.num_scales
     assert found.max_relative_error == 0
     assert found.token_agreement == found.free_token_agreement == 1
-    assert (found.num_flips, found.flips, found.first_divergent_scale) == (0, (), None)
+    assert (found.num_flips, found.flips, found.first_divergent_step) == (0, (), None)
     assert found.forced_psnr_db is None
     assert found.free_psnr_db is None
 
 
 def test_batches_cover_all_conditions(reference: Pipeline) -> None:
-    found = compare(reference, reference, PROMPTS, max_batch=2)
+    requests = [{"prompts": PROMPTS[:2], "seed": 0}, {"prompts": PROMPTS[2:], "seed": 0}]
+    found = compare(reference, reference, requests, conditions=PROMPTS)
     sides = reference.config.patch_nums
-    assert [scale.num_tokens for scale in found.scales] == [3 * side**2 for side in sides]
-    assert found.conditions == tuple(PROMPTS["prompts"])
+    assert [step.num_tokens for step in found.steps] == [3 * side**2 for side in sides]
+    assert found.conditions == tuple(PROMPTS)
 
 
 def test_a_shift_of_all_logits_is_an_error_without_divergence(
     reference: Pipeline, tiny_system: Any
 ) -> None:
     """Adding 0.5 to every logit changes no probability; guidance keeps a common shift."""
-    candidate = changed(reference, tiny_system, lambda s: s.predictor.head.bias.add_(0.5))
-    for scale in compare(reference, candidate, PROMPTS).scales:
-        assert scale.max_abs_error == pytest.approx(0.5, abs=1e-4)
-        assert scale.mean_abs_error == pytest.approx(0.5, abs=1e-4)
-        assert scale.max_relative_error == pytest.approx(0.5 / scale.logits_range, rel=1e-3)
-        assert scale.kl_max < 1e-9
-        assert scale.top1_agreement == 1
-        assert scale.latent_max_abs_error == 0  # the tokens are forced
+    contender = changed(reference, tiny_system, lambda s: s.predictor.head.bias.add_(0.5))
+    for step in compare(reference, contender, REQUESTS).steps:
+        assert step.max_abs_error == pytest.approx(0.5, abs=1e-4)
+        assert step.mean_abs_error == pytest.approx(0.5, abs=1e-4)
+        assert step.max_relative_error == pytest.approx(0.5 / step.logits_range, rel=1e-3)
+        assert step.kl_max < 1e-9
+        assert step.top1_agreement == 1
+        assert step.latent_max_abs_error == 0  # the tokens are forced
 
 
 def test_changed_weights_are_caught_and_every_flip_is_explained_by_its_error(
@@ -58,15 +61,15 @@ def test_changed_weights_are_caught_and_every_flip_is_explained_by_its_error(
     def change(system: Any) -> None:
         system.predictor.head.weight.mul_(1.1)
 
-    found = compare(reference, changed(reference, tiny_system, change), PROMPTS)
+    found = compare(reference, changed(reference, tiny_system, change), REQUESTS)
     assert found.max_relative_error > 1e-4
-    assert max(scale.kl_mean for scale in found.scales) > 0
+    assert max(step.kl_mean for step in found.steps) > 0
     assert 0 < found.num_flips < 3 * reference.config.num_tokens
     assert len(found.flips) == min(found.num_flips, MAX_FLIPS)
     assert found.token_agreement < 1
     assert all(flip.expected != flip.drawn for flip in found.flips)
     assert all(flip.explained for flip in found.flips)
-    assert found.first_divergent_scale is not None
+    assert found.first_divergent_step is not None
     assert found.free_psnr_db is not None
     assert found.forced_psnr_db is None  # decoder and codebook are the same
 
@@ -75,17 +78,17 @@ def test_a_flip_beyond_the_error_is_not_explained(
     reference: Pipeline, tiny_system: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sampler that takes the next code has flips although all logits are equal."""
-    candidate = changed(reference, tiny_system, lambda s: None)
-    run = candidate.backend.run
+    contender = changed(reference, tiny_system, lambda s: None)
+    run = contender.backend.run
 
     def next_code(stage: str, feeds: Any, outputs: Any = None) -> Any:
         results = run(stage, feeds, outputs)
         if stage == "select":
-            results["tokens"] = (results["tokens"] + 1) % candidate.config.vae.vocab_size
+            results["tokens"] = (results["tokens"] + 1) % contender.config.vae.vocab_size
         return results
 
-    monkeypatch.setattr(candidate.backend, "run", next_code)
-    found = compare(reference, candidate, PROMPTS)
+    monkeypatch.setattr(contender.backend, "run", next_code)
+    found = compare(reference, contender, REQUESTS)
     assert found.max_relative_error == 0
     assert found.token_agreement == 0
     assert not any(flip.explained for flip in found.flips)
@@ -94,8 +97,8 @@ def test_a_flip_beyond_the_error_is_not_explained(
 def test_a_wrong_decoder_shows_in_the_images_of_equal_tokens(
     reference: Pipeline, tiny_system: Any
 ) -> None:
-    candidate = changed(reference, tiny_system, lambda s: s.vae.decoder.conv_out.bias.add_(0.02))
-    found = compare(reference, candidate, PROMPTS)
+    contender = changed(reference, tiny_system, lambda s: s.vae.decoder.conv_out.bias.add_(0.02))
+    found = compare(reference, contender, REQUESTS)
     assert found.token_agreement == found.free_token_agreement == 1
     # [-1, 1] to [0, 1] halves the shift; some pixels are clamped.
     assert found.forced_psnr_db is not None
@@ -103,11 +106,11 @@ def test_a_wrong_decoder_shows_in_the_images_of_equal_tokens(
 
 
 def test_logits_that_are_not_finite_are_refused(reference: Pipeline, tiny_system: Any) -> None:
-    candidate = changed(
+    contender = changed(
         reference, tiny_system, lambda s: s.predictor.head.bias[:1].fill_(float("nan"))
     )
-    with pytest.raises(ParityError, match=r"scale 0: .* not finite"):
-        compare(reference, candidate, PROMPTS)
+    with pytest.raises(ParityError, match=r"1x1: .* not finite"):
+        compare(reference, contender, REQUESTS)
 
 
 def test_divergence_is_that_of_torch() -> None:
@@ -125,5 +128,5 @@ def test_psnr_of_a_known_error() -> None:
 
 
 def test_parity_survives_json(reference: Pipeline) -> None:
-    found = compare(reference, reference, PROMPTS)
+    found = compare(reference, reference, REQUESTS)
     assert Parity.from_dict(found.to_dict()) == found

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from nsp.artifacts.checkpoint import read_checkpoint
-from nsp.benchmarks.random_model import main, random_config, random_system, write_random_model
+from nsp.benchmarks.random_model import find_size, main, random_system, write_random_model
 from nsp.errors import ConfigError
 from nsp.family.registry import family
 from nsp.pipeline.pipeline import load_pipeline, torch_pipeline
@@ -30,8 +30,8 @@ def test_one_command_makes_a_model_that_runs_and_is_the_same_each_time(tmp_path:
 
 
 def test_every_gate_and_the_class_decide_the_logits() -> None:
-    config = random_config("tiny")
-    system = random_system(config)
+    system = random_system(*find_size("tiny", "var"))
+    config = system.config
     request = {"class_ids": [1, 4], "seed": 0, "trace": True, "guidance_scale": 1.0}
 
     def logits() -> np.ndarray:
@@ -56,25 +56,25 @@ def test_every_gate_and_the_class_decide_the_logits() -> None:
 
 
 def test_what_is_there_is_kept_and_nothing_trained_is_replaced(tmp_path: Path) -> None:
-    folder, config = tmp_path / "w", random_config("tiny")
-    write_random_model(folder, config)
+    folder, (var, config) = tmp_path / "w", find_size("tiny")
+    write_random_model(folder, var, config)
     before = (folder / "config.json").stat().st_mtime_ns
-    write_random_model(folder, config)
+    write_random_model(folder, var, config)
     assert (folder / "config.json").stat().st_mtime_ns == before
     other = dataclasses.replace(config, patch_nums=(1, 2))
-    write_random_model(folder, other)
-    assert read_checkpoint(folder).config == other.to_dict()
+    write_random_model(folder, var, other)
+    assert read_checkpoint(folder).config["patch_nums"] == [1, 2]
     trained = new_small_checkpoint(tmp_path / "trained", num_classes=2)
     with pytest.raises(ConfigError, match="has another checkpoint"):
-        write_random_model(trained, config)
+        write_random_model(trained, var, config)
     with pytest.raises(ConfigError, match="has other files"):
-        write_random_model(tmp_path, config)
+        write_random_model(tmp_path, var, config)
 
 
 def test_the_size_for_cpus_has_the_published_schedule_and_a_small_decoder() -> None:
-    from nsp.benchmarks.flops import var_work
+    from tests.artifacts.hand_counts import var_work
 
-    config = random_config("w512")
+    _, config = find_size("w512")
     assert (config.num_tokens, config.image_size_px) == (680, 256)
     steps, cached = 0, 0
     for side in config.patch_nums:
@@ -85,3 +85,13 @@ def test_the_size_for_cpus_has_the_published_schedule_and_a_small_decoder() -> N
     assert decoder is not None
     assert steps == pytest.approx(83.5e9, rel=1e-2)
     assert decoder.flops < 0.15 * steps
+
+
+def test_every_family_has_an_untrained_model_and_an_unknown_size_names_the_known_ones(
+    tmp_path: Path,
+) -> None:
+    other, config = find_size("tiny", "next_scale")
+    write_random_model(tmp_path / "other", other, config)
+    assert read_checkpoint(tmp_path / "other").family.name == "next_scale"
+    with pytest.raises(ConfigError, match=r"unknown size 'd17'; known: var: .*w512.*; next_scale:"):
+        find_size("d17")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nsp.benchmarks.readme import RESULTS, ROOT, committed, measured, rewritten, step_loop
+from nsp.benchmarks.readme import RESULTS, ROOT, committed, measured, rewritten, steps
 from nsp.errors import ConfigError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,17 +21,17 @@ def test_another_result_gives_another_table() -> None:
     result = committed()["emoji_cpu.json"]
     batch = result.batches[0]
     row = batch.rows[-1]
-    faster = dataclasses.replace(row, candidate=dataclasses.replace(row.candidate, p50=1.0))
+    faster = dataclasses.replace(row, contender=dataclasses.replace(row.contender, p50=1.0))
     changed = dataclasses.replace(batch, rows=(*batch.rows[:-1], faster))
     other = dataclasses.replace(result, batches=(changed, *result.batches[1:]))
     assert "| 1 ms" in measured(other)
     assert rewritten(README, {"emoji_cpu.json": other}) != README
 
 
-def test_the_step_loop_names_everybody_who_was_timed() -> None:
+def test_the_steps_name_everybody_who_was_timed() -> None:
     result = committed()["w512_cpu.json"]
-    text = step_loop(result)
-    for name in result.contestants:
+    text = steps(result)
+    for name in result.contenders:
         assert f"| {name}, batch 1 |" in text
 
 

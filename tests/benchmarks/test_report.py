@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -8,15 +9,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nsp.benchmarks import bench
-from nsp.benchmarks.bench import BenchEvent, measure, run
-from nsp.benchmarks.contest_tables import step_ms, step_section
+from nsp.benchmarks.ceilings.product import GEMM
+from nsp.benchmarks.contest import measure as bench
+from nsp.benchmarks.contest.measure import Bench, BenchEvent, run
+from nsp.benchmarks.contest.subject import Subject
 from nsp.benchmarks.options import BenchOptions, Effort
-from nsp.benchmarks.product import GEMM
-from nsp.benchmarks.report import markdown, write_report
-from nsp.benchmarks.results import BenchResult
-from nsp.benchmarks.subject import Subject
-from nsp.benchmarks.tables import sections
+from nsp.benchmarks.record.doubts import doubts
+from nsp.benchmarks.record.result import BenchResult
+from nsp.benchmarks.render.contender_tables import steps_section
+from nsp.benchmarks.render.report import markdown, write_report
+from nsp.benchmarks.render.tables import sections
 from nsp.distribution import pip_install
 from nsp.errors import ConfigError
 from tests.benchmarks.conftest import SMALL
@@ -27,18 +29,18 @@ def drawn_elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """Leave the drawing of the page, two seconds each, to its own tests."""
     if "packages" not in request.node.name:
         monkeypatch.setattr(
-            "nsp.benchmarks.report.page", lambda result, pictures: "drawn elsewhere"
+            "nsp.benchmarks.render.report.page", lambda result, pictures: "drawn elsewhere"
         )
 
 
 def test_a_small_benchmark_measures_everything(result: BenchResult, subject: Subject) -> None:
     stages = ["text_encoder", "condition", "step", "select", "accumulate", "decoder"]
-    config = subject.candidate.pipeline.config
+    config = subject.contender.pipeline.config
     assert [batch.batch for batch in result.batches] == [1, 2]
     for batch in result.batches:
         names = [row.name for row in batch.rows]
         assert names == [*stages, "outside stages", "end to end"]
-        assert [row.name for row in batch.scale_rows] == [f"{n}x{n}" for n in config.patch_nums]
+        assert [row.name for row in batch.step_rows] == [f"{n}x{n}" for n in config.patch_nums]
         assert len(batch.observations) == 3 * (SMALL.rounds + SMALL.warmup)  # the product, too
         assert all(row.baseline is not None for row in batch.rows)
         assert batch.end_to_end.cost is not None
@@ -65,12 +67,13 @@ def test_progress_of_every_activity_is_told(result: BenchResult, events: list[Be
 def test_steps_are_held_against_the_product_of_their_own_round(result: BenchResult) -> None:
     assert result.ceilings is not None
     batch = result.batches[0]
-    steps = next(row for row in batch.rows if row.name == "step")
+    steps = batch.loop
+    assert steps is not None
     assert steps.cost is not None
-    loops, products = batch.times(result.candidate, step_ms), batch.times(GEMM)
+    loops, products = batch.times(result.contender, batch.loop_ms), batch.times(GEMM)
     work = steps.cost.gflop / (2e-9 * result.ceilings.gemm_side**3)
     shares = [work * product / loop for loop, product in zip(loops, products, strict=True)]
-    section = step_section(result)
+    section = steps_section(result)
     cell = section.rows[0][section.header.index("of GEMM beside it")]
     assert cell == f"{100 * statistics.median(shares):.0f} %"
 
@@ -82,13 +85,13 @@ def test_json_on_disk_is_the_result_and_holds_no_nan(result: BenchResult, tmp_pa
         raise AssertionError(constant)
 
     values = json.loads(report.json_path.read_text(), parse_constant=refuse)
-    assert values["schema_version"] == 3
+    assert values["schema_version"] == 4
     assert BenchResult.from_dict(values) == result
 
 
 def test_another_schema_is_refused(result: BenchResult) -> None:
-    with pytest.raises(ConfigError, match="schema_version 4"):
-        BenchResult.from_dict({**result.to_dict(), "schema_version": 4})
+    with pytest.raises(ConfigError, match="schema_version 5"):
+        BenchResult.from_dict({**result.to_dict(), "schema_version": 5})
 
 
 def test_markdown_holds_every_row_of_every_table(result: BenchResult) -> None:
@@ -124,7 +127,7 @@ def test_the_summary_is_one_json_line_that_leads_to_the_files(
     assert Path(values["json"]).is_file()
     assert Path(values["markdown"]).is_file()
     assert [batch["batch"] for batch in values["batches"]] == [1, 2]
-    assert values["batches"][0]["p50_ms"] == result.batches[0].end_to_end.candidate.p50
+    assert values["batches"][0]["p50_ms"] == result.batches[0].end_to_end.contender.p50
     assert values["token_agreement"] == 1
 
 
@@ -132,7 +135,7 @@ def test_a_missing_baseline_is_said_with_its_reason(subject: Subject, tmp_path: 
     alone = dataclasses.replace(subject, baseline=None, baseline_missing="torch is not installed")
     effort = dataclasses.replace(SMALL, rounds=1, baseline_processes=0)
     options = BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, batch_sizes=(1,), quick=True)
-    found = measure(alone, options, effort, threads=1, on_event=lambda event: None)
+    found = Bench(options, effort, 1, lambda event: None).measure(alone)
     assert found.baseline is None
     assert found.parity is None
     assert "No PyTorch baseline: torch is not installed" in markdown(found)
@@ -147,13 +150,13 @@ def test_what_the_engines_do_not_take_is_refused_before_anything_is_measured(
 ) -> None:
     limited = dataclasses.replace(subject)
     events: list[BenchEvent] = []
-    limited.candidate.pipeline.max_batch = 2
+    limited.contender.pipeline.max_batch = 2
     try:
         options = BenchOptions(engine_dir=tmp_path, output_dir=tmp_path, batch_sizes=(1, 3))
         with pytest.raises(ConfigError, match=r"batch size 3 is outside the engine's 1\.\.2"):
-            measure(limited, options, SMALL, threads=1, on_event=events.append)
+            Bench(options, SMALL, 1, events.append).measure(limited)
     finally:
-        limited.candidate.pipeline.max_batch = None
+        limited.contender.pipeline.max_batch = None
     assert events == []
 
 
@@ -196,7 +199,7 @@ def test_run_writes_its_files_only_once_everything_is_measured(
     with pytest.raises(KeyboardInterrupt):
         run(options, on_event=stop)
     assert not folder.exists()
-    monkeypatch.setattr(bench, "_cold_runs", lambda *args: ())
+    monkeypatch.setattr(Bench, "_cold_runs", lambda *args: ())
     report = run(options)
     assert sorted(path.name for path in folder.iterdir()) == [
         "bench.html",
@@ -232,3 +235,35 @@ def test_warnings_come_before_all_numbers(result: BenchResult) -> None:
     assert next(sections(doubtful)).rows == (("the machine was busy",),)
     calm = dataclasses.replace(result, warnings=())
     assert "Warnings" not in [section.title for section in sections(calm)]
+
+
+def test_a_run_that_is_not_trusted_says_so_and_tells_no_ratio(
+    result: BenchResult, tmp_path: Path
+) -> None:
+    """Seen: eager PyTorch at a tenth of its speed beside another process, told as 18 times."""
+    doubted = dataclasses.replace(result, warnings=("others were at work",), trusted=False)
+    report = write_report(doubted, tmp_path)
+    summary = json.loads(report.summary_json())
+    assert summary["trusted"] is False
+    assert {batch["speedup"] for batch in summary["batches"]} == {None}
+    assert json.loads(report.json_path.read_text())["trusted"] is False
+    text = markdown(doubted)
+    assert text.splitlines()[2].endswith("; not trusted, so no ratio.")
+    assert not re.search(r"\d\.\d\dx|\d×", text)
+    calm = markdown(dataclasses.replace(result, warnings=(), trusted=True))
+    assert f"{result.batches[0].end_to_end.speedup:.2f}× as fast as torch" in calm.splitlines()[2]
+
+
+def test_doubts_are_about_others_a_falling_clock_and_unsteady_times(result: BenchResult) -> None:
+    assert result.ceilings is not None
+    machine = dataclasses.replace(result.environment, logical_cores=4)
+    busy = list(doubts(machine, 0.5, None, ()))
+    assert "kept 0.5 of 4 cores busy" in busy[0]
+    assert list(doubts(machine, 0.3, None, ())) == []
+    fell = dataclasses.replace(
+        result.ceilings, gemm_gflops={"numpy": (100.0, 80.0)}, copy_gb_s=(1.0,)
+    )
+    assert "changed by 20 %" in next(doubts(machine, 0.0, fell, ()))
+    fast = dataclasses.replace(result.ceilings, gemm_gflops={"numpy": (1e9,)})
+    slowed = list(doubts(machine, 0.0, fast, result.batches))
+    assert any("the large product of every round ran at 0 %" in text for text in slowed)

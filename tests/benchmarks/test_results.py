@@ -1,26 +1,33 @@
-import math
 from typing import Any
 
 import pytest
 
-from nsp.benchmarks.flops import TextEncoderSize
-from nsp.benchmarks.machine import Ceilings
-from nsp.benchmarks.results import CallCost, Cost, batch_result, call_costs
-from nsp.benchmarks.subject import Subject
-from nsp.benchmarks.timing import Contestant, Observation
+from nsp.benchmarks.ceilings.rates import Ceilings
+from nsp.benchmarks.contest.rounds import Runner
+from nsp.benchmarks.contest.subject import Subject
+from nsp.benchmarks.costs import counter
+from nsp.benchmarks.record.result import Cost, Part
+from nsp.benchmarks.record.rows import batch_result
+from nsp.benchmarks.record.times import Observation
 
 CEILINGS = Ceilings(threads=1, gemm_side=8, gemm_gflops={"numpy": (50.0, 100.0)}, copy_gb_s=(10.0,))
-COSTS = [
-    CallCost("step", Cost(gflop=1.0, mib=10.0)),
-    CallCost("select", Cost(gflop=0.0, mib=1.0)),
-    CallCost("step", Cost(gflop=2.0, mib=20.0)),
-    CallCost("select", Cost(gflop=0.0, mib=1.0)),
-]
 
 
-def observation(contestant: str, number: int, *, factor: float = 1.0) -> Observation:
+def part(number: int, gflop: float) -> Part:
+    return Part(
+        name=f"{number + 1}x{number + 1}",
+        unit="scale",
+        calls={"step": (number, number + 1), "select": (number, number + 1)},
+        costs={"step": Cost(gflop=gflop, mib=10 * gflop), "select": Cost(gflop=0.0, mib=1.0)},
+    )
+
+
+PARTS = [part(0, 1.0), part(1, 2.0)]
+
+
+def observation(contender: str, number: int, *, factor: float = 1.0) -> Observation:
     return Observation(
-        contestant=contestant,
+        contender=contender,
         round=number,
         place=0,
         wall_ms=100 * factor,
@@ -28,18 +35,17 @@ def observation(contestant: str, number: int, *, factor: float = 1.0) -> Observa
     )
 
 
-def result(costs: list[CallCost] = COSTS, *, baseline: str | None = "torch") -> Any:
+def result(parts: list[Part] = PARTS, *, baseline: str | None = "torch") -> Any:
     observations = [observation("engines", -1, factor=99)]
     observations += [observation("engines", number) for number in range(3)]
     if baseline:
         observations += [observation("torch", number, factor=2) for number in range(3)]
     return batch_result(
         observations,
-        costs,
+        parts,
         batch=4,
-        candidate="engines",
+        contender="engines",
         baseline=baseline,
-        scale_names=["1x1", "2x2"],
     )
 
 
@@ -52,19 +58,48 @@ def test_rows_add_up_to_the_whole_and_warm_up_is_left_out() -> None:
         ("outside stages", 1),
         ("end to end", 1),
     ]
-    assert [row.candidate.p50 for row in found.rows] == [80, 5, 15, 100]
+    assert [row.contender.p50 for row in found.rows] == [80, 5, 15, 100]
     assert all(row.speedup == 2 for row in found.rows)
     assert found.images_per_s == 40
     assert found.baseline_images_per_s == 20
     assert len(found.observations) == 7
 
 
-def test_scale_rows_hold_one_step_each() -> None:
-    found = result().scale_rows
-    assert [(row.name, row.candidate.p50, row.cost.gflop) for row in found] == [
-        ("1x1", 30, 1.0),
-        ("2x2", 50, 2.0),
+def test_rows_of_steps_hold_all_stages_of_a_step_and_add_up_to_the_loop() -> None:
+    found = result()
+    assert [(row.name, row.contender.p50, row.cost.gflop) for row in found.step_rows] == [
+        ("1x1", 31, 1.0),
+        ("2x2", 54, 2.0),
     ]
+    assert (found.loop.contender.p50, found.loop.cost.gflop, found.loop.speedup) == (85, 3.0, 2)
+
+
+def test_where_calls_cannot_be_told_apart_the_loop_stands_for_the_stages() -> None:
+    observed = [
+        Observation(contender="a", round=n, place=0, wall_ms=10.0, stage_ms={}, loop_ms=8.0)
+        for n in range(3)
+    ]
+    found = batch_result(observed, PARTS, batch=1, contender="a", baseline=None)
+    assert [(row.name, row.contender.p50) for row in found.rows] == [
+        ("all steps", 8),
+        ("outside stages", 2),
+        ("end to end", 10),
+    ]
+    assert found.step_rows == ()
+    assert found.end_to_end.cost == Cost(gflop=3.0, mib=32.0)
+
+
+def test_the_floor_is_the_longer_of_work_and_bytes_and_the_launches() -> None:
+    gpu = Ceilings(
+        threads=1,
+        gemm_side=8,
+        gemm_gflops={"torch": (1000.0,)},
+        copy_gb_s=(10.0,),
+        launch_us=5.0,
+        graph_kernel_us=2.0,
+    )
+    bytes_ms = (10 + 20 + 1 + 1) * 2**20 / 1e7  # longer than 1 and 2 GFLOP at 1000 GFLOP/s
+    assert result().floor_ms(gpu, 4) == pytest.approx(bytes_ms + 2 * 4 * 7 * 0.002)
 
 
 def test_the_roof_is_the_work_at_the_measured_peak() -> None:
@@ -80,9 +115,11 @@ def test_the_roof_is_the_work_at_the_measured_peak() -> None:
 
 
 def test_work_that_is_not_counted_leaves_no_ceiling_for_the_whole() -> None:
-    found = result([CallCost("text_encoder", None), *COSTS])
+    unknown = Part(name="text", unit=None, calls={"text": (0, 1)}, costs={})
+    found = result([unknown, *PARTS])
     assert found.rows[0].cost is None
     assert found.end_to_end.cost is None
+    assert found.loop.cost is not None
 
 
 def test_without_a_baseline_rows_stand_alone() -> None:
@@ -92,22 +129,13 @@ def test_without_a_baseline_rows_stand_alone() -> None:
 
 
 def test_bytes_of_a_call_are_its_tensors_and_weights(subject: Subject) -> None:
-    pipeline = subject.candidate.pipeline
+    pipeline = subject.contender.pipeline
     config = pipeline.config
-    calls = Contestant("a", pipeline).stage_calls(subject.conditions(1))
-    costs = call_costs(
-        calls,
-        pipeline.backend.stages_io,
-        family="var",
-        config=config,
-        weight_dtype="float16",
-        text_encoder=TextEncoderSize(1, 64),
-    )
-    assert [cost.stage for cost in costs] == [call.stage for call in calls]
-    decoder = costs[-1].cost
-    assert decoder is not None
+    calls = Runner("a", pipeline).play(subject.request(1, 0)).calls
+    count = counter(subject.costs, pipeline)
+    costs = [count(call.stage, call.sizes) for call in calls]
+    assert all(cost is not None for cost in costs)
+    decoder = costs[-1]
     pixels, cells = 3 * config.image_size_px**2, 8 * config.latent_side**2
     weights = sum(p.numel() for p in pipeline.backend._stages["decoder"].parameters())
-    # Norms are parameters too, but not counted as weights of products.
-    assert decoder.mib * 2**20 == pytest.approx(4 * (pixels + cells) + 2 * weights, rel=0.03)
-    assert all(cost.cost is not None and math.isfinite(cost.cost.mib) for cost in costs)
+    assert decoder.mib * 2**20 == pytest.approx(4 * (pixels + cells + weights), rel=0.03)

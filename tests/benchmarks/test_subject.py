@@ -7,7 +7,7 @@ import pytest
 
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.manifest import read_manifest, write_manifest
-from nsp.benchmarks.subject import BASELINE, CAPTIONS, Subject, load_subject
+from nsp.benchmarks.contest.subject import BASELINE, CAPTIONS, Subject, load_subject
 from nsp.data.sources import EMOJI_TAR
 from nsp.errors import CheckpointError, EngineError
 from tests.artifacts.engine_folders import CLASSES, TEXT, write_engines
@@ -32,7 +32,7 @@ def test_the_baseline_is_the_checkpoint_the_manifest_names(
     subject = load(folder)
     assert [side.name for side in subject.sides] == ["onnxruntime", BASELINE]
     assert subject.baseline_missing is None
-    assert subject.text_encoder is not None
+    assert subject.checkpoint == tiny_checkpoint
     assert subject.device == "cpu"
     assert subject.weights_mib[BASELINE] > 0.2
     assert 0 < subject.weights_mib["onnxruntime"] < 0.1  # hollow
@@ -75,7 +75,7 @@ def test_conditions_fit_the_kind_of_model(tmp_path: Path) -> None:
     text = load(engines(tmp_path / "text"))
     prompts = text.conditions(11)["prompts"]
     assert len(prompts) == 11
-    tokenizer = text.candidate.pipeline.tokenizer
+    tokenizer = text.contender.pipeline.tokenizer
     assert tokenizer is not None
     assert all(tokenizer.truncated(prompt) is None for prompt in prompts)
 

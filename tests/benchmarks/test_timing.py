@@ -3,7 +3,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsp.benchmarks.timing import Contestant, Observation, Stability, interleaved, percentiles
+from nsp.benchmarks.contest.rounds import Runner, Stability, interleaved
+from nsp.benchmarks.record.times import Observation, percentiles
 from nsp.pipeline.pipeline import Pipeline
 
 REQUEST = {"prompts": ["red apple"], "seed": 3}
@@ -22,12 +23,12 @@ def test_percentiles_of_one_value_are_that_value() -> None:
     assert found.spread == 0
 
 
-def test_contestants_take_turns_and_the_first_to_run_changes_every_round(
+def test_contenders_take_turns_and_the_first_to_run_changes_every_round(
     reference: Pipeline,
 ) -> None:
-    contestants = [Contestant("a", reference), Contestant("b", reference)]
-    seen = list(interleaved(contestants, REQUEST, rounds=2, warmup=2, pause_s=0))
-    assert [(each.round, each.place, each.contestant) for each in seen] == [
+    contenders = [Runner("a", reference), Runner("b", reference)]
+    seen = list(interleaved(contenders, REQUEST, rounds=2, warmup=2, pause_s=0))
+    assert [(each.round, each.place, each.contender) for each in seen] == [
         (-2, 0, "a"),
         (-2, 1, "b"),
         (-1, 0, "b"),
@@ -43,15 +44,15 @@ def test_contestants_take_turns_and_the_first_to_run_changes_every_round(
 def test_no_round_starts_after_the_time_is_up_but_the_least_number_is_measured(
     reference: Pipeline,
 ) -> None:
-    contestants = [Contestant("a", reference)]
+    contenders = [Runner("a", reference)]
     seen = interleaved(
-        contestants, REQUEST, rounds=9, warmup=1, min_rounds=2, max_seconds=0, pause_s=0
+        contenders, REQUEST, rounds=9, warmup=1, min_rounds=2, max_seconds=0, pause_s=0
     )
     assert [each.round for each in seen] == [-1, 0, 1]
 
 
 def test_every_stage_call_is_timed_and_lies_within_the_whole(reference: Pipeline) -> None:
-    observation = Contestant("a", reference).observe(REQUEST, number=0, place=0)
+    observation = Runner("a", reference).observe(REQUEST, number=0, place=0)
     num_scales = reference.config.num_scales
     assert {stage: len(calls) for stage, calls in observation.stage_ms.items()} == {
         "text_encoder": 1,
@@ -68,14 +69,14 @@ def test_the_clock_does_not_change_images_and_the_pipeline_is_left_as_it_was(
     reference: Pipeline,
 ) -> None:
     backend = reference.backend
-    contestant = Contestant("a", reference)
+    contender = Runner("a", reference)
     assert reference.backend is backend
-    timed = contestant._pipeline.generate(**REQUEST)
+    timed = contender._watched.generate(**REQUEST)
     assert np.array_equal(timed.images, reference.generate(**REQUEST).images)
 
 
 def test_stage_calls_tell_the_sizes_of_every_scale(reference: Pipeline) -> None:
-    calls = Contestant("a", reference).stage_calls(REQUEST)
+    calls = Runner("a", reference).play(REQUEST).calls
     lengths = [side**2 for side in reference.config.patch_nums]
     steps = [call.sizes for call in calls if call.stage == "step"]
     assert [sizes["L"] for sizes in steps] == lengths
@@ -83,9 +84,9 @@ def test_stage_calls_tell_the_sizes_of_every_scale(reference: Pipeline) -> None:
     assert {sizes["G"] for sizes in steps} == {2}  # guidance is on
 
 
-def walls(contestant: str, values: list[float]) -> list[Observation]:
+def walls(contender: str, values: list[float]) -> list[Observation]:
     return [
-        Observation(contestant=contestant, round=n, place=0, wall_ms=value, stage_ms={})
+        Observation(contender=contender, round=n, place=0, wall_ms=value, stage_ms={})
         for n, value in enumerate(values)
     ]
 
@@ -97,20 +98,20 @@ def test_a_measurement_is_stable_when_no_median_moved_over_the_window() -> None:
     assert not stability.reached(steady[:5])  # two windows are needed
     assert not stability.reached([*steady, *walls("b", [10, 10, 10, 14, 14, 14])])
     assert stability.reached([*steady, *walls("b", [10, 10, 10, 10.1, 10.1, 10.1])])
-    warm_up = Observation(contestant="a", round=-1, place=0, wall_ms=999, stage_ms={})
+    warm_up = Observation(contender="a", round=-1, place=0, wall_ms=999, stage_ms={})
     assert stability.reached([warm_up, *steady])
     assert not stability.reached([warm_up])
 
 
 class Clock:
-    """A contestant that takes the times it is given, over and over."""
+    """A contender that takes the times it is given, over and over."""
 
     def __init__(self, name: str, values: list[float]) -> None:
         self.name, self.values = name, values
 
     def observe(self, request: Any, *, number: int, place: int) -> Observation:
         return Observation(
-            contestant=self.name,
+            contender=self.name,
             round=number,
             place=place,
             wall_ms=self.values[number % len(self.values)],
@@ -122,8 +123,8 @@ def test_rounds_end_with_stability_and_never_go_past_the_most() -> None:
     stability = Stability(window=4, tolerance=0.01)
 
     def rounds(values: list[float]) -> int:
-        contestants = [Clock("a", [5.0]), Clock("b", values)]
-        seen = interleaved(contestants, {}, rounds=40, warmup=1, stability=stability, pause_s=0)
+        contenders = [Clock("a", [5.0]), Clock("b", values)]
+        seen = interleaved(contenders, {}, rounds=40, warmup=1, stability=stability, pause_s=0)
         return sum(not each.warmup for each in seen) // 2
 
     assert rounds([7.0]) == 8

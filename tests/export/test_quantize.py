@@ -8,8 +8,8 @@ import onnx
 import pytest
 
 from nsp.artifacts.manifest import Manifest, Variant
-from nsp.benchmarks.rivals import make_rivals, other_precisions
-from nsp.benchmarks.subject import load_subject
+from nsp.benchmarks.contest.field import asked_for, make_ready, other_precisions
+from nsp.benchmarks.contest.subject import load_subject
 from nsp.errors import ConfigError
 from nsp.export.options import ExportOptions
 from nsp.export.proof.verify import verify
@@ -87,13 +87,14 @@ def test_it_is_timed_in_the_same_rounds_with_what_its_gate_measured(int8_engines
     subject = load_subject(
         folder, checkpoint=None, backend="onnxruntime", precision=None, threads=1
     )
-    settings = {"threads": 1, "batches": (1,), "seed": 0, "on_start": lambda name: None}
+    settings = {"batches": (1,), "seed": 0, "on_start": lambda name: None}
     assert "int8" in other_precisions(subject)
-    ((entry, contestant),) = make_rivals(["int8"], subject, **settings)
+    (ready,) = make_ready([asked_for("int8", subject, 1)], subject, **settings)
+    entry = ready.entry
     assert (entry.name, entry.missing) == ("onnxruntime int8", None)
     assert "% of their range" in entry.what
     request = {**subject.conditions(1), "seed": 0}
-    assert contestant.observe(request, number=0, place=0).stage_total_ms("step") > 0
+    assert ready.runner.observe(request, number=0, place=0).stage_total_ms("step") > 0
 
 
 def test_targets_without_it_say_so(small_checkpoint, tmp_path):

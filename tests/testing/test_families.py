@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nsp.benchmarks import bench
+from nsp.benchmarks.contest import measure as bench
 from nsp.benchmarks.options import QUICK, BenchOptions
 from nsp.family.registry import BUILT_IN, family
 from nsp.testing import CHECKS, Check, UnderTest
@@ -23,7 +23,7 @@ def test_the_family_keeps_it(check: Check, made: UnderTest) -> None:
 def test_its_engines_are_timed_beside_pytorch(
     made: UnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {"candidate_processes": 0, "baseline_processes": 0, "gemm_side": 64}
+    few = {"engine_processes": 0, "baseline_processes": 0, "gemm_side": 64}
     monkeypatch.setattr("nsp.benchmarks.options.QUICK", {**QUICK, **few})
     options = BenchOptions(
         engine_dir=made.engines,
@@ -32,16 +32,19 @@ def test_its_engines_are_timed_beside_pytorch(
         quick=True,
         rounds=2,
         batch_sizes=(1,),
-        rivals=("plain-onnx",),
+        contenders=("plain-onnx",),
     )
     result = bench.run(options).result
     batch = result.batches[0]
     assert {row.name for row in batch.rows[:-2]} <= {*made.declared}
     assert all(row.speedup for row in batch.rows)
     assert result.model.num_tokens == sum(side**2 for side in result.model.schedule)
-    draws_scales = made.family.name == "var"
-    assert (result.parity is not None) == bool(batch.scale_rows) == draws_scales
-    sentence = "cannot be given the tokens of a whole scale"
-    assert (sentence in (tmp_path / "bench.md").read_text()) == (not draws_scales)
+    assert len(batch.step_rows) == len(result.model.schedule)
+    assert batch.loop is not None
+    parity, draws_tokens = result.parity, made.family.name == "var"
+    assert parity is not None
+    assert parity.has_tokens == parity.forced == draws_tokens
+    assert parity.max_relative_error < 1e-3
+    assert {"bench.md", "bench.json", "bench.html"} <= {each.name for each in tmp_path.iterdir()}
     missing = "the cache of family next_scale is not joined in a graph"
-    assert result.rivals[0].missing == (None if draws_scales else missing)
+    assert result.others[0].missing == (None if draws_tokens else missing)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nsp.data.dataset import ImageDataset, to_model_range
-from nsp.data.sources import ImageSource
+from nsp.data.sources import ImageSource, Sample
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.next_scale import latents
 from nsp.families.next_scale.config import NextScaleConfig, ScalesSettings
@@ -36,6 +36,11 @@ from nsp.training.cache import is_constant
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
+_UNTRAINED_CAPTIONS = (
+    "a beautiful landscape with mountains and a lake",
+    "red apple",
+    "two-hump camel",
+)
 _ONE_SCALE = re.compile(r"scale_(\d+)")
 _PHASES = "vae, scales, scale_0, scale_1, ..."
 _MEASURED_PICTURES = 2
@@ -97,6 +102,13 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSampling, NextScaleSyst
         system = NextScaleSystem(config, text_encoder=encoder, prompt_tokenizer=tokenizer)
         system.vae.load_state_dict(vae.state_dict())
         return system
+
+    def untrained(self, config: NextScaleConfig) -> NextScaleSystem:
+        """Return a system of random weights with a new text encoder for a few captions."""
+        samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in _UNTRAINED_CAPTIONS)
+        heads = 12 if config.text.text_width % 12 == 0 else 2
+        encoder = TextEncoderSettings(vocab_size=560, depth=12, num_heads=heads)
+        return self.new_system(config, encoder, ImageSource(samples, (), ()))
 
     def modules(self, system: NextScaleSystem, kv_layout: str) -> Mapping[str, nn.Module]:
         """Return a module for every stage."""

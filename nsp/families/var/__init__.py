@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nsp.families.var.config import SIZES, TextCondition, VarConfig, with_classes, with_condition
 from nsp.families.var.loop import batch_key, cache, generate, given, loop_inputs
+from nsp.families.var.peers import PUBLIC_VAR
 from nsp.families.var.sampling import VarSampling
 from nsp.families.var.stages import stages
 from nsp.family.contract import Family, Kind, Learner, Stage
 from nsp.family.order import Encoded, Given, Order, Step
+from nsp.family.peer import Peer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,6 +33,7 @@ class Var(Family[VarConfig, VarSampling, "VarSystem"]):
         "tokenizer": "Weights of the image tokenizer.",
         "predictor": "Weights of the transformer.",
     }
+    peers: ClassVar[Sequence[Peer]] = (PUBLIC_VAR,)
     config, sampling, sizes = VarConfig, VarSampling, SIZES
 
     def condition(self, config: VarConfig) -> Kind:

@@ -1,0 +1,1 @@
+"""Who is measured, and how: contenders in interleaved rounds, fresh processes, parity."""

@@ -1,0 +1,1 @@
+"""How fast the trainer and the data loaders are."""

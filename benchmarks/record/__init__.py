@@ -1,0 +1,1 @@
+"""What a benchmark found, as records: read, written, doubted and compared."""
