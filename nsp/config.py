@@ -27,7 +27,7 @@ class Config:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
         """Return the record described by `values`.
 
         Raises ConfigError naming a key that is unknown, missing or mistyped.
@@ -115,7 +115,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         return tuple(_parse_item(arguments[0], item, f"{where}[{index}]") for index, item in items)
     if origin is dict and isinstance(value, Mapping):
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is Any:
+    if hint in (Any, object):
         return value
     if origin is typing.Literal:
         accepted = any(type(value) is type(option) and value == option for option in arguments)

@@ -19,7 +19,8 @@ class Peer:
     # with `path` and `threads`, and its answer has `what` in words. Every other job has `batch` and
     # `seed`; its answer has `wall_ms`, to uint8 pixels, and `loop_ms`, of all steps.
     program: str
-    job: Callable[[Any, Any], Mapping[str, Any]]  # from a configuration and sampling settings
+    # From the family's own configuration and sampling settings, whose types a caller cannot know.
+    job: Callable[[Any, Any], Mapping[str, object]]
 
     def is_clone(self, path: Path) -> bool:
         """Return whether the folder has the files."""

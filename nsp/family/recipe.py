@@ -152,7 +152,7 @@ class PhaseConfig(Config):
     ema_decay: float = 0.0  # 0: no moving average
     lora: LoraConfig | None = None  # None: all weights of the objective learn
     guard: GuardConfig = field(default_factory=GuardConfig)
-    objective: dict[str, Any] = field(default_factory=dict)  # settings of the family's objective
+    objective: dict[str, object] = field(default_factory=dict)  # settings of the family's objective
     sample_every: Steps | Epochs = 500
     checkpoint_every: Steps | Epochs = 250
     keep_last: int = 2  # saved steps kept in addition to the best one
@@ -176,7 +176,7 @@ class PhaseConfig(Config):
         return {("epochs" if n == "steps" else n): values[n] for n in values} | self.steps.to_dict()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
         """Return the phase that the dictionary describes; it has one of `steps` and `epochs`."""
         if isinstance(values, Mapping) and "epochs" in values:
             if "steps" in values:
@@ -271,11 +271,11 @@ class RunConfig(Config):
     """A complete run: everything that decides its result."""
 
     family: str
-    model: dict[str, Any]  # the family's configuration as a dictionary
-    text_encoder: dict[str, Any] = field(default_factory=dict)  # settings of a new text encoder
+    model: dict[str, object]  # the family's configuration as a dictionary
+    text_encoder: dict[str, object] = field(default_factory=dict)  # settings of a new text encoder
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[PhaseConfig, ...]
-    sampling: dict[str, Any] = field(default_factory=dict)  # sampling settings that suit the model
+    sampling: dict[str, object] = field(default_factory=dict)  # sampling settings that suit the model
     checkpoint_dir: str | None = None  # for saved steps; None: in the run folder
     start_from: str | None = None  # checkpoint folder whose weights the run starts with
     seed: int = 0
