@@ -11,11 +11,14 @@ from nsp.console.command_line import (
     COUNT,
     FILE,
     FOLDER,
+    OTHER_OPTIONS,
+    Grouped,
     OneLineErrors,
     Verb,
     backend_option,
     checkpoint_option,
     engine_dir_option,
+    group,
     json_option,
     one_precision,
     output_dir_option,
@@ -34,7 +37,7 @@ _VERB_OF = {"--compare": "compare", "--fidelity": "fidelity"}
 _PEERS = ("--peer", *(f"--peer-{name}" for name in BUILT_IN))
 
 
-class Benchmarks(OneLineErrors, click.Group):
+class Benchmarks(Grouped, OneLineErrors, click.Group):
     """`nsp bench`: without a verb it is `nsp bench run`."""
 
     command_class = Verb
@@ -48,6 +51,15 @@ class Benchmarks(OneLineErrors, click.Group):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             raise self.misplaced("run", error) from error
+
+    def option_groups(self, ctx: click.Context) -> dict[str, list[click.Parameter]]:
+        """Return the groups of `nsp bench run`, whose options these are."""
+        return run_contest.option_groups(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, then the verbs."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
 
     def misplaced(self, verb: str, error: click.NoSuchOption) -> Exception:
         """Return the error for an option that a verb does not have: it may be another verb's."""
@@ -76,12 +88,12 @@ class BenchVerb(Verb):
 
 
 @click.command("run", cls=BenchVerb)
+@group("What is measured")
 @engine_dir_option
 @checkpoint_option("Baseline to compare with.  [default: the source of the engines]")
 @backend_option
 @precision_options("Measure the {} engines instead of those that suit the device best.")
 @threads_option("CPU threads for engines and PyTorch.")
-@click.option("--quick", is_flag=True, help="Fewer rounds: a first impression in a minute.")
 @click.option(
     "--batch-size",
     "batch_sizes",
@@ -91,7 +103,7 @@ class BenchVerb(Verb):
     show_default=True,
     help="Images per call. Repeatable.",
 )
-@click.option("--rounds", type=COUNT, help="Measured calls of each side per batch size, at most.")
+@group("Beside it")
 @click.option(
     "--contender",
     "--rival",
@@ -107,12 +119,16 @@ class BenchVerb(Verb):
     type=FOLDER,
     help="Also time the public code of the same kind of model in this clone, with the same shapes.",
 )
+@group("How much")
+@click.option("--quick", is_flag=True, help="Fewer rounds: a first impression in a minute.")
+@click.option("--rounds", type=COUNT, help="Measured calls of each side per batch size, at most.")
 @click.option(
     "--sweep",
     is_flag=True,
     help="Also measure batch sizes 1 to 8 with 1 and 2 threads, and guidance that ends early.",
 )
 @seed_option("Seed of the images made.")
+@group(OTHER_OPTIONS)
 @output_dir_option("outputs/bench", "Folder for bench.json, bench.md and bench.html.")
 @json_option
 @verbose_option

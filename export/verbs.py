@@ -11,11 +11,13 @@ import click
 from nsp.console.command_line import (
     COUNT,
     FOLDER,
+    OTHER_OPTIONS,
     Verb,
     backend_option,
     checkpoint_option,
     engine_dir_option,
     given_precisions,
+    group,
     json_option,
     no_verify_option,
     one_precision,
@@ -32,8 +34,13 @@ if TYPE_CHECKING:
 
 
 @click.command("export", cls=Verb)
+@group("Model and engines")
 @checkpoint_option("Model to export.  [default: newest training run, or the bundled demo]")
 @engine_dir_option
+@click.option("--rebuild", is_flag=True, help="Build all stages again, also unchanged ones.")
+@click.option("--dry-run", is_flag=True, help="Show what would be built, and write nothing.")
+@no_verify_option
+@group("What is built")
 @precision_options("Export in {}.")
 @click.option(
     "--target",
@@ -43,6 +50,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="auto (what this machine can run), onnxruntime, tensorrt, tensorrt-rtx. Repeatable.",
 )
+@group("TensorRT")
 @click.option(
     "--max-batch",
     type=COUNT,
@@ -71,10 +79,8 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="Stop the compiler of a TensorRT engine after this long.",
 )
+@group(OTHER_OPTIONS)
 @threads_option("CPU threads for the comparison with PyTorch.")
-@click.option("--rebuild", is_flag=True, help="Build all stages again, also unchanged ones.")
-@click.option("--dry-run", is_flag=True, help="Show what would be built, and write nothing.")
-@no_verify_option
 @json_option
 @verbose_option
 def export_engines(

@@ -208,3 +208,15 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_checkpoint):
     process.wait(timeout=60)
     process.stderr.close()
     assert errors == ""
+
+
+@pytest.mark.parametrize("verb", ["generate", "train", "export", "bench"])
+def test_help_of_a_verb_with_many_options_shows_each_once_under_a_title(verb: str) -> None:
+    shown = nsp(verb, "--help").stdout
+    titles = [line for line in shown.splitlines() if line[:1].isalpha() and line.endswith(":")]
+    assert len(titles) >= 4
+    assert [title for title in titles if title != "Commands:"][-1] == "Other options:"
+    first_words = [line.split()[0].rstrip(",") for line in shown.splitlines() if "  -" in line[:3]]
+    own = [option.opts[0] for option in main.commands[verb].params]
+    assert sorted(set(own) & set(first_words)) == sorted(own)
+    assert len(first_words) == len(set(first_words))

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nsp.benchmarks.contest.processes import Child, running
+from nsp.benchmarks.contest.processes import Child
 from nsp.benchmarks.record.times import Observation
 from nsp.family.peer import Peer
 from nsp.pipeline.pipeline import Pipeline
@@ -45,6 +45,6 @@ def peer_runner(
     """
     peer.check(clone)
     job = {"path": str(clone.resolve()), "threads": threads}
-    with running(peer.program, threads=threads) as process:
+    with Child(peer.program, threads=threads) as process:
         shapes = peer.job(pipeline.config, pipeline.sampling)
         yield PeerRunner(peer.name, process, {**shapes, **job})

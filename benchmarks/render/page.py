@@ -18,7 +18,7 @@ from nsp.benchmarks.record.result import BenchResult
 from nsp.benchmarks.render.headline import Tile, headline
 from nsp.benchmarks.render.plots import plots
 from nsp.benchmarks.render.section import Section, ms
-from nsp.benchmarks.render.svg import Plot
+from nsp.benchmarks.render.svg import COLORS, Plot
 from nsp.benchmarks.render.tables import sections
 from nsp.errors import MissingExtraError
 
@@ -90,6 +90,7 @@ def page(result: BenchResult, pictures: Pictures | None) -> str:
     kind = f" ({kind})" if (kind := result.environment.instructions) else ""
     against = f" against {result.baseline}" if result.baseline else ""
     return template.render(
+        colors=COLORS,
         title=f"{subject}{against}",
         subtitle=(
             f"{model.family} {model.model_hash[:12]}, {model.image_size_px} px, "

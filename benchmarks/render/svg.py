@@ -1,8 +1,8 @@
-"""Plots as SVG to be written into a page: text is text, colours are the page's.
+"""Plots as SVG to be written into a page, each in two styles: for light and for dark pages.
 
-Matplotlib draws them. Its SVG is a few KB per plot, needs no script and prints; colours are
-replaced by CSS variables, so the page's light and dark palettes apply. An interactive library would
-bring megabytes of script into every report for the same dozen marks.
+Matplotlib draws them; text is text. A plot has about 15 KB in each style, needs no script and can
+be printed. The page shows the one in its colours. An interactive library would bring megabytes of
+script into every report for the same dozen marks.
 """
 
 import io
@@ -16,35 +16,21 @@ from nsp.errors import MissingExtraError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Stand-ins that Matplotlib takes and CSS variables replace; each occurs nowhere by itself.
-INK, FAINT, GRID = "#010203", "#040506", "#070809"
-SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06")
-_VARIABLES = {
-    INK: "var(--ink)",
-    FAINT: "var(--faint)",
-    GRID: "var(--grid)",
-    **{color: f"var(--series-{number})" for number, color in enumerate(SERIES, 1)},
+# The colours of the page and of its plots, in each scheme.
+_NAMES = ("page", "card", "link", "alert", "alert-card", "ink", "faint", "grid")
+_VALUES = {
+    "light": "#ffffff #f5f6f8 #0b5cad #8a2b06 #fdf1ea #1a1c1f #59616a #d5dae0",
+    "dark": "#14171a #1d2226 #7cbcf8 #ffb38a #33231b #e8eaed #a6adb5 #373e45",
 }
+COLORS = {k: dict(zip(_NAMES, v.split(), strict=True)) for k, v in _VALUES.items()}
+_SERIES = {
+    "light": ["#1f6fb4", "#c2410c", "#2e7d32", "#7b3fa0", "#b0256a", "#6b6417"],
+    "dark": ["#6cb4f5", "#ff9d5c", "#7fd186", "#c79bf0", "#ff8fbd", "#d6cc5c"],
+}
+# Places in a style's cycle of colours.
+SERIES = ("C0", "C1", "C2", "C3", "C4", "C5")
+INK, FAINT = "C6", "C7"
 WIDTH_IN = 4.8  # readable at 328 CSS px, not huge at 560
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nsp",  # the same data give the same file
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.6,
-}
 MARKERS = "osD^vP"
 
 
@@ -55,7 +41,7 @@ class Plot:
     key: str  # unique in the page
     title: str
     summary: str
-    svg: str
+    svg: str  # one drawing for each scheme
 
 
 def draw(key: str, title: str, summary: str, height_in: float, paint: Callable[..., str]) -> Plot:
@@ -65,23 +51,49 @@ def draw(key: str, title: str, summary: str, height_in: float, paint: Callable[.
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise MissingExtraError("matplotlib", "bench") from error
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
-        said = paint(figure.add_subplot())
-        svg = _inline(figure, key)
-    return Plot(key, title, " ".join(filter(None, (summary, said))), svg)
+    svgs, said = [], None
+    for scheme in COLORS:
+        with mpl.rc_context(_style(scheme)):
+            figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+            said = paint(figure.add_subplot())
+            svgs.append(_inline(figure, key, scheme))
+    return Plot(key, title, " ".join(filter(None, (summary, said))), "\n".join(svgs))
 
 
-def _inline(figure: "Figure", key: str) -> str:
-    """Return a figure as an element of a page: own names, the page's font and colours."""
+def _style(scheme: str) -> dict[str, Any]:
+    """Return Matplotlib's settings for plots on a light or a dark page."""
+    colors = COLORS[scheme]
+    ink, faint = colors["ink"], colors["faint"]
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "nsp",  # the same data give the same file
+        "font.size": 10,
+        "text.color": ink,
+        "axes.prop_cycle": f"cycler('color', {[*_SERIES[scheme], ink, faint]})",
+        "axes.edgecolor": faint,
+        "axes.labelcolor": ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": colors["grid"],
+        "grid.linewidth": 0.6,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.6,
+    }
+
+
+def _inline(figure: "Figure", key: str, scheme: str) -> str:
+    """Return a figure as an element of a page: with names of its own, in the page's font."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{key}-", text)
+    text = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{key}-{scheme}-", text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-    for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, variable)
-    head = f'<svg class="plot" role="img" aria-labelledby="{key}-title" focusable="false"'
+    head = f'<svg class="plot {scheme}" role="img" aria-labelledby="{key}-title" focusable="false"'
     text = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf"{head} \1>", text)
     return text.strip()

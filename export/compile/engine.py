@@ -7,17 +7,13 @@ measurements, and kill it if it does not stop.
 import json
 import logging
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsp.child import environment
+from nsp.child import Child
 from nsp.errors import ExportError
 from nsp.export.plan import PlannedBuild
 from nsp.export.targets import TARGETS
@@ -90,85 +86,32 @@ def _run_child(
 ) -> dict[str, Any]:
     """Return the child's result; raise ExportError when it ends without one."""
     with tempfile.TemporaryDirectory(prefix="nsp-build-") as scratch:
-        job_file, log_file = Path(scratch, "job.json"), Path(scratch, "log.txt")
+        job_file = Path(scratch, "job.json")
         job_file.write_text(json.dumps(job))
         outcome: dict[str, Any] = {}
         with (
-            log_file.open("wb") as log,
-            _started(child, job_file, log) as process,
-            _time_limit(process, timeout_s) as timed_out,
+            Child(child, str(job_file), grace_s=_GRACE_S) as process,
+            process.time_limit(timeout_s) as timed_out,
         ):
-            for message in _messages(process):
+            for message in _messages(process.output):
                 if "progress" in message:
                     on_progress(message["progress"], message["phase"])
                 outcome |= message
-            code = process.wait()
-        if timed_out.is_set() and "device" not in outcome:
-            raise ExportError(
-                f"{label}: the build took more than {timeout_s:g} s and was stopped; "
-                "raise --build-timeout"
-            )
-        if "device" in outcome or "error" in outcome:
-            return outcome
-        said = log_file.read_text(errors="replace").strip().splitlines()
-        last = said[-1].strip()[:300] if said else ""
-        raise ExportError(f"{label}: {_cause(code, last)}" + (f": {last}" if last else ""))
+            code = process.process.wait()
+            last = process.last_words()[:300]
+    if timed_out.is_set() and "device" not in outcome:
+        raise ExportError(
+            f"{label}: the build took more than {timeout_s:g} s and was stopped; "
+            "raise --build-timeout"
+        )
+    if "device" in outcome or "error" in outcome:
+        return outcome
+    raise ExportError(f"{label}: {_cause(code, last)}" + (f": {last}" if last else ""))
 
 
-@contextmanager
-def _started(child: str, job_file: Path, log: Any) -> Iterator[subprocess.Popen[str]]:
-    """Yield the running child; it does not outlive the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", child, str(job_file)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        env=environment(),
-        process_group=0,  # Ctrl-C reaches only this process, which stops the child properly
-    )
-    try:
-        yield process
-    finally:
-        _stop(process)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    """Ask the child to stop, and kill it if it does not; do nothing if it has ended."""
-    try:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait(_GRACE_S)
-    except subprocess.TimeoutExpired:
-        logger.debug("the build does not stop when asked; killing it")
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def _time_limit(process: subprocess.Popen[str], seconds: float) -> Iterator[threading.Event]:
-    """Stop the child after `seconds`; yield an event that is set when that happens."""
-    reached = threading.Event()
-
-    def stop() -> None:
-        reached.set()
-        _stop(process)
-
-    timer = threading.Timer(seconds, stop)
-    timer.start()
-    try:
-        yield reached
-    finally:
-        timer.cancel()
-
-
-def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+def _messages(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects that the child writes, one per line; skip TensorRT's messages."""
-    assert process.stdout is not None
-    for line in process.stdout:
+    for line in lines:
         if line.startswith("{"):
             try:
                 yield json.loads(line)

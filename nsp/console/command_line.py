@@ -41,6 +41,9 @@ _EXTRAS = {
     "jinja2": "bench",
 }
 
+OTHER_OPTIONS = "Other options"
+_GROUPS = "nsp_option_groups"  # attribute of a verb's function, until the verb is made from it
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -51,7 +54,40 @@ class _Settings:
     verbose: bool = False
 
 
-class Verb(click.Command):
+class Grouped(click.Command):
+    """A command whose --help shows its options under titles; see `group`."""
+
+    def option_groups(self, ctx: click.Context) -> dict[str, list[click.Parameter]]:
+        """Return the options under each title."""
+        groups = vars(self.callback).get(_GROUPS, {})
+        return {title: groups[title] for title in reversed(groups)}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the groups, then the options of none."""
+        groups = self.option_groups(ctx)
+        grouped = {option for options in groups.values() for option in options}
+        rest = [option for option in self.get_params(ctx) if option not in grouped]
+        rest = groups.pop(OTHER_OPTIONS, []) + rest
+        for title, options in (*groups.items(), (OTHER_OPTIONS if groups else "Options", rest)):
+            rows = [row for each in options if (row := each.get_help_record(ctx)) is not None]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def group(title: str) -> Callable[[_F], _F]:
+    """Return a decorator that begins a group of options in --help; the next `group` ends it."""
+
+    def add(verb: _F) -> _F:
+        groups = vars(verb).setdefault(_GROUPS, {})
+        grouped = {option for options in groups.values() for option in options}
+        options = [each for each in vars(verb)["__click_params__"] if each not in grouped]
+        groups[title] = options[::-1]  # decorators are applied from the last to the first
+        return verb
+
+    return add
+
+
+class Verb(Grouped):
     """A command whose library's log records go to stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -9,10 +9,12 @@ import click
 from nsp.console.command_line import (
     COUNT,
     FILE,
+    OTHER_OPTIONS,
     SEED,
     backend_option,
     checkpoint_option,
     engine_dir_option,
+    group,
     json_option,
     no_verify_option,
     one_precision,
@@ -41,8 +43,11 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=SamplingVerb)
+@group("Model")
 @engine_dir_option
 @checkpoint_option("Run this checkpoint folder with PyTorch instead of engines.")
+@no_verify_option
+@group("Images")
 @click.option(
     "--prompt", "--text-prompt", "prompts", multiple=True, help="What to show. Repeatable."
 )
@@ -68,11 +73,13 @@ if TYPE_CHECKING:
     help="The same seed and backend give the same image; image k of a prompt has seed SEED + k.  "
     "[default: 0; 42 for next-scale]",
 )
+@group("Speed")
 @click.option("--batch-size", type=COUNT, help="Images made at once; it does not change them.")
 @click.option("--device", help="cpu or cuda.  [default: a GPU if there is one]")
 @backend_option
 @precision_options("Run {} engines instead of those that suit the device best.")
 @threads_option("CPU threads.")
+@group("Files")
 @click.option(
     "--save-intermediates",
     is_flag=True,
@@ -88,7 +95,7 @@ if TYPE_CHECKING:
 )
 @click.option("--sheet/--no-sheet", default=True, help="Write a contact sheet.  [default: yes]")
 @output_dir_option("outputs", "Folder for the images; those already there are not made again.")
-@no_verify_option
+@group(OTHER_OPTIONS)
 @json_option
 @verbose_option
 def generate(

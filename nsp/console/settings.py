@@ -7,9 +7,11 @@ import dataclasses
 import logging
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 class SamplingVerb(Verb):
     """A verb with an option for every setting of every family, created when needed."""
 
-    _settings: Sequence[click.Option] = ()
+    _settings: "Mapping[str, list[click.Option]]" = MappingProxyType({})  # by their title
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; families are asked for their settings only if an option may be one.
@@ -43,9 +45,9 @@ class SamplingVerb(Verb):
         words = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("-")}
         if not self._knows(words, ctx):
             own = {option.name for option in super().get_params(ctx)}
-            self._settings = list(sampling_options([*BUILT_IN], own))
+            self._settings = sampling_options([*BUILT_IN], own)
             if not self._knows(words, ctx):
-                self._settings = list(sampling_options(family_names(), own))
+                self._settings = sampling_options(family_names(), own)
         return super().parse_args(ctx, args)
 
     def _knows(self, words: Set[str], ctx: click.Context) -> bool:
@@ -56,13 +58,17 @@ class SamplingVerb(Verb):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the verb's own parameters, and the settings."""
-        return [*super().get_params(ctx), *self._settings]
+        return [*super().get_params(ctx), *chain(*self._settings.values())]
+
+    def option_groups(self, ctx: click.Context) -> dict[str, list[click.Parameter]]:
+        """Return the verb's own groups, and one for the settings of each set of families."""
+        return {**super().option_groups(ctx), **{k: [*v] for k, v in self._settings.items()}}
 
 
 def sampling_options(
     known: Sequence[str], own: Set[str | None] = frozenset()
-) -> Iterator[click.Option]:
-    """Yield an option for every setting of these families; its help names the families.
+) -> dict[str, list[click.Option]]:
+    """Return an option for every setting of these families, under titles that name the families.
 
     Two families may share a name only with the same type: a plugin's other type is left out, and
     so is a setting called like one of the verb's `own` options.
@@ -84,11 +90,14 @@ def sampling_options(
                 )
                 continue
             owners.setdefault(word, []).append(name)
+    groups: dict[str, list[click.Option]] = {}
     for name, option in options.items():
-        only = "" if len(owners[name]) == len(known) else f" ({', '.join(owners[name])})"
+        every = len(owners[name]) == len(known)
+        title = f"Settings of {'every family' if every else ' and '.join(owners[name])}"
         words = name.replace("_", "-")
         spelled = f"--{words}/--no-{words}" if option["type"] is bool else f"--{words}"
-        yield click.Option([spelled], **{**option, "help": f"{option['help']}{only}"})
+        groups.setdefault(title, []).append(click.Option([spelled], **option))
+    return groups
 
 
 def _options_of(owner: "AnyFamily") -> dict[str, dict[str, Any]]:

@@ -15,8 +15,10 @@ from nsp.console.command_line import (
     DONE,
     FOLDER,
     INTERRUPTED,
+    OTHER_OPTIONS,
     drop_unwritten,
     explain,
+    group,
     open_standard_streams,
 )
 from nsp.console.train_options import TrainCommand
@@ -44,6 +46,7 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
+@group("Run")
 @click.option(
     "--preset",
     "--recipe",
@@ -62,6 +65,7 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
     metavar="PLACE=VALUE",
     help="Change one value of the run, such as predictor.optimizer.lr=1e-3. Repeatable.",
 )
+@click.option("--size", help="Named model of the family, such as d16, instead of the recipe's.")
 @click.option("--print-config", is_flag=True, help="Print the run as YAML for --config, and exit.")
 @click.option(
     "--json-schema",
@@ -71,7 +75,7 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
     callback=_print_schema,
     help="Print the JSON Schema of a run's configuration, and exit.",
 )
-@click.option("--size", help="Named model of the family, such as d16, instead of the recipe's.")
+@group("Data")
 @click.option(
     "--data", "--data-dir", help="'emoji', a .tar, a folder, hf:NAME_OR_FOLDER, or shards."
 )
@@ -89,7 +93,33 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
     help="Read --data (shards, paths or URLs) as a stream.",
 )
 @click.option("--token-cache", help="File with the pictures' tokens, made by nsp data cache.")
+@click.option("--skip-bad-files", is_flag=True, help="Leave out bad pictures instead of stopping.")
+@group("Training")
+@click.option("--steps", type=int, help="Steps of every phase, instead of the preset's numbers.")
+@click.option("--epochs", type=COUNT, help="Epochs of every phase, instead of steps.")
+@click.option("--batch-size", type=COUNT, help="Pictures per step, over all devices.")
+@click.option("--learning-rate", type=float, help="Peak learning rate of every phase.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of weights, data order and samples."
+)
 @click.option("--text-encoder", help="Pretrained CLIP or pipeline folder to start from.")
+@click.option("--start-from", help="Checkpoint folder with the weights to start from.")
+@click.option("--phase", help="Stop after this phase.")
+@click.option("--from-phase", help="Skip the phases before this one (needs --start-from).")
+@group("Device")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU if there is one]"
+)
+@click.option("--precision", help="auto, fp32, bf16 or fp16.")
+@click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
+@click.option("--parallel", help="How several processes share the work (ddp or fsdp).")
+@click.option("--compile/--no-compile", default=None, help="Use torch.compile.")
+@click.option(
+    "--activation-checkpointing/--no-activation-checkpointing",
+    default=None,
+    help="Recompute activations to save memory.",
+)
+@group("Folders and records")
 @click.option(
     "--output-dir",
     type=FOLDER,
@@ -98,36 +128,15 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
 )
 @click.option("--checkpoint-dir", help="Folder for saved steps.  [default: in the run folder]")
 @click.option("--log-dir", help="Folder for TensorBoard files.  [default: in the run folder]")
-@click.option("--batch-size", type=COUNT, help="Pictures per step, over all devices.")
-@click.option("--learning-rate", type=float, help="Peak learning rate of every phase.")
 @click.option("--save-every", type=COUNT, help="Epochs between saved steps.")
 @click.option("--validate-every", type=COUNT, help="Epochs between validations.")
-@click.option("--steps", type=int, help="Steps of every phase, instead of the preset's numbers.")
-@click.option("--epochs", type=COUNT, help="Epochs of every phase, instead of steps.")
-@click.option("--phase", help="Stop after this phase.")
-@click.option("--from-phase", help="Skip the phases before this one (needs --start-from).")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of weights, data order and samples."
-)
-@click.option("--precision", help="auto, fp32, bf16 or fp16.")
-@click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU if there is one]"
-)
-@click.option("--start-from", help="Checkpoint folder with the weights to start from.")
-@click.option("--parallel", help="How several processes share the work (ddp or fsdp).")
-@click.option("--compile/--no-compile", default=None, help="Use torch.compile.")
-@click.option(
-    "--activation-checkpointing/--no-activation-checkpointing",
-    default=None,
-    help="Recompute activations to save memory.",
-)
 @click.option("--mlflow", help="Record to MLflow: 'local', a folder, or a server's URI.")
 @click.option(
     "--log-with",
     multiple=True,
     help="Record also with a tracker of accelerate: wandb, comet_ml, aim, ... Repeatable.",
 )
+@group("Continuing a run")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
 @click.option(
     "--resume-from",
@@ -135,7 +144,7 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
     help="Continue the run of this folder, which may be inside the run folder.",
 )
 @click.option("--accept-changed-data", is_flag=True, help="Resume although the data has changed.")
-@click.option("--skip-bad-files", is_flag=True, help="Leave out bad pictures instead of stopping.")
+@group(OTHER_OPTIONS)
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(
     preset: str | None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nsp.console.command_line import FOLDER, OneLineErrors
+from nsp.console.command_line import FOLDER, Grouped, OneLineErrors
 from nsp.errors import ConfigError, NspError
 from nsp.family.signature import Parameter, Range, parameters
 
@@ -20,10 +20,10 @@ class Own:
 
     owner: str = ""
     options: Sequence[click.Option] = ()
-    groups: Sequence[tuple[str, Sequence[click.Option]]] = field(default=())
+    groups: Sequence[tuple[str, list[click.Option]]] = field(default=())
 
 
-class TrainCommand(OneLineErrors):
+class TrainCommand(Grouped, OneLineErrors):
     """A command that finds the recipe first, then has the recipe's options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -43,13 +43,13 @@ class TrainCommand(OneLineErrors):
         own: Own = ctx.meta.get(_OWN, Own())
         return [*super().get_params(ctx), *own.options]
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the common options, then a group for each recipe with options of its own."""
+    def option_groups(self, ctx: click.Context) -> dict[str, list[click.Parameter]]:
+        """Return the groups of every run, and one for each recipe with options of its own."""
         own: Own = ctx.meta.get(_OWN, Own())
-        for title, options in (("Options", super().get_params(ctx)), *own.groups):
-            rows = [row for each in options if (row := each.get_help_record(ctx)) is not None]
-            with formatter.section(title):
-                formatter.write_dl(rows)
+        return {
+            **super().option_groups(ctx),
+            **{title: [*options] for title, options in own.groups},
+        }
 
     def _refuse_foreign(self, ctx: click.Context, args: Sequence[str]) -> None:
         """Raise ConfigError for an option that only other recipes have, and name these."""

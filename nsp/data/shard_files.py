@@ -1,4 +1,8 @@
-"""Opens shards, as local files or by URL."""
+"""Opens shards, as local files or by URL, with webdataset's openers.
+
+fsspec's would need aiohttp for http, and have no counterpart of `pipe:`, which they take for the
+name of a file; the three calls and the status of the fetching command would stay.
+"""
 
 import tarfile
 from collections.abc import Iterator

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nsp.errors import ConfigError
 from nsp.family.recipe import RunConfig, counted
-from nsp.training.recorders import Status, flat
+from nsp.training.recorders import Recorder, Status, flat
 from nsp.values import nearest
 
 _OURS = {
@@ -32,7 +32,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"--log-with {name} needs its package; run: pip install {name}")
 
 
-class OtherTrackers:
+class OtherTrackers(Recorder):
     """A Recorder that hands everything to the trackers of an Accelerator made with `log_with`.
 
     They count the steps of all phases together, because some of them take no smaller step than the
@@ -73,13 +73,7 @@ class OtherTrackers:
             if log_images is not None:
                 log_images({f"{self._phase}/{name}": picture[None]}, step=self._before + step)
 
-    def flush(self) -> None:
-        """Do nothing: the trackers send their records themselves."""
-
     def finish(self, status: Status) -> None:
         """End the run at each tracker."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
-
-    def reset(self) -> None:
-        """Do nothing: a record that failed is not sent again."""

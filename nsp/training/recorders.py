@@ -32,9 +32,12 @@ _GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second: no
 
 
 class Recorder(Protocol):
-    """Writes records; called from one thread, and again after an error."""
+    """Writes records; called from one thread, and again after an error.
 
-    name: str
+    A recorder may leave the last three as they are.
+    """
+
+    name: str = ""
 
     def configuration(self) -> None:
         """Record the run's configuration."""
@@ -50,20 +53,24 @@ class Recorder(Protocol):
 
     def flush(self) -> None:
         """Write all records that are still in memory; called when no other record waits."""
+        return
 
     def finish(self, status: Status) -> None:
         """Record how the run ended."""
+        return
 
     def reset(self) -> None:
         """Discard what an error may have left half done."""
+        return
 
 
-class TensorBoard:
+class TensorBoard(Recorder):
     """Event files: the configuration in `folder`, every phase in its own folder inside it.
 
     Phases have their own folders because each counts its steps from 0, and a restart hides all
-    later steps in a folder. TensorBoard's RecordWriter writes the events to a file that we open;
-    its EventFileWriter would add a second thread, which prints a traceback when the disk is full.
+    later steps in a folder. TensorBoard's RecordWriter writes the events to a file that we open.
+    SummaryWriter is not used: it has a second thread, which prints a traceback when the disk is
+    full, and it names the files of two starts within one second in no reliable order.
     """
 
     name = "TensorBoard"
@@ -95,13 +102,6 @@ class TensorBoard:
         """Record one picture."""
         self._write([self._summary.image(name, picture, dataformats="HWC")], step, when)
 
-    def flush(self) -> None:
-        """Do nothing: every record is written at once, so a killed run loses none."""
-
-    def finish(self, status: Status) -> None:
-        """End the file; TensorBoard has no status of a run."""
-        self.reset()
-
     def reset(self) -> None:
         """Close the file: the next record starts another."""
         file, self._file = self._file, None
@@ -128,8 +128,13 @@ class TensorBoard:
         self._first = None
 
 
-class Mlflow:
-    """One MLflow run; `folder`/mlflow.json says which, so that a resumed run continues it."""
+class Mlflow(Recorder):
+    """One MLflow run; `folder`/mlflow.json says which, so that a resumed run continues it.
+
+    MLflow's own asynchronous queue is not used: it has no bound, sends from ten threads in no
+    order, drops what a request lost, logs every loss, and the process waits for it at its end
+    (500 records of a server that does not answer: 500 errors, 54 s with a timeout of one second).
+    """
 
     def __init__(
         self,
@@ -204,9 +209,6 @@ class Mlflow:
         self.flush()
         words = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
         self._client.set_terminated(self._run_id, words[status])
-
-    def reset(self) -> None:
-        """Do nothing: `_open` and `flush` repeat what they have not finished."""
 
     def _open(self) -> None:
         """Continue or create the run; afterwards there is one, with its parameters."""

@@ -16,6 +16,7 @@ from nsp.benchmarks.record.parity import Flip
 from nsp.benchmarks.record.result import BenchResult, Entry, GuidancePoint, SweepPoint
 from nsp.benchmarks.render.page import page
 from nsp.benchmarks.render.section import ms
+from nsp.benchmarks.render.svg import COLORS
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -92,7 +93,8 @@ def whole(result: BenchResult) -> str:
 def test_the_page_is_whole_and_alone(whole: str, result: BenchResult) -> None:
     for part in PARTS:
         assert f'id="{part}"' in whole
-    assert whole.count('<svg class="plot"') == 10
+    for scheme in COLORS:
+        assert whole.count(f'<svg class="plot {scheme}"') == 10
     assert "<script" not in whole
     addresses = re.findall(r'(?:src|href)="([^"]*)"', whole)
     assert all(address.startswith(("#", "data:")) for address in addresses)
@@ -108,12 +110,16 @@ def test_the_page_is_whole_and_alone(whole: str, result: BenchResult) -> None:
     assert not re.search(r"\de\+0[1-9]", re.sub(r"<svg.*?</svg>", "", whole, flags=re.DOTALL))
 
 
-def test_text_of_plots_is_text_in_the_colours_of_the_page(whole: str) -> None:
-    plots = re.findall(r"<svg.*?</svg>", whole, re.DOTALL)
+@pytest.mark.parametrize("scheme", COLORS)
+def test_text_of_plots_is_text_in_the_colours_of_the_page(whole: str, scheme: str) -> None:
+    own = set(COLORS[scheme].values())
+    others = {value for values in COLORS.values() for value in values.values()} - own
+    plots = re.findall(rf'<svg class="plot {scheme}".*?</svg>', whole, re.DOTALL)
+    assert plots
     for plot in plots:
         assert "<text" in plot
-        assert "var(--ink)" in plot
-        assert "#0" not in plot.replace("#000000", "")  # no stand-in is left
+        assert COLORS[scheme]["ink"] in plot
+        assert not others & set(re.findall("#[0-9a-f]{6}", plot))
         assert "DejaVu" not in plot
 
 
