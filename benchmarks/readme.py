@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsp.benchmarks.record.growth import growth_table, read_growth
 from nsp.benchmarks.record.result import BenchResult, Row, read_result
 from nsp.benchmarks.render.contender_tables import steps_section
 from nsp.benchmarks.render.report import table_lines, write_text
@@ -47,8 +46,8 @@ def measured(result: BenchResult) -> str:
     assert result.parity is not None
     command = "nsp bench --quick" if result.options.get("quick") else "nsp bench"
     lines = [
-        f"The bundled text-to-image model ({model.image_size_px} px, {model.num_tokens} tokens in "
-        f"{len(model.schedule)} scale steps, guidance on, {model.precision}), `{command}` on",
+        f"The bundled text-to-image model of family `{model.family}` ({model.image_size_px} px, "
+        f"{model.schedule_words}, guidance on, {model.precision}), `{command}` on",
         f"{environment.threads} cores of an {environment.cpu}, ONNX Runtime "
         f"{packages['onnxruntime']} against PyTorch {packages['torch'].partition('+')[0]} eager, "
         "interleaved rounds, medians:",
@@ -130,7 +129,7 @@ class Source:
 SECTIONS: Mapping[str, Source] = {
     "emoji_cpu.json": Source(read_result, measured),
     "w512_cpu.json": Source(read_result, steps),
-    "next_scale_1024_cpu.json": Source(read_growth, growth_table),
+    "next_scale_cpu.json": Source(read_result, measured),
     "sizes.json": Source(read_sizes, size_table),
 }
 

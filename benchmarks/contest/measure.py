@@ -34,7 +34,6 @@ from nsp.benchmarks.record.cold import ColdRun
 from nsp.benchmarks.record.contract import TIMING_BOUNDARY, Contract
 from nsp.benchmarks.record.doubts import doubts
 from nsp.benchmarks.record.environment import Environment, OtherWork
-from nsp.benchmarks.record.old import SCHEMA
 from nsp.benchmarks.record.parity import Parity
 from nsp.benchmarks.record.result import (
     BatchResult,
@@ -44,6 +43,7 @@ from nsp.benchmarks.record.result import (
     Stopped,
 )
 from nsp.benchmarks.record.rows import batch_result
+from nsp.benchmarks.record.schema import SCHEMA
 from nsp.benchmarks.record.times import Observation
 from nsp.benchmarks.render.report import BenchReport, write_report
 from nsp.cores import num_threads, usable_cores

@@ -9,8 +9,8 @@ from nsp.benchmarks.ceilings.rates import Ceilings
 from nsp.benchmarks.record.cold import ColdRun
 from nsp.benchmarks.record.contract import Contract
 from nsp.benchmarks.record.environment import Environment
-from nsp.benchmarks.record.old import SCHEMA, upgraded
 from nsp.benchmarks.record.parity import Parity
+from nsp.benchmarks.record.schema import check_schema
 from nsp.benchmarks.record.times import Observation, Percentiles, measured_times, whole
 from nsp.config import Config
 from nsp.errors import ConfigError
@@ -237,9 +237,9 @@ class Model(Config):
 
     @property
     def schedule_words(self) -> str:
-        """How many tokens or values of latents there are, and on how many grids."""
+        """How many tokens or cells of latents there are, and on how many grids."""
         grids = len(self.schedule)
-        return f"{self.num_tokens} tokens" + (f" in {grids} scale steps" if grids > 1 else "")
+        return f"{self.num_tokens} positions" + (f" in {grids} scale steps" if grids > 1 else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +262,7 @@ class BenchResult(Config):
     cold_runs: tuple[ColdRun, ...]
     warnings: tuple[str, ...]  # reasons to doubt the numbers
     trusted: bool  # whether there are none: only then ratios are told
-    contract: Contract | None = None  # None in schema 1
+    contract: Contract | None = None
     others: tuple[Entry, ...] = ()  # further contenders
     sweep: tuple[SweepPoint, ...] = ()
     guidance: tuple[GuidancePoint, ...] = ()  # all scales first
@@ -270,13 +270,10 @@ class BenchResult(Config):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return a result of this or an earlier schema; ConfigError for any other content."""
-        return super().from_dict(upgraded(values))
-
-    def __post_init__(self) -> None:
-        """Check the schema."""
-        if self.schema_version != SCHEMA:
-            raise ConfigError(f"a result of schema_version {self.schema_version} was not upgraded")
+        """Return a result of this schema; ConfigError for any other content."""
+        if isinstance(values, Mapping):
+            check_schema(values)
+        return super().from_dict(values)
 
     @property
     def contenders(self) -> tuple[str, ...]:
