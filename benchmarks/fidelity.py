@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nsp.artifacts.checkpoint import CheckpointRecord, read_checkpoint
 from nsp.artifacts.manifest import Manifest, read_manifest
 from nsp.artifacts.repair import find_source
-from nsp.benchmarks.retrieval import PictureSet, Recall, at_side, psnr_db
+from nsp.data.retrieval import PictureSet, Recall, at_side, psnr_db
 from nsp.config import Config
 from nsp.data.sheet import contact_sheet
 from nsp.data.sources import ImageSource, survey
