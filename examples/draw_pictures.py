@@ -48,7 +48,10 @@ def main() -> None:
     for number, (colour, shape, ground, board) in enumerate(kinds[: chosen.count]):
         image = Image.new("RGB", (SIDE, SIDE), "white")
         draw = ImageDraw.Draw(image)
-        draw.polygon(corners(BOARDS[board], 0.62 * SIDE if board == "square" else 0.46 * SIDE), COLOURS[ground])
+        draw.polygon(
+            corners(BOARDS[board], 0.62 * SIDE if board == "square" else 0.46 * SIDE),
+            COLOURS[ground],
+        )
         draw.polygon(corners(SHAPES[shape], 0.3 * SIDE), COLOURS[colour])
         image.save(chosen.folder / f"{number:03}.png")
         caption = f"{colour} {shape} on a {ground} {board}"

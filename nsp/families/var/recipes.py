@@ -2,9 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated
 
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.repair import DEMO
+from nsp.errors import ConfigError
 from nsp.families.var.config import SIZES
 from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
+
+FINETUNE_STEPS = 400
 
 
 def emoji() -> RunConfig:
@@ -87,6 +94,38 @@ def smoke() -> RunConfig:
         model=SIZES["tiny"].to_dict(),
         text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
         phases=phases,
+        anyway=True,  # four steps teach nothing
+    )
+
+
+def finetune(
+    *, start_from: Annotated[str, "Checkpoint folder with the weights to start from"] = str(DEMO)
+) -> RunConfig:
+    """Return a run of minutes on own pictures: the bundled model's transformer learns them.
+
+    The image tokenizer and the prompt tokenizer stay as they are.
+    """
+    record = read_checkpoint(Path(start_from))
+    if record.family.name != "var":
+        raise ConfigError(
+            f"--preset finetune is for models of family var, but {start_from} is of family "
+            f"{record.family.name}; give --config with the run that made it"
+        )
+    (predictor,) = (phase for phase in emoji().phases if phase.name == "predictor")
+    predictor = dataclasses.replace(
+        predictor,
+        steps=FINETUNE_STEPS,
+        optimizer=dataclasses.replace(predictor.optimizer, warmup_steps=20),
+        ema_decay=0.98,
+        sample_every=FINETUNE_STEPS,
+        checkpoint_every=FINETUNE_STEPS // 2,
+    )
+    return RunConfig(
+        family="var",
+        model=dict(record.config),
+        phases=(predictor,),
+        sampling=dict(record.sampling),
+        start_from=start_from,
     )
 
 
@@ -114,4 +153,9 @@ def _shortened(run: RunConfig, steps: Mapping[str, int]) -> RunConfig:
     return dataclasses.replace(run, phases=tuple(phases))
 
 
-RECIPES: Mapping[str, Callable[..., RunConfig]] = {"emoji": emoji, "quick": quick, "smoke": smoke}
+RECIPES: Mapping[str, Callable[..., RunConfig]] = {
+    "emoji": emoji,
+    "quick": quick,
+    "finetune": finetune,
+    "smoke": smoke,
+}
