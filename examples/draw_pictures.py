@@ -54,8 +54,8 @@ def main() -> None:
         )
         draw.polygon(corners(SHAPES[shape], 0.3 * SIDE), COLOURS[colour])
         image.save(chosen.folder / f"{number:03}.png")
-        caption = f"{colour} {shape} on a {ground} {board}"
-        (chosen.folder / f"{number:03}.txt").write_text(caption + "\n")
+        caption = f"{colour} {shape} on a {ground} {board}\n"
+        (chosen.folder / f"{number:03}.txt").write_text(caption)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class ReconstructionObjective(PicturesObjective):
     """Learns to reproduce pictures, and shows some next to their reconstructions."""
 
     rebuilds = True
+    keeps_latents = False
 
     @abstractmethod
     def rebuilt(self, image: Tensor) -> Tensor:

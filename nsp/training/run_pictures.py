@@ -1,22 +1,18 @@
 """The pictures of a run as configured: listed or streamed, for training and held out."""
 
 import hashlib
-import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from nsp.data.bounds import read_regular
 from nsp.data.dataset import ImageDataset
 from nsp.data.heldout import HELDOUT_MEMBER, MAX_HELDOUT_BYTES, Heldout, parse_heldout
-from nsp.data.report import first
 from nsp.data.shards import ShardSet, find_shards
 from nsp.data.sources import ImageSource, open_source, readable, survey
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError, DataError
 from nsp.family.recipe import DataConfig, RunConfig
 from nsp.training.data_order import Share
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,15 @@ class Pictures:
     def source(self) -> ImageSource | None:
         """The listed pictures; None for a stream."""
         return self.train if isinstance(self.train, ImageSource) else None
+
+    @property
+    def named_by_class(self) -> tuple[str, ...]:
+        """The names of the class folders, if they are the captions of the listed pictures."""
+        if self.source is None or not self.source.has_captions:
+            return ()
+        names = self.source.class_names
+        is_named = {sample.captions for sample in self.source.samples} <= {(n,) for n in names}
+        return names if is_named else ()
 
     @property
     def without_captions(self) -> str | None:
@@ -64,13 +69,6 @@ class Pictures:
             world_size=share.world_size,
             skip_bad_files=self.skip_bad_files,
         )
-
-    def captioned_by_class(self) -> "Pictures":
-        """Return the pictures, where those without captions have the names of their classes."""
-        if not isinstance(self.train, ImageSource):
-            return self
-        held_out = None if self.held_out is None else _by_class(self.held_out)
-        return replace(self, train=_by_class(self.train), held_out=held_out)
 
     def to_judge(self, size_px: int, run: RunConfig, share: Share) -> ImageDataset | ShardStream:
         """Return the training set as `to_train` does, but listed pictures without augmentation."""
@@ -113,24 +111,6 @@ def open_pictures(config: DataConfig, *, skip_bad_files: bool) -> Pictures:
             )
         train, held_out = _divided(train, config.val_share)
     return Pictures(train, held_out, skip_bad_files)
-
-
-def _by_class(source: ImageSource) -> ImageSource:
-    """Return a source without captions with the names of its class folders, if it has those."""
-    names = [name.replace("_", " ") for name in source.class_names]
-    has_names = names != [str(number) for number in range(len(names))]
-    if source.has_captions or not has_names or any(s.class_id is None for s in source.samples):
-        return source
-    logger.info(
-        "the pictures have no captions: the names of their %d folders are the captions (%s)",
-        *(len(names), first(names)),
-    )
-    samples = tuple(
-        replace(sample, captions=(names[sample.class_id],))
-        for sample in source.samples
-        if sample.class_id is not None
-    )
-    return replace(source, samples=samples)
 
 
 def _divided(source: ImageSource, share: float) -> tuple[ImageSource, ImageSource]:

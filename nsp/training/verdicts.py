@@ -107,7 +107,7 @@ def judge_generator(
 ) -> Verdict | None:
     """Return how often a drawn picture is nearest to one of its own caption or class.
 
-    None for a model without condition, and for pictures of which fewer than two differ.
+    None for a model without condition, and for pictures without any.
     """
     kind = owner.condition(system.config)
     items = preview(data, _MOST_COMPARED, seed=seed)
@@ -117,8 +117,10 @@ def judge_generator(
         if condition not in ("", -1):
             names.setdefault(condition, []).append(str(number))
     pictures = PictureSet.of_pictures((str(n), _picture(item)) for n, item in enumerate(items))
-    if kind == "none" or not names or len(pictures.pixels) < 2:
+    if kind == "none" or not names:
         return None
+    if len(pictures.pixels) < 2:
+        return Verdict(says="cannot be judged by pictures that all look the same", numbers={})
     asked = list(names)[: num_asked(system.config.image_size_px)]
     drawn = _drawn(owner, system, kind, asked, seed=seed, sampling=sampling)
     recall = Recall.at(pictures.ranks_of_any(drawn, [names[each] for each in asked]), 1)
@@ -168,8 +170,8 @@ def settle(verdict: Verdict, name: str, *, anyway: bool, file: Path | None = Non
         logger.info("%s %s", name, verdict.says)
         return
     raise TrainingError(
-        f"{name} {verdict.says}, but at least {LEAST_GAIN_DB:g} dB are needed to show what is in "
-        f"them; {verdict.advice}, or go on with --anyway"
+        f"{name} {verdict.says}; at least {LEAST_GAIN_DB:g} dB better is needed to show what is "
+        f"in them: {verdict.advice}, or go on with --anyway"
     )
 
 

@@ -22,6 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint, write_digests
 from nsp.artifacts.systems import save_checkpoint
+from nsp.data.report import first
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.objective import Objective, TokenCache, TrainingData
 from nsp.family.recipe import PhaseConfig, RunConfig, counted
@@ -141,8 +142,9 @@ def train(
     _check_place(folder, config, resume=resume)
     data = open_pictures(config.data, skip_bad_files=skip_bad_files)
     owner = family(config.family)
-    if owner.condition(owner.config.from_dict(config.model)) == "prompt":
-        data = data.captioned_by_class()
+    if owner.condition(owner.config.from_dict(config.model)) == "prompt" and data.named_by_class:
+        classes = data.named_by_class
+        logger.info("captions: the names of %d class folders (%s)", len(classes), first(classes))
     config = config.in_steps(None if data.source is None else len(data.source))
     if resume:
         check_order(folder, config)
@@ -264,7 +266,7 @@ def _judge_start(
 ) -> None:
     """Say how well the image tokenizer that a run starts with rebuilds the run's pictures.
 
-    If it is not good enough, the run does not begin, unless its first phase trains it.
+    If it is not good enough, the run does not begin, unless its first phase trains all of it.
     """
     owner = family(config.family)
     share = share_of(config.phases[0], accelerator)
@@ -279,7 +281,7 @@ def _judge_start(
         sheet=folder / SHEET_NAME,
     )
     name = f"the image tokenizer of {config.start_from}"
-    settle(verdict, name, anyway=config.anyway or first.rebuilds)
+    settle(verdict, name, anyway=config.anyway or not first.keeps_latents)
     logger.info("pictures beside their reconstructions: %s", folder / SHEET_NAME)
 
 
