@@ -1,6 +1,4 @@
-"""Draw pictures with captions, as a folder to train on.
-
-    python examples/draw_pictures.py pictures --count 300
+"""Draw pictures with captions, as a folder to train on: python examples/draw_pictures.py pictures
 
 Every picture is NAME.png, and its caption NAME.txt beside it: "red star on a blue square".
 """
@@ -14,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 COLOURS = {
-    "red": "#d33636", "orange": "#f08c28", "yellow": "#f6d743", "green": "#3f9b4b",
+    "red": "#d33636", "brown": "#9a5b2b", "yellow": "#f6d743", "green": "#3f9b4b",
     "blue": "#2f6fd0", "purple": "#8349b8", "pink": "#f19ac0", "black": "#222222",
 }  # fmt: skip
 SHAPES = {"circle": 0, "triangle": 3, "square": 4, "pentagon": 5, "star": -5, "flower": -8}
@@ -35,7 +33,7 @@ def corners(points: int, radius: float) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    """Draw as many different ones as wanted, in a random order."""
+    """Draw that many different pictures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=300)

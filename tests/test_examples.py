@@ -103,7 +103,7 @@ def test_a_backend_of_another_package_runs_the_engines(engines: Path, tmp_path: 
 
 def test_own_pictures_become_engines_and_new_pictures(tmp_path: Path) -> None:
     run(EXAMPLES / "draw_pictures.py", tmp_path / "pictures", "--count", 12)
-    assert (tmp_path / "pictures/000.txt").read_text() == "green flower on a orange circle\n"
+    assert (tmp_path / "pictures/000.txt").read_text() == "green flower on a brown circle\n"
     words = ("sh", EXAMPLES / "own_pictures.sh", tmp_path / "pictures", tmp_path / "own")
     scripts = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
