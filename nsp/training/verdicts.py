@@ -35,7 +35,8 @@ VERDICT_NAME = "verdict.json"
 SHEET_NAME = "reconstructions.png"
 _PLAIN_DB = 40.0  # of pictures that a plain colour already shows to the eye
 _MOST_ASKED, _LEAST_ASKED, _MOST_PIXELS = 64, 8, 64 * 256**2
-_MOST_COMPARED = 2000  # pictures of the run among which the nearest one is searched
+_MOST_COMPARED = 2000  # pictures of the run among which the nearest one is searched,
+_LEAST_COMPARED, _MOST_BYTES = 200, 2**29  # and fewer large ones
 _SHOWN = 16  # pictures on the sheet
 _BATCH = 16
 
@@ -110,7 +111,9 @@ def judge_generator(
     None for a model without condition, and for pictures without any.
     """
     kind = owner.condition(system.config)
-    items = preview(data, _MOST_COMPARED, seed=seed)
+    fitting = _MOST_BYTES // (3 * system.config.image_size_px**2)
+    count = max(_LEAST_COMPARED, min(_MOST_COMPARED, fitting))
+    items = preview(data, count, seed=seed)
     names: dict[str | int, list[str]] = {}
     for number, item in enumerate(items):
         condition = item["caption"] if kind == "prompt" else item["class_id"]
@@ -162,17 +165,19 @@ def _drawn(
 
 
 def settle(verdict: Verdict, name: str, *, anyway: bool, file: Path | None = None) -> None:
-    """Log a verdict and keep it in `file`; raise TrainingError where the run should not go on."""
+    """Log a verdict and keep it in `file`; raise TrainingError where it ends the run."""
     if file is not None:
         with write_file(file) as partial:
             partial.write_text(json.dumps(verdict.to_dict(), indent=1) + "\n")
-    if verdict.is_enough or anyway:
+    if verdict.is_enough:
         logger.info("%s %s", name, verdict.says)
         return
-    raise TrainingError(
-        f"{name} {verdict.says}; at least {LEAST_GAIN_DB:g} dB better is needed to show what is "
-        f"in them: {verdict.advice}, or go on with --anyway"
-    )
+    needed = f"{LEAST_GAIN_DB:g} dB better is the least that shows what is in them"
+    if not anyway:
+        raise TrainingError(
+            f"{name} {verdict.says}, but {needed}; {verdict.advice}, or go on with --anyway"
+        )
+    logger.warning("%s %s, but %s; %s", name, verdict.says, needed, verdict.advice)
 
 
 def _picture(item: Any) -> NDArray[np.uint8]:
