@@ -177,6 +177,13 @@ def test_own_pictures_finetune_the_bundled_model_and_the_first_line_says_so(
     assert read_checkpoint(tmp_path / "run/checkpoint").notes["steps"]["predictor"] == 1
 
 
+def test_presets_of_a_few_steps_go_on_whatever_they_have_learnt() -> None:
+    rough = [preset(name).anyway for name in ("quick", "smoke", "next-scale-smoke")]
+    assert rough == [True] * 3
+    assert not preset("emoji").anyway
+    assert not preset("finetune").anyway
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -77,7 +77,9 @@ def emoji() -> RunConfig:
 
 def quick() -> RunConfig:
     """Return a run of a few minutes on two CPU cores: every part works, pictures are rough."""
-    return _shortened(emoji(), {"tokenizer": 100, "predictor": 300, "decoder": 30})
+    run = _shortened(emoji(), {"tokenizer": 100, "predictor": 300, "decoder": 30})
+    # After 100 steps the tokenizer is 2 dB better than a plain colour, which shows rough pictures.
+    return dataclasses.replace(run, anyway=True)
 
 
 def smoke() -> RunConfig:
