@@ -141,9 +141,7 @@ def train(
     set_seed(config.seed)
     _check_place(folder, config, resume=resume)
     data = open_pictures(config.data, skip_bad_files=skip_bad_files)
-    owner = family(config.family)
-    if owner.condition(owner.config.from_dict(config.model)) == "prompt" and data.named_by_class:
-        classes = data.named_by_class
+    if (classes := data.named_by_class) and _takes_prompts(config):
         logger.info("captions: the names of %d class folders (%s)", len(classes), first(classes))
     config = config.in_steps(None if data.source is None else len(data.source))
     if resume:
@@ -181,6 +179,11 @@ def train(
             if phase.name == last_phase:
                 break
     return RunResult(folder / CHECKPOINT_NAME, config, True, is_main)
+
+
+def _takes_prompts(config: RunConfig) -> bool:
+    owner = family(config.family)
+    return owner.condition(owner.config.from_dict(config.model)) == "prompt"
 
 
 def speak_less() -> None:
