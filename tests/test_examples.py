@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,22 @@ def test_a_backend_of_another_package_runs_the_engines(engines: Path, tmp_path: 
         with Image.open(next((tmp_path / folder).glob("000_*.png"))) as image:
             pictures.append(np.asarray(image).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_own_pictures_become_engines_and_new_pictures(tmp_path: Path) -> None:
+    run(EXAMPLES / "draw_pictures.py", tmp_path / "pictures", "--count", 12)
+    assert (tmp_path / "pictures/000.txt").read_text() == "green flower on a brown circle\n"
+    words = ("sh", EXAMPLES / "own_pictures.sh", tmp_path / "pictures", tmp_path / "own")
+    scripts = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*map(str, words), "--preset", "smoke"],
+        env=environment() | {"PATH": scripts},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "own/pictures").glob("0*.png"))) == 12
 
 
 @pytest.fixture

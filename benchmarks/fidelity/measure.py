@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from nsp.artifacts.checkpoint import CheckpointRecord, read_checkpoint
 from nsp.artifacts.manifest import Manifest, read_manifest
 from nsp.artifacts.repair import find_source
-from nsp.benchmarks.fidelity.retrieval import PictureSet, Recall, at_side, psnr_db
 from nsp.config import Config
+from nsp.data.retrieval import PictureSet, Recall, at_side, psnr_db
 from nsp.data.sheet import contact_sheet
 from nsp.data.sources import ImageSource, survey
 from nsp.errors import CheckpointError, ConfigError

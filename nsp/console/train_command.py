@@ -5,6 +5,7 @@ import logging
 import shlex
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from nsp.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from nsp.family.recipe import RunConfig
+
+logger = logging.getLogger(__name__)
 
 SCALE = click.IntRange(min=0)
 
@@ -51,7 +54,8 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
     "--preset",
     "--recipe",
     "preset",
-    help="Named run, such as emoji, quick, next-scale; with --help, its options.  [default: emoji]",
+    help="Named run, such as emoji, quick, next-scale; with --help, its options.  [default: "
+    "finetune with --data, otherwise emoji]",
 )
 @click.option(
     "--config",
@@ -144,6 +148,12 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
     help="Continue the run of this folder, which may be inside the run folder.",
 )
 @click.option("--accept-changed-data", is_flag=True, help="Resume although the data has changed.")
+@click.option(
+    "--anyway",
+    is_flag=True,
+    default=None,
+    help="Go on although a phase's result is not good enough to build on.",
+)
 @group(OTHER_OPTIONS)
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(
@@ -167,7 +177,7 @@ def main(
         open_standard_streams()
         from nsp.console.train_config import configure
 
-        folder = _folder(preset, changes["config"], output_dir)
+        folder = _folder(preset, changes, output_dir)
         if resume_from is not None:
             folder, resume = run_of(resume_from, output_dir), True
         if fp16:
@@ -182,6 +192,8 @@ def main(
 
             click.echo(as_yaml(run), nl=False)
             return
+        if preset is None and changes["config"] is None and not resume:
+            _say_default(changes)
         from nsp.training.whole_run import train
 
         result = train(
@@ -220,16 +232,28 @@ def main(
     sys.exit(DONE if result.finished else INTERRUPTED)
 
 
-def _folder(preset: str | None, config: Path | None, output_dir: Path | None) -> Path:
+def _folder(preset: str | None, changes: Mapping[str, Any], output_dir: Path | None) -> Path:
     """Return the run folder of a command line."""
-    from nsp.family.recipes import DEFAULT, recipe
+    from nsp.family.recipes import default_recipe, recipe
 
     if output_dir is not None:
         return output_dir
-    if config is not None:
-        return Path("runs", config.stem)
-    found = recipe(preset or DEFAULT)
+    if changes["config"] is not None:
+        return Path("runs", changes["config"].stem)
+    found = recipe(preset or default_recipe(changes))
     return found.output_dir or Path("runs", found.name)
+
+
+def _say_default(changes: Mapping[str, Any]) -> None:
+    """Say which preset a command line without one has chosen for own pictures."""
+    from nsp.family.recipes import DEFAULT, DEFAULT_FOR_DATA, default_recipe
+
+    if default_recipe(changes) == DEFAULT_FOR_DATA:
+        logger.info(
+            "no --preset is given: %s continues the bundled model on %s; --preset %s trains all "
+            "parts from new weights",
+            *(DEFAULT_FOR_DATA, changes["data"], DEFAULT),
+        )
 
 
 def _stopped(folder: Path, phase: str | None, skip_bad_files: bool) -> str:
@@ -266,6 +290,8 @@ def summary(run: "RunConfig", folder: Path) -> list[str]:
             lines.append(
                 f"{phase.name}: {last['step']} of {phase.steps} steps, loss {last['loss']:.4g}"
             )
+            if (verdict := folder / phase.name / "verdict.json").is_file():
+                lines.append(f"  {json.loads(verdict.read_text())['says']}")
             if any((folder / phase.name / "samples").glob("*.png")):
                 lines.append(f"  samples: {folder / phase.name / 'samples'}")
     logs = run.tracking.tensorboard_dir(folder)

@@ -8,7 +8,7 @@ from typing import Any
 from nsp.console.run_files import read_run
 from nsp.errors import ConfigError
 from nsp.family.recipe import Epochs, RunConfig
-from nsp.family.recipes import DEFAULT, Recipe, check_model, check_options, recipe
+from nsp.family.recipes import Recipe, check_model, check_options, default_recipe, recipe
 from nsp.family.registry import family
 from nsp.family.run_values import with_texts, with_values
 from nsp.family.signature import parameters
@@ -39,12 +39,13 @@ PLACES: Mapping[str, str] = {
     "parallel": "parallel",
     "compile": "compile",
     "activation_checkpointing": "activation_checkpointing",
+    "anyway": "anyway",
 }
 _IN_EPOCHS = ("save_every", "validate_every")
 # Fields that a resumed run keeps although its preset is given again.
 _KEPT = (
     *("data", "seed", "precision", "start_from", "parallel", "compile"),
-    *("activation_checkpointing", "tracking", "checkpoint_dir"),
+    *("activation_checkpointing", "anyway", "tracking", "checkpoint_dir"),
 )
 
 
@@ -80,7 +81,7 @@ def configure(
     elif preset is None and stored is not None:
         run = _adapted(stored, own, common)
     else:
-        run = _from_recipe(recipe(preset or DEFAULT), own, common, stored)
+        run = _from_recipe(recipe(preset or default_recipe(given | own)), own, common, stored)
     if common:
         run = with_values(run, [(PLACES[name], _value(name, common[name])) for name in common])
     if assignments:

@@ -70,7 +70,7 @@ class TrainCommand(Grouped, OneLineErrors):
 
 def own_options(chosen: dict[str, Any], common: set[str | None], *, wants_help: bool) -> Own:
     """Return what the recipe, the file or the stopped run of a command line adds to its options."""
-    from nsp.family.recipes import DEFAULT, recipe, recipes
+    from nsp.family.recipes import default_recipe, recipe, recipes
 
     if chosen.get("preset") is None and (folder := _place_of(chosen)) is not None:
         return _of_family(folder, common)
@@ -84,7 +84,7 @@ def own_options(chosen: dict[str, Any], common: set[str | None], *, wants_help: 
             if own
         ]
         return Own(groups=groups)
-    found = recipe(chosen.get("preset") or DEFAULT)
+    found = recipe(chosen.get("preset") or default_recipe(chosen))
     options = [*map(option_of, _without(found.parameters, common))]
     groups = [(f"Options of --preset {found.name}", options)] if options else []
     return Own(f"preset {found.name}", options, groups)
@@ -100,9 +100,10 @@ def _place_of(chosen: dict[str, Any]) -> Path | None:
         ]
         return found[0] / "run.json" if found else Path(place)
     if chosen.get("resume"):
-        from nsp.family.recipes import DEFAULT
+        from nsp.family.recipes import default_recipe
 
-        return Path(chosen.get("output_dir") or Path("runs", DEFAULT)) / "run.json"
+        name = default_recipe(chosen)
+        return Path(chosen.get("output_dir") or Path("runs", name)) / "run.json"
     return None
 
 

@@ -56,6 +56,8 @@ class Objective(nn.Module, ABC):
     """
 
     trained: nn.Module
+    rebuilds: bool = False  # whether it trains the image tokenizer, or only the decoder of it
+    keeps_latents: bool = True  # whether the tokenizer goes on to encode pictures as it does
     needs_captions: bool = False  # whether training needs the captions of the pictures
     work: float = 1.0  # operations of a step as a fraction of a full one's, for the throughput
 

@@ -285,6 +285,7 @@ class RunConfig(Config):
     parallel: Literal["ddp", "fsdp"] = "ddp"  # how several processes share the work
     compile: bool = False  # torch.compile for the repeated parts
     activation_checkpointing: bool = False  # recompute activations instead of keeping them
+    anyway: bool = False  # go on although a phase's result is not good enough to build on
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,9 @@ from nsp.values import nearest, real
 
 logger = logging.getLogger(__name__)
 
-DEFAULT = "emoji"  # the recipe of a command line without a preset, a file or a stopped run
+# The recipes of a command line without a preset, a file or a stopped run: from new weights, and
+# for own pictures.
+DEFAULT, DEFAULT_FOR_DATA = "emoji", "finetune"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,17 @@ def recipe(name: str) -> Recipe:
         if spelled in known:
             return known[spelled]
     raise ConfigError(f"unknown preset {name!r}{nearest(name, known)}")
+
+
+def default_recipe(options: Mapping[str, object]) -> str:
+    """Return the recipe of a command line without a preset.
+
+    Own pictures finetune the bundled model, unless a model of another size or with another text
+    encoder is asked for.
+    """
+    is_own = options.get("data") not in (None, DEFAULT)
+    is_new = any(options.get(name) is not None for name in ("size", "text_encoder"))
+    return DEFAULT_FOR_DATA if is_own and not is_new else DEFAULT
 
 
 def preset(name: str, **options: object) -> RunConfig:

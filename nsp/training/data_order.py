@@ -56,7 +56,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     def __init__(self, size: int, share: Share, *, start: int, stop: int, seed: int) -> None:
         if share.batch_size > size:
             raise ConfigError(
-                f"batch_size={share.batch_size} exceeds the {size} pictures of the data set"
+                f"batch_size={share.batch_size} exceeds the {size} pictures of the data set; add "
+                f"pictures, or give --batch-size {size} or less"
             )
         self.size, self.share = size, share
         self.start, self.stop, self.seed = start, stop, seed

@@ -28,6 +28,7 @@ _FREE = (
     "parallel",
     "compile",
     "activation_checkpointing",
+    "anyway",
     "tracking",
     "data.num_workers",
 )

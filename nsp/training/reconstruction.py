@@ -39,6 +39,9 @@ class PicturesObjective(Objective):
 class ReconstructionObjective(PicturesObjective):
     """Learns to reproduce pictures, and shows some next to their reconstructions."""
 
+    rebuilds = True
+    keeps_latents = False
+
     @abstractmethod
     def rebuilt(self, image: Tensor) -> Tensor:
         """Return the reconstructions of pictures (B, 3, H, W), in the same shape, not clamped."""

@@ -29,6 +29,15 @@ class Pictures:
         return self.train if isinstance(self.train, ImageSource) else None
 
     @property
+    def named_by_class(self) -> tuple[str, ...]:
+        """The names of the class folders, if they are the captions of the listed pictures."""
+        if self.source is None or not self.source.has_captions:
+            return ()
+        names = self.source.class_names
+        is_named = {sample.captions for sample in self.source.samples} <= {(n,) for n in names}
+        return names if is_named else ()
+
+    @property
     def without_captions(self) -> str | None:
         """The pictures without captions, as a message names them; None if all have captions."""
         if not self.train.has_captions:
@@ -60,6 +69,12 @@ class Pictures:
             world_size=share.world_size,
             skip_bad_files=self.skip_bad_files,
         )
+
+    def to_judge(self, size_px: int, run: RunConfig, share: Share) -> ImageDataset | ShardStream:
+        """Return the training set as `to_train` does, but listed pictures without augmentation."""
+        if isinstance(self.train, ImageSource):
+            return ImageDataset(self.train, size_px, train=False, crop=run.data.crop, cache_bytes=0)
+        return self.to_train(size_px, run, share)
 
     def to_validate(self, size_px: int, run: RunConfig) -> ImageDataset | None:
         """Return the held-out pictures at `size_px`, if there are any."""

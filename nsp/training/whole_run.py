@@ -22,12 +22,13 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from nsp.artifacts.checkpoint import CheckpointRecord, is_checkpoint, read_checkpoint, write_digests
 from nsp.artifacts.systems import save_checkpoint
+from nsp.data.report import first
 from nsp.errors import CheckpointError, ConfigError
 from nsp.family.objective import Objective, TokenCache, TrainingData
 from nsp.family.recipe import PhaseConfig, RunConfig, counted
 from nsp.family.registry import family
 from nsp.family.system import System
-from nsp.files import write_file
+from nsp.files import read_json, write_file
 from nsp.paths import wrong_path
 from nsp.text.parts import TextEncoderSettings
 from nsp.training.data_order import StepSampler
@@ -54,6 +55,15 @@ from nsp.training.run_pictures import Pictures, open_pictures
 from nsp.training.stopping import StopRequest
 from nsp.training.tracking import Tracker
 from nsp.training.trainer import Phase, share_of
+from nsp.training.verdicts import (
+    SHEET_NAME,
+    VERDICT_NAME,
+    Verdict,
+    can_rebuild,
+    judge_generator,
+    judge_tokenizer,
+    settle,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +141,8 @@ def train(
     set_seed(config.seed)
     _check_place(folder, config, resume=resume)
     data = open_pictures(config.data, skip_bad_files=skip_bad_files)
+    if (classes := data.named_by_class) and _takes_prompts(config):
+        logger.info("captions: the names of %d class folders (%s)", len(classes), first(classes))
     config = config.in_steps(None if data.source is None else len(data.source))
     if resume:
         check_order(folder, config)
@@ -169,6 +181,11 @@ def train(
     return RunResult(folder / CHECKPOINT_NAME, config, True, is_main)
 
 
+def _takes_prompts(config: RunConfig) -> bool:
+    owner = family(config.family)
+    return owner.condition(owner.config.from_dict(config.model)) == "prompt"
+
+
 def speak_less() -> None:
     """Silence a process that is not the first, except for warnings about the files it reads."""
     logging.getLogger("nsp").setLevel(logging.ERROR)
@@ -189,6 +206,7 @@ def _run_phase(
     steps = dict(record.notes.get("steps", {}))
     if steps.get(config.name, 0) >= counted(config.steps):
         logger.info("%s: all %d steps are made", config.name, config.steps)
+        on_main(accelerator, lambda: _settle_again(folder, config, run))
         return True
     system = record.load()
 
@@ -204,8 +222,70 @@ def _run_phase(
             _save(folder / CHECKPOINT_NAME, _plain(system, weights, config, record), run, steps)
 
         on_main(accelerator, save)
+    if finished:
+        on_main(accelerator, lambda: _judge(config, run, folder, accelerator, data, objective))
     accelerator.free_memory()
     return finished
+
+
+def _judge(
+    config: PhaseConfig,
+    run: RunConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    data: Pictures,
+    objective: Objective,
+) -> None:
+    """Measure what a finished phase has made of the model; raise if the run should not go on."""
+    owner = family(run.family)
+    system = read_checkpoint(folder / CHECKPOINT_NAME).load().to(accelerator.device)
+    pictures = data.to_judge(system.config.image_size_px, run, share_of(config, accelerator))
+    verdict: Verdict | None = None
+    if not objective.rebuilds:
+        verdict = judge_generator(owner, system, pictures, seed=run.seed, sampling=run.sampling)
+    elif can_rebuild(owner):
+        verdict = judge_tokenizer(owner, system, pictures, seed=run.seed)
+    if verdict is not None:
+        file = folder / config.name / VERDICT_NAME
+        settle(verdict, f"phase {config.name}:", anyway=run.anyway, file=file)
+
+
+def _settle_again(folder: Path, config: PhaseConfig, run: RunConfig) -> None:
+    """Raise if the verdict on a finished phase has stopped the run, and no later phase began."""
+    file = folder / config.name / VERDICT_NAME
+    names = [phase.name for phase in run.phases]
+    later = names[names.index(config.name) + 1 :]
+    if file.is_file() and not any((folder / name).exists() for name in later):
+        settle(Verdict.from_dict(read_json(file)), f"phase {config.name}:", anyway=run.anyway)
+
+
+def _judge_start(
+    config: RunConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    data: Pictures,
+    system: System,
+    first: Objective,
+) -> None:
+    """Say how well the image tokenizer that a run starts with rebuilds the run's pictures.
+
+    If it is not good enough, the run does not begin, unless its first phase trains all of it.
+    """
+    owner = family(config.family)
+    share = share_of(config.phases[0], accelerator)
+    scratch = next(iter(owner.recipes), None)
+    with_preset = "without --start-from" if scratch is None else f"with --preset {scratch}"
+    verdict = judge_tokenizer(
+        owner,
+        system,
+        data.to_judge(system.config.image_size_px, config, share),
+        seed=config.seed,
+        advice=f"train one on these pictures {with_preset}",
+        sheet=folder / SHEET_NAME,
+    )
+    name = f"the image tokenizer of {config.start_from}"
+    settle(verdict, name, anyway=config.anyway or not first.keeps_latents)
+    logger.info("pictures beside their reconstructions: %s", folder / SHEET_NAME)
 
 
 def _objective(
@@ -264,9 +344,10 @@ def _prepare_folder(
     if not (resume and is_checkpoint(start)):
         system = _new_system(config, data)
         check_classes(system.config, family(config.family).condition(system.config), data.source)
-        saved = 0
+        saved, objectives = 0, []
         for phase in config.phases:  # report mistakes of later phases now, not when they begin
             objective = _objective(phase, config, folder, accelerator, data, system)
+            objectives.append(objective)
             saved += saved_bytes(objective, phase) if phase in phases else 0
             if phase in phases:
                 _check_captions(config, phase, objective, data)
@@ -281,6 +362,8 @@ def _prepare_folder(
             batch_size_of=lambda phase: share_of(phase, accelerator).micro_batch_size,
             device=accelerator.device,
         )
+        if config.start_from is not None and can_rebuild(family(config.family)):
+            _judge_start(config, folder, accelerator, data, system, objectives[0])
         _save(start, system, config, {})
     _begin_again(folder, config, accelerator, data)
     newest = newest_model(folder)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsp.benchmarks.fidelity.retrieval import PictureSet, Recall, psnr_db
+from nsp.data.retrieval import PictureSet, Recall, psnr_db
 from nsp.data.sources import open_source
 from tests.data.picture_files import write_captioned
 

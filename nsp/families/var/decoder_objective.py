@@ -35,6 +35,8 @@ class DecoderSettings(Config):
 class DecoderObjective(ReconstructionObjective):
     """Trains the decoder on tokens that stay as they are."""
 
+    keeps_latents = True
+
     def __init__(
         self,
         system: VarSystem,

@@ -1,7 +1,7 @@
 """Is the nearest real picture the one the prompt names? Ranks, recall and its confidence."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +25,16 @@ class PictureSet:
     @classmethod
     def of(cls, source: ImageSource) -> "PictureSet":
         """Return the set of a source; samples with identical pictures share a row."""
+        named = enumerate(source.samples)
+        return cls.of_pictures((each.name, np.asarray(source.load(i))) for i, each in named)
+
+    @classmethod
+    def of_pictures(cls, named: Iterable[tuple[str, NDArray[np.uint8]]]) -> "PictureSet":
+        """Return the set of pictures (H, W, 3) with their names; identical ones share a row."""
         rows: dict[bytes, int] = {}
         number_of = {}
-        for index, sample in enumerate(source.samples):
-            content = at_side(np.asarray(source.load(index))).tobytes()
-            number_of[sample.name] = rows.setdefault(content, len(rows))
+        for name, picture in named:
+            number_of[name] = rows.setdefault(at_side(picture).tobytes(), len(rows))
         flat = [np.frombuffer(content, np.uint8) for content in rows]
         return cls(np.stack(flat).astype(np.float32), number_of)
 
@@ -38,11 +43,17 @@ class PictureSet:
 
         Distance is the mean squared difference of pixels at 64 px. 0: the named one is nearest.
         """
+        return self.ranks_of_any(images, [(name,) for name in names])
+
+    def ranks_of_any(
+        self, images: Sequence[NDArray[np.uint8]], names: Sequence[Sequence[str]]
+    ) -> NDArray[np.int64]:
+        """Return the ranks as above, where each image has several names: that of the nearest."""
         found = np.stack([at_side(image).ravel() for image in images]).astype(np.float32)
-        wanted = np.array([self.number_of[name] for name in names])
         norms = np.einsum("md,md->m", self.pixels, self.pixels, dtype=np.float64)
         distances = norms - 2.0 * (found @ self.pixels.T)  # of |a - b|^2, less |a|^2
-        own = distances[np.arange(len(wanted)), wanted]
+        wanted = [[self.number_of[name] for name in own] for own in names]
+        own = np.array([row[rows].min() for row, rows in zip(distances, wanted, strict=True)])
         ranks: NDArray[np.int64] = (distances < own[:, None]).sum(1)
         return ranks
 
