@@ -17,6 +17,7 @@ from nsp.artifacts.manifest import Manifest
 from nsp.artifacts.systems import save_checkpoint
 from nsp.cli import main
 from nsp.errors import ConfigError
+from nsp.export.devices import DEVICES
 from nsp.export.size_plan import SizePlan, plan_model
 from nsp.family import registry
 from nsp.family.objective import TrainingData
@@ -183,3 +184,11 @@ def test_the_verb_prints_a_table_and_the_same_as_json(small_checkpoint: Path) ->
     assert values["peak"] == values["weights"] + values["arena"] + values["scratch"]
     assert values["floor_ms"] is None  # nothing is known of a CPU in advance
     assert [phase["name"] for phase in values["training"]]
+
+
+def test_devices_and_precisions_are_completed() -> None:
+    words = {"COMP_WORDS": "nsp plan var/d16 --device ", "COMP_CWORD": "4"}
+    told = CliRunner().invoke(
+        main, env={"_NSP_COMPLETE": "bash_complete", **words}, prog_name="nsp"
+    )
+    assert [line.partition(",")[2] for line in told.output.split()] == list(DEVICES)
