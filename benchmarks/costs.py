@@ -4,17 +4,14 @@ All that the benchmark knows of counted work goes through here.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from numpy.typing import NDArray
-
-from nsp.artifacts.costs import StageCosts, call_cost
+from nsp.artifacts.costs import StageCosts, arena_bytes, call_cost
 from nsp.benchmarks.contest.clocked import StageCall
 from nsp.benchmarks.contest.steps import Count
 from nsp.benchmarks.record.result import Cost, Footprint
 from nsp.pipeline.pipeline import Pipeline
-from nsp.stage.arena import ARENAS, HostArrays, KVShape, is_cached
-from nsp.stage.io import Shape, Sizes, StageIO, array_bytes
+from nsp.stage.arena import is_cached
+from nsp.stage.io import Sizes, StageIO, array_bytes
 
 Costs = Mapping[str, StageCosts]
 
@@ -31,25 +28,6 @@ def counter(costs: Costs, pipeline: Pipeline) -> Count:
         return Cost(gflop=1e-9 * found.flop, mib=found.num_bytes / 2**20)
 
     return cost
-
-
-class _Counting(HostArrays):
-    """Memory that is counted; what is allocated is never written, and so takes no room."""
-
-    total = 0
-
-    def allocate(self, shape: Shape, dtype: str) -> NDArray[Any]:
-        """Return uninitialised memory."""
-        array = super().allocate(shape, dtype)
-        self.total += array.nbytes
-        return array
-
-
-def arena_bytes(kv_layout: str, shape: KVShape) -> int:
-    """Return what the cache of one batch allocates."""
-    counting = _Counting()
-    ARENAS[kv_layout](shape, counting)
-    return counting.total
 
 
 def footprint(

@@ -3,11 +3,10 @@
 Rates are dense: those printed "with sparsity" are halved. fp32 is without TF32.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nsp.errors import ConfigError
+from nsp.values import choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +57,4 @@ DEVICES: Mapping[str, Device] = {
 
 def device(name: str) -> Device:
     """Return the device of this name; ConfigError names the nearest one."""
-    return DEVICES[nearest("device", name, DEVICES)]
-
-
-def nearest(what: str, name: str, known: Iterable[str]) -> str:
-    """Return `name` if it is known; raise ConfigError with the nearest known name otherwise."""
-    names = list(known)
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, names, 1, cutoff=0.0)
-    hint = f"; nearest: {near[0]}" if near else ""
-    raise ConfigError(f"unknown {what} {name!r}{hint}; known: {', '.join(names)}")
+    return DEVICES[choice("device", name, DEVICES)]

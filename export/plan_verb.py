@@ -6,12 +6,14 @@ import click
 
 from nsp.console.command_line import (
     COUNT,
+    PRECISIONS,
     Verb,
     json_option,
     print_json,
     print_tables,
     verbose_option,
 )
+from nsp.export.devices import DEVICES
 from nsp.export.size_table import in_words
 
 if TYPE_CHECKING:
@@ -23,8 +25,20 @@ if TYPE_CHECKING:
 @click.command("plan", cls=Verb)
 @click.argument("model", metavar="CHECKPOINT|FAMILY/SIZE")
 @click.option("--batch", type=COUNT, default=1, show_default=True, help="Images at once.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, bf16 or int8.")
-@click.option("--device", default="cpu", show_default=True, help="h200, l4, rtx4090 or cpu.")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="Of the weights.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(list(DEVICES)),
+    default="cpu",
+    show_default=True,
+    help="Where it would run.",
+)
 @json_option
 @verbose_option
 def plan_size(*, model: str, batch: int, precision: str, device: str, as_json: bool) -> None:

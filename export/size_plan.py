@@ -6,6 +6,7 @@ is generated and one step of each phase is trained on tensors of which only the 
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from nsp.artifacts.weight_kinds import count_weights, matches
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource, Sample, open_source
 from nsp.errors import ConfigError
-from nsp.export.devices import Device, device, nearest
+from nsp.export.devices import Device, device
 from nsp.export.graph.dtypes import stored_precision
 from nsp.export.targets import TARGETS
 from nsp.family.contract import AnyFamily, Stage
 from nsp.family.objective import TrainingData
 from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.recipes import Recipe
 from nsp.family.registry import family, family_names
 from nsp.family.system import System
 from nsp.pipeline.dry_run import DryRun, StageCall, generate_dry
@@ -34,12 +36,17 @@ from nsp.text.encoder import load_text_encoder
 from nsp.text.parts import TextEncoderSettings
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.memory_need import TrainingMemory, blank_batch, training_memory
+from nsp.values import choice, count
+
+logger = logging.getLogger(__name__)
 
 # Measured for the bundled models on one core: an ONNX graph without weights, and the time to trace
 # a stage, check it and compare it with PyTorch.
 GRAPH_BYTES = 1 << 18
 _SECONDS_PER_STAGE = 4.0
 _REFERENCE_GFLOP_S = 30.0  # of PyTorch on one core, which makes the images of the comparison
+_MAX_BATCH = 4096  # every image is an order with its own random numbers
+_NAMED = {"data": "folder", "start_from": "checkpoint"}  # options of every run
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ def plan_model(model: str, *, batch: int, precision: str, on: str) -> SizePlan:
     Raises ConfigError, naming the nearest valid one, for an unknown size, precision or device.
     """
     where = device(on)
-    nearest("precision", precision, PRECISION_DTYPES)
+    count("batch", batch, most=_MAX_BATCH)
+    choice("precision", precision, PRECISION_DTYPES)
     target = TARGETS[where.target]
     if precision not in target.precisions:
         raise ConfigError(
@@ -236,7 +244,7 @@ def _named(model: str) -> _Model:
     """Return the model of a named size, trained as the recipe of that size says."""
     name, _, size = model.partition("/")
     known = [f"{each}/{one}" for each in family_names() for one in family(each).sizes]
-    nearest("model (neither a checkpoint folder nor FAMILY/SIZE)", model, known)
+    choice("model (neither a checkpoint folder nor FAMILY/SIZE)", model, known)
     owner = family(name)
     config = owner.sizes[size]
     recipe, run = _recipe(owner, config.to_dict())
@@ -251,8 +259,20 @@ def _named(model: str) -> _Model:
 
 
 def _recipe(owner: AnyFamily, model: Mapping[str, Any]) -> tuple[str, RunConfig]:
-    """Return the recipe that trains this model, or else the family's first one, and its name."""
-    runs = {name: make() for name, make in owner.recipes.items()}
+    """Return the recipe that trains this model, or else the family's first one, and its name.
+
+    What a recipe needs of the user, such as data, is only named: a plan reads none of it.
+    """
+    runs: dict[str, RunConfig] = {}
+    for name, make in owner.recipes.items():
+        recipe = Recipe(name, owner.name, make)
+        takes = {each.name for each in recipe.parameters}
+        try:
+            runs[name] = recipe.run(**{each: _NAMED[each] for each in takes & _NAMED.keys()})
+        except ConfigError as error:  # it needs more than that
+            logger.debug("recipe %s is not planned: %s", name, error)
+    if not runs:
+        raise ConfigError(f"family {owner.name} has no recipe that can be planned without its data")
     own = [name for name, run in runs.items() if run.model == model]
     name = own[0] if own else next(iter(runs))
     return name, runs[name]

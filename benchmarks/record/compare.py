@@ -106,8 +106,8 @@ def _check_contracts(old: BenchResult, new: BenchResult) -> None:
     for name, result in (("old", old), ("new", new)):
         if result.contract is None:
             raise ConfigError(
-                f"the {name} result (schema {result.schema_version}) does not record exactly what "
-                "was measured; run nsp bench again"
+                f"the {name} result does not record exactly what was measured, as schema 1 did "
+                "not; run nsp bench again"
             )
         for batch in result.batches:
             if batch.rounds < FEWEST_ROUNDS:

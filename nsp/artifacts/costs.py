@@ -7,10 +7,10 @@ many for each image (B), row (G), encoded prompt (N) and rank (R).
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -100,24 +100,16 @@ class StageCosts(Config):
 
 @dataclass(frozen=True)
 class CallCost:
-    """The work of one or several stage calls."""
+    """The work of one stage call."""
 
     flop: int = 0
-    weight_bytes: int = 0  # of weights that must be read, again in every call
+    weight_bytes: int = 0  # of weights that must be read
     io_bytes: int = 0  # of inputs and outputs
 
     @property
     def num_bytes(self) -> int:
         """The bytes that must be moved at least."""
         return self.weight_bytes + self.io_bytes
-
-    def __add__(self, other: Self) -> "CallCost":
-        """Return both together."""
-        return CallCost(
-            self.flop + other.flop,
-            self.weight_bytes + other.weight_bytes,
-            self.io_bytes + other.io_bytes,
-        )
 
 
 def read_costs(manifest: "Manifest") -> Mapping[str, StageCosts]:
@@ -156,20 +148,3 @@ def call_cost(costs: StageCosts, io: StageIO, sizes: Sizes, precision: str) -> C
     tensors = (*io.inputs.values(), *io.outputs.values())
     moved = sum(array_bytes(spec.shape(sizes), spec.dtype) for spec in tensors)
     return CallCost(flop, costs.read_bytes(precision), moved)
-
-
-def total_cost(
-    costs: Mapping[str, StageCosts],
-    stages_io: Mapping[str, StageIO],
-    calls: Iterable[tuple[str, Sizes]],
-    precision: str,
-) -> CallCost | None:
-    """Return the cost of the calls (stage, sizes) of one batch; None if one was not counted."""
-    total = CallCost()
-    for stage, sizes in calls:
-        known = costs.get(stage)
-        cost = None if known is None else call_cost(known, stages_io[stage], sizes, precision)
-        if cost is None:
-            return None
-        total += cost
-    return total

@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.data.image_files import Format, read_metadata, slug, write_image, write_picture
+from nsp.data.bounds import MAX_PICTURE_BYTES, read_regular
+from nsp.data.image_files import Format, metadata_in, slug, write_image, write_picture
 from nsp.data.sheet import contact_sheet
 from nsp.distribution import version
 from nsp.errors import ConfigError, DataError
@@ -175,10 +176,10 @@ def _made_before(path: Path, metadata: Mapping[str, str]) -> NDArray[np.uint8] |
     from nsp.data.pictures import decode_rgb  # 3 ms that the first run need not spend
 
     try:
-        found = read_metadata(path)
-        if {**found, **_ANY_VERSION} != {**metadata, **_ANY_VERSION}:
+        content = read_regular(path, most_bytes=MAX_PICTURE_BYTES)
+        if {**metadata_in(content), **_ANY_VERSION} != {**metadata, **_ANY_VERSION}:
             return None
-        return np.asarray(decode_rgb(path.read_bytes()))
+        return np.asarray(decode_rgb(content))
     except (OSError, DataError):  # not a whole picture: it is made again
         return None
 

@@ -19,13 +19,13 @@ _FLOAT_TAG = "tag:yaml.org,2002:float"
 
 def read_run(path: Path) -> RunConfig:
     """Return the run in a file; ConfigError for a file that does not have one."""
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; give the YAML or JSON file of a run")
     return RunConfig.from_dict(run_values(path))
 
 
 def run_values(path: Path) -> dict[str, Any]:
     """Return the dictionary in a YAML or JSON file; ConfigError when it has something else."""
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}; give the YAML or JSON file of a run")
     if path.suffix.lower() not in _YAML:
         return read_json(path)
     if path.stat().st_size > _MAX_BYTES:
@@ -35,6 +35,7 @@ def run_values(path: Path) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ConfigError(f"{path} has an alias (*name); write its value instead")
         loader = yaml.SafeLoader(text)
+        _refuse_repeated(path, yaml.compose(text, yaml.SafeLoader))
         known = loader.yaml_implicit_resolvers
         number = (_FLOAT_TAG, _FLOAT)
         loader.yaml_implicit_resolvers = known | {
@@ -47,6 +48,23 @@ def run_values(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} does not contain the fields of a run")
     return found
+
+
+def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:
+    """Raise ConfigError for a key that stands twice in one place: YAML would take the last one."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # the constructor refuses it
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise ConfigError(f"{path}, line {line}: {key.value!r} is there twice; remove one")
+            seen.add(key.value)
+            _refuse_repeated(path, value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_repeated(path, value)
 
 
 def as_yaml(run: RunConfig) -> str:

@@ -143,9 +143,10 @@ def check_settings(owner: "AnyFamily", given: Iterable[str]) -> None:
 def class_numbers(
     owner: "AnyFamily", config: Mapping[str, Any], names: Sequence[str]
 ) -> tuple[int, ...]:
-    """Return the numbers of a model's classes by their names; upper and lower case are alike.
+    """Return the numbers of a model's classes by their names.
 
-    Raises ConfigError for an unknown name, with the nearest one.
+    Upper and lower case are alike unless only they tell two classes apart. Raises ConfigError for
+    an unknown name, with the nearest one.
     """
     known = owner.class_names(owner.config.from_dict(config)) if names else ()
     if names and not known:
@@ -153,10 +154,19 @@ def class_numbers(
             f"--class {names[0]!r}: this model has no names of classes; give --class-id, if it has "
             "classes"
         )
-    numbers = {name.lower(): number for number, name in enumerate(known)}
-    if unknown := [name for name in names if name.lower() not in numbers]:
-        raise ConfigError(f"--class {unknown[0]!r} is unknown{values.nearest(unknown[0], known)}")
-    return tuple(numbers[name.lower()] for name in names)
+    return tuple(_class_number(name, known) for name in names)
+
+
+def _class_number(name: str, known: Sequence[str]) -> int:
+    if name in known:
+        return known.index(name)
+    alike = [number for number, each in enumerate(known) if each.lower() == name.lower()]
+    if len(alike) > 1:
+        both = " or ".join(repr(known[number]) for number in alike)
+        raise ConfigError(f"--class {name!r} may be {both}; write it as one of them")
+    if not alike:
+        raise ConfigError(f"--class {name!r} is unknown{values.nearest(name, known)}")
+    return alike[0]
 
 
 def check_conditions(

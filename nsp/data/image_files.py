@@ -64,11 +64,18 @@ def _text_chunks(metadata: Mapping[str, str]) -> dict[str, Any]:
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a file written by `write_picture`; empty if it has none.
 
-    Raises OSError for a file that is not a picture.
+    Raises OSError, and DataError for a file that is not a picture, or too large to be one.
     """
+    from nsp.data.bounds import MAX_PICTURE_BYTES, read_regular
+
+    return metadata_in(read_regular(path, most_bytes=MAX_PICTURE_BYTES))
+
+
+def metadata_in(content: bytes) -> dict[str, str]:
+    """Return the metadata in the bytes of a picture file, as `read_metadata`."""
     from nsp.data.pictures import read_text  # 3 ms that writing pictures need not spend
 
-    chunks, description = read_text(path, _DESCRIPTION)
+    chunks, description = read_text(content, _DESCRIPTION)
     if description is None:
         return chunks
     try:

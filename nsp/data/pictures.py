@@ -104,12 +104,17 @@ def picture_format(content: bytes) -> str:
         return _opened(content).format or ""
 
 
-def read_text(path: Path, tag: int) -> tuple[dict[str, str], str | None]:
-    """Return the text chunks of a PNG, and the text of an EXIF tag of others; raises OSError."""
-    with _quiet(), Image.open(path) as picture:
+def read_text(content: bytes, tag: int) -> tuple[dict[str, str], str | None]:
+    """Return the text chunks of a PNG, and the text of an EXIF tag of others.
+
+    Raises DataError as `decode_rgb`.
+    """
+    with _decoding():
+        picture = _opened(content)
         if picture.format != "PNG":
             return {}, str(picture.getexif().get(tag, ""))
-        picture.load()  # text may follow the pixels
+        with _MEMORY.hold(_memory_of(picture)):
+            picture.load()  # text may follow the pixels
         return {key: str(value) for key, value in getattr(picture, "text", {}).items()}, None
 
 

@@ -275,9 +275,7 @@ class RunConfig(Config):
     text_encoder: dict[str, object] = field(default_factory=dict)  # settings of a new text encoder
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[PhaseConfig, ...]
-    sampling: dict[str, object] = field(
-        default_factory=dict
-    )  # sampling settings that suit the model
+    sampling: dict[str, object] = field(default_factory=dict)  # settings that suit the model
     checkpoint_dir: str | None = None  # for saved steps; None: in the run folder
     start_from: str | None = None  # checkpoint folder whose weights the run starts with
     seed: int = 0

@@ -24,9 +24,19 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def check_classes(config: Any, kind: str, source: ImageSource | None) -> None:
-    """Raise ConfigError for listed pictures of a class that a model of classes does not have."""
+    """Raise ConfigError for listed pictures of a class that a model of classes does not have.
+
+    Pictures without a class are one warning: only some phases read the class.
+    """
     if kind != "class" or source is None:
         return
+    missing = sum(each.class_id is None for each in source.samples)
+    if missing and config.num_classes > 1:
+        logger.warning(
+            "%d of %d pictures have no class, but this is a model of %d classes: phases that read "
+            "the class will fail; give class folders, or a model of prompts",
+            *(missing, len(source.samples), config.num_classes),
+        )
     found = [each.class_id for each in source.samples if each.class_id is not None]
     if found and max(found) >= config.num_classes > 1:
         raise ConfigError(

@@ -12,13 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.costs import (
-    CallCost,
     SpanCosts,
     StageCosts,
     arena_bytes,
     call_cost,
     read_costs,
-    total_cost,
 )
 from nsp.artifacts.counting import count_costs, counting, operation_counter
 from nsp.artifacts.manifest import read_manifest
@@ -183,10 +181,7 @@ def test_a_call_moves_its_tensors_and_all_weights_but_tables(text_model: VarSyst
     positions = sizes["L"]
     assert cost.io_bytes == 4 * numbers + 4 * positions  # positions are int64
     assert cost.num_bytes == cost.io_bytes + step.read_bytes("fp16")
-    both = total_cost(counted, stages, [("step", sizes), ("step", sizes)], "fp16")
-    assert both == cost + cost
-    assert total_cost(counted, stages, [("step", {**sizes, "L": 5})], "fp16") is None
-    assert total_cost({}, stages, [], "fp16") == CallCost()
+    assert call_cost(step, stages["step"], {**sizes, "L": 5}, "fp16") is None
 
 
 def test_scratch_holds_the_logits_that_a_draw_sorts_and_the_arena_every_buffer(

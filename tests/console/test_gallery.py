@@ -1,4 +1,7 @@
 import json
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +102,35 @@ def test_a_bad_condition_at_the_end_is_found_before_anything_is_written(
     with pytest.raises(ConfigError, match="class id 999"):
         generate_gallery(pipeline, planned, tmp_path / "out", batch_size=1)
     assert not (tmp_path / "out").exists()
+
+
+def huge_png(path: Path) -> None:
+    """A file of 60 bytes that promises 900 million pixels."""
+    size = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, content in ((b"IHDR", size), (b"IDAT", zlib.compress(b"0")), (b"IEND", b"")):
+            checksum = zlib.crc32(kind + content)
+            file.write(struct.pack(">I", len(content)) + kind + content)
+            file.write(struct.pack(">I", checksum))
+
+
+def sparse_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(10 << 30)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+@pytest.mark.parametrize("write", [huge_png, sparse_file, os.mkfifo])
+def test_a_file_that_is_not_one_of_ours_is_replaced_and_not_decoded(
+    pipeline, tmp_path, kind, write
+):
+    path = tmp_path / f"000_red-apple_seed3.{kind}"
+    write(path)
+    (image,) = make(pipeline, tmp_path, prompts=PROMPTS[:1], kind=kind, sheet=False).images
+    assert image.path == path
+    assert image.ms is not None
+    assert read_metadata(path)["prompt"] == "red apple"
 
 
 def test_what_is_there_with_the_same_settings_is_not_made_again(pipeline, tmp_path):

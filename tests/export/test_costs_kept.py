@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nsp.artifacts.costs import read_costs, total_cost
+from nsp.artifacts.costs import read_costs
 from nsp.artifacts.manifest import Manifest, read_manifest
 from nsp.export.options import ExportOptions
 from nsp.export.run import export
@@ -39,16 +39,3 @@ def test_an_export_with_nothing_to_build_keeps_what_was_counted(
         precisions=("fp32", "fp16"),
     )
     assert export(options).costs == manifest.costs
-
-
-def test_costs_of_a_batch_add_up_over_its_calls(half_engines: tuple[Path, Manifest]) -> None:
-    _, manifest = half_engines
-    costs, stages = read_costs(manifest), manifest.stages
-    stages_io = {name: variants[0].stage_io for name, variants in stages.items()}
-    calls = [("decoder", {"B": 1}), ("decoder", {"B": 2})]
-    found = total_cost(costs, stages_io, calls, "fp16")
-    alone = costs["decoder"].flop({"B": 1})
-    assert found is not None
-    assert alone is not None
-    assert found.flop == 3 * alone
-    assert found.weight_bytes == 2 * costs["decoder"].read_bytes("fp16")

@@ -17,6 +17,7 @@ from nsp.artifacts.manifest import Manifest
 from nsp.artifacts.systems import save_checkpoint
 from nsp.cli import main
 from nsp.errors import ConfigError
+from nsp.export.devices import DEVICES
 from nsp.export.size_plan import SizePlan, plan_model
 from nsp.family import registry
 from nsp.family.objective import TrainingData
@@ -136,9 +137,9 @@ def test_a_size_nobody_has_made_is_planned_in_every_precision_of_its_device() ->
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"model": "var/d61"}, "nearest: var/d16"),
-        ({"on": "h20"}, "nearest: h200"),
-        ({"precision": "fp8"}, "nearest: fp"),
+        ({"model": "var/d61"}, "nearest is var/d16"),
+        ({"on": "h20"}, "nearest is h200"),
+        ({"precision": "f16"}, "nearest is fp16"),
         ({"precision": "int8", "on": "l4"}, "int8 does not run on l4; it has fp32, fp16, bf16"),
     ],
 )
@@ -146,6 +147,17 @@ def test_what_is_unknown_names_the_nearest(wrong: dict[str, str], message: str) 
     asked = {"model": "var/tiny", "precision": "fp32", "on": "cpu", **wrong}
     with pytest.raises(ConfigError, match=message):
         plan_model(asked.pop("model"), batch=1, **asked)
+
+
+def test_a_batch_that_would_take_minutes_to_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch must be at most 4096"):
+        plan_model("var/tiny", batch=10**9, precision="fp32", on="cpu")
+
+
+def test_a_size_whose_recipe_needs_data_is_planned_with_its_phases() -> None:
+    plan = plan_model("next_scale/sdxl", batch=1, precision="fp16", on="h200")
+    assert plan.recipe == "next_scale_sdxl"
+    assert [phase.name for phase in plan.training] == ["scales"]
 
 
 def test_a_family_of_another_package_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +184,11 @@ def test_the_verb_prints_a_table_and_the_same_as_json(small_checkpoint: Path) ->
     assert values["peak"] == values["weights"] + values["arena"] + values["scratch"]
     assert values["floor_ms"] is None  # nothing is known of a CPU in advance
     assert [phase["name"] for phase in values["training"]]
+
+
+def test_devices_and_precisions_are_completed() -> None:
+    words = {"COMP_WORDS": "nsp plan var/d16 --device ", "COMP_CWORD": "4"}
+    told = CliRunner().invoke(
+        main, env={"_NSP_COMPLETE": "bash_complete", **words}, prog_name="nsp"
+    )
+    assert [line.partition(",")[2] for line in told.output.split()] == list(DEVICES)

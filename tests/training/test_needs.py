@@ -32,6 +32,20 @@ def test_pictures_of_a_class_that_the_model_lacks_are_refused() -> None:
         check_classes(config, "class", pictures(0, 7))
 
 
+def test_pictures_without_a_class_are_a_warning_before_the_first_phase(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A tokenizer may learn from them, so they are not refused."""
+    check_classes(
+        with_condition(size("tiny"), ClassCondition(num_classes=3)), "class", pictures(0, 2, None)
+    )
+    check_classes(
+        with_condition(size("tiny"), ClassCondition(num_classes=1)), "class", pictures(None)
+    )
+    (said,) = caplog.messages
+    assert said.startswith("1 of 3 pictures have no class, but this is a model of 3 classes")
+
+
 def test_saved_steps_that_do_not_fit_the_disk_are_refused(tmp_path: Path) -> None:
     check_disk(0, tmp_path / "run")
     with pytest.raises(ConfigError, match=rf"need 1024\.00 PiB|need .* GiB, but {tmp_path} has"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from PIL import Image
 
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.cli import main as nsp
-from nsp.console.run_files import read_run
+from nsp.console.run_files import as_yaml, read_run
 from nsp.console.train_command import main
 from nsp.console.train_config import PLACES, configure
 from nsp.data.sources import open_source
@@ -144,6 +145,19 @@ def test_a_printed_run_is_read_again_as_yaml_and_json(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text.replace("lr: 1.0e-05", "lr: 1e-5"))
     assert read_run(tmp_path / "run.yaml") == expected
     assert printed(tmp_path, "--config", tmp_path / "run.yaml") == expected
+
+
+def test_a_file_with_a_key_twice_or_that_is_none_is_refused(tmp_path: Path) -> None:
+    """YAML itself would take the last of two values; a pipe would be waited for."""
+    text = as_yaml(preset("smoke"))
+    file = tmp_path / "run.yaml"
+    file.write_text(text.replace("seed: 0\n", "seed: 0\nseed: 1\n"))
+    with pytest.raises(ConfigError, match=r"run.yaml, line \d+: 'seed' is there twice"):
+        read_run(file)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    result = run("--config", tmp_path / "pipe.yaml")
+    assert result.exit_code == 2
+    assert "there is no file" in result.output
 
 
 @pytest.mark.parametrize(
