@@ -26,6 +26,7 @@ from nsp.data.dataset import ImageDataset, batches
 from nsp.data.pack import pack
 from nsp.data.sources import open_source
 from nsp.data.stream import ShardStream
+from nsp.values import real
 
 WARMUP_SECONDS = 1.0
 
@@ -67,6 +68,7 @@ def measure(
     consumption: float | None,
 ) -> LoaderReport:
     """Return the rates of every loader with every number of workers, `seconds` each."""
+    seconds = real("seconds", seconds, least=0.01, most=3600)  # NaN would never end
     pictures = open_source(source)
     other_cores = _other_work()
     rates = []

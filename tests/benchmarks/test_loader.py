@@ -36,3 +36,9 @@ def test_a_source_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["bench", "loader", "--source", str(tmp_path / "nowhere")])
     assert result.exit_code == 1
     assert "nowhere does not exist" in result.stderr
+
+
+def test_a_measurement_that_would_not_end_is_refused() -> None:
+    result = CliRunner().invoke(main, ["bench", "loader", "--seconds", "nan"])
+    assert result.exit_code == 2
+    assert "seconds must be a number from 0.01 to 3600, not nan" in result.output
