@@ -168,10 +168,11 @@ def run_contest(
 @click.argument("old", type=FILE)
 @click.argument("new", type=FILE)
 @click.option("--threshold", default="5%", show_default=True, help="Allowed slowdown.")
+@click.option("--anyway", is_flag=True, help="Compare results that cannot be trusted, too.")
 @json_option
 @verbose_option
-def compare(*, old: Path, new: Path, threshold: str, as_json: bool) -> None:
-    """Compare two bench.json files: exit 1 if the engines became slower."""
+def compare(*, old: Path, new: Path, threshold: str, anyway: bool, as_json: bool) -> None:
+    """Compare two bench.json files: exit 1 if the engines became slower, 2 if nobody can tell."""
     from nsp.benchmarks.record.compare import compare_results, parse_threshold
     from nsp.benchmarks.record.result import read_result
     from nsp.benchmarks.render.comparison import comparison_sections
@@ -179,7 +180,8 @@ def compare(*, old: Path, new: Path, threshold: str, as_json: bool) -> None:
     from nsp.console.terminal import results_console
 
     share = parse_threshold(threshold)
-    found = compare_results(read_result(old), read_result(new), threshold=share)
+    results = read_result(old), read_result(new)
+    found = compare_results(*results, threshold=share, anyway=anyway)
     if as_json:
         print_json({**found.to_dict(), "verdicts": found.verdicts})
     else:

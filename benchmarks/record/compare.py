@@ -69,6 +69,7 @@ class Comparison(Config):
 
     threshold: float
     batches: tuple[BatchChange, ...]
+    trusted: bool  # whether both results are
     notes: tuple[str, ...] = field(default_factory=tuple)  # what differs and may
 
     @property
@@ -82,12 +83,22 @@ class Comparison(Config):
         return [batch for batch, verdict in self.verdicts.items() if verdict == "slower"]
 
 
-def compare_results(old: BenchResult, new: BenchResult, *, threshold: float) -> Comparison:
+def compare_results(
+    old: BenchResult, new: BenchResult, *, threshold: float, anyway: bool = False
+) -> Comparison:
     """Return how `new` differs from `old`; `threshold` is a share, 0.05 for 5 %.
 
-    Raises ConfigError when they measured different things, naming each; when one is too old to say
-    what it measured; when they share no batch size or one has fewer than five rounds.
+    Raises ConfigError when one cannot be trusted, unless `anyway`; when they measured different
+    things, naming each; when they share no batch size or one has fewer than five rounds.
     """
+    for name, result in (("old", old), ("new", new)):
+        if not (result.trusted or anyway):
+            first, *more = result.warnings or ("it does not say why",)
+            others = f", and {len(more)} more reasons" if more else ""
+            raise ConfigError(
+                f"the {name} result cannot be trusted: {first}{others}; measure again, or compare "
+                "them with --anyway"
+            )
     _check_contracts(old, new)
     before = {each.batch: each for each in old.batches}
     shared = [(before[each.batch], each) for each in new.batches if each.batch in before]
@@ -98,6 +109,7 @@ def compare_results(old: BenchResult, new: BenchResult, *, threshold: float) -> 
     return Comparison(
         threshold=threshold,
         batches=tuple(_change(old, new, a, b, adjusted=adjusted) for a, b in shared),
+        trusted=old.trusted and new.trusted,
         notes=tuple(_notes(old, new, adjusted=adjusted)),
     )
 

@@ -15,7 +15,7 @@ def comparison_sections(comparison: Comparison) -> Iterator[Section]:
         rows.append((str(each.batch), verdict, str(each.gate), str(each.plain), baseline))
     units = "in units of the baseline" if comparison.batches[0].adjusted else "in ms"
     yield Section(
-        title="New over old",
+        title="New over old" if comparison.trusted else "New over old, not to be trusted",
         header=("batch", "verdict", f"engines, {units}", "engines, in ms", "baseline, in ms"),
         rows=tuple(rows),
         notes=(

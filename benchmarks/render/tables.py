@@ -91,7 +91,8 @@ def _steps_section(result: BenchResult, batch: BatchResult) -> Section:
 def _row_header(result: BenchResult) -> tuple[str, ...]:
     ratio = ("speed-up",) if result.trusted else ()
     baseline = (f"{result.baseline} p50", *ratio) if result.baseline else ()
-    roof = ("GFLOP", "roof ms", "of roof", "memory ms")
+    share = ("of roof",) if result.trusted else ()
+    roof = ("GFLOP", "roof ms", *share, "memory ms")
     return ("p50 ms", "p90", "p99", "images/s", *baseline, *roof)
 
 
@@ -103,17 +104,19 @@ def _row_cells(result: BenchResult, row: Row, batch: int) -> tuple[str, ...]:
         cells.append(ms(row.baseline.p50) if row.baseline else NONE)
         if result.trusted:
             cells.append(NONE if row.speedup is None else f"{row.speedup:.2f}x")
-    return (*cells, *_cost_cells(row, result.ceilings))
+    return (*cells, *_cost_cells(row, result.ceilings, trusted=result.trusted))
 
 
-def _cost_cells(row: Row, ceilings: Ceilings | None) -> tuple[str, str, str, str]:
+def _cost_cells(row: Row, ceilings: Ceilings | None, *, trusted: bool) -> tuple[str, ...]:
+    """Return the work, the times that the ceilings allow, and the share of the roof if trusted."""
     cost, of_roof = row.cost, row.of_roof(ceilings)
+    share = (NONE if of_roof is None else f"{100 * of_roof:.0f} %",) if trusted else ()
     if cost is None:
-        return NONE, NONE, NONE, NONE
+        return (NONE, NONE, *share, NONE)
     return (
         f"{cost.gflop:.3g}" if cost.gflop else NONE,
         ms(cost.roof_ms(ceilings)) if ceilings and cost.gflop else NONE,
-        NONE if of_roof is None else f"{100 * of_roof:.0f} %",
+        *share,
         ms(cost.memory_ms(ceilings)) if ceilings else NONE,
     )
 

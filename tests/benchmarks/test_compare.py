@@ -11,6 +11,7 @@ from nsp.benchmarks.record.compare import Ratio, compare_results, parse_threshol
 from nsp.benchmarks.record.result import BenchResult, Part
 from nsp.benchmarks.record.rows import batch_result
 from nsp.benchmarks.record.times import Observation
+from nsp.benchmarks.render.comparison import comparison_sections
 from nsp.cli import main
 from nsp.errors import ConfigError
 
@@ -124,10 +125,22 @@ def test_results_that_cannot_be_judged_are_refused(result: BenchResult) -> None:
     with pytest.raises(ConfigError, match="does not record exactly what was measured"):
         compare_results(dataclasses.replace(old, contract=None), old, threshold=0.05)
     with pytest.raises(ConfigError, match="3 rounds of batch 1"):
-        compare_results(old, result, threshold=0.05)
+        compare_results(old, dataclasses.replace(result, trusted=True), threshold=0.05)
     other = dataclasses.replace(old, batches=(dataclasses.replace(old.batches[0], batch=2),))
     with pytest.raises(ConfigError, match="no batch size"):
         compare_results(old, other, threshold=0.05)
+
+
+def test_a_result_that_is_not_trusted_is_compared_only_when_asked(result: BenchResult) -> None:
+    old = observed(result)
+    doubted = dataclasses.replace(old, trusted=False, warnings=("another process worked", "b", "c"))
+    words = "new result cannot be trusted: another process worked, and 2 more reasons; .*--anyway"
+    with pytest.raises(ConfigError, match=words):
+        compare_results(old, doubted, threshold=0.05)
+    found = compare_results(old, doubted, threshold=0.05, anyway=True)
+    assert not found.trusted
+    assert next(comparison_sections(found)).title.endswith("not to be trusted")
+    assert compare_results(old, old, threshold=0.05).trusted
 
 
 def test_a_change_that_chance_could_have_made_is_unclear() -> None:
