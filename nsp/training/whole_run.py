@@ -28,7 +28,7 @@ from nsp.family.objective import Objective, TokenCache, TrainingData
 from nsp.family.recipe import PhaseConfig, RunConfig, counted
 from nsp.family.registry import family
 from nsp.family.system import System
-from nsp.files import read_json, write_file
+from nsp.files import write_file
 from nsp.paths import wrong_path
 from nsp.text.parts import TextEncoderSettings
 from nsp.training.data_order import StepSampler
@@ -46,6 +46,7 @@ from nsp.training.folder import (
     steps_folder,
     without_places,
 )
+from nsp.training.judging import judge_phase, judge_start, settle_again
 from nsp.training.leftovers import refuse_links, remove_leftovers
 from nsp.training.needs import check_classes, check_disk, saved_bytes, warn_of_memory
 from nsp.training.optimizer import check_targets, merge_adapters
@@ -55,15 +56,7 @@ from nsp.training.run_pictures import Pictures, open_pictures
 from nsp.training.stopping import StopRequest
 from nsp.training.tracking import Tracker
 from nsp.training.trainer import Phase, share_of
-from nsp.training.verdicts import (
-    SHEET_NAME,
-    VERDICT_NAME,
-    Verdict,
-    can_rebuild,
-    judge_generator,
-    judge_tokenizer,
-    settle,
-)
+from nsp.training.verdicts import can_rebuild
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +199,7 @@ def _run_phase(
     steps = dict(record.notes.get("steps", {}))
     if steps.get(config.name, 0) >= counted(config.steps):
         logger.info("%s: all %d steps are made", config.name, config.steps)
-        on_main(accelerator, lambda: _settle_again(folder, config, run))
+        on_main(accelerator, lambda: settle_again(folder, config, run))
         return True
     system = record.load()
 
@@ -223,69 +216,9 @@ def _run_phase(
 
         on_main(accelerator, save)
     if finished:
-        on_main(accelerator, lambda: _judge(config, run, folder, accelerator, data, objective))
+        on_main(accelerator, lambda: judge_phase(config, run, folder, accelerator, data, objective))
     accelerator.free_memory()
     return finished
-
-
-def _judge(
-    config: PhaseConfig,
-    run: RunConfig,
-    folder: Path,
-    accelerator: Accelerator,
-    data: Pictures,
-    objective: Objective,
-) -> None:
-    """Measure what a finished phase has made of the model; raise if the run should not go on."""
-    owner = family(run.family)
-    system = read_checkpoint(folder / CHECKPOINT_NAME).load().to(accelerator.device)
-    pictures = data.to_judge(system.config.image_size_px, run, share_of(config, accelerator))
-    verdict: Verdict | None = None
-    if not objective.rebuilds:
-        verdict = judge_generator(owner, system, pictures, seed=run.seed, sampling=run.sampling)
-    elif can_rebuild(owner):
-        verdict = judge_tokenizer(owner, system, pictures, seed=run.seed)
-    if verdict is not None:
-        file = folder / config.name / VERDICT_NAME
-        settle(verdict, f"phase {config.name}:", anyway=run.anyway, file=file)
-
-
-def _settle_again(folder: Path, config: PhaseConfig, run: RunConfig) -> None:
-    """Raise if the verdict on a finished phase has stopped the run, and no later phase began."""
-    file = folder / config.name / VERDICT_NAME
-    names = [phase.name for phase in run.phases]
-    later = names[names.index(config.name) + 1 :]
-    if file.is_file() and not any((folder / name).exists() for name in later):
-        settle(Verdict.from_dict(read_json(file)), f"phase {config.name}:", anyway=run.anyway)
-
-
-def _judge_start(
-    config: RunConfig,
-    folder: Path,
-    accelerator: Accelerator,
-    data: Pictures,
-    system: System,
-    first: Objective,
-) -> None:
-    """Say how well the image tokenizer that a run starts with rebuilds the run's pictures.
-
-    If it is not good enough, the run does not begin, unless its first phase trains all of it.
-    """
-    owner = family(config.family)
-    share = share_of(config.phases[0], accelerator)
-    scratch = next(iter(owner.recipes), None)
-    with_preset = "without --start-from" if scratch is None else f"with --preset {scratch}"
-    verdict = judge_tokenizer(
-        owner,
-        system,
-        data.to_judge(system.config.image_size_px, config, share),
-        seed=config.seed,
-        advice=f"train one on these pictures {with_preset}",
-        sheet=folder / SHEET_NAME,
-    )
-    name = f"the image tokenizer of {config.start_from}"
-    settle(verdict, name, anyway=config.anyway or not first.keeps_latents)
-    logger.info("pictures beside their reconstructions: %s", folder / SHEET_NAME)
 
 
 def _objective(
@@ -363,7 +296,7 @@ def _prepare_folder(
             device=accelerator.device,
         )
         if config.start_from is not None and can_rebuild(family(config.family)):
-            _judge_start(config, folder, accelerator, data, system, objectives[0])
+            judge_start(config, folder, accelerator, data, system, objectives[0])
         _save(start, system, config, {})
     _begin_again(folder, config, accelerator, data)
     newest = newest_model(folder)
