@@ -14,6 +14,8 @@ import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 folder, prompt, output, f32, i64 = Path(sys.argv[1]), *sys.argv[2:], np.float32, np.int64
 manifest = json.loads((folder / "manifest.json").read_text())
 config, guidance = manifest["config"], manifest["sampling"]["guidance_scale"]

@@ -12,6 +12,8 @@ from PIL import Image
 
 import nsp
 
+if len(sys.argv) < 4:
+    sys.exit(__doc__)
 engines, folder, prompts = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 folder.mkdir(parents=True, exist_ok=True)
 pipe = nsp.Pipeline.from_pretrained(engines)
@@ -33,4 +35,4 @@ plain = nsp.Order(prompts[0], 7, pipe.sampling.changed({"guidance_scale": 1.0}))
 strong = nsp.Order(prompts[0], 7, pipe.sampling.changed({"guidance_scale": 4.0}))
 for batch in pipe.batches([plain, strong]):  # those that can share a batch
     *_, last = pipe.run(batch)
-    print(f"{len(batch)} pictures of {last.total} steps")
+    print(f"pictures in this batch: {len(batch)}, steps: {last.total}")

@@ -18,6 +18,8 @@ import numpy as np
 import nsp
 
 ROUNDS = 3
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 folder, *prompts = sys.argv[1:]
 SETTINGS = [{}, {"guidance_until": 3}, {"guidance_scale": 1.0}]
 

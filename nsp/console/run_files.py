@@ -1,6 +1,8 @@
 """A run's configuration as a YAML or JSON file."""
 
+import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ def run_values(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no file {path}; give the YAML or JSON file of a run")
     if path.suffix.lower() not in _YAML:
-        return read_json(path)
+        found = read_json(path)
+        json.loads(path.read_bytes(), object_pairs_hook=partial(_refuse_repeated_pair, path))
+        return found
     if path.stat().st_size > _MAX_BYTES:
         raise ConfigError(f"{path} is larger than {_MAX_BYTES >> 20} MiB, so it is not a run")
     try:
@@ -48,6 +52,13 @@ def run_values(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} does not contain the fields of a run")
     return found
+
+
+def _refuse_repeated_pair(path: Path, pairs: list[tuple[str, object]]) -> None:
+    """Raise ConfigError for a key that stands twice in an object: JSON would take the last one."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError(f"{path}: {twice[0]!r} is there twice in one place; remove one")
 
 
 def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:

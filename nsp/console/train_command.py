@@ -5,7 +5,7 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,24 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
         context.exit()
 
 
+def _one_of(*words: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Return a completion of these words; wrong ones are refused with the nearest, later."""
+    return lambda ctx, parameter, begun: [word for word in words if word.startswith(begun)]
+
+
+def _preset_names(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    from nsp.family.recipes import recipes
+
+    return [name for name in recipes() if name.startswith(begun.replace("-", "_"))]
+
+
+def _size_names(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    from nsp.family.registry import family, family_names
+
+    known = dict.fromkeys(size for name in family_names() for size in family(name).sizes)
+    return [size for size in known if size.startswith(begun)]
+
+
 @click.command(
     "train",
     cls=TrainCommand,
@@ -54,6 +72,7 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
     "--preset",
     "--recipe",
     "preset",
+    shell_complete=_preset_names,
     help="Named run, such as emoji, quick, next-scale; with --help, its options.  [default: "
     "finetune with --data, otherwise emoji]",
 )
@@ -69,7 +88,11 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
     metavar="PLACE=VALUE",
     help="Change one value of the run, such as predictor.optimizer.lr=1e-3. Repeatable.",
 )
-@click.option("--size", help="Named model of the family, such as d16, instead of the recipe's.")
+@click.option(
+    "--size",
+    shell_complete=_size_names,
+    help="Named model of the family, such as d16, instead of the recipe's.",
+)
 @click.option("--print-config", is_flag=True, help="Print the run as YAML for --config, and exit.")
 @click.option(
     "--json-schema",
@@ -114,9 +137,17 @@ def _print_schema(context: click.Context, _: click.Parameter, value: bool) -> No
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU if there is one]"
 )
-@click.option("--precision", help="auto, fp32, bf16 or fp16.")
+@click.option(
+    "--precision",
+    shell_complete=_one_of("auto", "fp32", "bf16", "fp16"),
+    help="auto, fp32, bf16 or fp16.",
+)
 @click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
-@click.option("--parallel", help="How several processes share the work (ddp or fsdp).")
+@click.option(
+    "--parallel",
+    shell_complete=_one_of("ddp", "fsdp"),
+    help="How several processes share the work (ddp or fsdp).",
+)
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile.")
 @click.option(
     "--activation-checkpointing/--no-activation-checkpointing",

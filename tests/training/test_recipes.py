@@ -147,6 +147,22 @@ def test_a_printed_run_is_read_again_as_yaml_and_json(tmp_path: Path) -> None:
     assert printed(tmp_path, "--config", tmp_path / "run.yaml") == expected
 
 
+@pytest.mark.parametrize(
+    ("option", "begun", "known"),
+    [
+        ("--preset", "next-scale-", ["next_scale_sdxl", "next_scale_smoke"]),
+        ("--size", "d3", ["d30", "d36-s"]),
+        ("--precision", "f", ["fp32", "fp16"]),
+    ],
+)
+def test_presets_sizes_and_precisions_are_completed(
+    option: str, begun: str, known: list[str]
+) -> None:
+    words = {"COMP_WORDS": f"nsp train {option} {begun}", "COMP_CWORD": "3"}
+    told = CliRunner().invoke(nsp, env={"_NSP_COMPLETE": "bash_complete", **words}, prog_name="nsp")
+    assert [line.partition(",")[2] for line in told.output.split()] == known
+
+
 def test_a_file_with_a_key_twice_or_that_is_none_is_refused(tmp_path: Path) -> None:
     """YAML itself would take the last of two values; a pipe would be waited for."""
     text = as_yaml(preset("smoke"))
@@ -154,6 +170,9 @@ def test_a_file_with_a_key_twice_or_that_is_none_is_refused(tmp_path: Path) -> N
     file.write_text(text.replace("seed: 0\n", "seed: 0\nseed: 1\n"))
     with pytest.raises(ConfigError, match=r"run.yaml, line \d+: 'seed' is there twice"):
         read_run(file)
+    (tmp_path / "run.json").write_text('{"phases": [{"steps": 1, "steps": 2}]}')
+    with pytest.raises(ConfigError, match=r"run.json: 'steps' is there twice"):
+        read_run(tmp_path / "run.json")
     os.mkfifo(tmp_path / "pipe.yaml")
     result = run("--config", tmp_path / "pipe.yaml")
     assert result.exit_code == 2
