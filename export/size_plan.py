@@ -21,7 +21,7 @@ from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.artifacts.weight_kinds import count_weights, matches
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource, Sample, open_source
-from nsp.errors import ConfigError
+from nsp.errors import ConfigError, NspError
 from nsp.export.devices import Device, device
 from nsp.export.graph.dtypes import stored_precision
 from nsp.export.targets import TARGETS
@@ -269,7 +269,7 @@ def _recipe(owner: AnyFamily, model: Mapping[str, Any]) -> tuple[str, RunConfig]
         takes = {each.name for each in recipe.parameters}
         try:
             runs[name] = recipe.run(**{each: _NAMED[each] for each in takes & _NAMED.keys()})
-        except ConfigError as error:  # it needs more than that
+        except NspError as error:  # it needs more than that, or reads what is only named
             logger.debug("recipe %s is not planned: %s", name, error)
     if not runs:
         raise ConfigError(f"family {owner.name} has no recipe that can be planned without its data")
