@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from nsp.artifacts.checkpoint import CheckpointRecord, read_checkpoint
 from nsp.artifacts.manifest import PRECISION_DTYPES, Manifest, Variant
 from nsp.export.built_for import built_for
-from nsp.export.fingerprint import fingerprint, tool_versions
+from nsp.export.fingerprint import code_digest, fingerprint, tool_versions
 from nsp.export.graph.dtypes import precision_map, stored_precision
 from nsp.export.options import ExportOptions
 from nsp.export.stage_bytes import stage_bytes
@@ -109,6 +109,7 @@ def _stages(plan: ExportPlan, target: Target, precision: str) -> list[PlannedBui
         **tool_versions(),
         target.runtime.module: target.runtime.recorded_version() or "unknown",
     }
+    code = code_digest(type(family))
     builds = []
     for stage, declared in stages.items():
         stored = stored_precision(declared, precision)
@@ -127,6 +128,7 @@ def _stages(plan: ExportPlan, target: Target, precision: str) -> list[PlannedBui
             gpu_archs=archs,
             built_for=machine,
             tools=tools,
+            code=code,
         )
         estimate = sizes[stage] + _GRAPH_BYTES + _PROFILE_BYTES * len(profiles[stage])
         builds.append(
@@ -186,7 +188,7 @@ def _decide(
     if plan.options.rebuild:
         return replace(build, reason="a rebuild was requested")
     for manifest, why in (
-        (store.previous, "unchanged: same model, settings and tools"),
+        (store.previous, "unchanged: same model, code, settings and tools"),
         (store.staged, "finished before the export was interrupted"),
     ):
         variant = _same(manifest, build)
@@ -230,4 +232,4 @@ def _why_build(build: PlannedBuild, plan: ExportPlan, store: EngineStore) -> str
             return f"built for {fact} {old.device.get(fact) or 'unknown'}, not {now}"
     if list(old.profiles) != list(build.profiles):
         return "other batch or profile sizes"
-    return "other settings or exporter"
+    return "other code of the model or of the export, or other settings"

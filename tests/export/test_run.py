@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import nsp.export.build
+import nsp.export.plan
 from nsp.artifacts.checkpoint import write_digests
 from nsp.artifacts.engine_files import check_files
 from nsp.artifacts.manifest import read_manifest
@@ -407,6 +408,13 @@ def test_the_reason_for_a_build_names_the_tool_that_changed(engines, options):
     change_manifest(engines, stages={**manifest.stages, "step": tuple(older)})
     reasons = {b.stage: b.reason for b in plan(options)}
     assert reasons["step"].startswith("onnxruntime was 1.0 and is now 1.")
+
+
+def test_engines_of_other_code_are_built_again(engines, options, monkeypatch):
+    monkeypatch.setattr(nsp.export.plan, "code_digest", lambda family: "after an edit")
+    builds = [build for build in plan(options) if build.action != "share"]
+    assert {build.action for build in builds} == {"build"}
+    assert all(build.reason.startswith("other code") for build in builds)
 
 
 def test_planning_and_reusing_need_no_torch(engines, options):
