@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def plan_size(*, model: str, batch: int, precision: str, device: str, as_json: bool) -> None:
     """Show the memory, operations and least time of a model, without making it.
 
-    MODEL is a checkpoint folder or a named size. Nothing is loaded or trained: only shapes are
+    Give a checkpoint folder or a named size. Nothing is loaded or trained: only shapes are
     computed, so that a model larger than this machine can be planned on it.
     """
     from nsp.export.size_plan import plan_model

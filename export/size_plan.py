@@ -7,6 +7,7 @@ is generated and one step of each phase is trained on tensors of which only the 
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.artifacts.weight_kinds import count_weights, matches
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource, Sample, open_source
-from nsp.errors import ConfigError, NspError
+from nsp.errors import CheckpointError, ConfigError, NspError
 from nsp.export.devices import Device, device
 from nsp.export.graph.dtypes import stored_precision
 from nsp.export.targets import TARGETS
@@ -31,6 +32,7 @@ from nsp.family.recipe import PhaseConfig, RunConfig
 from nsp.family.recipes import Recipe
 from nsp.family.registry import family, family_names
 from nsp.family.system import System
+from nsp.paths import wrong_path
 from nsp.pipeline.dry_run import DryRun, StageCall, generate_dry
 from nsp.text.encoder import load_text_encoder
 from nsp.text.parts import TextEncoderSettings
@@ -244,6 +246,8 @@ def _named(model: str) -> _Model:
     """Return the model of a named size, trained as the recipe of that size says."""
     name, _, size = model.partition("/")
     known = [f"{each}/{one}" for each in family_names() for one in family(each).sizes]
+    if model not in known and os.path.lexists(model):
+        raise CheckpointError(wrong_path(Path(model), "--start-from"))
     choice("model (neither a checkpoint folder nor FAMILY/SIZE)", model, known)
     owner = family(name)
     config = owner.sizes[size]

@@ -16,7 +16,7 @@ from nsp.artifacts.counting import Watch
 from nsp.artifacts.manifest import Manifest
 from nsp.artifacts.systems import save_checkpoint
 from nsp.cli import main
-from nsp.errors import ConfigError
+from nsp.errors import CheckpointError, ConfigError
 from nsp.export.devices import DEVICES
 from nsp.export.size_plan import SizePlan, plan_model
 from nsp.family import registry
@@ -158,6 +158,16 @@ def test_a_size_whose_recipe_needs_data_is_planned_with_its_phases() -> None:
     plan = plan_model("next_scale/sdxl", batch=1, precision="fp16", on="h200")
     assert plan.recipe == "next_scale_sdxl"
     assert [phase.name for phase in plan.training] == ["scales"]
+
+
+def test_another_folder_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    run, engines = tmp_path / "run", tmp_path / "engines"
+    for file in (run / "run.json", run / "checkpoint/config.json", engines / "manifest.json"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    for folder, message in ((run, "a training run; use: .*/run/checkpoint"), (engines, "engine")):
+        with pytest.raises(CheckpointError, match=message):
+            plan_model(str(folder), batch=1, precision="fp32", on="cpu")
 
 
 def test_a_family_of_another_package_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
