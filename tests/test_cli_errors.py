@@ -101,6 +101,7 @@ def test_the_wrong_kind_of_condition_is_named(tiny_checkpoint, tiny_class_checkp
         return nsp("generate", "--checkpoint", checkpoint, "--output-dir", tmp_path, *condition)
 
     assert_one_line(generate(tiny_checkpoint, "--class-id", 1), 2, "text-conditional")
+    assert_one_line(generate(tiny_checkpoint, "--class", "cat"), 2, "no classes; give --prompt")
     assert_one_line(generate(tiny_class_checkpoint, *PROMPT), 2, "class-conditional")
     assert_one_line(generate(tiny_class_checkpoint, "--class-id", 99), 2, "class id 99", "0..9")
     assert list(tmp_path.iterdir()) == []

@@ -140,6 +140,14 @@ def check_settings(owner: "AnyFamily", given: Iterable[str]) -> None:
         )
 
 
+# What to give instead of the name of a class, by the kind of condition.
+_INSTEAD = {
+    "prompt": "has no classes; give --prompt",
+    "class": "has no names of classes; give --class-id",
+    "none": "has no classes; leave --class out",
+}
+
+
 def class_numbers(
     owner: "AnyFamily", config: Mapping[str, Any], names: Sequence[str]
 ) -> tuple[int, ...]:
@@ -148,12 +156,10 @@ def class_numbers(
     Upper and lower case are alike unless only they tell two classes apart. Raises ConfigError for
     an unknown name, with the nearest one.
     """
-    known = owner.class_names(owner.config.from_dict(config)) if names else ()
+    made = owner.config.from_dict(config)
+    known = owner.class_names(made) if names else ()
     if names and not known:
-        raise ConfigError(
-            f"--class {names[0]!r}: this model has no names of classes; give --class-id, if it has "
-            "classes"
-        )
+        raise ConfigError(f"--class {names[0]!r}: this model {_INSTEAD[owner.condition(made)]}")
     return tuple(_class_number(name, known) for name in names)
 
 
