@@ -21,6 +21,11 @@ def test_the_pages_build_without_a_warning_and_load_nothing(tmp_path: Path) -> N
     assert "load_pipeline" in (tmp_path / "api.html").read_text()
 
 
+def test_no_page_has_a_figure_that_was_to_be_filled_in() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        assert re.findall(r"\b(?:TODO|TBD|FIXME|MEASURED|TUNE\w*)\b", page.read_text()) == [], page
+
+
 def test_the_page_of_a_package_index_links_only_to_what_is_there() -> None:
     text = (ROOT / "deploy/README.md").read_text()
     assert re.findall(r"\]\((?!https://)", text) == []
