@@ -2,23 +2,26 @@
 
 import click
 
-from nsp.benchmarks.verbs import bench
-from nsp.console.command_line import Program, verbose_option, version_option
-from nsp.console.data_verbs import data
-from nsp.console.folder_verbs import convert, doctor, inspect
-from nsp.console.generate_verb import generate
-from nsp.console.train_command import main as train
-from nsp.export.plan_verb import plan_size
-from nsp.export.verbs import export_engines, verify_engines
+from nsp.console.command_line import Program, Verbs, verbose_option, version_option
+
+VERBS = Verbs(
+    train="nsp.console.train_command:main",
+    export="nsp.export.verbs:export_engines",
+    generate="nsp.console.generate_verb:generate",
+    convert="nsp.console.folder_verbs:convert",
+    verify="nsp.export.verbs:verify_engines",
+    inspect="nsp.console.folder_verbs:inspect",
+    doctor="nsp.console.folder_verbs:doctor",
+    plan="nsp.export.plan_verb:plan_size",
+    data="nsp.console.data_verbs:data",
+    bench="nsp.benchmarks.verbs:bench",
+)
 
 
 @click.group(
     "nsp",
     cls=Program,
-    commands=[
-        *(train, export_engines, generate, convert, verify_engines, inspect, doctor, plan_size),
-        *(data, bench),
-    ],
+    commands=VERBS,
     invoke_without_command=True,
     context_settings={
         "help_option_names": ["-h", "--help"],

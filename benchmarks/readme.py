@@ -96,7 +96,7 @@ def _rows(result: BenchResult) -> Iterator[tuple[str, str, str, str]]:
         name = "sampled tokens equal to PyTorch's, teacher-forced and free-running"
         yield name, percent(min(shares)), "", ""
     error = f"{parity.max_relative_error:.0e}".replace("e-0", "e-")
-    yield "largest logit error over its range", error, "", ""
+    yield f"largest {'logit' if shares else 'latent'} error over its range", error, "", ""
 
 
 def _time_row(result: BenchResult, name: str, row: Row) -> tuple[str, str, str, str]:

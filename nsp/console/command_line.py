@@ -7,11 +7,13 @@ that cannot be read or written, no memory left) is one line; a bug keeps its tra
 import contextlib
 import dataclasses
 import errno
+import importlib
 import io
 import json
 import os
 import sys
 import traceback
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -121,6 +123,26 @@ class OneLineErrors(click.Command):
             click.echo("error: " + one_line(" ".join(message.split())), err=True)
             drop_unwritten()
         sys.exit(code or DONE)
+
+
+class Verbs(UserDict[str, click.Command]):
+    """Verbs by name, each imported when it is asked for: a start needs one of ten.
+
+    They are given as "module:name" and need no import to be listed.
+    """
+
+    def __init__(self, **places: str) -> None:
+        super().__init__()
+        self._places = places
+        self.data = dict.fromkeys(places, click.Command(None))  # until they are imported
+
+    def __getitem__(self, name: str) -> click.Command:
+        """Return the verb."""
+        if place := self._places.get(name):
+            module, _, found = place.partition(":")
+            self.data[name] = getattr(importlib.import_module(module), found)
+            del self._places[name]
+        return self.data[name]
 
 
 class Program(OneLineErrors, click.Group):
