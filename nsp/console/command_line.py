@@ -7,6 +7,7 @@ that cannot be read or written, no memory left) is one line; a bug keeps its tra
 import contextlib
 import dataclasses
 import errno
+import gc
 import importlib
 import io
 import json
@@ -140,9 +141,24 @@ class Verbs(UserDict[str, click.Command]):
         """Return the verb."""
         if place := self._places.get(name):
             module, _, found = place.partition(":")
-            self.data[name] = getattr(importlib.import_module(module), found)
+            with _imports_are_kept():
+                self.data[name] = getattr(importlib.import_module(module), found)
             del self._places[name]
         return self.data[name]
+
+
+@contextlib.contextmanager
+def _imports_are_kept() -> Iterator[None]:
+    """No search for garbage while modules are imported, nor ever in what they made.
+
+    A full search over a hundred thousand functions and classes that all stay takes 12 ms.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Program(OneLineErrors, click.Group):
