@@ -16,7 +16,8 @@ from nsp.artifacts.manifest import (
     content_name,
     write_manifest,
 )
-from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
+from nsp.families.var.config import SIZES, VarConfig, with_condition
+from nsp.family.classes import ClassCondition
 from nsp.files import file_sha256
 from nsp.stage.io import StageIO
 from nsp.text.tokenizer import PromptTokenizer, train_tokenizer

@@ -22,8 +22,9 @@ from nsp.artifacts.counting import count_costs, counting, operation_counter
 from nsp.artifacts.manifest import read_manifest
 from nsp.artifacts.weight_kinds import WeightCounts
 from nsp.errors import ConfigError
-from nsp.families.var.config import SIZES, ClassCondition, VarConfig
+from nsp.families.var.config import SIZES, VarConfig
 from nsp.families.var.system import VarSystem
+from nsp.family.classes import ClassCondition
 from nsp.family.contract import Stage
 from nsp.family.registry import family
 from nsp.family.system import System

@@ -13,7 +13,8 @@ from nsp.benchmarks.peers.torch_recorded import (
     eager,
     graphed,
 )
-from nsp.families.var.config import ClassCondition, size, with_condition
+from nsp.families.var.config import size, with_condition
+from nsp.family.classes import ClassCondition
 from nsp.family.registry import family
 from nsp.layers.attention import attend_delta
 from nsp.pipeline.pipeline import Pipeline

@@ -4,7 +4,8 @@ import pytest
 
 from nsp.console.settings import class_numbers
 from nsp.errors import ConfigError
-from nsp.families.var.config import ClassCondition, size, with_condition
+from nsp.families.var.config import size, with_condition
+from nsp.family.classes import ClassCondition
 from nsp.family.registry import family
 
 NAMES = ("Dog", "Golden Retriever", "dog", "golden-retriever")

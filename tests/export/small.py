@@ -17,8 +17,9 @@ import nsp.export.targets
 from nsp.artifacts.systems import save_checkpoint
 from nsp.data.sources import ImageSource, Sample
 from nsp.export.compile.trt_builder import compile_engine
-from nsp.families.var.config import SIZES, ClassCondition, VarConfig, with_condition
+from nsp.families.var.config import SIZES, VarConfig, with_condition
 from nsp.families.var.learn import VarLearner
+from nsp.family.classes import ClassCondition
 from nsp.text.parts import TextEncoderSettings
 from tests.models import CAPTIONS
 

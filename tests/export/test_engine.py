@@ -28,7 +28,8 @@ from nsp.export.options import ExportOptions
 from nsp.export.run import export as run_export
 from nsp.export.run import plan
 from nsp.export.store import TIMING_CACHE
-from nsp.families.var.config import ClassCondition, with_condition
+from nsp.families.var.config import with_condition
+from nsp.family.classes import ClassCondition
 from nsp.family.contract import trace_sizes
 from nsp.family.registry import family
 from nsp.stage.io import Axes, StageIO

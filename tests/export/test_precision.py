@@ -11,9 +11,10 @@ from nsp.artifacts.weight_kinds import matches
 from nsp.export.graph.dtypes import precision_map, stored_precision
 from nsp.export.graph.narrow import at_precision
 from nsp.export.stage_bytes import stage_bytes
-from nsp.families.var.config import ClassCondition, with_condition
+from nsp.families.var.config import with_condition
 from nsp.families.var.stages import stages
 from nsp.families.var.system import VarSystem
+from nsp.family.classes import ClassCondition
 from nsp.family.registry import family
 from tests.export.small import small_config
 

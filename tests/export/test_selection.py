@@ -14,8 +14,9 @@ from nsp.errors import ConfigError
 from nsp.export.compile.engine import build_engine
 from nsp.export.graph.lint import check_graph
 from nsp.export.graph.onnx_export import export_stage
-from nsp.families.var.config import ClassCondition, with_condition
+from nsp.families.var.config import with_condition
 from nsp.families.var.sampling import VarSampling
+from nsp.family.classes import ClassCondition
 from nsp.family.contract import trace_sizes
 from nsp.family.registry import family
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nsp.families.var.sampling import rank_bucket
+from nsp.family.code_sampling import rank_bucket
 from nsp.layers.logits import (
     apply_guidance,
     filter_by_mass,

@@ -95,7 +95,7 @@ def margin_of(pipe: Pipeline, order: Order[Sampling], trace: Any, scale: int) ->
     """Return the smallest distance of a draw of one scale to an edge of its token's interval."""
     import torch
 
-    from nsp.families.var.sampling import draw_uniforms
+    from nsp.family.code_sampling import draw_uniforms
     from nsp.layers.logits import filter_by_rank
 
     sampling, codes = order.sampling, pipe.config.vae.vocab_size

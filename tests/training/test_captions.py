@@ -107,8 +107,9 @@ def test_a_set_without_captions_trains_the_tokenizer_and_is_refused_where_they_a
 
 def test_an_unconditional_model_needs_neither_captions_nor_classes(tmp_path: Path) -> None:
     model = json.loads((new_tiny_checkpoint(tmp_path / "model") / "config.json").read_text())
-    from nsp.families.var.config import ClassCondition, VarConfig, with_condition
+    from nsp.families.var.config import VarConfig, with_condition
     from nsp.families.var.system import VarSystem
+    from nsp.family.classes import ClassCondition
 
     config = VarConfig.from_dict(model["config"])
     files = {f"{n}.png": encoded(".png", n, (16, 16)) for n in range(3)}

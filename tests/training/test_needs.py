@@ -11,8 +11,9 @@ import torch
 import nsp.training.needs
 from nsp.data.sources import ImageSource, Sample
 from nsp.errors import ConfigError
-from nsp.families.var.config import ClassCondition, size, with_condition
+from nsp.families.var.config import size, with_condition
 from nsp.families.var.recipes import smoke
+from nsp.family.classes import ClassCondition
 from nsp.training.needs import check_classes, check_disk, free_memory
 from nsp.training.whole_run import train
 

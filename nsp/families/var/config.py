@@ -6,12 +6,13 @@ Source of the numbers: Tian et al. 2024, arXiv:2404.02905, and github.com/Founda
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from nsp.config import Config, ModelConfig
 from nsp.errors import ConfigError
+from nsp.family.classes import ClassCondition, classes_of
 from nsp.values import shown
 
 SCHEDULES: dict[int, tuple[int, ...]] = {
@@ -90,28 +91,6 @@ class VaeConfig(Config):
         # A single scale sits at ratio 0; the reference divides by zero there.
         ratios = [scale / max(num_scales - 1, 1) for scale in range(num_scales)]
         return tuple(int(np.argmin(np.abs(ticks - ratio))) for ratio in ratios)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassCondition(Config):
-    """One learned embedding per class; index `num_classes` is the null class."""
-
-    num_classes: int
-    id2label: tuple[str, ...] = ()  # the name of every class, by its number; empty: not known
-    kind: Literal["class"] = "class"
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        self.check_counts("condition", "num_classes")
-        if self.id2label and len(self.id2label) != self.num_classes:
-            raise ConfigError(
-                f"condition: {len(self.id2label)} names in id2label for {self.num_classes} classes"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a plain dictionary; without names it is that of models that never had any."""
-        values = super().to_dict()
-        return values if self.id2label else {n: values[n] for n in values if n != "id2label"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,13 +294,7 @@ def with_condition(config: VarConfig, condition: ClassCondition | TextCondition)
 
 
 def with_classes(config: VarConfig, names: Sequence[str]) -> VarConfig:
-    """Return the configuration for these classes, if the model has classes to choose from.
-
-    A model of one class is unconditional and stays so. Classes that have only numbers ("0", "1",
-    ...) do not tell how many the model should have.
-    """
-    is_named = list(names) != [str(number) for number in range(len(names))]
-    if config.text is not None or config.num_classes == 1 or not names or not is_named:
+    """Return the configuration for these classes, if the model has classes to choose from."""
+    if not isinstance(config.condition, ClassCondition):
         return config
-    condition = ClassCondition(num_classes=len(names), id2label=tuple(names))
-    return with_condition(config, condition)
+    return with_condition(config, classes_of(config.condition, names))

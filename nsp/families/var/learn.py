@@ -14,7 +14,7 @@ from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
 from nsp.families.var import tokens
-from nsp.families.var.config import ClassCondition, VarConfig, with_condition
+from nsp.families.var.config import VarConfig, with_condition
 from nsp.families.var.decoder_objective import DecoderObjective, DecoderSettings
 from nsp.families.var.model import initialize
 from nsp.families.var.modules import build_stages
@@ -23,6 +23,7 @@ from nsp.families.var.samples import reconstruct
 from nsp.families.var.sampling import VarSampling
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerObjective, TokenizerSettings
+from nsp.family.classes import ClassCondition
 from nsp.family.contract import Learner
 from nsp.family.objective import Objective, TrainingData
 from nsp.family.order import Order

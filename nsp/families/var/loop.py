@@ -12,13 +12,8 @@ from numpy.typing import NDArray
 
 from nsp.errors import ConfigError
 from nsp.families.var.config import VarConfig
-from nsp.families.var.sampling import (
-    VarSampling,
-    draw_gumbel,
-    draw_uniforms,
-    rank_bucket,
-    scale_ratios,
-)
+from nsp.families.var.sampling import VarSampling, draw_gumbel, scale_ratios
+from nsp.family.code_sampling import draw_inputs, draw_uniforms
 from nsp.family.order import Encoded, Given, Order, Step, stacked
 from nsp.layers.resample import area_matrix, bicubic_matrix
 from nsp.stage.arena import Array, KVShape
@@ -70,9 +65,7 @@ def loop_inputs(config: VarConfig, orders: Orders, text: Encoded | None) -> dict
     inputs = {
         **_condition_inputs(config, orders, text, guided=guided_scales > 0),
         "latent": np.zeros((batch, config.vae.latent_channels, side, side), np.float32),
-        "temperature": np.array([o.sampling.temperature for o in orders], np.float32),
-        "top_p": np.array([o.sampling.top_p for o in orders], np.float32),
-        **_top_k_inputs(orders, config.vae.vocab_size),
+        **draw_inputs(orders, config.vae.vocab_size),
     }
     length, codes = config.num_tokens, config.vae.vocab_size
     free = np.full(length, -1, np.int64)
@@ -100,22 +93,6 @@ def loop_inputs(config: VarConfig, orders: Orders, text: Encoded | None) -> dict
             here["ratio"] = np.array(ratios[scale], np.float32)
         inputs |= {f"{name}_{scale}": array for name, array in here.items()}
     return inputs
-
-
-def _top_k_inputs(orders: Orders, vocab_size: int) -> dict[str, NDArray[np.int64]]:
-    """Return every image's top-k, and the ranks to sort; 0 is off.
-
-    If top-p without top-k needs all codes as ranks, `top_k_ranks` are the ranks for a stage that
-    needs only those of top-k.
-    """
-    top_k = [min(order.sampling.top_k, vocab_size) for order in orders]
-    ranks = {"ranks": orders[0].sampling.num_ranks(vocab_size)}
-    if any(order.sampling.is_nucleus_alone for order in orders):
-        ranks["top_k_ranks"] = rank_bucket(max(top_k), vocab_size)
-    return {
-        "top_k": np.array(top_k, np.int64),
-        **{name: np.arange(count, dtype=np.int64) for name, count in ranks.items()},
-    }
 
 
 def _condition_inputs(

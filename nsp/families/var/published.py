@@ -20,8 +20,9 @@ from torch import Tensor
 from nsp.artifacts.checkpoint import is_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
-from nsp.families.var.config import SCHEDULES, ClassCondition, VarConfig
+from nsp.families.var.config import SCHEDULES, VarConfig
 from nsp.families.var.system import VarSystem
+from nsp.family.classes import ClassCondition
 from nsp.weights.module_weights import bounded, load_state, rounded_to_eight_bits
 from nsp.weights.state_names import (
     VAR_PREDICTOR,

@@ -13,15 +13,12 @@ from numpy.typing import NDArray
 
 from nsp import values
 from nsp.errors import ConfigError
-from nsp.family.order import Sampling, stream
-from nsp.stage.backend import TENSORRT_RANKS
-
-# Bounds far beyond any use. Beyond them float32 overflows and gives noise without an error.
-_LARGE = 1e6
+from nsp.family.code_sampling import LARGE, CodeSampling
+from nsp.family.order import stream
 
 
 @dataclass(frozen=True, kw_only=True)
-class VarSampling(Sampling):
+class VarSampling(CodeSampling):
     """Settings of one image."""
 
     guidance_scale: float = field(
@@ -38,42 +35,20 @@ class VarSampling(Sampling):
         default=None,
         metadata={"help": "Number of guided scales; the later, largest ones then cost half."},
     )
-    top_k: int = field(
-        default=0, metadata={"help": "Draw from the K most likely codes; 0 is off, 1 is greedy."}
-    )
-    top_p: float = field(
-        default=1.0, metadata={"help": "Draw from the most likely codes of mass P; 1 is off."}
-    )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Divides the logits; lower is less random."}
-    )
     more_smooth: bool = field(default=False, metadata={"help": "Mix codes (Gumbel softmax)."})
-
-    @property
-    def sorted_codes(self) -> int:
-        """How many of the largest logits must be sorted whichever stage draws; 0 for none."""
-        return self.top_k
 
     @property
     def greedy(self) -> str | None:
         """The setting that gives every seed the same image, in words; None if seeds matter."""
-        return "top_k=1" if self.top_k == 1 and not self.more_smooth else None
+        return None if self.more_smooth else super().greedy
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 <= self.guidance_scale <= _LARGE:
+        super().__post_init__()
+        if not 0 <= self.guidance_scale <= LARGE:
             raise ConfigError(
-                f"guidance_scale={self.guidance_scale} must be at least 0 and at most {_LARGE:g}; "
+                f"guidance_scale={self.guidance_scale} must be at least 0 and at most {LARGE:g}; "
                 "1.0 is off"
-            )
-        if self.top_k < 0:
-            raise ConfigError(f"top_k={self.top_k} must be at least 0; 0 is off")
-        if not 1 / _LARGE <= self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p} must be in [{1 / _LARGE:g}, 1]; 1.0 is off")
-        if not 1 / _LARGE <= self.temperature <= _LARGE:
-            raise ConfigError(
-                f"temperature={self.temperature} must be in [{1 / _LARGE:g}, {_LARGE:g}]; "
-                "top_k=1 is greedy"
             )
         low, high = self.guidance_interval if len(self.guidance_interval) == 2 else (1.0, 0.0)
         if not 0 <= low <= high <= 1:
@@ -123,35 +98,10 @@ class VarSampling(Sampling):
         until = min(until, num_scales)
         return [*values[:until], *[1.0] * (num_scales - until)]
 
-    @property
-    def is_nucleus_alone(self) -> bool:
-        """Whether top-p decides among all codes, because no top-k limits their number."""
-        return self.top_p < 1 and not self.top_k
-
-    def num_ranks(self, vocab_size: int) -> int:
-        """Return how many of the largest logits a stage sorts for these settings."""
-        return vocab_size if self.is_nucleus_alone else rank_bucket(self.top_k, vocab_size)
-
-
-def rank_bucket(top_k: int, vocab_size: int) -> int:
-    """Return how many logits are sorted for a top-k, rounded up so that recordings stay few.
-
-    It is a power of two, or the most that TensorRT can sort, or all.
-    """
-    power: int = 1 << max(top_k - 1, 0).bit_length()
-    if power > TENSORRT_RANKS >= top_k:
-        power = TENSORRT_RANKS
-    return min(power, vocab_size)
-
 
 def scale_ratios(num_scales: int) -> list[float]:
     """Return s / (S - 1) for every scale; [0.0] for a single one."""
     return [scale / max(num_scales - 1, 1) for scale in range(num_scales)]
-
-
-def draw_uniforms(seed: int, num_tokens: int) -> NDArray[np.float32]:
-    """Return the uniform numbers (L,) in [0, 1) of one image."""
-    return stream(seed).random(num_tokens, np.float32)
 
 
 def draw_gumbel(seed: int, num_tokens: int, vocab_size: int) -> NDArray[np.float32]:

@@ -9,13 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsp.errors import ConfigError
-from nsp.families.var.sampling import (
-    VarSampling,
-    draw_gumbel,
-    draw_uniforms,
-    rank_bucket,
-    scale_ratios,
-)
+from nsp.families.var.sampling import VarSampling, draw_gumbel, scale_ratios
+from nsp.family.code_sampling import draw_uniforms, rank_bucket
 from nsp.stage.backend import TENSORRT_RANKS
 
 

@@ -10,10 +10,11 @@ from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
-from nsp.families.var.config import SIZES, ClassCondition, with_condition
+from nsp.families.var.config import SIZES, with_condition
 from nsp.families.var.model import Conditioning
 from nsp.families.var.objective import PredictorObjective, PredictorSettings
 from nsp.families.var.system import VarSystem
+from nsp.family.classes import ClassCondition
 from nsp.family.objective import TrainingData
 
 

@@ -13,10 +13,11 @@ from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
 from nsp.families.var import decoder_objective, tokenizer_objective
-from nsp.families.var.config import SIZES, ClassCondition, with_condition
+from nsp.families.var.config import SIZES, with_condition
 from nsp.families.var.learn import VarLearner
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerSettings, decoded_latents
+from nsp.family.classes import ClassCondition
 from nsp.family.objective import TrainingData
 from nsp.family.recipes import preset
 from nsp.training.whole_run import train

@@ -8,7 +8,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nsp.families.var.config import ClassCondition, PredictorConfig, VaeConfig, VarConfig
+from nsp.families.var.config import PredictorConfig, VaeConfig, VarConfig
+from nsp.family.classes import ClassCondition
 
 GOLDEN_DIR = Path(__file__).parent
 
