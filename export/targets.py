@@ -19,7 +19,7 @@ class Target:
 
     name: str  # on the command line
     backend: str  # in the manifest
-    kv_layout: str
+    kv_layouts: tuple[str, ...]  # of the cache, best first; a family need not have all
     opset: int
     precisions: tuple[str, ...]
     compiles: bool  # whether it compiles engines; otherwise the ONNX file is the engine
@@ -39,17 +39,17 @@ TARGETS: Mapping[str, Target] = {
     "onnxruntime": Target(
         name="onnxruntime",
         backend="onnxruntime",
-        kv_layout="present",
+        kv_layouts=("present", "delta"),
         opset=23,
         precisions=("fp32", "fp16", "int8"),
         compiles=False,
     ),
     # TensorRT's parsers refuse that operator, so attention is matrix products (opset 18) and the
-    # cache is an argument.
+    # cache is an argument. With many short steps it is padded: every size needs a profile.
     "tensorrt-rtx": Target(
         name="tensorrt-rtx",
         backend="tensorrt_rtx",
-        kv_layout="delta",
+        kv_layouts=("fixed", "delta"),
         opset=18,
         precisions=("fp32", "fp16", "bf16"),
         compiles=True,
@@ -59,7 +59,7 @@ TARGETS: Mapping[str, Target] = {
     "tensorrt": Target(
         name="tensorrt",
         backend="tensorrt",
-        kv_layout="delta",
+        kv_layouts=("fixed", "delta"),
         opset=18,
         precisions=("fp32", "fp16", "bf16"),
         compiles=True,

@@ -19,6 +19,7 @@ from nsp.benchmarks.record.parity import Flip, Parity, StepParity
 from nsp.errors import ParityError
 from nsp.family.order import Order, stream
 from nsp.pipeline.pipeline import Pipeline
+from nsp.pipeline.results import joined
 
 Floats = NDArray[np.float32]
 MAX_FLIPS = 100  # recorded one by one; a broken model flips nearly every token
@@ -134,7 +135,7 @@ def _trace(pipeline: Pipeline, orders: Sequence[Order[Any]]) -> _Trace:
         latents.append(None if last is None else pipeline.download(last))
         for name, arrays in drawn.items():
             if name in step.drawn:
-                arrays.append(pipeline.download(step.drawn[name]))
+                arrays.append(joined(pipeline.download, step.drawn[name]))
     assert last is not None  # the last step ends with a picture
     groups = group_steps(kinds, pipeline.family.grids(pipeline.config))
 

@@ -6,6 +6,7 @@ measured error of the distribution is smaller than the margin, rounding cannot f
 flip means a wrong computation.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,15 +74,20 @@ class TokenFigures:
         }
 
 
-def compare_tokens(backend: Backend, select: Call, logits: NDArray[Any]) -> TokenFigures:
-    """Compare the tokens sampled from `logits` with those of the recorded `select` call.
+def redrawn(backend: Backend, select: Call, logits: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Return what a recorded `select` call draws from other logits.
 
     `backend` is the reference, which samples from both logits with the same uniform numbers.
     """
     feeds: dict[str, Any] = {name: backend.upload(array) for name, array in select.feeds.items()}
     feeds["logits"] = backend.upload(logits)
     results = backend.run(select.stage, feeds)
-    tokens, guided = (backend.download(results[name]) for name in ("tokens", "guided"))
+    return {name: backend.download(results[name]) for name in ("tokens", "guided")}
+
+
+def compare_tokens(select: Call, found: Mapping[str, NDArray[Any]]) -> TokenFigures:
+    """Compare `tokens` and `guided` with those of the recorded call that drew tokens."""
+    tokens, guided = found["tokens"], found["guided"]
     expected_tokens, expected = select.outputs["tokens"], select.outputs["guided"]
     old, new = _log_softmax(expected), _log_softmax(guided)
     return TokenFigures(

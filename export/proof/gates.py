@@ -96,6 +96,8 @@ def problem(
 ) -> str | None:
     """Return in words how an output fails its gate; None if it passes."""
     apart = difference(expected, found)
+    if isinstance(gate, Tokens) and gate.decides(name):
+        return None if np.isfinite(apart.max_abs) else "it is not finite"
     if apart.is_integer:
         agreement = float(np.mean(expected == found)) if expected.size else 1.0
         if agreement < 1:

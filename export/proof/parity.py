@@ -146,15 +146,18 @@ def _compare(subject: Subject, report: _Report, unit: _Unit, repeated: Repeated)
 
 
 def _draw(subject: Subject, unit: _Unit, repeated: Repeated, selection: Backend | None) -> None:
-    """Draw tokens from the stage's logits and count the different ones."""
-    gate, following = subject.gate, repeated.following
-    if selection is None or not isinstance(gate, Tokens) or following is None:
+    """Count the different ones of the tokens drawn from the stage's logits."""
+    gate, select, found = subject.gate, repeated.call, repeated.found
+    if selection is None or not isinstance(gate, Tokens):
         return
-    if following.stage not in gate.drawn_by:
-        return
-    from nsp.export.proof.flips import compare_tokens  # torch
+    from nsp.export.proof.flips import compare_tokens, redrawn  # torch
 
-    figures = compare_tokens(selection, following, repeated.found[gate.logits])
+    if gate.drawn_by:
+        if repeated.following is None or repeated.following.stage not in gate.drawn_by:
+            return
+        select = repeated.following
+        found = redrawn(selection, select, found[gate.logits])
+    figures = compare_tokens(select, found)
     unit.tokens = figures if unit.tokens is None else unit.tokens.plus(figures)
 
 

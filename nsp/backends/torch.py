@@ -70,6 +70,10 @@ class TorchBackend(Backend):
         """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
         target.copy_(source[:, : target.shape[1]])
 
+    def fill_with_zeros(self, array: Any) -> None:
+        """Fill an array with zeros."""
+        array.zero_()
+
 
 def _usable_device(device: Any) -> torch.device:
     """Return the device; ConfigError for an unknown one, BackendError if it is not available."""

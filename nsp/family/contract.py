@@ -219,9 +219,9 @@ class Family(ABC, Generic[C, S, Y]):
         stages = self.stages(config, kv_layout=kv_layout, dtype=dtype)
         return {name: stage.io for name, stage in stages.items()}
 
-    def layout(self, wanted: str) -> str:
-        """Return the cache layout `wanted`, or the family's best if it does not have that one."""
-        return wanted if wanted in self.kv_layouts else self.kv_layouts[0]
+    def layout(self, wanted: Sequence[str]) -> str:
+        """Return the first of the cache layouts that the family has, or else the family's best."""
+        return next((each for each in wanted if each in self.kv_layouts), self.kv_layouts[0])
 
     def given(self, config: C) -> Mapping[str, Given]:
         """Return the arrays that an order may have in addition to its condition."""

@@ -120,7 +120,8 @@ class Step:
     total: int
     unit: Unit
     latent: Array | None  # decodes to a picture; None in the middle of one
-    drawn: Mapping[str, Array] = field(default_factory=dict)  # "tokens", and "logits" for a trace
+    # "tokens" (B, L), and "logits" (B, L, V) for a trace; each as its parts along L.
+    drawn: Mapping[str, tuple[Array, ...]] = field(default_factory=dict)
 
 
 def stacked(

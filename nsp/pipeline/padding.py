@@ -18,7 +18,7 @@ def cut_step(step: Step, num_images: int) -> Step:
     return replace(
         step,
         latent=None if step.latent is None else step.latent[:num_images],
-        drawn={name: array[:num_images] for name, array in step.drawn.items()},
+        drawn={n: tuple(a[:num_images] for a in parts) for n, parts in step.drawn.items()},
     )
 
 

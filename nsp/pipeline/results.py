@@ -1,5 +1,6 @@
 """The results of a pipeline: images, traces of all steps, and the state after a step."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,7 +106,7 @@ class StreamStep:
             raise ConfigError(
                 f"family {self._pipeline.family.name} has no {name} in this step; use `latent`"
             )
-        return self._pipeline.download(self._step.drawn[name])
+        return joined(self._pipeline.download, self._step.drawn[name])
 
     def _whole(self) -> Any:
         """Return the latent on the backend."""
@@ -114,6 +115,11 @@ class StreamStep:
                 f"step {self.scale} is in the middle of a picture: there is no latent yet"
             )
         return self._step.latent
+
+
+def joined(download: Callable[[Array], NDArray[Any]], parts: Sequence[Array]) -> NDArray[Any]:
+    """Return on the host what a step has drawn, (B, L, ...), from its parts along L."""
+    return np.concatenate([download(part) for part in parts], axis=1)
 
 
 def to_uint8(image_B3HW: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -205,7 +205,7 @@ class OrderRunner:
 
     def _loop_without_logits(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Step]:
         for step in self._loop(backend, inputs):
-            drawn = {name: array for name, array in step.drawn.items() if name != "logits"}
+            drawn = {name: parts for name, parts in step.drawn.items() if name != "logits"}
             yield replace(step, drawn=drawn)
 
     def _loop_and_decoder(self, backend: Backend, inputs: Mapping[str, Array]) -> Iterator[Array]:

@@ -6,6 +6,7 @@ heads, K head width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsp.stage.io import Fed, Shape
+
+_NUM_SPANS = 4
 
 
 class Array(Fed, Protocol):
@@ -46,6 +49,9 @@ class Memory(Protocol):
     def copy_rows(self, source: Array, target: Array) -> None:
         """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
 
+    def fill_with_zeros(self, array: Array) -> None:
+        """Fill an array with zeros."""
+
 
 class HostArrays:
     """NumPy arrays as the memory of an arena."""
@@ -59,6 +65,11 @@ class HostArrays:
         assert isinstance(source, np.ndarray)
         assert isinstance(target, np.ndarray)
         target[...] = source[:, : target.shape[1]]
+
+    def fill_with_zeros(self, array: Array) -> None:
+        """Fill an array with zeros."""
+        assert isinstance(array, np.ndarray)
+        array.fill(0)
 
 
 def is_cached(name: str) -> bool:
@@ -135,6 +146,38 @@ class DeltaArena(KVArena):
         return dict(zip(self._names("new"), views, strict=True))
 
 
+def past_spans(num_tokens: int) -> tuple[int, ...]:
+    """Return the lengths to which layout "fixed" pads the past of a cache of `num_tokens`.
+
+    They are four, or fewer in a small cache, and multiples of 16; the last one is the whole cache.
+    """
+    span = 16 * max(1, -(-num_tokens // (16 * _NUM_SPANS)))
+    return tuple(range(span, num_tokens + span, span))
+
+
+class FixedArena(DeltaArena):
+    """As `DeltaArena`, with the past padded to the end of its span, so that its sizes are few.
+
+    A stage leaves the padding out by the number of cached tokens, which it gets as an input. The
+    padding is finite: zeros, or what an earlier batch left.
+    """
+
+    def __init__(self, shape: KVShape, memory: Memory) -> None:
+        self._spans = past_spans(shape.num_tokens)
+        super().__init__(replace(shape, num_tokens=self._spans[-1]), memory)
+
+    def _allocate(self, memory: Memory) -> list[Array]:
+        buffers = super()._allocate(memory)
+        for buffer in buffers:
+            memory.fill_with_zeros(buffer)
+        return buffers
+
+    def past(self) -> dict[str, Array]:
+        """Return views (P, G, H, K), P being the end of the span."""
+        end = next(end for end in self._spans if end >= self.length)
+        return dict(zip(self._names("past"), (b[:end] for b in self._buffers), strict=True))
+
+
 class PresentArena(KVArena):
     """Two flat buffers per tensor, each a packed (G, H, P, K).
 
@@ -180,7 +223,8 @@ class PresentArena(KVArena):
         return dict(zip(self._names(prefix), views, strict=True))
 
 
-ARENAS: dict[str, type[DeltaArena] | type[PresentArena]] = {
+ARENAS: dict[str, Callable[[KVShape, Memory], KVArena]] = {
     "delta": DeltaArena,
+    "fixed": FixedArena,
     "present": PresentArena,
 }

@@ -64,6 +64,10 @@ class Backend(ABC):
     def copy_rows(self, source: Array, target: Array) -> None:
         """Fill `target` (P, N, ...) with the first N of `source` (P, G, ...)."""
 
+    def fill_with_zeros(self, array: Array) -> None:
+        """Fill an array (P, G, ...) with zeros."""
+        self.copy_rows(self.upload(np.zeros(array.shape, str(array.dtype))), array)
+
     def arena(self, shape: KVShape) -> AbstractContextManager[KVArena]:
         """Lend an empty arena in this backend's layout; its views end with the `with` block."""
         return nullcontext(self.new_arena(shape))

@@ -108,6 +108,9 @@ def _copied(result: Any) -> Any:
     """Return a result that later repetitions do not overwrite."""
     if isinstance(result, Step):
         latent = None if result.latent is None else cast("Any", result.latent).clone()
-        drawn = {name: cast("Any", array).clone() for name, array in result.drawn.items()}
+        drawn = {
+            name: tuple(cast("Any", part).clone() for part in parts)
+            for name, parts in result.drawn.items()
+        }
         return replace(result, latent=latent, drawn=drawn)
     return result.clone()

@@ -87,7 +87,7 @@ class UnderTest:
     @cached_property
     def layout(self) -> str:
         """The cache layout that PyTorch runs."""
-        return self.family.layout("delta")
+        return self.family.layout(["delta"])
 
     @cached_property
     def declared(self) -> Mapping[str, Stage]:

@@ -141,6 +141,12 @@ class CudaStandIn:
         self._enqueue(stream, lambda: ctypes.memmove(target, source, count))
         return (OK,)
 
+    def cudaMemsetAsync(self, target, value, count, stream):
+        self._enter("cudaMemsetAsync")
+        self._check_device(target, count)
+        self._enqueue(stream, lambda: ctypes.memset(target, value, count))
+        return (OK,)
+
     def cudaMemcpy2DAsync(self, target, there, source, here, width, height, kind, stream):
         self._enter("cudaMemcpy2DAsync")
         self._check_device(target, there * (height - 1) + width)

@@ -16,7 +16,7 @@ from nsp.backends.torch import TorchBackend
 from nsp.errors import ParityError
 from nsp.export.options import ExportOptions
 from nsp.export.plan import make_plan
-from nsp.export.proof.flips import Flip, compare_tokens
+from nsp.export.proof.flips import Flip, compare_tokens, redrawn
 from nsp.export.proof.gates import LIMITS, psnr_db
 from nsp.export.proof.parity import Subject, check_stage
 from nsp.export.proof.reference import Reference, record_reference
@@ -211,7 +211,7 @@ def test_a_flip_near_the_edge_of_its_interval_is_counted_with_its_margin(referen
     calls = reference.batches[1].recording.calls
     select = next(c for c in calls if c.stage == "select")
     backend = reference.pipeline.backend
-    same = compare_tokens(backend, select, select.feeds["logits"])
+    same = compare_tokens(select, redrawn(backend, select, select.feeds["logits"]))
     assert (same.agreement, same.kl_sum, same.flips) == (1.0, 0.0, ())
     logits = select.feeds["logits"].astype(np.float64)
     cumulative = np.exp(logits - logits.max()).cumsum(-1)
@@ -224,7 +224,8 @@ def test_a_flip_near_the_edge_of_its_interval_is_counted_with_its_margin(referen
     assert outputs["tokens"][0, 0] == code
     shifted = select.feeds["logits"].copy()
     shifted[..., code + 1] += 1.0  # takes probability from all codes before
-    figures = compare_tokens(backend, replace(select, feeds=feeds, outputs=outputs), shifted)
+    moved = replace(select, feeds=feeds, outputs=outputs)
+    figures = compare_tokens(moved, redrawn(backend, moved, shifted))
     (flip,) = figures.flips
     assert flip.margin == pytest.approx(1e-4, rel=0.01)
     assert flip.error > flip.margin

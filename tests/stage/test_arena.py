@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nsp.stage.arena import ARENAS, DeltaArena, HostArrays, KVArena, KVShape, PresentArena
+from nsp.stage.arena import (
+    ARENAS,
+    DeltaArena,
+    FixedArena,
+    HostArrays,
+    KVArena,
+    KVShape,
+    PresentArena,
+    past_spans,
+)
+
+UNPADDED = ("delta", "present")
 
 
 class Host(HostArrays):
@@ -59,7 +70,8 @@ def grow(arena: KVArena, length: int) -> None:
 
 def token_major(arena: KVArena) -> dict[str, NDArray[np.float32]]:
     swap = isinstance(arena, PresentArena)
-    return {n: a.transpose(2, 0, 1, 3) if swap else a for n, a in arena.past().items()}
+    found = {n: a.transpose(2, 0, 1, 3) if swap else a for n, a in arena.past().items()}
+    return {name: array[: arena.length] for name, array in found.items()}
 
 
 schedules = st.lists(st.integers(1, 9), min_size=1, max_size=7)
@@ -110,7 +122,7 @@ def test_a_cleared_arena_is_as_new(layout: str) -> None:
     assert arena.past()["past_k_0"].ctypes.data == first
 
 
-@pytest.mark.parametrize("layout", ARENAS)
+@pytest.mark.parametrize("layout", UNPADDED)
 def test_an_empty_past_has_the_address_of_the_arena(layout: str) -> None:
     host = Host()
     past = ARENAS[layout](shape_for([1, 4]), host).past()
@@ -118,7 +130,7 @@ def test_an_empty_past_has_the_address_of_the_arena(layout: str) -> None:
     assert {a.ctypes.data for a in past.values()} <= {b.ctypes.data for b in host.buffers} - {0}
 
 
-@pytest.mark.parametrize("layout", ARENAS)
+@pytest.mark.parametrize("layout", UNPADDED)
 def test_views_are_contiguous_and_new_entries_never_overlap_the_past(layout: str) -> None:
     arena = ARENAS[layout](shape_for([2, 3]), Host())
     for length in (2, 3):
@@ -139,3 +151,24 @@ def test_the_delta_layout_allocates_each_entry_once_and_moves_nothing() -> None:
     assert arena.past()["past_k_0"].ctypes.data == before
     sizes = [buffer.size for buffer in host.buffers]
     assert sum(sizes) == 2 * kv.num_layers * kv.num_tokens * kv.rows * kv.num_heads * kv.head_width
+
+
+@given(st.integers(1, 2000))
+def test_a_cache_has_at_most_four_spans_and_the_last_holds_it(num_tokens: int) -> None:
+    spans = past_spans(num_tokens)
+    assert len(spans) <= 4
+    assert spans[-1] - 16 * 4 < num_tokens <= spans[-1]
+    assert all(span % 16 == 0 for span in spans)
+
+
+def test_the_fixed_layout_pads_the_past_to_its_span_with_finite_numbers() -> None:
+    kv = shape_for([1] * 70)
+    arena, sizes = FixedArena(kv, Host()), []
+    for _ in range(70):
+        past = arena.past()["past_k_0"]
+        assert np.isfinite(past).all()
+        sizes.append(len(past))
+        grow(arena, 1)
+    assert sizes == [32] * 33 + [64] * 32 + [96] * 5
+    arena.keep_rows(1)
+    assert np.isfinite(arena.past()["past_k_0"]).all()

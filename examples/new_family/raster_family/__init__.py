@@ -119,7 +119,7 @@ class Raster(Family[RasterConfig, RasterSampling, "RasterSystem"]):
             logits = backend.run("step", state)
             made = backend.run("select", {**state, **logits, "uniforms": uniforms, **settings})
             canvas, is_row_end = made["new_canvas"], (index + 1) % config.image_size_px == 0
-            drawn = {"tokens": made["tokens"], "logits": made["guided"]}
+            drawn = {"tokens": (made["tokens"],), "logits": (made["guided"],)}
             yield Step(index, total, "tokens", canvas if is_row_end else None, drawn)
 
     def examples(self, config: RasterConfig, sampling: RasterSampling) -> Sequence[Orders]:

@@ -211,6 +211,10 @@ class Stream:
             self.handle,
         )
 
+    def fill_with_zeros(self, target: int, num_bytes: int) -> None:
+        """Fill memory on the GPU with zeros."""
+        self._call("cudaMemsetAsync", target, 0, num_bytes, self.handle)
+
     def send(self, target: int, source: int, num_bytes: int) -> None:
         """Copy bytes from host memory, which must not change until the stream is done."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice

@@ -229,12 +229,14 @@ class Recorder:
 
 
 def copied(result: T, stream: Stream) -> T:
-    """Return a result with its arrays copied: an array, a mapping or a dataclass with arrays."""
+    """Return a result with its arrays copied: an array, a tuple, a mapping or a dataclass."""
     found: Any = result
     if isinstance(found, DeviceArray):
         found = stream.copy(found)
     elif isinstance(found, Mapping):
         found = {name: copied(each, stream) for name, each in found.items()}
+    elif isinstance(found, tuple):
+        found = tuple(copied(each, stream) for each in found)
     elif dataclasses.is_dataclass(found) and not isinstance(found, type):
         fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
         found = dataclasses.replace(found, **{n: copied(a, stream) for n, a in fields.items()})

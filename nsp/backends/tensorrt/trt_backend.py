@@ -149,6 +149,11 @@ class StageRunner(Runner):
                 rows=target.shape[0],
             )
 
+    def fill_with_zeros(self, array: Any) -> None:
+        """Fill an array with zeros."""
+        if self._scratch is not None:
+            self.stream.fill_with_zeros(array.address, array.num_bytes)
+
 
 class TensorRTBackend(StageRunner):
     """Engines of TensorRT; loops are recorded as CUDA graphs and replayed."""

@@ -143,7 +143,7 @@ def generate(backend: Backend, config: VarConfig, inputs: Mapping[str, Array]) -
             )
             arena.advance(grid**2)
             selected = _select(backend, inputs, here, stepped["logits"])
-            drawn = {"tokens": selected["tokens"], "logits": selected["guided"]}
+            drawn = {"tokens": (selected["tokens"],), "logits": (selected["guided"],)}
             codes = selected["codes"].reshape((batch, grid, grid, config.vae.latent_channels))
             added = {"codes": codes, "latent": latent, "rows": here["next_rows"]}
             resize = {name: here[name] for name in _RESIZE}
