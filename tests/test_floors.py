@@ -24,6 +24,7 @@ FLOORS = (
     "artifacts",
     "pipeline",
     "training",
+    "raster",
     "families",
     "console",
     "export",

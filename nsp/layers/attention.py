@@ -1,6 +1,7 @@
 """Attention over a KV cache that is an argument and a result, never module state.
 
-Axes: G rows (conditional and null), L new tokens, P cached tokens, H heads, K head width.
+Axes: G rows (conditional and null), L new tokens, P cached tokens, H heads, J key and value
+heads, S query heads of each, K head width.
 """
 
 from collections.abc import Callable
@@ -57,6 +58,26 @@ def attend_present(
         scale=scale,
     )
     return mixed.transpose(1, 2), (present_k, present_v)
+
+
+def attend_past(
+    q_G1HK: Tensor, k_G1JK: Tensor, v_G1JK: Tensor, past: KeyValue, mask: Tensor, *, scale: float
+) -> Tensor:
+    """Return attention (G,1,H,K) of one new token over past tokens (P,G,J,K) and itself.
+
+    Past and new tokens are never joined, which would copy the cache for every token. `mask` is
+    added to the past's scores (..., P); the token itself always counts. H is a multiple of J: query
+    head i reads key head i // (H/J). Scores and softmax are in float32.
+    """
+    rows, _, num_heads, width = q_G1HK.shape
+    num_shared = num_heads // k_G1JK.shape[2]
+    q_GJSK = (q_G1HK * scale).reshape(rows, -1, num_shared, width)
+    scores = (q_GJSK @ past[0].permute(1, 2, 3, 0)).float() + mask
+    own = (q_GJSK * k_G1JK.transpose(1, 2)).float().sum(-1, keepdim=True)
+    weights = torch.cat([scores, own], -1).softmax(-1).to(q_G1HK.dtype)
+    mixed = weights[..., :-1] @ past[1].permute(1, 2, 0, 3)
+    mixed = mixed + weights[..., -1:] * v_G1JK.transpose(1, 2)
+    return mixed.reshape(rows, 1, num_heads, width)
 
 
 def attend_masked(

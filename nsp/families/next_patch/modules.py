@@ -1,0 +1,113 @@
+"""The stages of the family `next_patch` as torch modules; axes as in stages.py."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nsp.families.next_patch.model import Attend, Gpt, attend_all, prefix_mask
+from nsp.families.next_patch.system import NextPatchSystem
+from nsp.layers.attention import KeyValue, attend_past
+from nsp.raster.drawing import NUM_DRAW, DecoderStage, NucleusStage, draw
+from nsp.raster.stages import needs_nucleus_stage
+
+
+def build_stages(system: NextPatchSystem, kv_layout: str) -> Mapping[str, nn.Module]:
+    """Return the stages of `system`, sharing its weights."""
+    grid = system.config.grid
+    found: dict[str, nn.Module] = {}
+    if system.config.caption is not None:
+        found["text_encoder"] = system.text_stage()
+        found["prefill"] = PrefillStage(system)
+    found["decode"] = DecodeStage(system)
+    if needs_nucleus_stage(grid, kv_layout):
+        found["nucleus"] = NucleusStage()
+    found["decoder"] = DecoderStage(system.vq, grid.side)
+    return {name: stage.eval() for name, stage in found.items()}
+
+
+class PrefillStage(nn.Module):
+    """The prompt's tokens -> logits, the first code, keys and values of the prompt."""
+
+    def __init__(self, system: NextPatchSystem) -> None:
+        super().__init__()
+        self.gpt, self.num_prefix = system.gpt, system.config.num_prefix
+
+    def forward(
+        self, states_NTC: Tensor, prompts_G: Tensor, first_G: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return logits, tokens, next, new_codes, guided, then new keys and values."""
+        gpt, embedding = self.gpt, self.gpt.cls_embedding
+        null_1TC = embedding.get_buffer("uncond_embedding")[None].to(states_NTC.dtype)
+        states_GTC = torch.cat([states_NTC, null_1TC]).index_select(0, prompts_G)
+        mask = prefix_mask(first_G, self.num_prefix, self.num_prefix)
+        new: list[Tensor] = []
+        attend = _keeping(attend_all(mask), new)
+        x_GTD = gpt.transformed(
+            embedding(states_GTC), gpt.table[: self.num_prefix], [attend] * len(gpt.layers)
+        )
+        logits = gpt.logits(x_GTD[:, -1:])
+        return logits, *draw(logits, *inputs), *new
+
+
+class DecodeStage(nn.Module):
+    """One token -> logits, the next code, its keys and values."""
+
+    def __init__(self, system: NextPatchSystem) -> None:
+        super().__init__()
+        self.gpt, self.num_prefix = system.gpt, system.config.num_prefix
+        self.has_classes = system.config.caption is None
+
+    def forward(self, token_G: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return logits, tokens, next, new_codes, guided, then new keys and values."""
+        gpt, drawn, rest = self.gpt, inputs[:NUM_DRAW], inputs[NUM_DRAW:]
+        position = drawn[0] + (self.num_prefix - 1)  # in the cache; the number of the code is first
+        first_G, past = (None, rest) if self.has_classes else (rest[0], rest[1:])
+        mask = self._past_mask(past[0].shape[0], position, first_G)
+        new: list[Tensor] = []
+        attends = [
+            _keeping(_attend_step((k, v), mask), new)
+            for k, v in zip(past[::2], past[1::2], strict=True)
+        ]
+        x_G1D = gpt.transformed(
+            self._embedded(gpt, token_G), gpt.table.index_select(0, position), attends
+        )
+        logits = gpt.logits(x_G1D)
+        return logits, *draw(logits, *drawn), *new
+
+    def _embedded(self, gpt: Gpt, token_G: Tensor) -> Tensor:
+        """Return the embedding (G, 1, D) of codes, or of classes, which are numbered after them."""
+        num_codes = gpt.tok_embeddings.num_embeddings
+        if not self.has_classes:
+            codes: Tensor = gpt.tok_embeddings(token_G)
+            return codes[:, None]
+        codes = gpt.tok_embeddings(token_G.clamp_max(num_codes - 1))[:, None]
+        classes = gpt.cls_embedding((token_G - num_codes).clamp_min(0))
+        return torch.where((token_G < num_codes)[:, None, None], codes, classes)
+
+    def _past_mask(self, length: int, position: Tensor, first_G: Tensor | None) -> Tensor:
+        """Return what is added to the past's scores: (P,), or (G, 1, 1, P) with padded prompts."""
+        at = torch.arange(length, device=position.device)
+        real = at < position
+        if first_G is not None:
+            real = real & ((at >= first_G[:, None]) | (at >= self.num_prefix))[:, None, None]
+        return torch.where(real, 0.0, -torch.inf)
+
+
+def _attend_step(past: KeyValue, mask: Tensor) -> Attend:
+    """Return attention of one token over its past and itself."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_past(q, k, v, past, mask, scale=q.shape[-1] ** -0.5)
+
+    return attend
+
+
+def _keeping(attend: Attend, new: list[Tensor]) -> Attend:
+    """Return attention that also adds keys and values, (L, G, J, K) each, to `new`."""
+
+    def attending(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        new.extend([k.transpose(0, 1), v.transpose(0, 1)])
+        return attend(q, k, v)
+
+    return attending

@@ -1,0 +1,67 @@
+"""The stages that draw codes, and the decoder, as torch modules; axes as in stages.py."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nsp.layers.logits import (
+    apply_guidance,
+    filter_by_mass,
+    filter_by_rank,
+    sample_by_inverse_cdf,
+)
+from nsp.raster.vq import VqTokenizer
+
+# Scaled logits, top-p, top-k, ranks -> filtered logits.
+Filter: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+NUM_DRAW = 10  # inputs of a draw, beside logits
+
+
+def draw(
+    logits_G1V: Tensor,
+    index: Tensor,
+    codes_BN: Tensor,
+    uniforms_B1: Tensor,
+    forced_B1: Tensor,
+    guidance_B: Tensor,
+    temperature_B: Tensor,
+    top_p_B: Tensor,
+    top_k_B: Tensor,
+    ranks_R: Tensor,
+    rows_G: Tensor,
+    *,
+    keep: Filter = filter_by_rank,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tokens, next, new_codes, guided; all in float32."""
+    guided = apply_guidance(logits_G1V, guidance_B)
+    scaled = guided / temperature_B.reshape(-1, 1, 1)
+    tokens = sample_by_inverse_cdf(keep(scaled, top_p_B, top_k_B, ranks_R), uniforms_B1)
+    taken = torch.where(forced_B1 >= 0, forced_B1, tokens)
+    here_N = torch.arange(codes_BN.shape[1], device=codes_BN.device) == index
+    return tokens, taken[:, 0].index_select(0, rows_G), torch.where(here_N, taken, codes_BN), guided
+
+
+class NucleusStage(nn.Module):
+    """Logits -> the code drawn by top-p without sorting."""
+
+    def forward(self, logits_G1V: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return tokens, next, new_codes, guided."""
+        return draw(logits_G1V, *inputs, keep=filter_by_mass)
+
+
+class DecoderStage(nn.Module):
+    """Codes -> pixels."""
+
+    def __init__(self, vq: VqTokenizer, side: int) -> None:
+        super().__init__()
+        self.vq, self.side = vq, side
+
+    def forward(self, codes_BN: Tensor) -> tuple[Tensor]:
+        """Return the image (B, 3, H, W) in [0, 1]; a missing code (-1) is a cell of zeros."""
+        vectors_BNZ = self.vq.quantize.lookup(codes_BN.clamp_min(0))
+        vectors_BNZ = torch.where((codes_BN >= 0)[..., None], vectors_BNZ, 0.0)
+        latent = vectors_BNZ.transpose(1, 2).unflatten(2, (self.side, self.side))
+        image = self.vq.decode(latent.to(self.vq.post_quant_conv.weight.dtype))
+        return ((image.float().clamp(-1, 1) + 1) * 0.5,)
