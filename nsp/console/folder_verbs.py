@@ -25,12 +25,18 @@ class ConvertVerb(Verb):
         """Return the verb's own parameters, and the files of all families."""
         from nsp.family.registry import family, family_names
 
-        helps = {
-            file: f"{text} ({name})"
-            for name in family_names()
-            for file, text in family(name).published.items()
-        }
-        files = (click.Option([f"--{n}"], type=FILE, help=text) for n, text in helps.items())
+        helps: dict[str, dict[str, list[str]]] = {}  # file -> text -> families that say so
+        for name in family_names():
+            for file, text in family(name).published.items():
+                helps.setdefault(file, {}).setdefault(text, []).append(name)
+        files = (
+            click.Option(
+                [f"--{file}"],
+                type=FILE,
+                help=" ".join(f"{text} ({', '.join(names)})" for text, names in texts.items()),
+            )
+            for file, texts in helps.items()
+        )
         return [*super().get_params(ctx), *files]
 
 

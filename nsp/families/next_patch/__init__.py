@@ -5,6 +5,7 @@ arXiv:2412.15321), which changes the training alone.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -32,6 +33,10 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
 
     name: ClassVar[str] = "next_patch"
     kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed")
+    published: ClassVar[Mapping[str, str]] = {
+        "tokenizer": "Weights of the image tokenizer.",
+        "predictor": "Weights of the transformer.",
+    }
     config, sampling, sizes = NextPatchConfig, RasterSampling, SIZES
 
     def condition(self, config: NextPatchConfig) -> Kind:
@@ -113,6 +118,14 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
         """Return the names of a model's classes by their numbers; empty if it has none."""
         condition = config.condition
         return condition.id2label if isinstance(condition, ClassCondition) else ()
+
+    def convert(
+        self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
+    ) -> None:
+        """Write the checkpoint folder `output_dir` from the weights of LlamaGen."""
+        from nsp.families.next_patch.published import convert
+
+        convert(**files, config=config, output_dir=output_dir)
 
     @property
     def learner(self) -> "Learner[NextPatchConfig, RasterSampling, NextPatchSystem]":
