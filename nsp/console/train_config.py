@@ -45,7 +45,7 @@ _IN_EPOCHS = ("save_every", "validate_every")
 # Fields that a resumed run keeps although its preset is given again.
 _KEPT = (
     *("data", "seed", "precision", "start_from", "parallel", "compile"),
-    *("activation_checkpointing", "anyway", "tracking", "checkpoint_dir"),
+    *("activation_checkpointing", "anyway", "tracking", "checkpoint_dir", "copy_dir"),
 )
 
 

@@ -31,6 +31,7 @@ class TrainingData:
     pictures: "ImageDataset | ShardStream"
     held_out: "ImageDataset | None" = None  # to validate on
     cache: TokenCache | None = None  # keeps what the image tokenizer makes of the pictures
+    batch_size: int = 1  # pictures of one optimizer step, over all processes
 
 
 class Batch(TypedDict, total=False):
@@ -108,6 +109,13 @@ class Objective(nn.Module, ABC):
         for spikes only among comparable steps.
         """
         return True
+
+    def span(self, step: int, steps: int) -> tuple[int, int]:
+        """Return the first step and the length of the part of the phase that has its own rates.
+
+        Learning rate and weight decay follow their schedules over it; by default it is the phase.
+        """
+        return 0, steps
 
     def after_step(self, step: int) -> dict[str, float | Tensor]:
         """Do the work between optimizer steps; return further numbers to report.

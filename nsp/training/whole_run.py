@@ -241,6 +241,7 @@ def _objective(
             TokenCache(Path(run.data.token_cache), is_given=True)
             if run.data.token_cache
             else TokenCache(folder / TOKENS_NAME),
+            config.batch_size,
         ),
     )
     return made
