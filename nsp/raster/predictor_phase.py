@@ -2,7 +2,8 @@
 
 With `patch_level` L above 1 it learns patches of codes first, 2^(L-1) codes wide, then patches half
 as wide, and codes in the end (Pang et al. 2024, arXiv:2412.15321). A patch costs as much as a code,
-so the first steps are cheap. Axes as in patches.py.
+so the first steps are cheap. Of E epochs, the patches 2^k codes wide end after int(E epoch_rate^k),
+as in the public trainer. Axes as in patches.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ class PredictorSettings(Config):
 
     patch_level: int = 1  # L; 1 learns codes alone
     epoch_rate: float = 0.5  # of every level's end to that of the next
+    rates_per_level: bool = False  # every level has the whole schedule of the learning rate
     sample_guidance_scale: float = 2.0
     train_text_encoder: bool = True  # False keeps a pretrained one as it is
 
@@ -41,12 +43,25 @@ class PredictorSettings(Config):
         if not 0 < self.epoch_rate < 1:
             raise ConfigError(f"epoch_rate must be in (0, 1), got {self.epoch_rate}")
 
-    def patch_side(self, step: int, steps: int) -> int:
-        """Return the side of the patches that a step learns."""
+    def level_at(self, step: int, steps: int, epoch: int = 1) -> "PatchLevel":
+        """Return what a step learns; levels end with an epoch if the phase has whole ones."""
+        unit = epoch if steps % epoch == 0 else 1
+        first = 0
         for level in range(self.patch_level - 1, 0, -1):
-            if step < int(steps * self.epoch_rate**level):
-                return int(2**level)
-        return 1
+            end = int(steps // unit * self.epoch_rate**level) * unit
+            if step < end:
+                return PatchLevel(2**level, first, end - first)
+            first = end
+        return PatchLevel(1, first, steps - first)
+
+
+@dataclass(frozen=True)
+class PatchLevel:
+    """The steps of a phase that learn patches of one size."""
+
+    side: int  # in codes
+    first: int
+    steps: int
 
 
 class PredictorObjective(Objective):
@@ -57,6 +72,8 @@ class PredictorObjective(Objective):
     ) -> None:
         super().__init__()
         self.settings, self.data, self._patch_side = settings, data, 1
+        listed = 0 if isinstance(data.pictures, ShardStream) else len(data.pictures)
+        self._epoch = max(listed // data.batch_size, 1)
         widest = 2 ** (settings.patch_level - 1)
         if system.grid.side % widest:
             raise ConfigError(
@@ -89,9 +106,14 @@ class PredictorObjective(Objective):
 
     def before_step(self, step: int, steps: int) -> bool:
         """Choose the patches that this step learns; only losses of codes compare."""
-        self._patch_side = self.settings.patch_side(step, steps)
+        self._patch_side = self.settings.level_at(step, steps, self._epoch).side
         self.work = 1 / self._patch_side**2
         return self._patch_side == 1
+
+    def span(self, step: int, steps: int) -> tuple[int, int]:
+        """Return the steps of the level, or of the phase."""
+        level = self.settings.level_at(step, steps, self._epoch)
+        return (level.first, level.steps) if self.settings.rates_per_level else (0, steps)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss, in nats per code; of codes also the perplexity and accuracy in %."""

@@ -101,6 +101,9 @@ class NextPatchConfig(ModelConfig):
     condition: ClassCondition | CaptionCondition = field(
         default_factory=lambda: ClassCondition(num_classes=1000)
     )
+    # A published file or a checkpoint folder, whose weights a new model begins with.
+    pretrained_vq: str | None = None
+    pretrained_gpt: str | None = None
 
     def __post_init__(self) -> None:
         """Check the grid."""

@@ -1,5 +1,6 @@
 """The side of the family `next_patch` that needs torch."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -13,6 +14,7 @@ from nsp.errors import ConfigError
 from nsp.families.next_patch.config import NextPatchConfig
 from nsp.families.next_patch.model import initialize
 from nsp.families.next_patch.modules import build_stages
+from nsp.families.next_patch.published import load_pretrained
 from nsp.families.next_patch.system import NextPatchSystem
 from nsp.family.contract import Learner
 from nsp.family.objective import Objective, TrainingData
@@ -56,10 +58,12 @@ class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]
         source: "ImageSource | None",
     ) -> NextPatchSystem:
         """Return a freshly initialised system, drawn from torch's global generator."""
-        system = NextPatchSystem(config)
+        begun = dataclasses.replace(config, pretrained_vq=None, pretrained_gpt=None)
+        system = NextPatchSystem(begun)
         initialize(system.gpt)
         bound = 1 / config.vq.codebook_width**0.5
         nn.init.uniform_(system.vq.quantize.embedding.weight, -bound, bound)
+        load_pretrained(system, config)
         return system
 
     def untrained(self, config: NextPatchConfig) -> NextPatchSystem:

@@ -20,11 +20,12 @@ from nsp.artifacts.checkpoint import is_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.next_patch.config import GPT_SIZES, CaptionCondition, NextPatchConfig
+from nsp.families.next_patch.model import Gpt
 from nsp.families.next_patch.system import NextPatchSystem
 from nsp.family.classes import ClassCondition
 from nsp.raster.vq import VqTokenizer
 from nsp.values import integer
-from nsp.weights.module_weights import bounded, compare_shapes, load_state
+from nsp.weights.module_weights import bounded, compare_shapes, load_state, load_weights
 from nsp.weights.state_names import count_of, find_state, shape_of, what_it_is
 from nsp.weights.weight_files import read_tensor_file
 
@@ -97,6 +98,29 @@ def convert(
     files = {"tokenizer": tokenizer.name, "predictor": predictor.name}
     save_checkpoint(output_dir, system, notes={"converted_from": files})
     return model
+
+
+def load_pretrained(system: NextPatchSystem, config: NextPatchConfig) -> None:
+    """Load the weights that a new model begins with, if any; raises CheckpointError like `convert`.
+
+    They come from a published file, or from a checkpoint folder of this family.
+    """
+    parts: tuple[tuple[VqTokenizer | Gpt, str, str | None], ...] = (
+        (system.vq, "vq", config.pretrained_vq),
+        (system.gpt, "gpt", config.pretrained_gpt),
+    )
+    for module, part, place in parts:
+        if place is None:
+            continue
+        if is_checkpoint(Path(place)):
+            load_weights(module, Path(place) / part)
+        elif isinstance(module, VqTokenizer):
+            state = _read(Path(place), "tokenizer", _TOKENIZER)
+            load_state(module, with_our_names(module, state, place), place)
+        else:
+            state = _read(Path(place), "predictor", _PREDICTOR)
+            state.pop(_TABLE, None)
+            load_state(module, state, place)
 
 
 def _read(path: Path, option: str, mark: str) -> dict[str, Tensor]:
