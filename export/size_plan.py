@@ -34,7 +34,7 @@ from nsp.family.registry import family, family_names
 from nsp.family.system import System
 from nsp.paths import wrong_path
 from nsp.pipeline.dry_run import DryRun, StageCall, generate_dry
-from nsp.text.encoder import load_text_encoder
+from nsp.text.any_encoder import load_text_model
 from nsp.text.parts import TextEncoderSettings
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.memory_need import TrainingMemory, blank_batch, training_memory
@@ -290,7 +290,7 @@ def _checkpoint(folder: Path) -> _Model:
     encoder, tokenizer = None, None
     if owner.condition(config) == "prompt":
         tokenizer = PromptTokenizer.load(folder / "tokenizer")
-        encoder = load_text_encoder(folder / "text_encoder")
+        encoder = load_text_model(folder / "text_encoder")
     with torch.device("meta"):
         system = owner.learner.build(config, text_encoder=encoder, prompt_tokenizer=tokenizer)
     recipe, run = _recipe(owner, dict(record.config))

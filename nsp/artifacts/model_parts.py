@@ -6,7 +6,7 @@ from typing import Any
 
 from nsp.family.contract import AnyFamily
 from nsp.family.system import System
-from nsp.text.encoder import load_text_encoder
+from nsp.text.any_encoder import load_text_model
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.weights.module_weights import bounded_by_files, load_weights
 from nsp.weights.weight_files import listed_in
@@ -29,9 +29,7 @@ def load_system(
         tokenizer = PromptTokenizer.load(
             folder / "tokenizer", listed=listed_in(listed, "tokenizer")
         )
-        encoder = load_text_encoder(
-            folder / "text_encoder", listed=listed_in(listed, "text_encoder")
-        )
+        encoder = load_text_model(folder / "text_encoder", listed=listed_in(listed, "text_encoder"))
     with bounded_by_files(folder, learner.parts, listed):
         system: System = learner.build(model, text_encoder=encoder, prompt_tokenizer=tokenizer)
     for part in learner.parts:

@@ -37,7 +37,13 @@ class ConvertVerb(Verb):
             )
             for file, texts in helps.items()
         )
-        return [*super().get_params(ctx), *files]
+        folders = {
+            name: text
+            for each in family_names()
+            for name, text in family(each).published_folders.items()
+        }
+        more = (click.Option([f"--{name}"], type=FOLDER, help=folders[name]) for name in folders)
+        return [*super().get_params(ctx), *files, *more]
 
 
 @click.command(cls=ConvertVerb)
@@ -55,10 +61,12 @@ def convert(
     check_output(output_dir)
     record = family(family_name)
     given = {name: path for name, path in files.items() if path is not None}
+    given = {name.replace("_", "-"): path for name, path in given.items()}
+    known = {**record.published, **record.published_folders}
     for name in (*record.published, *given):
         if name not in given:
             raise ConfigError(f"--{name} is missing: {record.published[name]}")
-        if name not in record.published:
+        if name not in known:
             raise ConfigError(f"--{name} is not a file that family {family_name} needs; omit it")
     record.convert(given, None if config is None else read_json(config), output_dir)
     click.echo(f"checkpoint: {output_dir}")

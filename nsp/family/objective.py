@@ -44,6 +44,7 @@ class Batch(TypedDict, total=False):
     condition: Tensor  # (B,) class ids, or (B, T) token ids of prompts
     tokens: Tensor  # (B, L) codes of the image tokenizer
     latents: list[Tensor]  # of every scale, (B, C, h, w)
+    valid: Tensor  # (B,) 0 for samples that do not count, for example without a caption
     held_out: Tensor  # (B,) bool: not trained on
 
 
