@@ -20,7 +20,7 @@ from nsp.data.dataset import to_model_range
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.family.objective import Batch, Objective, TrainingData
-from nsp.raster.patches import patch_loss
+from nsp.raster.patches import mean_of_valid, patch_loss
 from nsp.raster.system import RasterSystem
 from nsp.training.data_order import sample_uniforms
 from nsp.training.generated import generated
@@ -126,7 +126,8 @@ class PredictorObjective(Objective):
         else:
             codes_BN = system.vq.tokenize(to_model_range(batch["image"]))
         logits_BMV = system.logits(condition_B, dropped_B, codes_BN, side).float()
-        loss = patch_loss(logits_BMV, codes_BN, system.grid.side, side).mean()
+        losses_BM = patch_loss(logits_BMV, codes_BN, system.grid.side, side)
+        loss = mean_of_valid(losses_BM, batch["valid"]) if "valid" in batch else losses_BM.mean()
         if side > 1:
             return {"loss": loss}
         with torch.no_grad():

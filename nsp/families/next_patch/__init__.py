@@ -4,6 +4,7 @@ Source: LlamaGen (Sun et al. 2024, arXiv:2406.06525) and Next Patch Prediction (
 arXiv:2412.15321), which changes the training alone.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +37,9 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
     published: ClassVar[Mapping[str, str]] = {
         "tokenizer": "Weights of the image tokenizer.",
         "predictor": "Weights of the transformer.",
+    }
+    published_folders: ClassVar[Mapping[str, str]] = {
+        "text-encoder": "T5 folder, for models of captions.",
     }
     config, sampling, sizes = NextPatchConfig, RasterSampling, SIZES
 
@@ -125,7 +129,14 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
         """Write the checkpoint folder `output_dir` from the weights of LlamaGen."""
         from nsp.families.next_patch.published import convert
 
-        convert(**files, config=config, output_dir=output_dir)
+        parts = {name.replace("-", "_"): path for name, path in files.items()}
+        convert(**parts, config=config, output_dir=output_dir)
+
+    def adopt(self, config: NextPatchConfig, trained: NextPatchConfig) -> NextPatchConfig:
+        """Return `config` with the condition of the trained model."""
+        return dataclasses.replace(
+            config, condition=trained.condition, pretrained_vq=None, pretrained_gpt=None
+        )
 
     @property
     def learner(self) -> "Learner[NextPatchConfig, RasterSampling, NextPatchSystem]":

@@ -24,6 +24,7 @@ from nsp.families.next_patch.model import Gpt
 from nsp.families.next_patch.system import NextPatchSystem
 from nsp.family.classes import ClassCondition
 from nsp.raster.vq import VqTokenizer
+from nsp.text.t5 import pretrained_t5
 from nsp.values import integer
 from nsp.weights.module_weights import bounded, compare_shapes, load_state, load_weights
 from nsp.weights.state_names import count_of, find_state, shape_of, what_it_is
@@ -73,14 +74,19 @@ logger = logging.getLogger(__name__)
 
 
 def convert(
-    *, tokenizer: Path, predictor: Path, config: Mapping[str, Any] | None, output_dir: Path
+    *,
+    tokenizer: Path,
+    predictor: Path,
+    text_encoder: Path | None = None,
+    config: Mapping[str, Any] | None,
+    output_dir: Path,
 ) -> NextPatchConfig:
     """Write the checkpoint folder `output_dir` from published weights; return its configuration.
 
-    `config` may hold constructor arguments under "vq" and "gpt", and the side of the grid of codes
-    under "grid". Raises CheckpointError naming a file that holds something else, or a missing,
-    extra, misshapen or non-finite tensor; ConfigError for an argument that is unknown or
-    contradicts the tensors.
+    `text_encoder` is the T5 folder of a model of captions. `config` may hold constructor arguments
+    under "vq" and "gpt", and the side of the grid of codes under "grid". Raises CheckpointError
+    naming a file that holds something else, or a missing, extra, misshapen or non-finite tensor;
+    ConfigError for an argument that is unknown or contradicts the tensors.
     """
     if output_dir.is_dir() and any(output_dir.iterdir()) and not is_checkpoint(output_dir):
         raise ConfigError(
@@ -90,9 +96,19 @@ def convert(
     gpt_state = _read(predictor, "predictor", _PREDICTOR)
     model = infer_config(vq_state, gpt_state, config or {}, tokenizer, predictor)
     gpt_state.pop(_TABLE, None)
+    encoder = prompts = None
+    if model.caption is not None:
+        if text_encoder is None:
+            raise ConfigError(
+                f"{predictor} is a model of captions; give its T5 folder with --text-encoder "
+                "(the published ones read Flan-T5-XL)"
+            )
+        prompts, encoder = pretrained_t5(text_encoder, model.caption.max_tokens)
+    elif text_encoder is not None:
+        raise ConfigError(f"{predictor} is a model of classes; omit --text-encoder")
     shapes = [tensor.shape for state in (vq_state, gpt_state) for tensor in state.values()]
     with bounded(shapes, f"{tokenizer.name} and {predictor.name}"):
-        system = NextPatchSystem(model)
+        system = NextPatchSystem(model, text_encoder=encoder, prompt_tokenizer=prompts)
     load_state(system.vq, with_our_names(system.vq, vq_state, str(tokenizer)), str(tokenizer))
     load_state(system.gpt, gpt_state, str(predictor))
     files = {"tokenizer": tokenizer.name, "predictor": predictor.name}

@@ -151,7 +151,6 @@ def smoke() -> RunConfig:
             steps=4,
             batch_size=8,
             optimizer=optimizer,
-            objective={"patch_level": 2} if name == "predictor" else {},
             checkpoint_every=2,
             sample_every=2,
             log_every=1,
