@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from nsp.data.dataset import ImageDataset
     from nsp.data.sources import ImageSource
+    from nsp.data.ten_crop import Extraction
     from nsp.family.objective import Objective, TrainingData
     from nsp.family.recipe import RunConfig
     from nsp.family.system import System
@@ -174,6 +175,12 @@ class Learner(ABC, Generic[C, S, Y]):
             f"family {system.family} has no image tokenizer: it trains on the pictures themselves, "
             "so there is nothing to cache"
         )
+
+    def write_codes(
+        self, system: Y, source: "ImageSource", folder: Path, settings: "Extraction"
+    ) -> int:
+        """Write codes of crops of pictures to a folder; return of how many they were missing."""
+        raise ConfigError(f"family {system.family} cannot train on folders of codes")
 
 
 class Family(ABC, Generic[C, S, Y]):

@@ -61,6 +61,7 @@ class Objective(nn.Module, ABC):
     rebuilds: bool = False  # whether it trains the image tokenizer, or only the decoder of it
     keeps_latents: bool = True  # whether the tokenizer goes on to encode pictures as it does
     needs_captions: bool = False  # whether training needs the captions of the pictures
+    takes_codes: bool = False  # whether it can learn from a folder of codes, without pictures
     work: float = 1.0  # operations of a step as a fraction of a full one's, for the throughput
 
     def train(self, mode: bool = True) -> Self:

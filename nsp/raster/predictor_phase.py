@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nsp.config import Config
+from nsp.data.codes import CodeDataset
 from nsp.data.dataset import to_model_range
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.family.objective import Batch, Objective, TrainingData
 from nsp.raster.patches import mean_of_valid, patch_loss
 from nsp.raster.system import RasterSystem
+from nsp.training.code_sets import CodeTokens
 from nsp.training.data_order import sample_uniforms
 from nsp.training.generated import generated
 from nsp.training.tokens import TokenDataset, check_classes
@@ -67,6 +69,8 @@ class PatchLevel:
 class PredictorObjective(Objective):
     """Trains the transformer, and the text encoder if there is one; the tokenizer is frozen."""
 
+    takes_codes = True
+
     def __init__(
         self, system: RasterSystem, data: TrainingData, settings: PredictorSettings
     ) -> None:
@@ -89,10 +93,23 @@ class PredictorObjective(Objective):
 
     def dataset(self) -> Dataset[Mapping[str, object]]:
         """Return conditions with codes, or the pictures of a stream."""
-        if isinstance(self.data.pictures, ShardStream):
-            return self.data.pictures
+        pictures, grid = self.data.pictures, self.system.grid
+        if isinstance(pictures, CodeDataset):
+            if not isinstance(self.system.conditions, int):
+                raise ConfigError(
+                    "a folder of codes has classes, but this model reads captions; give pictures"
+                )
+            return CodeTokens(
+                pictures,
+                self.system.tokenizing(),
+                num_classes=self.system.conditions,
+                length=grid.length,
+                num_codes=grid.num_codes,
+            )
+        if isinstance(pictures, ShardStream):
+            return pictures
         tokenizing, conditions = self.system.tokenizing(), self.system.conditions
-        return TokenDataset(self.data.pictures, tokenizing, conditions, self.data.cache)
+        return TokenDataset(pictures, tokenizing, conditions, self.data.cache)
 
     def held_out(self) -> Dataset[Mapping[str, object]] | None:
         """Return the held-out pictures as `dataset` does."""

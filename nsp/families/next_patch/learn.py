@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from nsp.data.ten_crop import Extraction
 from nsp.errors import ConfigError
 from nsp.families.next_patch.config import NextPatchConfig
 from nsp.families.next_patch.model import initialize
@@ -26,6 +27,7 @@ from nsp.raster.tokenizer_phase import TokenizerObjective, TokenizerSettings
 from nsp.text.parts import TextEncoderSettings
 from nsp.text.t5 import t5_parts
 from nsp.text.tokenizer import PromptTokenizer
+from nsp.training.code_sets import write_codes
 from nsp.training.reconstruction import reconstructed
 from nsp.training.tokens import write_tokens
 
@@ -137,3 +139,9 @@ class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]
     def write_cache(self, system: NextPatchSystem, data: "ImageDataset", file: Path) -> None:
         """Write the codes of all pictures to `file`, for `data.token_cache` of later runs."""
         write_tokens(system.tokenizing(), data, file)
+
+    def write_codes(
+        self, system: NextPatchSystem, source: "ImageSource", folder: Path, settings: Extraction
+    ) -> int:
+        """Write codes of crops of pictures to a folder; return of how many they were missing."""
+        return write_codes(system.tokenizing(), source, folder, settings)

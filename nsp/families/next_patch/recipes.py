@@ -21,6 +21,7 @@ EpochRate = Annotated[float, "End of every level over that of the next one.", Ra
 def imagenet(
     *,
     data_path: Annotated[str | None, "Folder of pictures in class folders (--data)."] = None,
+    code_path: Annotated[str | None, "Folder of codes, in place of pictures."] = None,
     vq_ckpt: Annotated[Path | None, "Tokenizer: a published file or a checkpoint folder."] = None,
     gpt_ckpt: Annotated[Path | None, "Transformer to go on with, of the same kinds."] = None,
     gpt_model: Annotated[Size, "Size of the transformer."] = "GPT-B",
@@ -36,16 +37,14 @@ def imagenet(
     compile: Annotated[bool, "Use torch.compile."] = True,
     start_from: Annotated[str | None, "Checkpoint folder with all weights."] = None,
 ) -> RunConfig:
-    """Return the public trainer's run for class-conditional models; options have its names."""
+    """Return the public trainer's run for class-conditional models; options have its names.
+
+    Without a trained tokenizer the run begins with that phase, which needs pictures.
+    """
     if image_size % downsample_size or downsample_size not in (8, 16):
         raise ConfigError(
             f"--image-size {image_size} and --downsample-size {downsample_size}: the latter is 8 "
             "or 16, and the former a multiple of it"
-        )
-    if vq_ckpt is None and start_from is None:
-        raise ConfigError(
-            "this run would begin with an untrained tokenizer; give a trained one with --vq-ckpt "
-            "(a published file or a checkpoint folder), or a trained model with --start-from"
         )
     model = dataclasses.replace(
         published(gpt_model.removeprefix("GPT-"), grid_side=image_size // downsample_size),
@@ -64,7 +63,17 @@ def imagenet(
         final_ratio=0.1,
         grad_clip=1.0,
     )
-    phase = PhaseConfig(
+    tokenizer = PhaseConfig(
+        name="tokenizer",
+        steps=Epochs(epochs=40),
+        batch_size=128,
+        optimizer=dataclasses.replace(optimizer, schedule="constant", warmup_steps=0),
+        sample_every=Epochs(epochs=1),
+        checkpoint_every=Epochs(epochs=1),
+        validate_every=Epochs(epochs=1),
+        log_every=100,
+    )
+    predictor = PhaseConfig(
         name="predictor",
         steps=Epochs(epochs=epochs),
         batch_size=256,
@@ -79,8 +88,8 @@ def imagenet(
     return RunConfig(
         family="next_patch",
         model=model.to_dict(),
-        data=DataConfig(source=data_path or "imagenet/train", num_workers=8),
-        phases=(phase,),
+        data=DataConfig(source=code_path or data_path or "emoji", num_workers=8),
+        phases=(tokenizer, predictor) if vq_ckpt is None and start_from is None else (predictor,),
         sampling={"guidance_scale": 2.0},
         copy_dir=None if cloud_save_path is None else str(cloud_save_path),
         start_from=start_from,
@@ -104,7 +113,7 @@ def emoji(*, patch_level: PatchLevel = 2, epoch_rate: EpochRate = 0.5) -> RunCon
     """Return a run from captions to emoji, from the embedded set, sized for two CPU cores."""
     tokenizer = PhaseConfig(
         name="tokenizer",
-        steps=3600,
+        steps=1000,
         batch_size=32,
         optimizer=OptimizerConfig(
             lr=1e-3,
@@ -114,24 +123,24 @@ def emoji(*, patch_level: PatchLevel = 2, epoch_rate: EpochRate = 0.5) -> RunCon
             final_ratio=0.02,
             grad_clip=1.0,
         ),
-        sample_every=1200,
+        sample_every=500,
     )
     predictor = PhaseConfig(
         name="predictor",
-        steps=9000,
+        steps=2000,
         batch_size=16,
         optimizer=OptimizerConfig(
             lr=1e-3,
             weight_decay=0.05,
             schedule="wsd",
-            warmup_steps=200,
+            warmup_steps=100,
             warmup_start=0.0,
             final_ratio=0.05,
             grad_clip=1.0,
         ),
-        ema_decay=0.999,
+        ema_decay=0.99,
         objective={"patch_level": patch_level, "epoch_rate": epoch_rate},
-        sample_every=1800,
+        sample_every=1000,
     )
     return RunConfig(
         family="next_patch",

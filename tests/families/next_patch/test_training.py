@@ -144,9 +144,10 @@ def test_a_second_copy_of_every_saved_step_is_kept(
     assert (tmp_path / "near" / "step00000003").is_dir()
 
 
-def test_a_run_without_a_tokenizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="untrained tokenizer; give a trained one with --vq-ckpt"):
-        imagenet()
+def test_a_run_without_a_trained_tokenizer_begins_with_one() -> None:
+    assert [each.name for each in imagenet().phases] == ["tokenizer", "predictor"]
+    assert [each.name for each in imagenet(start_from="model").phases] == ["predictor"]
+    assert imagenet(vq_ckpt=Path("vq.pt"), code_path="codes").data.source == "codes"
     with pytest.raises(ConfigError, match="--image-size 250 and --downsample-size 16"):
         imagenet(vq_ckpt=Path("vq.pt"), image_size=250)
 
