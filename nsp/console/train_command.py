@@ -186,7 +186,7 @@ def _size_names(ctx: click.Context, parameter: click.Parameter, begun: str) -> l
     help="Go on although a phase's result is not good enough to build on.",
 )
 @group(OTHER_OPTIONS)
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+@click.option("--verbose", is_flag=True, help="Log details, and show tracebacks of errors.")
 def main(
     preset: str | None,
     output_dir: Path | None,
@@ -202,7 +202,6 @@ def main(
     **changes: Any,
 ) -> None:
     """Train phase after phase; the result is a checkpoint folder for `nsp export`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     folder = output_dir or Path("runs")
     try:
         open_standard_streams()

@@ -38,6 +38,13 @@ class TrainCommand(Grouped, OneLineErrors):
             self._refuse_foreign(ctx, args)
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; log records go to stderr, and a warning that is repeated only once."""
+        from nsp.console.terminal import logs_on_stderr
+
+        with logs_on_stderr(verbose=ctx.params["verbose"]):
+            return super().invoke(ctx)
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the common options, and those of the recipe."""
         own: Own = ctx.meta.get(_OWN, Own())

@@ -1,8 +1,6 @@
 """`python train.py` stops in one line at any moment, and names folders and commands that work."""
 
-import logging
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,14 @@ from nsp.cli import main as nsp
 from nsp.console.train_command import main
 from nsp.training import trainer
 from nsp.training import whole_run as run_module
+from tests.training.pictures import write_pictures
 
 
 @pytest.fixture
-def smoke(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def smoke(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The options of a short run, started from an empty folder."""
     monkeypatch.chdir(tmp_path)
-    handlers = list(logging.root.handlers)
-    yield ["--preset", "smoke", "--data", str(pictures)]
-    logging.root.handlers = handlers
+    return ["--preset", "smoke", "--data", str(pictures)]
 
 
 def run(*options: str) -> Result:
@@ -103,6 +100,17 @@ def test_a_finished_run_says_where_everything_lies_and_what_comes_next(smoke: li
         "checkpoint: runs/smoke/checkpoint",
         "next: nsp export --checkpoint runs/smoke/checkpoint",
     ]
+
+
+def test_a_caption_that_is_too_long_is_warned_of_once(smoke: list[str]) -> None:
+    pictures = write_pictures(Path("pictures"))
+    (pictures / "3.txt").write_text("colour number " * 30)
+    result = run("--preset", "smoke", "--data", str(pictures))
+    assert result.exit_code == 0, result.stderr
+    lines = result.stderr.splitlines()
+    (said,) = [line for line in lines if "longer than" in line]
+    assert said.startswith("warning: prompt 'colour number colour")
+    assert any("predictor 4/4" in line for line in lines)  # other lines are there as well
 
 
 def test_after_the_first_phase_alone_the_rest_comes_next(smoke: list[str]) -> None:
