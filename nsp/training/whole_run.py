@@ -46,7 +46,13 @@ from nsp.training.folder import (
     steps_folder,
     without_places,
 )
-from nsp.training.judging import judge_phase, judge_start, settle_again
+from nsp.training.judging import (
+    forget_verdict,
+    has_begun_later,
+    judge_phase,
+    judge_start,
+    settled_again,
+)
 from nsp.training.leftovers import refuse_links, remove_leftovers
 from nsp.training.needs import check_classes, check_disk, saved_bytes, warn_of_memory
 from nsp.training.optimizer import check_targets, merge_adapters
@@ -199,7 +205,14 @@ def _run_phase(
     steps = dict(record.notes.get("steps", {}))
     if steps.get(config.name, 0) >= counted(config.steps):
         logger.info("%s: all %d steps are made", config.name, config.steps)
-        on_main(accelerator, lambda: settle_again(folder, config, run))
+
+        def settle_now() -> None:
+            if has_begun_later(folder, config, run) or settled_again(folder, config, run):
+                return
+            made = _objective(config, run, folder, accelerator, data, record.load())
+            judge_phase(config, run, folder, accelerator, data, made)
+
+        on_main(accelerator, settle_now)
         return True
     system = record.load()
 
@@ -212,6 +225,7 @@ def _run_phase(
         weights = gathered(system)
 
         def save() -> None:
+            forget_verdict(folder, config)
             _save(folder / CHECKPOINT_NAME, _plain(system, weights, config, record), run, steps)
 
         on_main(accelerator, save)
