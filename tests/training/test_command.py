@@ -9,8 +9,7 @@ from click.testing import CliRunner, Result
 
 from nsp.cli import main as nsp
 from nsp.console.train_command import main
-from nsp.training import trainer
-from nsp.training import whole_run as run_module
+from nsp.training import run_phase, trainer, whole_run
 from tests.training.pictures import write_pictures
 
 
@@ -35,7 +34,7 @@ def test_ctrl_c_before_the_first_step_leaves_the_folder_usable(
     smoke: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "open_pictures", interrupted)
+        patch.setattr(whole_run, "open_pictures", interrupted)
         result = run(*smoke)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("stopped before the first step")
@@ -46,7 +45,7 @@ def test_ctrl_c_between_start_and_first_step_can_be_resumed(
     smoke: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "Phase", interrupted)
+        patch.setattr(run_phase, "Phase", interrupted)
         result = run(*smoke, "--phase", "tokenizer")
     assert result.exit_code == 130
     assert run(*advised(result)).exit_code == 0

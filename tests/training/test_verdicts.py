@@ -22,7 +22,7 @@ from nsp.families.var.learn import VarLearner
 from nsp.families.var.system import VarSystem
 from nsp.family.recipe import RunConfig
 from nsp.family.recipes import default_recipe, preset
-from nsp.training import whole_run
+from nsp.training import run_phase
 from nsp.training.verdicts import judge_generator, judge_tokenizer, num_asked
 from nsp.training.whole_run import train
 from tests.models import new_tiny_checkpoint
@@ -148,7 +148,7 @@ def test_a_run_that_died_before_its_verdict_is_judged_when_it_is_resumed(
     longer = dataclasses.replace(config.phases[0], steps=5)
     config = dataclasses.replace(config, phases=(longer, *config.phases[1:]))
     with monkeypatch.context() as patch:
-        patch.setattr(whole_run, "judge_phase", killed)
+        patch.setattr(run_phase, "judge_phase", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "run", resume=True)
     assert not verdict.exists()  # that on fewer steps is gone
