@@ -7,26 +7,22 @@ from typing import Any
 import click
 
 from nsp.benchmarks.contest.names import NAMES
-from nsp.console.command_line import (
+from nsp.console.command_line import OTHER_OPTIONS, Grouped, OneLineErrors, Verb, group
+from nsp.console.common_options import (
     COUNT,
     FOLDER,
-    OTHER_OPTIONS,
-    Grouped,
-    OneLineErrors,
-    Verb,
     backend_option,
     checkpoint_option,
     engine_dir_option,
-    group,
     json_option,
     one_precision,
     output_dir_option,
     precision_options,
-    print_json,
     seed_option,
     threads_option,
     verbose_option,
 )
+from nsp.console.terminal import print_json
 from nsp.errors import ConfigError, RegressionError
 from nsp.family.registry import BUILT_IN
 from nsp.paths import check_output

@@ -23,8 +23,8 @@ MODEL = ROOT / "tests/past/before_orders/checkpoint"  # the smallest that has al
 # before the first step also what the run lacks (training/needs.py), and a count of operations with
 # attention on CPUs (artifacts/counting.py). 80 became 81 with the log handler of the other
 # commands, and 84 when training/whole_run.py was divided: the start, a phase and what does not fit
-# have a file each.
-LOADING, CALL, GENERATE, FIRST_STEP = 36, 21, 50, 84
+# have a file each. Options have a file of their own beside that of commands, one more on each road.
+LOADING, CALL, GENERATE, FIRST_STEP = 36, 21, 51, 85
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from nsp.console.command_line import (
+from nsp.console.command_line import OTHER_OPTIONS, group
+from nsp.console.common_options import (
     COUNT,
     FILE,
-    OTHER_OPTIONS,
     SEED,
     backend_option,
     checkpoint_option,
     engine_dir_option,
-    group,
     json_option,
     no_verify_option,
     one_precision,
     output_dir_option,
     precision_options,
-    print_json,
     threads_option,
     torch_threads,
     verbose_option,
@@ -35,6 +33,7 @@ from nsp.console.settings import (
     with_arrays,
     with_class_numbers,
 )
+from nsp.console.terminal import print_json
 from nsp.errors import ConfigError, NspError
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nsp import values
-from nsp.console.command_line import FILE, Verb
+from nsp.console.command_line import Verb
+from nsp.console.common_options import FILE
 from nsp.errors import ConfigError
 from nsp.family.registry import BUILT_IN, family, family_names
 

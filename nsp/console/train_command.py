@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nsp.console.command_line import (
-    COUNT,
     DONE,
-    FOLDER,
     INTERRUPTED,
     OTHER_OPTIONS,
     drop_unwritten,
@@ -22,6 +20,7 @@ from nsp.console.command_line import (
     group,
     open_standard_streams,
 )
+from nsp.console.common_options import COUNT, FOLDER
 from nsp.console.train_options import TrainCommand
 from nsp.errors import ConfigError, one_line
 

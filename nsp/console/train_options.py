@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from nsp.console.command_line import FOLDER, Grouped, OneLineErrors
+from nsp.console.command_line import Grouped, OneLineErrors
+from nsp.console.common_options import FOLDER
 from nsp.errors import ConfigError, NspError
 from nsp.family.signature import Parameter, Range, parameters
 
