@@ -2,7 +2,8 @@
 
 import click
 
-from nsp.console.command_line import Program, Verbs, verbose_option, version_option
+from nsp.console.command_line import Program, Verbs
+from nsp.console.common_options import verbose_option, version_option
 
 VERBS = Verbs(
     train="nsp.console.train_command:main",

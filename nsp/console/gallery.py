@@ -114,8 +114,8 @@ def generate_gallery(
 ) -> Gallery:
     """Generate all orders in batches and write every image as soon as it is done.
 
-    All orders and the folder are checked before the first step. Raises ConfigError for a bad order,
-    OSError when the folder cannot be written.
+    All orders, the folder and the places of its files are checked before the first step. Raises
+    ConfigError for a bad order, OSError when the folder or one of the files cannot be written.
     """
     for order in orders:
         pipeline.check_order(order)
@@ -128,6 +128,7 @@ def generate_gallery(
     metadata = [{**_metadata(order), **shared} for order in orders]
     names = [f"{p:03d}_{slug(_title(o))}_seed{o.seed}" for p, o in enumerate(orders)]
     paths = [folder / (ARCHIVE_NAME if kind == "npz" else f"{name}.{kind}") for name in names]
+    _check_places([*paths, *([folder / CONTACT_SHEET_NAME] if sheet else [])])
     written: dict[int, WrittenImage] = {}
     made: dict[int, NDArray[np.uint8]] = {}
     if kind != "npz" and not save_intermediates:
@@ -172,6 +173,14 @@ def generate_gallery(
         _write_archive(folder / ARCHIVE_NAME, ordered, metadata)
     images = tuple(written[place] for place in range(len(orders)))
     return Gallery(images, _write_sheet(folder, orders, ordered[:_MAX_SHEET]) if sheet else None)
+
+
+def _check_places(paths: Sequence[Path]) -> None:
+    """Raise IsADirectoryError when there is a folder where a file is to be written."""
+    for path in paths:
+        if path.is_dir():
+            problem = "is a folder, but a file is to be written there; move it, or choose another "
+            raise IsADirectoryError(errno.EISDIR, f"{problem}--output-dir", str(path))
 
 
 def _made_before(path: Path, metadata: Mapping[str, str]) -> NDArray[np.uint8] | None:

@@ -6,21 +6,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from nsp.console.command_line import (
+from nsp.console.command_line import OTHER_OPTIONS, group
+from nsp.console.common_options import (
     COUNT,
     FILE,
-    OTHER_OPTIONS,
     SEED,
     backend_option,
     checkpoint_option,
     engine_dir_option,
-    group,
     json_option,
     no_verify_option,
     one_precision,
     output_dir_option,
     precision_options,
-    print_json,
     threads_option,
     torch_threads,
     verbose_option,
@@ -33,7 +31,9 @@ from nsp.console.settings import (
     planned_orders,
     setting_names,
     with_arrays,
+    with_class_numbers,
 )
+from nsp.console.terminal import print_json
 from nsp.errors import ConfigError, NspError
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 @click.option(
     "--prompts-file",
     type=FILE,
-    help="Text file with one prompt per line, or .csv or .jsonl with prompt or class, "
-    "seed, negative_prompt and settings such as guidance_scale.",
+    help="Text file with one prompt per line, or .csv or .jsonl with prompt or class (number or "
+    "name), seed, negative_prompt and settings such as guidance_scale.",
 )
 @click.option("--negative-prompt", help="What not to show; used instead of the null condition.")
 @click.option(
@@ -138,6 +138,7 @@ def generate(
         names = () if family is None else setting_names(family)
         kind = family and family.condition(family.config.from_dict(config))
         listed = read_list(prompts_file, names, has_condition=kind != "none")
+        listed = listed if family is None else with_class_numbers(family, config, listed)
     check_conditions(family, prompts, class_ids, listed)
     pipeline = _load(
         engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
