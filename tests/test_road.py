@@ -24,7 +24,9 @@ MODEL = ROOT / "tests/past/before_orders/checkpoint"  # the smallest that has al
 # attention on CPUs (artifacts/counting.py). 80 became 81 with the log handler of the other
 # commands, and 84 when training/whole_run.py was divided: the start, a phase and what does not fit
 # have a file each. Options have a file of their own beside that of commands, one more on each road.
-LOADING, CALL, GENERATE, FIRST_STEP = 36, 21, 51, 85
+# With raster families, which share them: how codes are drawn has a file apart from `var`, one more
+# on each road, and training has VQGAN's blocks; a run looks for its recipe in every family.
+LOADING, CALL, GENERATE, FIRST_STEP = 37, 21, 52, 89
 
 
 @pytest.fixture(scope="module")
