@@ -29,7 +29,7 @@ class TorchBackend(Backend):
     ) -> None:
         super().__init__(stages_io)
         self.kv_layout = kv_layout
-        self.device = _usable_device(device)
+        self.device = usable_device(device)
         self._stages = {name: stage.to(self.device) for name, stage in stages.items()}
 
     @torch.inference_mode()
@@ -71,7 +71,7 @@ class TorchBackend(Backend):
         target.copy_(source[:, : target.shape[1]])
 
 
-def _usable_device(device: Any) -> torch.device:
+def usable_device(device: Any) -> torch.device:
     """Return the device; ConfigError for an unknown one, BackendError if it is not available."""
     try:
         found = torch.device(device)
