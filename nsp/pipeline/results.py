@@ -116,7 +116,14 @@ class StreamStep:
         return self._step.latent
 
 
-def to_uint8(image_B3HW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return (B, H, W, 3) uint8 pixels of an image in [0, 1], rounded to nearest."""
+def to_uint8(image_B3HW: NDArray[np.float32], *, size_px: int | None = None) -> NDArray[np.uint8]:
+    """Return (B, H, W, 3) uint8 pixels of an image in [0, 1], rounded to nearest.
+
+    With `size_px` they are resized to that side before they are rounded.
+    """
+    if size_px is not None and image_B3HW.shape[2:] != (size_px, size_px):
+        from nsp.pipeline.bicubic import resize_bicubic  # few pictures pass here
+
+        image_B3HW = resize_bicubic(image_B3HW, size_px)
     pixels = np.rint(np.clip(image_B3HW, 0, 1) * 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
