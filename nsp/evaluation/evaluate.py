@@ -163,6 +163,7 @@ def _measure(
     """Return the features of all pictures; DataError naming the archive if they are too few."""
     moments, spatial_moments = Moments(), Moments()
     kept: Tensor | None = None
+    spatial: Tensor | None = None
     done, count = 0, archive.shape[0]
     for block in archive.blocks(how.batch_size):
         found, spatial = how.features.activations(torch.from_numpy(block).to(how.device))
@@ -183,7 +184,7 @@ def _measure(
     assert kept is not None  # an archive has at least one picture
     if not with_statistics:
         return _Measured(kept, None)
-    spatial_statistics = spatial_moments.statistics() if spatial_moments.count else None
+    spatial_statistics = None if spatial is None else spatial_moments.statistics()
     return _Measured(kept, (moments.statistics(), spatial_statistics))
 
 

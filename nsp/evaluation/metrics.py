@@ -20,6 +20,7 @@ from nsp.errors import DataError
 
 NEIGHBOURS = 3  # k of precision and recall
 IS_CHUNK = 5000  # pictures of one inception score; the result is the mean of all chunks
+_SUMMED = 1024  # pictures whose products are added up at once
 _BLOCK = 4096  # pictures on each side of a block of distances: 64 MiB in float32
 
 
@@ -36,25 +37,37 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
+        self._waiting: list[NDArray[np.float64]] = []
+        self._num_waiting = 0
         self._shift_D: NDArray[np.float64] = np.zeros(0)
         self._sum_D: NDArray[np.float64] = np.zeros(0)
         self._products_DD: NDArray[np.float64] = np.zeros((0, 0))
 
     def add(self, features_ND: NDArray[np.floating]) -> None:
         """Add the features of some pictures."""
-        batch_ND = features_ND.astype(np.float64)
+        self._waiting.append(features_ND.astype(np.float64))
+        self._num_waiting += len(features_ND)
+        if self._num_waiting >= _SUMMED:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Add what waits: one product of many rows takes a tenth of the time of many small ones."""
+        batch_ND = np.concatenate(self._waiting)
         if self.count == 0:
             # Numbers relative to about the mean: products of large ones would lose digits.
             self._shift_D = batch_ND.mean(axis=0)
             self._sum_D = np.zeros_like(self._shift_D)
             self._products_DD = np.zeros((batch_ND.shape[1], batch_ND.shape[1]))
-        batch_ND = batch_ND - self._shift_D
+        batch_ND -= self._shift_D
         self.count += len(batch_ND)
         self._sum_D += batch_ND.sum(axis=0)
         self._products_DD += batch_ND.T @ batch_ND
+        self._waiting, self._num_waiting = [], 0
 
     def statistics(self) -> Statistics:
         """Return mean and covariance, the latter divided by N - 1."""
+        if self._waiting:
+            self._sum_up()
         check_count(self.count, len(self._sum_D))
         mean_D = self._sum_D / self.count
         centred_DD = self._products_DD - self.count * np.outer(mean_D, mean_D)

@@ -278,6 +278,8 @@ def _pack_alone(wanted: SampleSet, lock: Path) -> Path | None:
         if missing:
             logger.info("parts that other processes have to make: %d", len(missing))
             return None
+        for left in wanted.folder.glob(f".{wanted.name}.npz.*.partial"):  # by a killed process
+            left.unlink(missing_ok=True)
         side = wanted.side_px
         description = json.dumps(_described(wanted), indent=1) + "\n"
         # The archive comes last: without it, its description means nothing.

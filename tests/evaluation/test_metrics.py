@@ -69,8 +69,9 @@ def test_distances_too_large_for_float16_are_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("batch", [1, 7, 180])
 def test_mean_and_covariance_are_numpys_whatever_the_batch_and_however_far_from_0(
-    batch: int,
+    batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(metrics, "_SUMMED", 50)
     features = golden("ref_features") + 1e5
     found = statistics(features, batch=batch)
     np.testing.assert_allclose(found.mean_D, features.mean(axis=0), rtol=1e-14)

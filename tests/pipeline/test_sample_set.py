@@ -72,6 +72,16 @@ def test_one_process_makes_the_exact_number_and_removes_the_parts(
     assert described == {**made.settings(), "num_images": 7}
 
 
+def test_what_a_killed_packing_left_is_removed(pipeline: Pipeline, tmp_path: Path) -> None:
+    made = wanted(pipeline, tmp_path)
+    (tmp_path / f".{made.name}.npz.0123abcd.partial").write_bytes(b"half")
+    (tmp_path / f"{made.name}.json").write_text("half")
+    made.part(0).parent.mkdir()
+    (made.part(0).parent / ".00000.npz.0123abcd.partial").write_bytes(b"half")
+    make_samples(made)
+    assert sorted(each.suffix for each in tmp_path.iterdir()) == [".json", ".npz"]
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
 def test_shards_in_any_order_make_the_same_set_and_the_last_one_packs_it(
     pipeline: Pipeline, tmp_path: Path, whole: NDArray[np.uint8], order: tuple[int, ...]
