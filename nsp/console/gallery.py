@@ -156,7 +156,7 @@ def generate_gallery(
                 _write_step(folder / _UNITS[step.unit], here, step.unit, last)
             started = time.perf_counter()
         assert last is not None  # a loop has at least one step
-        pictures = to_uint8(last.decode(), size_px=size_px)
+        pictures = to_uint8(last.decode(clipped=False), size_px=size_px)
         ms = 1e3 * (seconds + time.perf_counter() - started) / len(batch)
         for place, picture in zip(places, pictures, strict=True):
             if kind != "npz":

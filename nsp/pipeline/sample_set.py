@@ -207,7 +207,8 @@ def _make_part(wanted: SampleSet, number: int, batch_size: int | None) -> Iterat
     side = wanted.side_px
     pictures = np.empty((len(orders), side, side, 3), np.uint8)
     for places in cut_batches(wanted.pipeline, orders, batch_size):
-        image = wanted.pipeline.images([orders[place] for place in places])
+        batch = [orders[place] for place in places]
+        image = wanted.pipeline.images(batch, clipped=False)
         pictures[places] = to_uint8(image, size_px=side)
         yield len(places)
     texts = {_SETTINGS: json.dumps(wanted.settings())}

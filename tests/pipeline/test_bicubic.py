@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,12 +36,3 @@ def test_the_golden_picture_is_resized_before_it_becomes_8_bits() -> None:
 def test_a_picture_of_the_wanted_size_is_left_alone() -> None:
     image = np.random.default_rng(0).random((1, 3, 8, 8), dtype=np.float32)
     assert np.array_equal(to_uint8(image, size_px=8), to_uint8(image))
-
-
-def test_clipping_first_changes_few_pixels_of_the_golden() -> None:
-    """Decoders here end in [0, 1]: what a public program resizes may lie a little outside."""
-    image = (GOLDENS["final.image"] + 1) / 2
-    clipped = to_uint8(image.clip(0, 1), size_px=24).astype(int)
-    difference = np.abs(clipped - GOLDENS["final.resized_uint8"])
-    assert np.mean(difference > 0) < 0.05
-    assert np.mean(difference) == pytest.approx(0, abs=0.5)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from nsp.data.picture_archive import open_pictures, write_pictures
@@ -216,6 +217,28 @@ def test_pictures_may_have_another_size(pipeline: Pipeline, tmp_path: Path) -> N
     orders = [made.order(0), made.order(1)]
     expected = to_uint8(pipeline.images(orders), size_px=24)
     assert same(pictures(make_samples(made)), expected)
+
+
+def test_pictures_are_resized_before_they_are_clipped(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder that does not clip: published programs resize what it made as it is."""
+    stages = pipeline.backend._stages
+    decoder = stages["decoder"]
+
+    def overshooting(latent: torch.Tensor) -> tuple[torch.Tensor]:
+        return (3 * decoder(latent)[0] - 1,)
+
+    monkeypatch.setitem(stages, "decoder", overshooting)
+    made = wanted(pipeline, tmp_path, 2, size_px=24)
+    orders = [made.order(0), made.order(1)]
+    raw, clipped = pipeline.images(orders, clipped=False), pipeline.images(orders)
+    assert raw.min() < 0
+    assert raw.max() > 1
+    assert np.array_equal(clipped, raw.clip(0, 1))
+    found = pictures(make_samples(made))
+    assert same(found, to_uint8(raw, size_px=24))
+    assert not same(found, to_uint8(clipped, size_px=24))
 
 
 def test_the_name_has_the_settings_that_are_not_the_usual_ones(
