@@ -9,6 +9,7 @@ VERBS = Verbs(
     train="nsp.console.train_command:main",
     export="nsp.export.verbs:export_engines",
     generate="nsp.console.generate_verb:generate",
+    evaluate="nsp.console.evaluate_verb:evaluate",
     convert="nsp.console.folder_verbs:convert",
     verify="nsp.export.verbs:verify_engines",
     inspect="nsp.console.folder_verbs:inspect",
