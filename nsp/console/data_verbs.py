@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nsp.console.command_line import (
+from nsp.console.command_line import Program
+from nsp.console.common_options import (
     COUNT,
     FILE,
     FOLDER,
-    Program,
     json_option,
     output_dir_option,
-    print_json,
     seed_option,
     verbose_option,
 )
+from nsp.console.terminal import print_json
 from nsp.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nsp import values
-from nsp.console.command_line import FILE, Verb
+from nsp.console.command_line import Verb
+from nsp.console.common_options import FILE
 from nsp.errors import ConfigError
 from nsp.family.registry import BUILT_IN, family, family_names
 
@@ -75,6 +76,7 @@ def sampling_options(
     """
     owners: dict[str, list[str]] = {}
     options: dict[str, dict[str, Any]] = {}
+    spelled: dict[str, list[str]] = {}
     for name in known:
         for word, made in _options_of(family(name)).items():
             if word in own:
@@ -90,13 +92,15 @@ def sampling_options(
                 )
                 continue
             owners.setdefault(word, []).append(name)
+            spelled.setdefault(word, []).extend(_spellings(family(name), word))
     groups: dict[str, list[click.Option]] = {}
     for name, option in options.items():
         every = len(owners[name]) == len(known)
         title = f"Settings of {'every family' if every else ' and '.join(owners[name])}"
         words = name.replace("_", "-")
-        spelled = f"--{words}/--no-{words}" if option["type"] is bool else f"--{words}"
-        groups.setdefault(title, []).append(click.Option([spelled], **option))
+        first = f"--{words}/--no-{words}" if option["type"] is bool else f"--{words}"
+        declared = [name, first, *dict.fromkeys(spelled[name])]
+        groups.setdefault(title, []).append(click.Option(declared, **option))
     return groups
 
 
@@ -110,6 +114,12 @@ def _options_of(owner: "AnyFamily") -> dict[str, dict[str, Any]]:
         name: {"type": FILE, "default": None, "help": f"File (.npy). {each.help}".rstrip()}
         for name, each in declared.items()
     }
+
+
+def _spellings(owner: "AnyFamily", setting: str) -> Sequence[str]:
+    """Return the other spellings of a setting's option, those of a first implementation."""
+    fields = {each.name: each for each in dataclasses.fields(owner.sampling)}
+    return fields[setting].metadata.get("spelled", ()) if setting in fields else ()
 
 
 def _option(hint: Any, help_text: str) -> dict[str, Any]:
@@ -140,11 +150,17 @@ def check_settings(owner: "AnyFamily", given: Iterable[str]) -> None:
         )
 
 
-# What to give instead of the name of a class, by the kind of condition.
+# What to give instead of the name of a class, by the kind of condition: on the command line and in
+# a list.
 _INSTEAD = {
     "prompt": "has no classes; give --prompt",
     "class": "has no names of classes; give --class-id",
     "none": "has no classes; leave --class out",
+}
+_INSTEAD_LISTED = {
+    "prompt": "has no classes; give prompts",
+    "class": "has no names of classes; give numbers",
+    "none": "has no classes; leave the column out",
 }
 
 
@@ -156,22 +172,42 @@ def class_numbers(
     Upper and lower case are alike unless only they tell two classes apart. Raises ConfigError for
     an unknown name, with the nearest one.
     """
-    made = owner.config.from_dict(config)
-    known = owner.class_names(made) if names else ()
-    if names and not known:
-        raise ConfigError(f"--class {names[0]!r}: this model {_INSTEAD[owner.condition(made)]}")
-    return tuple(_class_number(name, known) for name in names)
+    model = owner.config.from_dict(config)
+    return tuple(_class_number(owner, model, f"--class {n!r}", n, _INSTEAD) for n in names)
 
 
-def _class_number(name: str, known: Sequence[str]) -> int:
+def with_class_numbers(
+    owner: "AnyFamily", config: Mapping[str, Any], listed: "Sequence[ListedImage]"
+) -> "tuple[ListedImage, ...]":
+    """Return the rows of a list with the numbers of classes that are given by name.
+
+    Raises ConfigError as `class_numbers`, naming the line.
+    """
+    model = owner.config.from_dict(config)
+    numbered = []
+    for row in listed:
+        if (name := row.class_name) is not None:
+            where = f"{row.where}: class {name!r}"
+            number = _class_number(owner, model, where, name, _INSTEAD_LISTED)
+            row = replace(row, class_id=number, class_name=None)
+        numbered.append(row)
+    return tuple(numbered)
+
+
+def _class_number(
+    owner: "AnyFamily", model: Any, where: str, name: str, instead: Mapping[str, str]
+) -> int:
+    known = owner.class_names(model)
+    if not known:
+        raise ConfigError(f"{where}: this model {instead[owner.condition(model)]}")
     if name in known:
         return known.index(name)
     alike = [number for number, each in enumerate(known) if each.lower() == name.lower()]
     if len(alike) > 1:
         both = " or ".join(repr(known[number]) for number in alike)
-        raise ConfigError(f"--class {name!r} may be {both}; write it as one of them")
+        raise ConfigError(f"{where} may be {both}; write it as one of them")
     if not alike:
-        raise ConfigError(f"--class {name!r} is unknown{values.nearest(name, known)}")
+        raise ConfigError(f"{where} is unknown{values.nearest(name, known)}")
     return alike[0]
 
 

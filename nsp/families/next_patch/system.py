@@ -10,7 +10,7 @@ from nsp.errors import ConfigError
 from nsp.families.next_patch.config import NextPatchConfig
 from nsp.families.next_patch.model import Gpt, prefix_mask
 from nsp.raster.grid import RasterGrid
-from nsp.raster.system import RasterSystem
+from nsp.raster.raster_system import RasterSystem
 from nsp.raster.vq import VqTokenizer
 from nsp.text.t5 import T5Stage, check_t5_parts, first_tokens
 from nsp.text.tokenizer import PromptTokenizer
