@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.artifacts.counting import emptied
 from nsp.artifacts.manifest import PRECISION_DTYPES
+from nsp.artifacts.model_parts import load_text_model
 from nsp.artifacts.weight_kinds import count_weights, matches
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource, Sample, open_source
@@ -33,7 +34,6 @@ from nsp.family.registry import family, family_names
 from nsp.family.system import System
 from nsp.paths import wrong_path
 from nsp.pipeline.dry_run import DryRun, StageCall, generate_dry
-from nsp.text.any_encoder import load_text_model
 from nsp.text.parts import TextEncoderSettings
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.memory_need import TrainingMemory, blank_batch, training_memory

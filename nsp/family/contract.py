@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nsp.family.system import System
     from nsp.stage.arena import Array, KVShape
     from nsp.stage.backend import Backend
-    from nsp.text.any_encoder import TextModel
+    from nsp.text.encoder import TextModel
     from nsp.text.parts import TextEncoderSettings
     from nsp.text.tokenizer import PromptTokenizer
 

@@ -11,7 +11,7 @@ from nsp.errors import ConfigError
 from nsp.text.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    from nsp.text.any_encoder import TextModel
+    from nsp.text.encoder import TextModel
 
 
 class System(nn.Module):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from nsp.weights.state_names import plain_names, what_it_is
 from nsp.weights.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5EncoderModel
+
+    TextModel: TypeAlias = CLIPTextModel | T5EncoderModel  # of any family
 
 log = logging.getLogger(__name__)
 
