@@ -64,6 +64,7 @@ _GPT_ARGUMENTS = {
     **dict.fromkeys(("block_size", "max_batch_size", "max_seq_len", "initializer_range")),
     **dict.fromkeys(("attn_dropout_p", "ffn_hidden_dim", "head_dim")),
 }
+_CAPTION_SAMPLING = {"guidance_scale": 7.5, "top_k": 1000}  # of the public program
 _DEFAULT_SIDE = 16  # 256 px at a downsampling of 16
 _USUAL_HEAD = 64
 _USED = "quantize.codebook_used"  # a statistic of the public trainer
@@ -88,6 +89,8 @@ def convert(
     naming a file that holds something else, or a missing, extra, misshapen or non-finite tensor;
     ConfigError for an argument that is unknown or contradicts the tensors.
     """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"{output_dir} is a file; choose another --output-dir")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not is_checkpoint(output_dir):
         raise ConfigError(
             f"{output_dir} is not empty and not a checkpoint; choose another --output-dir"
@@ -112,7 +115,8 @@ def convert(
     load_state(system.vq, with_our_names(system.vq, vq_state, str(tokenizer)), str(tokenizer))
     load_state(system.gpt, gpt_state, str(predictor))
     files = {"tokenizer": tokenizer.name, "predictor": predictor.name}
-    save_checkpoint(output_dir, system, notes={"converted_from": files})
+    sampling = {} if model.caption is None else _CAPTION_SAMPLING
+    save_checkpoint(output_dir, system, notes={"converted_from": files}, sampling=sampling)
     return model
 
 

@@ -124,6 +124,17 @@ def test_arguments_that_do_not_fit_are_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_in_the_way_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file"):
+        converted(tmp_path)
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="not empty and not a checkpoint"):
+        converted(tmp_path)
+
+
 def test_drop_path_grows_with_depth() -> None:
     gpt = golden().config.gpt
     changed = dataclasses.replace(gpt, drop_path_rate=0.3)
