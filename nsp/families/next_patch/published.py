@@ -309,9 +309,9 @@ def _grid_side(
             raise _contradiction(name, value if name == "grid" else block, told)
         told = told if value is None else integer(f"--config: {name}", value, least=2)
     if told is None:
-        logger.info(
-            'the weights do not show the grid of codes: %d codes a side; for others give {"grid": '
-            "SIDE} with --config",
+        logger.warning(
+            "the weights do not show the grid of codes: %d codes a side are assumed; for others "
+            'give {"grid": SIDE} with --config',
             _DEFAULT_SIDE,
         )
     return _DEFAULT_SIDE if told is None else told
