@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from nsp.families.next_patch.config import SIZES, NextPatchConfig, with_classes
+from nsp.families.next_patch.peers import PUBLIC_LLAMAGEN
 from nsp.families.next_patch.stages import stages
 from nsp.family.classes import ClassCondition
 from nsp.family.contract import Family, Kind, Learner, Stage
 from nsp.family.order import Encoded, Given, Order, Step
+from nsp.family.peer import Peer
 from nsp.raster import loop
 from nsp.raster.examples import examples
 from nsp.raster.sampling import RasterSampling
@@ -41,6 +43,7 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
     published_folders: ClassVar[Mapping[str, str]] = {
         "text-encoder": "T5 folder, for models of captions.",
     }
+    peers: ClassVar[Sequence[Peer]] = (PUBLIC_LLAMAGEN,)
     config, sampling, sizes = NextPatchConfig, RasterSampling, SIZES
 
     def condition(self, config: NextPatchConfig) -> Kind:
