@@ -1,5 +1,6 @@
-"""`nsp bench` and its verbs: run, compare, fidelity, training, loader."""
+"""`nsp bench` and its verbs: run, compare, fidelity, training, loader, levels."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,41 @@ def loader(*, source: str, image_size: int, as_json: bool, **options: Any) -> No
         render([section(report)], results_console())
 
 
+@click.command("levels", cls=BenchVerb)
+@click.option("--family", "family_name", required=True, help="Family that draws codes in order.")
+@click.option("--size", required=True, help="Size of the model.")
+@click.option("--epochs", type=COUNT, default=300, show_default=True, help="Epochs of the run.")
+@click.option(
+    "--epoch-rate",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.5,
+    show_default=True,
+    help="End of every level over that of the next one.",
+)
+@json_option
+@verbose_option
+def levels(*, family_name: str, size: str, epochs: int, epoch_rate: float, as_json: bool) -> None:
+    """Count what training costs with levels of patches (--patch-level 1 to 4)."""
+    from nsp.benchmarks.patch_levels import costs, flop_per_picture
+
+    flop = flop_per_picture(family_name, size, (1, 2, 4, 8))
+    found = costs(flop, levels=(1, 2, 3, 4), epochs=epochs, epoch_rate=epoch_rate)
+    if as_json:
+        print_json(
+            {"flop_per_picture": {str(side): flop[side] for side in flop}}
+            | {"levels": [dataclasses.asdict(each) for each in found]}
+        )
+        return
+    for side, count in flop.items():
+        click.echo(f"patches {side} codes wide: {count / 1e9:.1f} GFLOP per picture")
+    for each in found:
+        epochs_of = ", ".join(f"{count} of {side}" for side, count in each.sides.items())
+        click.echo(
+            f"patch level {each.patch_level}: {each.relative:.3f} of the cost of codes alone "
+            f"(by tokens {each.of_tokens:.3f}); epochs: {epochs_of}"
+        )
+
+
 def _without_verb(**options: Any) -> None:
     """Run the contest; refuse its options before another verb, which would not read them."""
     from nsp.console.terminal import logs_on_stderr
@@ -318,7 +354,7 @@ def program(verb: str) -> None:
 
 bench = Benchmarks(
     "bench",
-    commands=[run_contest, compare, fidelity, training, loader],
+    commands=[run_contest, compare, fidelity, training, loader, levels],
     params=run_contest.params,
     callback=_without_verb,
     invoke_without_command=True,

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.artifacts.counting import emptied
 from nsp.artifacts.manifest import PRECISION_DTYPES
+from nsp.artifacts.model_parts import load_text_model
 from nsp.artifacts.weight_kinds import count_weights, matches
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource, Sample, open_source
@@ -33,7 +34,6 @@ from nsp.family.registry import family, family_names
 from nsp.family.system import System
 from nsp.paths import wrong_path
 from nsp.pipeline.dry_run import DryRun, StageCall, generate_dry
-from nsp.text.encoder import load_text_encoder
 from nsp.text.parts import TextEncoderSettings
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.memory_need import TrainingMemory, blank_batch, training_memory
@@ -282,7 +282,7 @@ def _checkpoint(folder: Path) -> _Model:
     encoder, tokenizer = None, None
     if owner.condition(config) == "prompt":
         tokenizer = PromptTokenizer.load(folder / "tokenizer")
-        encoder = load_text_encoder(folder / "text_encoder")
+        encoder = load_text_model(folder / "text_encoder")
     with torch.device("meta"):
         system = owner.learner.build(config, text_encoder=encoder, prompt_tokenizer=tokenizer)
     recipe, run = _recipe(owner, dict(record.config))

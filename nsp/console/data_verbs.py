@@ -1,5 +1,7 @@
 """`nsp data …`: every verb is a thin function: parse, library call, report."""
 
+import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from nsp.console.common_options import (
     verbose_option,
 )
 from nsp.console.terminal import print_json
+from nsp.errors import ConfigError
 
 if TYPE_CHECKING:
     from nsp.data.stats import Stats
@@ -136,14 +139,41 @@ def stats(*, source: str, output_dir: Path, seed: int, as_json: bool) -> None:
 @click.option("--checkpoint", type=FOLDER, required=True, help="Model whose tokenizer to use.")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path),
     required=True,
-    help="File to write (.safetensors).",
+    help="File to write (.safetensors), or the folder of codes of crops.",
 )
+@click.option("--ten-crop", is_flag=True, help="Ten crops of every picture, as files of codes.")
+@click.option(
+    "--crop-range",
+    nargs=2,
+    type=float,
+    default=(1.1, 1.05),
+    show_default=True,
+    help="Sides of the two squares that ten crops are cut of, over the side of a crop.",
+)
+@click.option("--flip", is_flag=True, help="The picture and its mirror image, as files of codes.")
+@click.option("--image-size", type=COUNT, help="Side of a crop in px.  [default: the model's]")
+@click.option("--shard", metavar="I/N", help="Part I of N, from 0.  [default: as torchrun says]")
 @skip_option
 @verbose_option
-def cache(*, source: str, checkpoint: Path, output: Path, skip_bad_files: bool) -> None:
-    """Run a model's tokenizer over SOURCE once, for later runs (data.token_cache)."""
+def cache(
+    *,
+    source: str,
+    checkpoint: Path,
+    output: Path,
+    ten_crop: bool,
+    crop_range: tuple[float, float],
+    flip: bool,
+    image_size: int | None,
+    shard: str | None,
+    skip_bad_files: bool,
+) -> None:
+    """Run a model's tokenizer over SOURCE once, for later runs (data.token_cache).
+
+    With --ten-crop or --flip, OUTPUT is a folder with the codes of all crops, to train on in place
+    of pictures; several processes share the work, and one that was stopped is run again.
+    """
     from nsp.artifacts.checkpoint import read_checkpoint
     from nsp.data.dataset import ImageDataset
     from nsp.data.sources import open_source
@@ -151,6 +181,26 @@ def cache(*, source: str, checkpoint: Path, output: Path, skip_bad_files: bool) 
     record = read_checkpoint(checkpoint)
     system = record.load()
     found = open_source(source, skip_bad_files=skip_bad_files)
+    if ten_crop or flip:
+        from nsp.data.ten_crop import Extraction
+
+        part, num_parts = _share(shard)
+        settings = Extraction(
+            image_size_px=image_size or system.config.image_size_px,
+            ten_crop=ten_crop,
+            crop_ranges=crop_range,
+            flip=flip,
+            part=part,
+            num_parts=num_parts,
+        )
+        made = record.family.learner.write_codes(system, found, output, settings)
+        click.echo(f"{output}: {made} of {len(found)} pictures in part {part} of {num_parts}")
+        click.echo(f"next: python train.py --data {shlex.quote(str(output))}, and the preset")
+        return
+    if image_size or shard:
+        raise ConfigError("--image-size and --shard are for --ten-crop and --flip; omit them")
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; give the name of a file")
     pictures = ImageDataset(found, system.config.image_size_px, train=True, crop=False)
     record.family.learner.write_cache(system, pictures, output)
     click.echo(f"{output}: {len(pictures)} pictures, for runs with that model's preset or config")
@@ -158,6 +208,16 @@ def cache(*, source: str, checkpoint: Path, output: Path, skip_bad_files: bool) 
     words += ["--data", source, "--token-cache", str(output)]
     words = ["python", "train.py", *words]
     click.echo(f"next: {shlex.join(words)}")
+
+
+def _share(shard: str | None) -> tuple[int, int]:
+    """Return this process's part and the number of parts: as given, or as torchrun says."""
+    if shard is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
+    if found is None or int(found[2]) < 1:
+        raise ConfigError(f"--shard {shard}: write it as I/N, such as 0/8")
+    return int(found[1]), int(found[2])
 
 
 def _rows(stats: "Stats", bad: str) -> Iterator[tuple[str, str]]:

@@ -18,13 +18,25 @@ class ConvertVerb(Verb):
         """Return the verb's own parameters, and the files of all families."""
         from nsp.family.registry import family, family_names
 
-        helps = {
-            file: f"{text} ({name})"
-            for name in family_names()
-            for file, text in family(name).published.items()
+        helps: dict[str, dict[str, list[str]]] = {}  # file -> text -> families that say so
+        for name in family_names():
+            for file, text in family(name).published.items():
+                helps.setdefault(file, {}).setdefault(text, []).append(name)
+        files = (
+            click.Option(
+                [f"--{file}"],
+                type=FILE,
+                help=" ".join(f"{text} ({', '.join(names)})" for text, names in texts.items()),
+            )
+            for file, texts in helps.items()
+        )
+        folders = {
+            name: text
+            for each in family_names()
+            for name, text in family(each).published_folders.items()
         }
-        files = (click.Option([f"--{n}"], type=FILE, help=text) for n, text in helps.items())
-        return [*super().get_params(ctx), *files]
+        more = (click.Option([f"--{name}"], type=FOLDER, help=folders[name]) for name in folders)
+        return [*super().get_params(ctx), *files, *more]
 
 
 @click.command(cls=ConvertVerb)
@@ -42,10 +54,12 @@ def convert(
     check_output(output_dir)
     record = family(family_name)
     given = {name: path for name, path in files.items() if path is not None}
+    given = {name.replace("_", "-"): path for name, path in given.items()}
+    known = {**record.published, **record.published_folders}
     for name in (*record.published, *given):
         if name not in given:
             raise ConfigError(f"--{name} is missing: {record.published[name]}")
-        if name not in record.published:
+        if name not in known:
             raise ConfigError(f"--{name} is not a file that family {family_name} needs; omit it")
     record.convert(given, None if config is None else read_json(config), output_dir)
     click.echo(f"checkpoint: {output_dir}")

@@ -49,7 +49,7 @@ _A = TypeVar("_A")
 # Fields that a resumed run keeps although its preset is given again.
 _KEPT = (
     *("data", "seed", "precision", "start_from", "parallel", "compile"),
-    *("activation_checkpointing", "anyway", "tracking", "checkpoint_dir"),
+    *("activation_checkpointing", "anyway", "tracking", "checkpoint_dir", "copy_dir"),
 )
 
 

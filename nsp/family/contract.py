@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import nn
-    from transformers import CLIPTextModel
 
     from nsp.data.dataset import ImageDataset
     from nsp.data.sources import ImageSource
+    from nsp.data.ten_crop import Extraction
     from nsp.family.objective import Objective, TrainingData
     from nsp.family.recipe import RunConfig
     from nsp.family.system import System
     from nsp.stage.arena import Array, KVShape
     from nsp.stage.backend import Backend
+    from nsp.text.encoder import TextModel
     from nsp.text.parts import TextEncoderSettings
     from nsp.text.tokenizer import PromptTokenizer
 
@@ -109,7 +110,7 @@ class Learner(ABC, Generic[C, S, Y]):
         self,
         config: C,
         *,
-        text_encoder: "CLIPTextModel | None",
+        text_encoder: "TextModel | None",
         prompt_tokenizer: "PromptTokenizer | None",
     ) -> Y:
         """Return a system whose weights will be loaded."""
@@ -175,6 +176,12 @@ class Learner(ABC, Generic[C, S, Y]):
             "so there is nothing to cache"
         )
 
+    def write_codes(
+        self, system: Y, source: "ImageSource", folder: Path, settings: "Extraction"
+    ) -> int:
+        """Write codes of crops of pictures to a folder; return of how many they were missing."""
+        raise ConfigError(f"family {system.family} cannot train on folders of codes")
+
 
 class Family(ABC, Generic[C, S, Y]):
     """One model family; an instance has no state."""
@@ -183,6 +190,7 @@ class Family(ABC, Generic[C, S, Y]):
     name: ClassVar[str]
     kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # its cache's layouts, best first
     published: ClassVar[Mapping[str, str]] = {}  # the files that `convert` takes, and their help
+    published_folders: ClassVar[Mapping[str, str]] = {}  # the folders that some models need beside
     peers: ClassVar[Sequence[Peer]] = ()  # public code that `nsp bench` can time beside it
     default_prompt: ClassVar[str | None] = None  # for `nsp generate`
     default_seed: ClassVar[int] = 0

@@ -31,6 +31,7 @@ class TrainingData:
     pictures: "ImageDataset | ShardStream"
     held_out: "ImageDataset | None" = None  # to validate on
     cache: TokenCache | None = None  # keeps what the image tokenizer makes of the pictures
+    batch_size: int = 1  # pictures of one optimizer step, over all processes
 
 
 class Batch(TypedDict, total=False):
@@ -43,6 +44,7 @@ class Batch(TypedDict, total=False):
     condition: Tensor  # (B,) class ids, or (B, T) token ids of prompts
     tokens: Tensor  # (B, L) codes of the image tokenizer
     latents: list[Tensor]  # of every scale, (B, C, h, w)
+    valid: Tensor  # (B,) 0 for samples that do not count, for example without a caption
     held_out: Tensor  # (B,) bool: not trained on
 
 
@@ -59,6 +61,7 @@ class Objective(nn.Module, ABC):
     rebuilds: bool = False  # whether it trains the image tokenizer, or only the decoder of it
     keeps_latents: bool = True  # whether the tokenizer goes on to encode pictures as it does
     needs_captions: bool = False  # whether training needs the captions of the pictures
+    takes_codes: bool = False  # whether it can learn from a folder of codes, without pictures
     work: float = 1.0  # operations of a step as a fraction of a full one's, for the throughput
 
     def train(self, mode: bool = True) -> Self:
@@ -108,6 +111,13 @@ class Objective(nn.Module, ABC):
         for spikes only among comparable steps.
         """
         return True
+
+    def span(self, step: int, steps: int) -> tuple[int, int]:
+        """Return the first step and the length of the part of the phase that has its own rates.
+
+        Learning rate and weight decay follow their schedules over it; by default it is the phase.
+        """
+        return 0, steps
 
     def after_step(self, step: int) -> dict[str, float | Tensor]:
         """Do the work between optimizer steps; return further numbers to report.

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from nsp.config import Config
 from nsp.errors import ConfigError
 
-SCHEDULES = re.compile(r"constant|cos|lin|lin0|lin00|exp|lin0\.\d+")  # for the learning rate
+SCHEDULES = re.compile(r"constant|cos|lin|lin0|lin00|exp|wsd|lin0\.\d+")  # for the learning rate
 LOCAL = "local"  # MLflow's records are in the run folder
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # that MLflow writes to
 _SCHEMES = ("file", "http", "https", "databricks", *DATABASES)
@@ -60,7 +60,7 @@ class OptimizerConfig(Config):
     weight_decay: float = 0.05
     weight_decay_end: float | None = None  # None: constant
     schedule: str = "lin0"
-    warmup_steps: int = 0
+    warmup_steps: Steps | Epochs = 0
     warmup_start: float = 0.005
     final_ratio: float = 0.01
     grad_clip: float = 2.0
@@ -70,7 +70,7 @@ class OptimizerConfig(Config):
         if not SCHEDULES.fullmatch(self.schedule):
             raise ConfigError(
                 f"schedule {self.schedule!r} is unknown; known: constant, cos, lin, lin0, lin00, "
-                "exp, and lin<fraction> such as lin0.4"
+                "exp, wsd, and lin<fraction> such as lin0.4"
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas}")
@@ -80,7 +80,8 @@ class OptimizerConfig(Config):
                 raise ConfigError(
                     f"{name} must be a finite number above 0, got {getattr(self, name)}"
                 )
-        for name in ("weight_decay", "warmup_steps", *ends):
+        warmup = () if isinstance(self.warmup_steps, Epochs) else ("warmup_steps",)
+        for name in ("weight_decay", *warmup, *ends):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"{name} must be a finite number of at least 0, got {getattr(self, name)}"
@@ -193,13 +194,18 @@ class PhaseConfig(Config):
         """
         lengths = {name: getattr(self, name) for name in _LENGTHS}
         in_epochs = {n: each.epochs for n, each in lengths.items() if isinstance(each, Epochs)}
-        if in_epochs and num_pictures is None:
+        warmup = self.optimizer.warmup_steps
+        if (in_epochs or isinstance(warmup, Epochs)) and num_pictures is None:
+            place = next(iter(in_epochs), "optimizer.warmup_steps")
             raise ConfigError(
                 f"phase {self.name}: a stream has no epochs; give --steps instead of options in "
-                f"epochs, or --set {self.name}.{next(iter(in_epochs))}=STEPS"
+                f"epochs, or --set {self.name}.{place}=STEPS"
             )
         epoch = max((num_pictures or 0) // self.batch_size, 1)
         steps: dict[str, Any] = {name: count * epoch for name, count in in_epochs.items()}
+        if isinstance(warmup, Epochs):
+            counted_up = dataclasses.replace(self.optimizer, warmup_steps=warmup.epochs * epoch)
+            steps["optimizer"] = counted_up
         return dataclasses.replace(self, **steps)
 
 
@@ -277,6 +283,7 @@ class RunConfig(Config):
     phases: tuple[PhaseConfig, ...]
     sampling: dict[str, object] = field(default_factory=dict)  # settings that suit the model
     checkpoint_dir: str | None = None  # for saved steps; None: in the run folder
+    copy_dir: str | None = None  # for a second copy of every saved step, such as a mounted bucket
     start_from: str | None = None  # checkpoint folder whose weights the run starts with
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

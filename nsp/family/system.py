@@ -11,7 +11,7 @@ from nsp.errors import ConfigError
 from nsp.text.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel
+    from nsp.text.encoder import TextModel
 
 
 class System(nn.Module):
@@ -19,13 +19,13 @@ class System(nn.Module):
 
     family: ClassVar[str]  # its name
     config: ModelConfig  # a family's system narrows it to its own
-    text_encoder: "CLIPTextModel | None"
+    text_encoder: "TextModel | None"
     prompt_tokenizer: PromptTokenizer | None
 
     def __init__(
         self,
         config: ModelConfig,
-        text_encoder: "CLIPTextModel | None" = None,
+        text_encoder: "TextModel | None" = None,
         prompt_tokenizer: PromptTokenizer | None = None,
     ) -> None:
         super().__init__()

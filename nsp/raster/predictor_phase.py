@@ -2,7 +2,8 @@
 
 With `patch_level` L above 1 it learns patches of codes first, 2^(L-1) codes wide, then patches half
 as wide, and codes in the end (Pang et al. 2024, arXiv:2412.15321). A patch costs as much as a code,
-so the first steps are cheap. Axes as in patches.py.
+so the first steps are cheap. Of E epochs, the patches 2^k codes wide end after int(E epoch_rate^k),
+as in the public trainer. Axes as in patches.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nsp.config import Config
+from nsp.data.codes import CodeDataset
 from nsp.data.dataset import to_model_range
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.family.objective import Batch, Objective, TrainingData
-from nsp.raster.patches import patch_loss
+from nsp.raster.patches import mean_of_valid, patch_loss
 from nsp.raster.raster_system import RasterSystem
+from nsp.training.code_sets import CodeTokens
 from nsp.training.data_order import sample_uniforms
 from nsp.training.generated import generated
 from nsp.training.tokens import TokenDataset, check_classes
@@ -32,6 +35,7 @@ class PredictorSettings(Config):
 
     patch_level: int = 1  # L; 1 learns codes alone
     epoch_rate: float = 0.5  # of every level's end to that of the next
+    rates_per_level: bool = False  # every level has the whole schedule of the learning rate
     sample_guidance_scale: float = 2.0
     train_text_encoder: bool = True  # False keeps a pretrained one as it is
 
@@ -41,22 +45,39 @@ class PredictorSettings(Config):
         if not 0 < self.epoch_rate < 1:
             raise ConfigError(f"epoch_rate must be in (0, 1), got {self.epoch_rate}")
 
-    def patch_side(self, step: int, steps: int) -> int:
-        """Return the side of the patches that a step learns."""
+    def level_at(self, step: int, steps: int, epoch: int = 1) -> "PatchLevel":
+        """Return what a step learns; levels end with an epoch if the phase has whole ones."""
+        unit = epoch if steps % epoch == 0 else 1
+        first = 0
         for level in range(self.patch_level - 1, 0, -1):
-            if step < int(steps * self.epoch_rate**level):
-                return int(2**level)
-        return 1
+            end = int(steps // unit * self.epoch_rate**level) * unit
+            if step < end:
+                return PatchLevel(2**level, first, end - first)
+            first = end
+        return PatchLevel(1, first, steps - first)
+
+
+@dataclass(frozen=True)
+class PatchLevel:
+    """The steps of a phase that learn patches of one size."""
+
+    side: int  # in codes
+    first: int
+    steps: int
 
 
 class PredictorObjective(Objective):
     """Trains the transformer, and the text encoder if there is one; the tokenizer is frozen."""
+
+    takes_codes = True
 
     def __init__(
         self, system: RasterSystem, data: TrainingData, settings: PredictorSettings
     ) -> None:
         super().__init__()
         self.settings, self.data, self._patch_side = settings, data, 1
+        listed = 0 if isinstance(data.pictures, ShardStream) else len(data.pictures)
+        self._epoch = max(listed // data.batch_size, 1)
         widest = 2 ** (settings.patch_level - 1)
         if system.grid.side % widest:
             raise ConfigError(
@@ -72,10 +93,23 @@ class PredictorObjective(Objective):
 
     def dataset(self) -> Dataset[Mapping[str, object]]:
         """Return conditions with codes, or the pictures of a stream."""
-        if isinstance(self.data.pictures, ShardStream):
-            return self.data.pictures
+        pictures, grid = self.data.pictures, self.system.grid
+        if isinstance(pictures, CodeDataset):
+            if not isinstance(self.system.conditions, int):
+                raise ConfigError(
+                    "a folder of codes has classes, but this model reads captions; give pictures"
+                )
+            return CodeTokens(
+                pictures,
+                self.system.tokenizing(),
+                num_classes=self.system.conditions,
+                length=grid.length,
+                num_codes=grid.num_codes,
+            )
+        if isinstance(pictures, ShardStream):
+            return pictures
         tokenizing, conditions = self.system.tokenizing(), self.system.conditions
-        return TokenDataset(self.data.pictures, tokenizing, conditions, self.data.cache)
+        return TokenDataset(pictures, tokenizing, conditions, self.data.cache)
 
     def held_out(self) -> Dataset[Mapping[str, object]] | None:
         """Return the held-out pictures as `dataset` does."""
@@ -89,9 +123,14 @@ class PredictorObjective(Objective):
 
     def before_step(self, step: int, steps: int) -> bool:
         """Choose the patches that this step learns; only losses of codes compare."""
-        self._patch_side = self.settings.patch_side(step, steps)
+        self._patch_side = self.settings.level_at(step, steps, self._epoch).side
         self.work = 1 / self._patch_side**2
         return self._patch_side == 1
+
+    def span(self, step: int, steps: int) -> tuple[int, int]:
+        """Return the steps of the level, or of the phase."""
+        level = self.settings.level_at(step, steps, self._epoch)
+        return (level.first, level.steps) if self.settings.rates_per_level else (0, steps)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss, in nats per code; of codes also the perplexity and accuracy in %."""
@@ -104,7 +143,8 @@ class PredictorObjective(Objective):
         else:
             codes_BN = system.vq.tokenize(to_model_range(batch["image"]))
         logits_BMV = system.logits(condition_B, dropped_B, codes_BN, side).float()
-        loss = patch_loss(logits_BMV, codes_BN, system.grid.side, side).mean()
+        losses_BM = patch_loss(logits_BMV, codes_BN, system.grid.side, side)
+        loss = mean_of_valid(losses_BM, batch["valid"]) if "valid" in batch else losses_BM.mean()
         if side > 1:
             return {"loss": loss}
         with torch.no_grad():

@@ -58,6 +58,8 @@ class TokenizerObjective(ReconstructionObjective):
         gradient = image_gradient_loss(rebuilt, image)
         codes = quantized.codebook_loss
         codes = codes + vq.config.commitment_weight * quantized.commitment_loss
+        if quantized.entropy_loss is not None:
+            codes = codes + vq.config.entropy_weight * quantized.entropy_loss
         if self.training:
             hits_V = quantized.codes.flatten().bincount(minlength=vq.config.codebook_size).float()
             self._hits_V = hits_V if self._hits_V is None else self._hits_V + hits_V

@@ -14,6 +14,7 @@ from nsp.layers.attention import l2_normalize
 from nsp.layers.vqgan import Decoder, Encoder
 from nsp.raster.vq_config import VqConfig
 
+_TEMPERATURE, _TINY = 0.01, 1e-5  # of the entropy loss
 _ROWS = 8192  # latents compared with all codes at once: 0.5 GB for 16,384 codes
 
 
@@ -25,6 +26,7 @@ class Quantized:
     codes: Tensor  # (B, N)
     codebook_loss: Tensor  # scalar: moves codes to latents
     commitment_loss: Tensor  # scalar: moves latents to codes, without its weight
+    entropy_loss: Tensor | None  # scalar, without its weight; None: that is 0
 
 
 class Codebook(nn.Module):
@@ -36,7 +38,7 @@ class Codebook(nn.Module):
 
     def __init__(self, config: VqConfig) -> None:
         super().__init__()
-        self.is_normalised = config.is_normalised
+        self.is_normalised, self.has_entropy = config.is_normalised, config.entropy_weight > 0
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_width)
         self.register_buffer("usage_V", torch.zeros(config.codebook_size))
 
@@ -71,7 +73,20 @@ class Codebook(nn.Module):
                 codes.reshape(len(latent_BZhw), -1),
                 F.mse_loss(vectors, rows_BhwZ.detach()),
                 F.mse_loss(rows_BhwZ, vectors.detach()),
+                self._entropy_loss(rows_BhwZ.flatten(0, 2)) if self.has_entropy else None,
             )
+
+    def _entropy_loss(self, latents_MZ: Tensor) -> Tensor:
+        """Return the entropy of one latent's codes less that of the whole batch's.
+
+        The shares are a softmax of negative squared distances. Source: Yu et al. 2023,
+        arXiv:2310.05737, as in LlamaGen's vq_model.py, compute_entropy_loss.
+        """
+        scores_MV = -torch.cdist(latents_MZ, self.table()).square() / _TEMPERATURE
+        shares_MV, log_shares_MV = scores_MV.softmax(-1), scores_MV.log_softmax(-1)
+        mean_V = shares_MV.mean(0)
+        entropy = -(shares_MV * log_shares_MV).sum(-1).mean()
+        return entropy + (mean_V * (mean_V + _TINY).log()).sum()
 
 
 class VqTokenizer(nn.Module):

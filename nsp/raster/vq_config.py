@@ -27,6 +27,7 @@ class VqConfig(Config):
     norm_groups: int = 32
     dropout: float = 0.0
     commitment_weight: float = 0.25  # beta of the VQ loss
+    entropy_weight: float = 0.0  # of the loss that spreads latents over all codes; 0: off
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -34,7 +35,7 @@ class VqConfig(Config):
         self.check_counts("vq", "base_channels", "channel_multipliers", "num_res_blocks")
         self.check_counts("vq", "patch_size", "norm_groups")
         self.check_fractions("vq", "dropout")
-        self.check_reals("vq", "commitment_weight", least=0, most=_LARGE)
+        self.check_reals("vq", "commitment_weight", "entropy_weight", least=0, most=_LARGE)
         if self.base_channels % self.norm_groups:
             raise ConfigError(
                 f"vq: base_channels={self.base_channels} must be a multiple of "

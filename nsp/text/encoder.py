@@ -9,11 +9,11 @@ Shapes: B batch, T prompt tokens, D width.
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from nsp.weights.state_names import plain_names, what_it_is
 from nsp.weights.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5EncoderModel
+
+    TextModel: TypeAlias = CLIPTextModel | T5EncoderModel  # of any family
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ def build_text_encoder(
             f"text encoder: width={width}, depth={depth}, num_heads={num_heads}, "
             f"mlp_ratio={mlp_ratio}; all must be positive and width a multiple of num_heads"
         )
-    transformers = _import_transformers()
+    transformers = import_transformers()
     config = transformers.CLIPTextConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=width,
@@ -158,36 +160,41 @@ def load_text_encoder(
     for path in find_weights(root, ("model",), what="encoder", listed=listed):
         state |= read_safetensors(path)
     state = plain_names(state, root)
-    _check_weights(_without_prefix(state), config, root)
+    transformers = import_transformers()
+    check_weights(
+        lambda: transformers.CLIPTextModel(config).state_dict(),
+        _without_prefix(state),
+        root,
+        is_own=_is_own,
+    )
     if eight := rounded_to_eight_bits(state):
         log.warning("text encoder %s: %s have 8-bit weights, which were rounded", root, eight)
-    transformers = _import_transformers()
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             model = transformers.CLIPTextModel.from_pretrained(
                 None, config=config, state_dict=state, dtype=torch.float32
             )
     except Exception as error:  # the library's errors have no common base
-        raise _cannot_load(root, error) from error
+        raise cannot_load(root, error) from error
     encoder: CLIPTextModel = model.eval()
     return encoder
 
 
 def _read_config(root: Path) -> "CLIPTextConfig":
     """Return the configuration of the text encoder, or of the text half of a whole CLIP."""
-    values = _check_folder(root)
+    values = read_encoder_config(root, TEXT_MODEL_TYPES, kind="CLIP")
     if values["model_type"] == "clip":
         values = values.get("text_config", {})
     if not isinstance(values, Mapping):
-        raise _cannot_load(root, ConfigError(f"text_config is {shown(values)}"))
+        raise cannot_load(root, ConfigError(f"text_config is {shown(values)}"))
     read = {name: values[name] for name in _READ if name in values}
     _check_numbers(read, root)
-    transformers = _import_transformers()
+    transformers = import_transformers()
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             config: CLIPTextConfig = transformers.CLIPTextConfig(**read)
     except Exception as error:  # validation errors have no common base
-        raise _cannot_load(root, error) from error
+        raise cannot_load(root, error) from error
     return config
 
 
@@ -206,25 +213,32 @@ def _check_numbers(values: Mapping[str, Any], root: Path) -> None:
             elif name == "eos_token_id":
                 integer(name, value, least=0, most=_MOST)
     except ConfigError as error:
-        raise _cannot_load(root, error) from error
+        raise cannot_load(root, error) from error
 
 
-def _check_weights(state: Mapping[str, Tensor], config: "CLIPTextConfig", root: Path) -> None:
-    """Raise CheckpointError if the weights are not those of a model of `config`.
+def check_weights(
+    build: Callable[[], Mapping[str, Tensor]],
+    state: Mapping[str, Tensor],
+    root: Path,
+    *,
+    is_own: Callable[[str], bool],
+) -> None:
+    """Raise CheckpointError if the weights are not those of the encoder that `build` gives.
 
     transformers fills missing weights with random numbers, ignores further ones (a layer that
-    `config` does not count) and continues. Names of other kinds belong to the rest of a CLIP.
+    the configuration does not count) and continues. A name that is not `is_own` belongs to the rest
+    of a larger model.
     """
     shapes = [tensor.shape for tensor in state.values()]
     with bounded(shapes, f"text encoder {root} cannot be loaded"), torch.device("meta"):
-        own: Mapping[str, Tensor] = _import_transformers().CLIPTextModel(config).state_dict()
+        own = build()
     for problem, names in (
         ("lacks", sorted(own.keys() - state.keys())),
         (
             "has the wrong shape for",
             [n for n in own if n in state and own[n].shape != state[n].shape],
         ),
-        ("does not use", sorted(n for n in state.keys() - own.keys() if _is_own(n))),
+        ("does not use", sorted(n for n in state.keys() - own.keys() if is_own(n))),
     ):
         if names:
             held = "" if own.keys() & state.keys() else f"; it {what_it_is(root, state)}"
@@ -246,7 +260,8 @@ def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
 
 
-def _cannot_load(root: Path, error: Exception) -> CheckpointError:
+def cannot_load(root: Path, error: Exception) -> CheckpointError:
+    """Return the error for a folder whose encoder cannot be loaded, with the reason."""
     reason = " ".join(str(error).split())[:300]
     return CheckpointError(f"text encoder {root} cannot be loaded: {reason}")
 
@@ -260,6 +275,8 @@ def check_text_parts(
     wrong token for the whole prompt.
     """
     config = encoder.config
+    if config.model_type not in TEXT_MODEL_TYPES:
+        raise ConfigError(f"the text encoder is of type {config.model_type!r}; CLIP's is needed")
     if (config.hidden_size, tokenizer.max_tokens) != (text_width, max_tokens):
         raise ConfigError(
             f"text encoder of width {config.hidden_size} with {tokenizer.max_tokens} tokens does "
@@ -289,12 +306,12 @@ def check_text_parts(
         )
 
 
-def save_text_encoder(model: "CLIPTextModel", folder: str | Path) -> None:
+def save_text_encoder(model: "PreTrainedModel", folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors`; transformers can read the folder too."""
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
-        with _quiet(_import_transformers()):
+        with quiet(import_transformers()):
             model.save_pretrained(partial)
         # The config is written last: a folder that has one is complete.
         for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):
@@ -302,28 +319,28 @@ def save_text_encoder(model: "CLIPTextModel", folder: str | Path) -> None:
             give_usual_mode(root / path.name)
 
 
-def _check_folder(root: Path) -> dict[str, Any]:
+def read_encoder_config(root: Path, types: Sequence[str], *, kind: str) -> dict[str, Any]:
     """Return the content of `config.json`; CheckpointError for another kind of folder."""
     if not root.is_dir():
-        raise CheckpointError(f"text encoder folder {root} does not exist; give a CLIP folder")
+        raise CheckpointError(f"text encoder folder {root} does not exist; give a {kind} folder")
     if not (root / "config.json").is_file():
         nested = sorted(path.parent.name for path in root.glob("text_encoder*/config.json"))
-        hint = f"pass subfolder={nested[0]!r}" if nested else "give a CLIP text encoder folder"
+        hint = f"pass subfolder={nested[0]!r}" if nested else f"give a {kind} text encoder folder"
         raise CheckpointError(f"{root} has no config.json; {hint}")
     try:
         values = read_settings(root / "config.json")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; it is not a transformers config") from error
-    if values.get("model_type") not in TEXT_MODEL_TYPES:
+    if values.get("model_type") not in types:
         raise CheckpointError(
             f"{root} has a model of type {values.get('model_type')!r}; one of "
-            f"{', '.join(TEXT_MODEL_TYPES)} is needed"
+            f"{', '.join(types)} is needed"
         )
     return values
 
 
 @contextmanager
-def _quiet(transformers: ModuleType) -> Iterator[None]:
+def quiet(transformers: ModuleType) -> Iterator[None]:
     """Hide the progress bars and tables of transformers; errors are raised."""
     library = transformers.utils.logging
     verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
@@ -337,7 +354,8 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _import_transformers() -> ModuleType:
+def import_transformers() -> ModuleType:
+    """Return the library; MissingExtraError names what to install."""
     try:
         import transformers
     except ModuleNotFoundError as error:

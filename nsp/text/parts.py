@@ -21,9 +21,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderSettings(Config):
-    """The source of a new model's text encoder: a CLIP folder, or these sizes."""
+    """The source of a new model's text encoder: a folder, or these sizes."""
 
-    folder: str | None = None  # CLIP, or a pipeline with text_encoder/ and tokenizer/
+    # CLIP or T5, as the family needs, or a pipeline with text_encoder/ and tokenizer/
+    folder: str | None = None
     vocab_size: int = 2048
     depth: int = 2
     num_heads: int = 4
@@ -49,23 +50,33 @@ def text_parts(
         encoder = load_text_encoder(folder, subfolder="text_encoder" if is_pipeline else None)
         tokenizer = PromptTokenizer.load(folder, subfolder="tokenizer" if is_pipeline else None)
         return tokenizer, encoder
-    if source is None:
-        raise ConfigError(
-            "a stream's captions are not known in advance, so no prompt tokenizer can be trained "
-            "on them; give a CLIP folder with --text-encoder, or a checkpoint with --start-from"
-        )
-    captions = sorted({caption for sample in source.samples for caption in sample.captions})
-    if source.samples and not captions:
-        logger.warning(
-            "no captions: the new model's prompt tokenizer knows only single letters; for a model "
-            "that will learn from captions later, give a CLIP folder with --text-encoder"
-        )
-        captions = ["a"]
+    captions = captions_of(source, "a CLIP folder")
     tokenizer = train_tokenizer(captions, vocab_size=settings.vocab_size, max_tokens=max_tokens)
     encoder = build_text_encoder(
         tokenizer, width=width, depth=settings.depth, num_heads=settings.num_heads
     )
     return tokenizer, encoder
+
+
+def captions_of(source: ImageSource | None, instead: str) -> list[str]:
+    """Return the captions to train a new prompt tokenizer on; a warning if there are none.
+
+    Raises ConfigError for a stream (None); `instead` is what --text-encoder takes, in words.
+    """
+    if source is None:
+        raise ConfigError(
+            "a stream's captions are not known in advance, so no prompt tokenizer can be trained "
+            f"on them; give {instead} with --text-encoder, or a checkpoint with --start-from"
+        )
+    captions = sorted({caption for sample in source.samples for caption in sample.captions})
+    if source.samples and not captions:
+        logger.warning(
+            "no captions: the new model's prompt tokenizer knows only single letters; for a model "
+            "that will learn from captions later, give %s with --text-encoder",
+            instead,
+        )
+        captions = ["a"]
+    return captions
 
 
 def without_tokens(

@@ -81,7 +81,7 @@ class PromptTokenizer:
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._tokenizer = tokenizer
         self._special = dict(special_tokens)
-        self._padding_side = padding_side
+        self._padding_side: Literal["left", "right"] = padding_side
         self._max_tokens = max_tokens
         self._vocab_size = max(vocabulary.values()) + 1
         self._ids = {name: vocabulary[token] for name, token in special_tokens.items()}
@@ -90,6 +90,20 @@ class PromptTokenizer:
     def max_tokens(self) -> int:
         """Length T of every encoded prompt, frame included."""
         return self._max_tokens
+
+    @property
+    def padding_side(self) -> Literal["left", "right"]:
+        """Where short prompts are filled up."""
+        return self._padding_side
+
+    def padded_left(self) -> "PromptTokenizer":
+        """Return the same tokenizer with padding before the prompts."""
+        return PromptTokenizer(
+            self._tokenizer,
+            max_tokens=self._max_tokens,
+            special_tokens=self._special,
+            padding_side="left",
+        )
 
     @property
     def vocab_size(self) -> int:

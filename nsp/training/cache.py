@@ -78,11 +78,19 @@ def digest_of(
     about: object, module: nn.Module, data: ImageDataset, *, decides: Callable[[str], bool]
 ) -> str:
     """Return the SHA-256 of the settings, the weights named here, and the pictures' bytes."""
+    digest = digest_of_weights(about, module, decides=decides)
+    for index in range(len(data)):
+        digest.update(data.source.files[index].read())
+    return digest.hexdigest()
+
+
+def digest_of_weights(
+    about: object, module: nn.Module, *, decides: Callable[[str], bool]
+) -> "hashlib._Hash":
+    """Return a SHA-256 that has the settings and the weights named here."""
     digest = hashlib.sha256(repr(about).encode())
     for name, tensor in sorted(module.state_dict().items()):
         if decides(name):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for index in range(len(data)):
-        digest.update(data.source.files[index].read())
-    return digest.hexdigest()
+    return digest

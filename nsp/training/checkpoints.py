@@ -45,10 +45,10 @@ class SavedStep:
 
 
 class CheckpointStore:
-    """The saved steps of one phase."""
+    """The saved steps of one phase; `copy` is the folder for a second copy, where all are kept."""
 
-    def __init__(self, folder: Path, *, keep_last: int) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(self, folder: Path, *, keep_last: int, copy: Path | None = None) -> None:
+        self.folder, self.keep_last, self.copy = folder, keep_last, copy
 
     def save(
         self, step: int, state: Mapping[str, Any], *, config: PhaseConfig, loss: float | None
@@ -83,7 +83,18 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{target} cannot be written ({reason}); free some space and continue with --resume"
             ) from error
+        self._copy(target)
         self._prune()
+
+    def _copy(self, saved: Path) -> None:
+        """Write the second copy; a warning says why there is none, for the run can go on."""
+        if self.copy is None:
+            return
+        try:
+            with write_folder(self.copy / saved.name) as partial:
+                shutil.copytree(saved, partial, dirs_exist_ok=True)
+        except OSError as error:
+            logger.warning("no second copy of %s: %s", saved, error)
 
     def load(self) -> tuple[SavedStep, dict[str, Any]] | None:
         """Return the newest undamaged step with its state; None when nothing is saved.

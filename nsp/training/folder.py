@@ -30,6 +30,7 @@ _FREE = (
     "activation_checkpointing",
     "anyway",
     "tracking",
+    "copy_dir",
     "data.num_workers",
 )
 # Paths. The identity of what they lead to is checked by content: data.json, the key of cached

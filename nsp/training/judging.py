@@ -39,6 +39,8 @@ def judge_start(
 
     If it is not good enough, the run does not begin, unless its first phase trains all of it.
     """
+    if data.are_codes:
+        return
     owner = family(config.family)
     share = share_of(config.phases[0], accelerator)
     scratch = next(iter(owner.recipes), None)
@@ -65,6 +67,9 @@ def judge_phase(
     objective: Objective,
 ) -> None:
     """Measure what a finished phase has made of the model; raise if the run should not go on."""
+    if data.are_codes:
+        logger.info("phase %s: not judged, because the data are codes, not pictures", config.name)
+        return
     owner = family(run.family)
     system = read_checkpoint(folder / CHECKPOINT_NAME).load().to(accelerator.device)
     pictures = data.to_judge(system.config.image_size_px, run, share_of(config, accelerator))

@@ -7,7 +7,7 @@ from torch import nn
 
 from nsp.errors import ConfigError
 from nsp.family.objective import Objective
-from nsp.family.recipe import LoraConfig, OptimizerConfig
+from nsp.family.recipe import LoraConfig, OptimizerConfig, counted
 from nsp.training.schedules import lr_ratio, weight_decay
 
 
@@ -31,7 +31,7 @@ def set_rates(
         step,
         steps,
         kind=config.schedule,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=counted(config.warmup_steps),
         warmup_start=config.warmup_start,
         end=config.final_ratio,
     )

@@ -97,6 +97,7 @@ def phase_objective(
             TokenCache(Path(run.data.token_cache), is_given=True)
             if run.data.token_cache
             else TokenCache(folder / TOKENS_NAME),
+            config.batch_size,
         ),
     )
     return made

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nsp.data.bounds import read_regular
+from nsp.data.codes import CodeDataset, CodeSource, is_code_folder, open_codes
 from nsp.data.dataset import ImageDataset
 from nsp.data.heldout import HELDOUT_MEMBER, MAX_HELDOUT_BYTES, Heldout, parse_heldout
 from nsp.data.shards import ShardSet, find_shards
@@ -27,6 +28,11 @@ class Pictures:
     def source(self) -> ImageSource | None:
         """The listed pictures; None for a stream."""
         return self.train if isinstance(self.train, ImageSource) else None
+
+    @property
+    def are_codes(self) -> bool:
+        """Whether there is only a folder of codes."""
+        return isinstance(self.train, CodeSource)
 
     @property
     def named_by_class(self) -> tuple[str, ...]:
@@ -55,6 +61,8 @@ class Pictures:
     def to_train(self, size_px: int, run: RunConfig, share: Share) -> ImageDataset | ShardStream:
         """Return the training set at `size_px`; for a stream, this process's part of it."""
         crop, flip, seed = run.data.crop, run.data.flip, run.seed
+        if isinstance(self.train, CodeSource):
+            return CodeDataset(self.train, size_px, train=True, crop=False, seed=seed)
         if isinstance(self.train, ImageSource):
             return ImageDataset(self.train, size_px, train=True, crop=crop, flip=flip, seed=seed)
         return ShardStream(
@@ -96,6 +104,13 @@ def open_pictures(config: DataConfig, *, skip_bad_files: bool) -> Pictures:
                 "listed pictures; shards have their own list of held-out pictures"
             )
         return Pictures(find_shards(config.source), None, skip_bad_files)
+    if is_code_folder(config.source):
+        given = ("crop", "flip", "heldout", "val_share", "token_cache", "validation")
+        if used := [name for name in given if getattr(config, name)]:
+            raise ConfigError(
+                f"data.{used[0]} is for pictures, but {config.source} is a folder of codes; omit it"
+            )
+        return Pictures(open_codes(config.source), None, skip_bad_files)
     found = readable(survey(config.source), skip_bad_files=skip_bad_files)
     train = found.choose("train")
     if config.heldout is not None:

@@ -59,6 +59,11 @@ def prepare_folder(
         for phase in config.phases:  # report mistakes of later phases now, not when they begin
             objective = phase_objective(phase, config, folder, accelerator, data, system)
             objectives.append(objective)
+            if data.are_codes and not objective.takes_codes:
+                raise ConfigError(
+                    f"phase {phase.name} needs pictures, but {config.data.source} is a folder of "
+                    "codes; give --data, or skip the phase with --from-phase"
+                )
             saved += saved_bytes(objective, phase) if phase in phases else 0
             if phase in phases:
                 check_captions(config, phase, objective, data)

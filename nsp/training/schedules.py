@@ -1,12 +1,14 @@
 """Learning-rate and weight-decay schedules as functions of the optimizer step.
 
-Source: github.com/FoundationVision/VAR, utils/lr_control.py.
+Source: github.com/FoundationVision/VAR, utils/lr_control.py; "wsd" is the schedule of
+github.com/PKU-YuanGroup/Next-Patch-Prediction for one level of patches.
 """
 
 import math
 
 # Fraction of the steps after warm-up during which the rate stays at its peak.
 _FLAT = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15}
+_DECAY = 0.2  # share of all steps in which "wsd" falls
 
 
 def lr_ratio(
@@ -22,7 +24,8 @@ def lr_ratio(
 
     Linear warm-up from `warmup_start` over `warmup_steps`, then `kind` down to `end`: "cos"; "lin",
     "lin0", "lin00" and "exp" stay at the peak for 15, 5, 0 and 15 % of the rest, then fall;
-    "lin<f>" (such as "lin0.4") falls slowly for the fraction f, then faster; "constant".
+    "lin<f>" (such as "lin0.4") falls slowly for the fraction f, then faster; "constant"; "wsd"
+    stays at the peak and falls linearly over the last 20 % of all steps, to `end` after the last.
     """
     warmup = round(warmup_steps)
     if step < warmup:
@@ -30,6 +33,9 @@ def lr_ratio(
     passed = (step - warmup) / max(num_steps - 1 - warmup, 1)
     if kind == "constant":
         return 1.0
+    if kind == "wsd":
+        fallen = 1 - (num_steps - step) / (_DECAY * num_steps)
+        return 1 - (1 - end) * max(fallen, 0.0)
     if kind == "cos":
         return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * passed))
     if kind not in _FLAT:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.errors import ConfigError
 from nsp.family.objective import TokenCache
-from nsp.training.cache import cached, digest_of, is_constant, write_cache
+from nsp.training.cache import cached, digest_of, digest_of_weights, is_constant, write_cache
 
 _BATCH = 64  # pictures tokenized at once
 
@@ -36,6 +36,13 @@ class Tokenizing:
         return digest_of(
             about, self.module, data, decides=lambda name: not name.startswith(self.others)
         )
+
+    def digest(self) -> str:
+        """Return the digest of the tokenizer alone."""
+        found = digest_of_weights(
+            self.about, self.module, decides=lambda name: not name.startswith(self.others)
+        )
+        return found.hexdigest()
 
 
 class TokenDataset(Dataset[Mapping[str, object]]):

@@ -66,7 +66,9 @@ class Phase:
         self.held_out_loss: tuple[int, float] | None = None  # step, loss
         self.comparable = True  # whether the current step's loss can be compared with others
         self.share = share_of(config, accelerator)
-        self.store = CheckpointStore(steps_folder(run, folder), keep_last=config.keep_last)
+        copy = None if run.copy_dir is None else Path(run.copy_dir) / folder.name
+        place = steps_folder(run, folder)
+        self.store = CheckpointStore(place, keep_last=config.keep_last, copy=copy)
         if config.lora is not None:
             add_adapters(objective.trained, config.lora)
         objective.to(accelerator.device)
@@ -186,7 +188,8 @@ class Phase:
             step_seed(self.run_config.seed, self.config.name, data_step, self.share.rank)
         )
         total_steps = counted(self.config.steps)
-        rate = set_rates(self.optimizer, settings, self.step, total_steps)
+        first, length = self.objective.span(self.step, total_steps)
+        rate = set_rates(self.optimizer, settings, self.step - first, length)
         self.comparable = self.objective.before_step(self.step, total_steps)
         total: dict[str, Tensor] = {}
         for index in range(self.share.accumulate):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nsp.errors import CheckpointError
@@ -23,6 +24,7 @@ _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 _AVERAGED = "n_averaged"  # counter of torch.optim.swa_utils.AveragedModel next to its module.*
 _MAX_DEPTH = 8
 _NUM_SHOWN = 5
+_MAX_DIGITS = 6  # digits of a number in a tensor's name
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
 
 VAR_TOKENIZER = "the image tokenizer of VAR"
@@ -234,3 +236,22 @@ def what_it_is(path: Path, names: Collection[str]) -> str:
     if not names:
         return "has no tensors"
     return f"has {len(names)} tensors of another kind of model: {_some(sorted(names))}"
+
+
+def shape_of(state: Mapping[str, Tensor], name: str, num_axes: int) -> torch.Size:
+    """Return the shape of a required tensor, which must have that many axes and not be empty."""
+    if name not in state:
+        raise CheckpointError(f"missing tensor {name}")
+    shape = state[name].shape
+    if len(shape) != num_axes or 0 in shape:
+        raise CheckpointError(f"misshapen tensor {name} {tuple(shape)}")
+    return shape
+
+
+def count_of(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Return one more than the largest index `pattern` captures; 0 without a match."""
+    found = {match[1] for name in state if (match := re.match(pattern, name))}
+    if any(len(number) > _MAX_DIGITS for number in found):
+        longest = max(found, key=len)
+        raise CheckpointError(f"a tensor's name has the number {longest}, which no model has")
+    return max((int(number) + 1 for number in found), default=0)

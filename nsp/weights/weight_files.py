@@ -5,6 +5,7 @@ Only this package and saved training steps (nsp/training/checkpoints.py) use `to
 safetensors.
 """
 
+import argparse
 import logging
 import os
 import re
@@ -232,7 +233,12 @@ def _read_torch(path: Path) -> Any:
     _check_archive(path)
     try:
         # torch judges a path by its suffix, and gives misleading warnings about damaged pickles.
-        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+        # Trainers keep their options beside the weights; a Namespace runs no code.
+        with (
+            path.open("rb") as file,
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can make an unpickler raise anything
         # torch's message advises to load it anyway, which would run code from the file.

@@ -4,7 +4,9 @@ Source: LlamaGen (Sun et al. 2024, arXiv:2406.06525) and Next Patch Prediction (
 arXiv:2412.15321), which changes the training alone.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -34,6 +36,13 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
 
     name: ClassVar[str] = "next_patch"
     kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed")
+    published: ClassVar[Mapping[str, str]] = {
+        "tokenizer": "Weights of the image tokenizer.",
+        "predictor": "Weights of the transformer.",
+    }
+    published_folders: ClassVar[Mapping[str, str]] = {
+        "text-encoder": "T5 folder, for models of captions.",
+    }
     peers: ClassVar[Sequence[Peer]] = (PUBLIC_LLAMAGEN,)
     config, sampling, sizes = NextPatchConfig, RasterSampling, SIZES
 
@@ -116,6 +125,21 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
         """Return the names of a model's classes by their numbers; empty if it has none."""
         condition = config.condition
         return condition.id2label if isinstance(condition, ClassCondition) else ()
+
+    def convert(
+        self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path
+    ) -> None:
+        """Write the checkpoint folder `output_dir` from the weights of LlamaGen."""
+        from nsp.families.next_patch.published import convert
+
+        parts = {name.replace("-", "_"): path for name, path in files.items()}
+        convert(**parts, config=config, output_dir=output_dir)
+
+    def adopt(self, config: NextPatchConfig, trained: NextPatchConfig) -> NextPatchConfig:
+        """Return `config` with the condition of the trained model."""
+        return dataclasses.replace(
+            config, condition=trained.condition, pretrained_vq=None, pretrained_gpt=None
+        )
 
     @property
     def learner(self) -> "Learner[NextPatchConfig, RasterSampling, NextPatchSystem]":

@@ -101,6 +101,9 @@ class NextPatchConfig(ModelConfig):
     condition: ClassCondition | CaptionCondition = field(
         default_factory=lambda: ClassCondition(num_classes=1000)
     )
+    # A published file or a checkpoint folder, whose weights a new model begins with.
+    pretrained_vq: str | None = None
+    pretrained_gpt: str | None = None
 
     def __post_init__(self) -> None:
         """Check the grid."""
@@ -206,7 +209,7 @@ SIZES: Mapping[str, NextPatchConfig] = {
             norm_groups=4,
         ),
         gpt=GptConfig(depth=2, width=32, num_heads=4, num_kv_heads=2, multiple_of=16),
-        condition=ClassCondition(num_classes=1),
+        condition=CaptionCondition(text_width=16, max_tokens=16),
     ),
 }
 

@@ -1,5 +1,6 @@
 """The side of the family `next_patch` that needs torch."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -9,11 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from nsp.data.ten_crop import Extraction
 from nsp.errors import ConfigError
 from nsp.families.next_patch.config import NextPatchConfig
 from nsp.families.next_patch.model import initialize
 from nsp.families.next_patch.modules import build_stages
+from nsp.families.next_patch.published import load_pretrained
 from nsp.families.next_patch.system import NextPatchSystem
+from nsp.family.classes import ClassCondition
 from nsp.family.contract import Learner
 from nsp.family.objective import Objective, TrainingData
 from nsp.family.order import Order
@@ -21,16 +25,19 @@ from nsp.raster.predictor_phase import PredictorObjective, PredictorSettings
 from nsp.raster.sampling import RasterSampling
 from nsp.raster.tokenizer_phase import TokenizerObjective, TokenizerSettings
 from nsp.text.parts import TextEncoderSettings
+from nsp.text.t5 import t5_parts
 from nsp.text.tokenizer import PromptTokenizer
+from nsp.training.code_sets import write_codes
 from nsp.training.reconstruction import reconstructed
 from nsp.training.tokens import write_tokens
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel
+    from transformers import T5EncoderModel
 
     from nsp.data.dataset import ImageDataset
     from nsp.data.sources import ImageSource
 
+_UNTRAINED_CLASSES = 10
 _SHARP_STD = 1.0  # of untrained output weights: of thousands of codes a few are likely
 
 
@@ -43,11 +50,11 @@ class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]
         self,
         config: NextPatchConfig,
         *,
-        text_encoder: "CLIPTextModel | None",
+        text_encoder: "T5EncoderModel | None",
         prompt_tokenizer: PromptTokenizer | None,
     ) -> NextPatchSystem:
         """Return a system whose weights will be loaded."""
-        return NextPatchSystem(config)
+        return NextPatchSystem(config, text_encoder=text_encoder, prompt_tokenizer=prompt_tokenizer)
 
     def new_system(
         self,
@@ -55,15 +62,31 @@ class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]
         text_encoder: TextEncoderSettings,
         source: "ImageSource | None",
     ) -> NextPatchSystem:
-        """Return a freshly initialised system, drawn from torch's global generator."""
-        system = NextPatchSystem(config)
+        """Return a freshly initialised system, drawn from torch's global generator.
+
+        A pretrained T5 folder decides the width of the caption condition; otherwise the prompt
+        tokenizer is trained on the captions of `source`, and the encoder is new.
+        """
+        begun = dataclasses.replace(config, pretrained_vq=None, pretrained_gpt=None)
+        encoder, tokenizer, caption = None, None, config.caption
+        if caption is not None:
+            tokenizer, encoder = t5_parts(
+                text_encoder, caption.text_width, caption.max_tokens, source
+            )
+            caption = dataclasses.replace(caption, text_width=encoder.config.d_model)
+            begun = dataclasses.replace(begun, condition=caption)
+        system = NextPatchSystem(begun, text_encoder=encoder, prompt_tokenizer=tokenizer)
         initialize(system.gpt)
         bound = 1 / config.vq.codebook_width**0.5
         nn.init.uniform_(system.vq.quantize.embedding.weight, -bound, bound)
+        load_pretrained(system, config)
         return system
 
     def untrained(self, config: NextPatchConfig) -> NextPatchSystem:
-        """Return a system of random weights in which all of them matter."""
+        """Return a system of random weights in which all of them matter, always with classes."""
+        if config.caption is not None:
+            classes = ClassCondition(num_classes=_UNTRAINED_CLASSES)
+            config = dataclasses.replace(config, condition=classes)
         system = self.new_system(config, TextEncoderSettings(), None)
         nn.init.normal_(system.gpt.output.weight, std=_SHARP_STD)
         return system
@@ -82,8 +105,13 @@ class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]
     ) -> Sequence[NDArray[np.float32]]:
         """Return the logits of every row of codes from one pass, as in training."""
         codes = torch.from_numpy(np.concatenate(tokens, 1))
-        classes = torch.tensor([order.condition for order in orders])
-        logits = system.logits(classes, torch.zeros(len(orders), dtype=torch.bool), codes)
+        conditions = [order.condition for order in orders]
+        ids = (
+            torch.tensor(conditions)
+            if system.config.caption is None
+            else system.encode_prompts([str(each) for each in conditions])
+        )
+        logits = system.logits(ids, torch.zeros(len(orders), dtype=torch.bool), codes)
         return [each.numpy() for each in logits.split(system.config.grid_side, 1)]
 
     def objective(
@@ -111,3 +139,9 @@ class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]
     def write_cache(self, system: NextPatchSystem, data: "ImageDataset", file: Path) -> None:
         """Write the codes of all pictures to `file`, for `data.token_cache` of later runs."""
         write_tokens(system.tokenizing(), data, file)
+
+    def write_codes(
+        self, system: NextPatchSystem, source: "ImageSource", folder: Path, settings: Extraction
+    ) -> int:
+        """Write codes of crops of pictures to a folder; return of how many they were missing."""
+        return write_codes(system.tokenizing(), source, folder, settings)

@@ -132,6 +132,8 @@ class _Projection(nn.Module):
 class CaptionEmbedding(nn.Module):
     """Projected T5 features; the null condition is a block of features that is never trained."""
 
+    MEASURED_BUFFERS = ("uncond_embedding",)  # drawn, not computed
+
     uncond_embedding: Tensor
 
     def __init__(self, condition: CaptionCondition, width: int) -> None:
@@ -160,7 +162,7 @@ class Gpt(nn.Module):
             if config.caption is None
             else CaptionEmbedding(config.caption, gpt.width)
         )
-        rates = torch.linspace(0, gpt.drop_path_rate, gpt.depth).tolist()
+        rates = [gpt.drop_path_rate * i / max(gpt.depth - 1, 1) for i in range(gpt.depth)]
         self.layers = nn.ModuleList(Block(gpt, rate) for rate in rates)
         self.norm = RMSNorm(gpt.width, gpt.norm_eps)
         self.output = nn.Linear(gpt.width, config.vq.codebook_size, bias=False)

@@ -7,7 +7,6 @@ models/quant.py.
 
 import logging
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +26,11 @@ from nsp.weights.module_weights import bounded, load_state, rounded_to_eight_bit
 from nsp.weights.state_names import (
     VAR_PREDICTOR,
     VAR_TOKENIZER,
+    count_of,
     find_state,
     kind_of,
     part_of_a_model,
+    shape_of,
     what_it_is,
 )
 from nsp.weights.weight_files import read_tensor_file
@@ -68,7 +69,6 @@ _VAR_ARGUMENTS = {
 }
 # Fields that tensors give up to rounding (a width) or in another form (0: as many as scales).
 _ROUGHLY_TOLD = ("mlp_ratio", "default_qresi_counts")
-_MAX_DIGITS = 6  # digits of a number in a tensor's name
 logger = logging.getLogger(__name__)
 
 
@@ -164,7 +164,7 @@ def infer_config(
     with _naming(predictor, var_state, VAR_PREDICTOR):
         var_fields = _predictor_fields(var_state)
         patch_nums = _schedule(var_state, var.get("patch_nums") or vae.get("v_patch_nums"))
-        num_classes = _shape(var_state, "class_emb.weight", 2)[0] - 1
+        num_classes = shape_of(var_state, "class_emb.weight", 2)[0] - 1
     told = {"patch_nums": patch_nums, "num_classes": num_classes, "v_patch_nums": patch_nums}
     vae_fields |= _renamed(vae, _VAE_ARGUMENTS, "vae", {**told, **vae_fields})
     var_fields |= _renamed(var, _VAR_ARGUMENTS, "var", {**told, **var_fields})
@@ -207,21 +207,21 @@ def _naming(path: str, state: Mapping[str, Tensor], wanted: str) -> Iterator[Non
 
 def _vae_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the fields of VaeConfig that follow from shapes."""
-    vocab_size, channels = _shape(state, "quantize.embedding.weight", 2)
-    base, colours = _shape(state, "encoder.conv_in.weight", 4)[:2]
-    levels = range(_count(state, r"encoder\.down\.(\d+)\."))
-    widths = [_shape(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels]
+    vocab_size, channels = shape_of(state, "quantize.embedding.weight", 2)
+    base, colours = shape_of(state, "encoder.conv_in.weight", 4)[:2]
+    levels = range(count_of(state, r"encoder\.down\.(\d+)\."))
+    widths = [shape_of(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels]
     fields = {
         "vocab_size": vocab_size,
         "latent_channels": channels,
         "base_channels": base,
         "channel_multipliers": [width // base for width in widths],
-        "num_res_blocks": _count(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        "num_res_blocks": count_of(state, r"encoder\.down\.0\.block\.(\d+)\."),
         "patch_size": round((colours / 3) ** 0.5),
-        "quant_conv_kernel": _shape(state, "quant_conv.weight", 4)[-1],
+        "quant_conv_kernel": shape_of(state, "quant_conv.weight", 4)[-1],
     }
-    partial = _count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
-    separate = _count(state, r"quantize\.quant_resi\.(\d+)\.")
+    partial = count_of(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
+    separate = count_of(state, r"quantize\.quant_resi\.(\d+)\.")
     if "quantize.quant_resi.qresi.weight" in state:
         fields["share_quant_resi"] = 1
     elif partial:
@@ -235,17 +235,17 @@ def _vae_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _predictor_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the fields of PredictorConfig that follow from shapes."""
-    width = _shape(state, "word_embed.weight", 2)[0]
+    width = shape_of(state, "word_embed.weight", 2)[0]
     l2_norm = "blocks.0.attn.scale_mul_1H11" in state
     fields = {
-        "depth": _count(state, r"blocks\.(\d+)\."),
+        "depth": count_of(state, r"blocks\.(\d+)\."),
         "width": width,
-        "mlp_ratio": _shape(state, "blocks.0.ffn.fc1.weight", 2)[0] / width,
+        "mlp_ratio": shape_of(state, "blocks.0.ffn.fc1.weight", 2)[0] / width,
         "shared_aln": "shared_ada_lin.1.weight" in state,
         "attn_l2_norm": l2_norm,
     }
     if l2_norm:
-        fields["num_heads"] = _shape(state, "blocks.0.attn.scale_mul_1H11", 4)[1]
+        fields["num_heads"] = shape_of(state, "blocks.0.attn.scale_mul_1H11", 4)[1]
     return fields
 
 
@@ -256,7 +256,7 @@ def _schedule(state: Mapping[str, Tensor], given: Any) -> list[int]:
     """
     if "lvl_1L" not in state:
         return _schedule_without_levels(state, given)
-    _shape(state, "lvl_1L", 2)
+    shape_of(state, "lvl_1L", 2)
     _, counts = np.unique(state["lvl_1L"].double().numpy(), return_counts=True)
     sides = [math.isqrt(int(count)) for count in counts]
     if [side**2 for side in sides] != counts.tolist() or sides != sorted(set(sides)):
@@ -268,8 +268,8 @@ def _schedule(state: Mapping[str, Tensor], given: Any) -> list[int]:
 
 
 def _schedule_without_levels(state: Mapping[str, Tensor], given: Any) -> list[int]:
-    num_tokens = _shape(state, "pos_1LC", 3)[1]
-    num_scales = _shape(state, "lvl_embed.weight", 2)[0]
+    num_tokens = shape_of(state, "pos_1LC", 3)[1]
+    num_scales = shape_of(state, "lvl_embed.weight", 2)[0]
     if given is None:
         for sides in SCHEDULES.values():
             if (sum(side**2 for side in sides), len(sides)) == (num_tokens, num_scales):
@@ -306,22 +306,3 @@ def _renamed(
                 f"{told[field]!r}; omit it"
             )
     return {field: arguments[name] for name, field in table.items() if field and name in arguments}
-
-
-def _shape(state: Mapping[str, Tensor], name: str, num_axes: int) -> torch.Size:
-    """Return the shape of a required tensor, which must have that many axes and not be empty."""
-    if name not in state:
-        raise CheckpointError(f"missing tensor {name}")
-    shape = state[name].shape
-    if len(shape) != num_axes or 0 in shape:
-        raise CheckpointError(f"misshapen tensor {name} {tuple(shape)}")
-    return shape
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """Return one more than the largest index `pattern` captures; 0 without a match."""
-    found = {match[1] for name in state if (match := re.match(pattern, name))}
-    if any(len(number) > _MAX_DIGITS for number in found):
-        longest = max(found, key=len)
-        raise CheckpointError(f"a tensor's name has the number {longest}, which no model has")
-    return max((int(number) + 1 for number in found), default=0)

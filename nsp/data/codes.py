@@ -1,0 +1,152 @@
+"""Folders of codes: pictures that are known by what an image tokenizer made of them.
+
+    FOLDER/NAME_codes/0.npy    (1, crops, N) codes of picture 0: 10 with ten crops, 2 if mirrored
+    FOLDER/NAME_labels/0.npy   (1,) its class
+    FOLDER/codes.json          how they were made; folders of other programs lack it
+    FOLDER_105/...             the same pictures in closer crops: half of the draws are from here
+
+This is the layout of github.com/FoundationVision/LlamaGen. A training draws one crop per picture
+and epoch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nsp.data.dataset import ImageDataset, ImageItem
+from nsp.data.identity import digest_of
+from nsp.data.samples import Sample
+from nsp.data.sources import ImageSource
+from nsp.errors import DataError
+from nsp.files import read_json
+
+ABOUT_NAME = "codes.json"
+CODES, LABELS, CLOSER = "_codes", "_labels", "_105"
+_GREY = 128
+
+
+@dataclass(frozen=True)
+class CodeFile:
+    """The files of one picture, one for every set; a PictureFile without a picture."""
+
+    path: Path
+    closer: Path | None
+
+    def size(self) -> int:
+        """Return the number of bytes."""
+        return self.path.stat().st_size
+
+    def read(self) -> bytes:
+        """Raise DataError: a model cannot look at codes."""
+        raise DataError("codes are not a picture; give the pictures themselves")
+
+
+@dataclass(frozen=True)
+class CodeSource(ImageSource):
+    """The pictures of a folder of codes; their files are CodeFiles."""
+
+    folder: Path = Path()
+
+    def about(self) -> dict[str, object]:
+        """Return how the codes were made; empty if the folder does not say it."""
+        path = self.folder / ABOUT_NAME
+        try:
+            return read_json(path) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is damaged ({error}); extract the codes again") from error
+
+    def codes(self, index: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the codes (N,) of one crop of a picture, chosen by two numbers in [0, 1)."""
+        file = self.files[index]
+        assert isinstance(file, CodeFile)
+        path = file.path if file.closer is None or uniforms[0] < 0.5 else file.closer
+        found = read_npy(path)
+        if found.ndim != 3 or found.shape[0] != 1 or found.dtype.kind not in "iu":
+            raise DataError(
+                f"{path} has {found.dtype} {found.shape}; codes are integers (1, crops, N)"
+            )
+        chosen: NDArray[np.int64] = found[0, int(uniforms[1] * found.shape[1])].astype(np.int64)
+        return chosen
+
+
+def read_npy(path: Path) -> NDArray[np.generic]:
+    """Return the array in a file; DataError naming it if it is missing or damaged."""
+    try:
+        found: NDArray[np.generic] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = "is missing" if not path.exists() else "is damaged"
+        raise DataError(f"{path} {reason}; extract the codes again") from error
+    return found
+
+
+def is_code_folder(place: str) -> bool:
+    """Return whether a folder holds codes and their labels."""
+    return Path(place).is_dir() and bool(_codes_dirs(Path(place)))
+
+
+def _codes_dirs(root: Path) -> Sequence[Path]:
+    found = sorted(root.glob(f"*{CODES}"))
+    return [each for each in found if each.is_dir() and _labels_of(each).is_dir()]
+
+
+def _labels_of(codes: Path) -> Path:
+    return codes.with_name(codes.name.removesuffix(CODES) + LABELS)
+
+
+def open_codes(place: str) -> CodeSource:
+    """Return the pictures of a folder of codes, with its set of closer crops if there is one.
+
+    Raises DataError for several sets in it, a picture without a label, and bad labels.
+    """
+    root = Path(place)
+    several = _codes_dirs(root)
+    if len(several) != 1:
+        names = ", ".join(each.name for each in several)
+        raise DataError(f"{root} has several sets of codes ({names}); keep one, or move the others")
+    codes = several[0]
+    beside = root.with_name(root.name + CLOSER) / codes.name
+    files, samples = [], []
+    for path in sorted(codes.glob("*.npy"), key=lambda path: (len(path.stem), path.stem)):
+        label = read_npy(_labels_of(codes) / path.name)
+        if label.size != 1 or label.dtype.kind not in "iu":
+            raise DataError(f"{_labels_of(codes) / path.name} is not the number of one class")
+        files.append(CodeFile(path, beside / path.name if beside.is_dir() else None))
+        samples.append(Sample(path.stem, (), int(label.reshape(())[()])))
+    if not files:
+        raise DataError(f"{codes} has no .npy files; extract codes with nsp data cache --ten-crop")
+    count = max(sample.class_id or 0 for sample in samples) + 1
+    return CodeSource(
+        samples=tuple(samples),
+        class_names=tuple(map(str, range(count))),
+        files=tuple(files),
+        digests=tuple(digest_of(f"{each.name} {each.class_id}".encode()) for each in samples),
+        folder=root,
+    )
+
+
+class CodeDataset(ImageDataset):
+    """The items of a CodeSource: classes, and grey in place of pictures; `drawn_codes` has more."""
+
+    source: CodeSource
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Return the class of a picture that nobody has."""
+        grey = torch.full((1, 1, 1), _GREY, dtype=torch.uint8)
+        side, class_id = self.image_size_px, self.source.samples[index].class_id
+        return {
+            "image": grey.expand(3, side, side),
+            "caption": "",
+            "class_id": -1 if class_id is None else class_id,
+            "index": index,
+        }
+
+    def drawn_codes(self, index: int) -> NDArray[np.int64]:
+        """Return the codes (N,) of the crop of this epoch, from (seed, epoch, index) alone."""
+        key = np.array([self.seed, self._epoch_now()], np.uint64)
+        counter = np.array([0, 0, 0, index], np.uint64)
+        uniforms = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(2)
+        return self.source.codes(index, uniforms if self.train else np.zeros(2))

@@ -1,0 +1,175 @@
+"""Codes of crops are extracted as the public code does it, and read from its folders."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from nsp.artifacts.systems import save_checkpoint
+from nsp.cli import main
+from nsp.data.codes import CodeDataset, open_codes
+from nsp.data.ten_crop import centre_crop, crops_of
+from nsp.errors import ConfigError, DataError
+from nsp.families.next_patch.system import NextPatchSystem
+from nsp.family.objective import TrainingData
+from nsp.family.recipe import DataConfig, OptimizerConfig, PhaseConfig, RunConfig
+from nsp.raster.predictor_phase import PredictorObjective, PredictorSettings
+from nsp.training.whole_run import train
+from tests.families.next_patch.models import golden
+from tests.goldens.llamagen_tiny.fixtures import config, tensors
+
+IO, SIZE = tensors(), config()["vq"]["image_size"]
+NAME = "imagenet256_code_c2i_flip_ten_crop"
+CODES, LABELS = f"imagenet{SIZE}_codes", f"imagenet{SIZE}_labels"
+
+
+def source() -> Image.Image:
+    return Image.fromarray(IO["tencrop.source_uint8"].numpy())
+
+
+def test_crops_are_the_public_ones() -> None:
+    for name, crop_range in (("1_1", 1.1), ("1_05", 1.05)):
+        centre = centre_crop(source(), int(SIZE * crop_range))
+        assert np.array_equal(centre, IO[f"tencrop.{name}.center_uint8"].numpy())
+    crops = crops_of(source(), SIZE, crop_range=1.1, ten_crop=True, flip=False)
+    assert np.array_equal(crops, IO["tencrop.1_1.crops"].numpy())
+    pair = crops_of(source(), SIZE, crop_range=1, ten_crop=False, flip=True)
+    assert np.array_equal(pair[0], pair[1][..., ::-1])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures of two classes, a checkpoint, and the codes of both processes."""
+    root = tmp_path_factory.mktemp("codes")
+    for index in range(4):
+        folder = root / "pictures" / ("cat", "dog")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = source() if index == 0 else Image.new("RGB", (40, 50), (60 * index, 9, 9))
+        picture.save(folder / f"{index}.png")
+    save_checkpoint(root / "checkpoint", golden(), notes={})
+    extract(root, "--shard", "0/2")
+    result = CliRunner().invoke(main, command(root), env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert result.exit_code == 0, result.output
+    return root
+
+
+def command(root: Path, *more: str) -> list[str]:
+    fixed = ["data", "cache", str(root / "pictures"), "--checkpoint", str(root / "checkpoint")]
+    options = ["--output", str(root / NAME), "--ten-crop", "--crop-range", "1.1", "1.05"]
+    return [*fixed, *options, "--image-size", str(SIZE), *more]
+
+
+def extract(root: Path, *more: str) -> str:
+    result = CliRunner().invoke(main, command(root, *more))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_extracted_codes_are_the_public_ones(place: Path) -> None:
+    for name, folder in (("1_1", NAME), ("1_05", f"{NAME}_105")):
+        codes = np.load(place / folder / CODES / "0.npy")
+        assert np.array_equal(codes, IO[f"tencrop.{name}.codes"].numpy())
+        assert [int(np.load(place / folder / LABELS / f"{n}.npy")[0]) for n in range(4)] == [
+            0,
+            0,
+            1,
+            1,
+        ]
+
+
+def test_a_run_that_was_stopped_makes_only_what_is_missing(place: Path) -> None:
+    lost = place / f"{NAME}_105" / LABELS / "2.npy"
+    before = np.load(place / f"{NAME}_105" / CODES / "2.npy")
+    lost.unlink()
+    assert "1 of 4 pictures in part 0 of 1" in extract(place)
+    assert lost.exists()
+    assert np.array_equal(np.load(place / f"{NAME}_105" / CODES / "2.npy"), before)
+    assert "0 of 4 pictures" in extract(place)
+
+
+def test_crops_are_drawn_by_seed_and_epoch_from_both_sets(place: Path) -> None:
+    opened = open_codes(str(place / NAME))
+    data = CodeDataset(opened, SIZE, train=True, crop=False, seed=3)
+    sets = [np.load(place / f / CODES / "0.npy")[0].tolist() for f in (NAME, f"{NAME}_105")]
+    drawn = []
+    for epoch in range(60):
+        data.set_epoch(epoch)
+        drawn.append(data.drawn_codes(0).tolist())
+    closer = sum(codes in sets[1] for codes in drawn)
+    assert all(codes in sets[0] or codes in sets[1] for codes in drawn)
+    assert 15 < closer < 45
+    assert len({tuple(codes) for codes in drawn}) > 12  # of at most 20 crops
+    data.set_epoch(7)
+    assert data.drawn_codes(0).tolist() == drawn[7]
+
+
+def run_of(place: Path, name: str = NAME, **model: Any) -> RunConfig:
+    phase = PhaseConfig(
+        name="predictor", steps=2, batch_size=2, optimizer=OptimizerConfig(lr=1e-3), log_every=1
+    )
+    return RunConfig(
+        family="next_patch",
+        model=dataclasses.replace(golden().config, **model).to_dict(),
+        data=DataConfig(source=str(place / name)),
+        phases=(phase,),
+        start_from=str(place / "checkpoint"),
+    )
+
+
+def test_a_run_learns_from_codes_alone(place: Path, tmp_path: Path) -> None:
+    result = train(run_of(place), tmp_path / "run", device="cpu")
+    assert result.finished
+    run = run_of(place)
+    tokenizer = dataclasses.replace(run.phases[0], name="tokenizer")
+    with pytest.raises(ConfigError, match="phase tokenizer needs pictures"):
+        train(dataclasses.replace(run, phases=(tokenizer,)), tmp_path / "other", device="cpu")
+
+
+def objective(place: Path, system: NextPatchSystem) -> PredictorObjective:
+    data = CodeDataset(open_codes(str(place)), SIZE, train=True, crop=False)
+    return PredictorObjective(system, TrainingData(data), PredictorSettings())
+
+
+def foreign(folder: Path, codes: Any, label: Any = 0) -> Path:
+    """Return a folder of one picture, as other programs write it."""
+    for name, values in ((CODES, codes), (LABELS, [label])):
+        (folder / name).mkdir(parents=True)
+        np.save(folder / name / "0.npy", np.array(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("codes", "label", "message"),
+    [
+        (np.zeros((1, 10, 64), int), 0, None),
+        (np.zeros((1, 10, 16), int), 0, "has 16 codes per picture, .* have 64"),
+        (np.full((1, 10, 64), 64), 0, "codes from 64 to 64, but the tokenizer has 64"),
+        (np.zeros((1, 10, 64), int), 10, "classes 10 to 10"),
+        (np.zeros((10, 64), int), 0, "codes are integers"),
+        (np.zeros((1, 10, 64)), 0, "codes are integers"),
+        (np.zeros((1, 10, 64), int), "cat", "number of one class"),
+    ],
+)
+def test_codes_that_do_not_fit_are_one_line(
+    codes: Any, label: Any, message: str | None, tmp_path: Path
+) -> None:
+    def items() -> Any:
+        return objective(foreign(tmp_path / "codes", codes, label), golden()).dataset()[0]
+
+    if message is None:
+        assert items()["tokens"].shape == (64,)
+        return
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        items()
+    assert "\n" not in str(caught.value)
+
+
+def test_codes_of_another_tokenizer_are_refused(place: Path) -> None:
+    with pytest.raises(ConfigError, match="codes of another tokenizer"):
+        objective(place / NAME, golden(l2_norm=False)).dataset()
+    result = CliRunner().invoke(main, command(place, "--image-size", "64"))
+    assert "other crops; choose another --output" in result.output
