@@ -31,6 +31,7 @@ from nsp.console.settings import (
     check_settings,
     class_numbers,
     planned_orders,
+    prompts_not_given,
     setting_names,
     with_arrays,
 )
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     help="Text file with one prompt per line, or .csv or .jsonl with prompt or class, "
     "seed, negative_prompt and settings such as guidance_scale.",
 )
+@click.option("--unconditional", is_flag=True, help="Without a prompt, where the model can do so.")
 @click.option("--negative-prompt", help="What not to show; used instead of the null condition.")
 @click.option(
     "--class", "class_names", multiple=True, help="Class by its name, if it has one. Repeatable."
@@ -106,6 +108,7 @@ def generate(
     prompts_file: Path | None,
     class_names: tuple[str, ...],
     class_ids: tuple[int, ...],
+    unconditional: bool,
     negative_prompt: str | None,
     num_images: int | None,
     seed: int | None,
@@ -138,6 +141,8 @@ def generate(
         names = () if family is None else setting_names(family)
         kind = family and family.condition(family.config.from_dict(config))
         listed = read_list(prompts_file, names, has_condition=kind != "none")
+    if unconditional and (prompts or class_ids or listed):
+        raise ConfigError("--unconditional is for pictures without a prompt or class; omit either")
     check_conditions(family, prompts, class_ids, listed)
     pipeline = _load(
         engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
@@ -145,8 +150,8 @@ def generate(
     family = pipeline.family
     declared = family.given(pipeline.config)
     files = {name: given.pop(name) for name in declared if name in given}
-    if family.default_prompt and not prompts and not class_ids and not listed:
-        prompts = (family.default_prompt,)
+    if not prompts and not class_ids and not listed:
+        prompts = prompts_not_given(family, pipeline.config, unconditional=unconditional)
     if num_images is None:  # of some first implementations the batch size is the number of images
         num_images = (batch_size or 1) if family.batch_is_images else 1
     orders = planned_orders(
