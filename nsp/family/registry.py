@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BUILT_IN: Mapping[str, str] = {
     "var": "nsp.families.var:Var",
     "next_scale": "nsp.families.next_scale:NextScale",
+    "latent_gpt": "nsp.families.latent_gpt:LatentGpt",
 }
 _PLUGINS = Plugins("nsp.families", BUILT_IN)
 
