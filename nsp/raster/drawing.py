@@ -54,14 +54,14 @@ class NucleusStage(nn.Module):
 class DecoderStage(nn.Module):
     """Codes -> pixels."""
 
-    def __init__(self, vq: VqTokenizer, side: int) -> None:
+    def __init__(self, vq: VqTokenizer) -> None:
         super().__init__()
-        self.vq, self.side = vq, side
+        self.vq = vq
 
-    def forward(self, codes_BN: Tensor) -> tuple[Tensor]:
+    def forward(self, codes_Bhw: Tensor) -> tuple[Tensor]:
         """Return the image (B, 3, H, W) in [0, 1]; a missing code (-1) is a cell of zeros."""
-        vectors_BNZ = self.vq.quantize.lookup(codes_BN.clamp_min(0))
-        vectors_BNZ = torch.where((codes_BN >= 0)[..., None], vectors_BNZ, 0.0)
-        latent = vectors_BNZ.transpose(1, 2).unflatten(2, (self.side, self.side))
-        image = self.vq.decode(latent.to(self.vq.post_quant_conv.weight.dtype))
+        vectors_BhwZ = self.vq.quantize.lookup(codes_Bhw.clamp_min(0))
+        vectors_BhwZ = torch.where((codes_Bhw >= 0)[..., None], vectors_BhwZ, 0.0)
+        latent_BZhw = vectors_BhwZ.permute(0, 3, 1, 2)
+        image = self.vq.decode(latent_BZhw.to(self.vq.post_quant_conv.weight.dtype))
         return ((image.float().clamp(-1, 1) + 1) * 0.5,)

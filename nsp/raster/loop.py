@@ -99,7 +99,8 @@ def draw_codes(
                 tokens.append(made["tokens"])
                 logits.append(made["guided"])
             drawn = {"tokens": tuple(tokens), "logits": tuple(logits)}
-            yield Step(first // grid.side, grid.side, "tokens", codes, drawn)
+            latent = codes.reshape((batch, grid.side, grid.side))
+            yield Step(first // grid.side, grid.side, "tokens", latent, drawn)
 
 
 def _of_code(inputs: Mapping[str, Array], index: int) -> dict[str, Array]:

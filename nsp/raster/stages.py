@@ -131,7 +131,7 @@ def decoder_stage(grid: RasterGrid, vq: VqConfig) -> Stage:
     """Return `decoder`: codes -> pixels in [0, 1]; a missing code (-1) is a cell of zeros."""
     size_px = grid.side * vq.downsampling
     io = StageIO(
-        {"latent": Axes(f"B {grid.length}", "int64")},
+        {"latent": Axes(f"B {grid.side} {grid.side}", "int64")},
         {"image": Axes(f"B 3 {size_px} {size_px}")},
     )
     half = tuple(f"vq.decoder.*{name}" for name in _CONVOLUTIONS)

@@ -30,10 +30,15 @@ class Quantized:
 class Codebook(nn.Module):
     """Code vectors and the search for the nearest one, in float32; ties go to the lowest index."""
 
+    MEASURED_BUFFERS = ("usage_V",)  # counted in training, not computed
+
+    usage_V: Tensor
+
     def __init__(self, config: VqConfig) -> None:
         super().__init__()
         self.is_normalised = config.is_normalised
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_width)
+        self.register_buffer("usage_V", torch.zeros(config.codebook_size))
 
     def table(self) -> Tensor:
         """Return the code vectors (V, Z) as they are compared and looked up."""

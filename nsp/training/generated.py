@@ -37,7 +37,8 @@ def generated(
         case "prompt":
             asked["prompts"] = titles
         case "class":
-            asked["class_ids"] = [item["class_id"] for item in items]
+            # Without classes all pictures belong to the one class of an unconditional model.
+            asked["class_ids"] = [max(item["class_id"], 0) for item in items]
         case "none":
             asked["seed"] = [seed + number for number in range(_SHOWN)]
             titles = [f"seed {each}" for each in asked["seed"]]

@@ -4,13 +4,13 @@ Axes: B pictures, H and W pixels. Values in [-1, 1].
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nsp.data.dataset import to_model_range
@@ -18,6 +18,7 @@ from nsp.data.preview import preview
 from nsp.family.objective import Objective, TrainingData
 
 _SHOWN = 16
+_BATCH = 64  # pictures reconstructed at once
 
 
 class PicturesObjective(Objective):
@@ -57,6 +58,19 @@ class ReconstructionObjective(PicturesObjective):
         pairs = torch.stack([image, rebuilt], 1).flatten(0, 1).movedim(1, -1)
         titles = [t for item in items for t in (item["caption"], "reconstruction")]
         return pairs.cpu().numpy(), titles
+
+
+@torch.no_grad()
+def reconstructed(
+    module: nn.Module, rebuilt: Callable[[Tensor], Tensor], pictures_BHW3: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Return pictures (B, H, W, 3) as the tokenizer `module` keeps them, by its `rebuilt`."""
+    device, rows = next(module.parameters()).device, []
+    pictures_B3HW = torch.from_numpy(pictures_BHW3).movedim(-1, 1)
+    for batch in torch.split(pictures_B3HW, _BATCH):
+        image = rebuilt(to_model_range(batch.to(device))).clamp(-1, 1)
+        rows.append(((image + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(rows).movedim(1, -1).numpy()
 
 
 def image_gradient_loss(a: Tensor, b: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from nsp.data.dataset import ImageDataset
 from nsp.data.pack import pack
 from nsp.data.sources import open_source
 from nsp.errors import ConfigError
-from nsp.families.var.tokens import TokenDataset
 from nsp.family.recipe import RunConfig
 from nsp.training.data_order import Share
 from nsp.training.loading import training_loader
+from nsp.training.tokens import TokenDataset
 from nsp.training.whole_run import train
 from tests.data.picture_files import encoded, write_files
 from tests.models import new_tiny_checkpoint
@@ -54,7 +54,7 @@ def test_the_text_model_sees_the_caption_that_the_epoch_drew(tmp_path: Path) -> 
     system = read_checkpoint(new_tiny_checkpoint(tmp_path / "model")).load()
     side = system.config.image_size_px
     data = ImageDataset(open_source(_several(tmp_path / "set")), side, train=True, crop=True)
-    tokens = TokenDataset(system, data)
+    tokens = TokenDataset(data, system.tokenizing(), system.encode_prompts)
     for epoch in (0, 3):
         tokens.set_epoch(epoch)
         expected = system.encode_prompts(_captions(data, epoch))
@@ -118,7 +118,7 @@ def test_an_unconditional_model_needs_neither_captions_nor_classes(tmp_path: Pat
         system = VarSystem(with_condition(config, ClassCondition(num_classes=num_classes)))
         data = ImageDataset(source, config.image_size_px, train=True, crop=True)
         if num_classes == 1:
-            assert int(TokenDataset(system, data)[0]["condition"]) == 0
+            assert int(TokenDataset(data, system.tokenizing(), 1)[0]["condition"]) == 0
         else:
             with pytest.raises(ConfigError, match="has neither classes nor captions"):
-                TokenDataset(system, data)
+                TokenDataset(data, system.tokenizing(), num_classes)

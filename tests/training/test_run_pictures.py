@@ -13,11 +13,11 @@ from nsp.data.dataset import ImageDataset
 from nsp.data.pack import pack
 from nsp.data.sources import open_source, survey
 from nsp.errors import ConfigError, DataError
-from nsp.families.var.tokens import cached_tokens, tokenize
 from nsp.family.objective import TokenCache
 from nsp.family.recipe import RunConfig
 from nsp.family.recipes import preset
 from nsp.family.registry import family
+from nsp.training.tokens import cached_tokens, tokenize
 from nsp.training.whole_run import train
 
 
@@ -88,27 +88,28 @@ def test_cached_tokens_are_those_of_the_tokenizer_and_follow_its_weights(
     cache, vae = tmp_path / "tokens.safetensors", system.vae
     family("var").learner.write_cache(system, data, cache)
     written = cache.stat().st_mtime_ns
-    expected = tokenize(vae, data)
+    made = system.tokenizing()
+    expected = tokenize(made, data)
     given, own = TokenCache(cache, is_given=True), TokenCache(cache)
-    assert torch.equal(cached_tokens(vae, data, given), expected)
+    assert torch.equal(cached_tokens(made, data, given), expected)
     assert cache.stat().st_mtime_ns == written
     with torch.no_grad():
         vae.decoder.conv_in.weight.mul_(-1)
-    assert torch.equal(cached_tokens(vae, data, given), expected)  # a decoder makes no tokens
+    assert torch.equal(cached_tokens(made, data, given), expected)  # a decoder makes no tokens
     with torch.no_grad():
         vae.encoder.conv_in.weight.mul_(-1)
     with pytest.raises(
         ConfigError, match="was made with another tokenizer or other pictures; make it"
     ):
-        cached_tokens(vae, data, given)
+        cached_tokens(made, data, given)
     assert cache.stat().st_mtime_ns == written  # what the user gave is never written
-    assert not torch.equal(cached_tokens(vae, data, own), expected)
+    assert not torch.equal(cached_tokens(made, data, own), expected)
     assert "was made with another tokenizer or other pictures; making it again" in caplog.text
     cache.write_bytes(b"x")
     with pytest.raises(DataError, match=r"is text .* and is damaged; delete it"):
-        cached_tokens(vae, data, own)
+        cached_tokens(made, data, own)
     with pytest.raises(ConfigError, match="does not exist; make it with nsp data cache"):
-        cached_tokens(vae, data, TokenCache(tmp_path / "typo", is_given=True))
+        cached_tokens(made, data, TokenCache(tmp_path / "typo", is_given=True))
 
 
 def test_crops_cannot_be_cached(plain: Path, pictures: Path, tmp_path: Path) -> None:

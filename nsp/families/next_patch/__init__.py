@@ -101,7 +101,9 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
     @property
     def recipes(self) -> "Mapping[str, Callable[..., RunConfig]]":
         """Named training runs."""
-        return {}
+        from nsp.families.next_patch.recipes import RECIPES
+
+        return RECIPES
 
     def with_classes(self, config: NextPatchConfig, names: Sequence[str]) -> NextPatchConfig:
         """Return `config` for pictures of these classes."""

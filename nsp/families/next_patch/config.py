@@ -206,7 +206,7 @@ SIZES: Mapping[str, NextPatchConfig] = {
             norm_groups=4,
         ),
         gpt=GptConfig(depth=2, width=32, num_heads=4, num_kv_heads=2, multiple_of=16),
-        condition=ClassCondition(num_classes=10),
+        condition=ClassCondition(num_classes=1),
     ),
 }
 

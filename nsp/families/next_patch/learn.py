@@ -1,6 +1,7 @@
 """The side of the family `next_patch` that needs torch."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -16,13 +17,18 @@ from nsp.families.next_patch.system import NextPatchSystem
 from nsp.family.contract import Learner
 from nsp.family.objective import Objective, TrainingData
 from nsp.family.order import Order
+from nsp.raster.predictor_phase import PredictorObjective, PredictorSettings
 from nsp.raster.sampling import RasterSampling
+from nsp.raster.tokenizer_phase import TokenizerObjective, TokenizerSettings
 from nsp.text.parts import TextEncoderSettings
 from nsp.text.tokenizer import PromptTokenizer
+from nsp.training.reconstruction import reconstructed
+from nsp.training.tokens import write_tokens
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
+    from nsp.data.dataset import ImageDataset
     from nsp.data.sources import ImageSource
 
 _SHARP_STD = 1.0  # of untrained output weights: of thousands of codes a few are likely
@@ -77,7 +83,7 @@ class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]
         """Return the logits of every row of codes from one pass, as in training."""
         codes = torch.from_numpy(np.concatenate(tokens, 1))
         classes = torch.tensor([order.condition for order in orders])
-        logits = system.gpt(system.gpt.cls_embedding(classes), codes)
+        logits = system.logits(classes, torch.zeros(len(orders), dtype=torch.bool), codes)
         return [each.numpy() for each in logits.split(system.config.grid_side, 1)]
 
     def objective(
@@ -88,4 +94,20 @@ class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]
         data: TrainingData,
     ) -> Objective:
         """Return the objective of a phase; raise ConfigError for an unknown one."""
-        raise ConfigError(f"unknown phase {phase!r} of family next_patch")
+        if phase == "tokenizer":
+            return TokenizerObjective(system.vq, data, TokenizerSettings.from_dict(settings))
+        if phase == "predictor":
+            return PredictorObjective(system, data, PredictorSettings.from_dict(settings))
+        raise ConfigError(
+            f"unknown phase {phase!r} of family next_patch; known: tokenizer, predictor"
+        )
+
+    def reconstruct(
+        self, system: NextPatchSystem, pictures_BHW3: NDArray[np.uint8]
+    ) -> NDArray[np.uint8]:
+        """Return pictures as their codes keep them."""
+        return reconstructed(system.vq, system.vq.rebuilt, pictures_BHW3)
+
+    def write_cache(self, system: NextPatchSystem, data: "ImageDataset", file: Path) -> None:
+        """Write the codes of all pictures to `file`, for `data.token_cache` of later runs."""
+        write_tokens(system.tokenizing(), data, file)

@@ -22,7 +22,6 @@ from nsp.families.next_scale.objective import (
     VaeObjective,
     VaeSettings,
 )
-from nsp.families.next_scale.samples import reconstruct
 from nsp.families.next_scale.sampling import NextScaleSampling
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import load_vae
@@ -32,6 +31,7 @@ from nsp.family.order import Order
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.cache import is_constant
+from nsp.training.reconstruction import reconstructed
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -159,7 +159,8 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSampling, NextScaleSyst
         self, system: NextScaleSystem, pictures_BHW3: NDArray[np.uint8]
     ) -> NDArray[np.uint8]:
         """Return pictures as the autoencoder reconstructs them."""
-        return reconstruct(system, pictures_BHW3)
+        vae = system.vae
+        return reconstructed(vae, lambda image: vae.decode(vae.encode(image)), pictures_BHW3)
 
     def write_cache(self, system: NextScaleSystem, data: ImageDataset, file: Path) -> None:
         """Write the latents of all pictures to `file`, for `data.token_cache` of later runs."""

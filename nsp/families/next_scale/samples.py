@@ -1,10 +1,9 @@
 """Pictures generated while training, through the same loop and stages that are deployed."""
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from nsp.data.dataset import ImageDataset, to_model_range
+from nsp.data.dataset import ImageDataset
 from nsp.data.preview import preview
 from nsp.data.stream import ShardStream
 from nsp.families.next_scale.system import NextScaleSystem
@@ -14,7 +13,6 @@ from nsp.pipeline.results import to_uint8
 
 _SHEET_PIXELS = 24 * 64 * 64  # of all pictures of a sheet together
 _FEWEST_SAMPLES = 4
-_BATCH = 64  # pictures reconstructed at once
 
 
 def sample_grid(
@@ -34,15 +32,3 @@ def sample_grid(
     steps = pipeline.stream(prompts=titles, seed=seed, guidance_scale=guidance_scale)
     step = next(each for each in steps if each.scale == last_scale)
     return to_uint8(step.decode()), titles
-
-
-@torch.no_grad()
-def reconstruct(system: NextScaleSystem, pictures_BHW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the pictures (B, H, W, 3) as their latents keep them."""
-    vae, rows = system.vae, []
-    pictures_B3HW = torch.from_numpy(pictures_BHW3).movedim(-1, 1)
-    for batch in torch.split(pictures_B3HW, _BATCH):
-        image = to_model_range(batch.to(next(vae.parameters()).device))
-        rebuilt = vae.decode(vae.encode(image)).clamp(-1, 1)
-        rows.append(((rebuilt + 1) * 127.5).round().to(torch.uint8).cpu())
-    return torch.cat(rows).movedim(1, -1).numpy()

@@ -13,13 +13,11 @@ from torch import nn
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
-from nsp.families.var import tokens
 from nsp.families.var.config import VarConfig, with_condition
 from nsp.families.var.decoder_objective import DecoderObjective, DecoderSettings
 from nsp.families.var.model import initialize
 from nsp.families.var.modules import build_stages
 from nsp.families.var.objective import PredictorObjective, PredictorSettings
-from nsp.families.var.samples import reconstruct
 from nsp.families.var.sampling import VarSampling
 from nsp.families.var.system import VarSystem
 from nsp.families.var.tokenizer_objective import TokenizerObjective, TokenizerSettings
@@ -29,7 +27,8 @@ from nsp.family.objective import Objective, TrainingData
 from nsp.family.order import Order
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.training.cache import is_constant
+from nsp.training.reconstruction import reconstructed
+from nsp.training.tokens import write_tokens
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -148,12 +147,13 @@ class VarLearner(Learner[VarConfig, VarSampling, VarSystem]):
 
     def reconstruct(self, system: VarSystem, pictures_BHW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return pictures as the tokenizer reconstructs them."""
-        return reconstruct(system, pictures_BHW3)
+        vae = system.vae
+        return reconstructed(
+            vae,
+            lambda image: vae.decode(vae.quantize(vae.encode(image)).latents[-1]),
+            pictures_BHW3,
+        )
 
     def write_cache(self, system: VarSystem, data: ImageDataset, file: Path) -> None:
         """Write the tokens of all pictures to `file`, for `data.token_cache` of later runs."""
-        if not is_constant(data):
-            raise ConfigError(
-                "crops and flips change the tokens: only whole pictures can be cached"
-            )
-        tokens.write_tokens(system.vae, data, file)
+        write_tokens(system.tokenizing(), data, file)

@@ -22,11 +22,11 @@ from nsp.errors import ConfigError
 from nsp.families.var.model import Conditioning, NextScaleTransformer
 from nsp.families.var.quantizer import MultiScaleQuantizer
 from nsp.families.var.system import VarSystem
-from nsp.families.var.tokens import TokenDataset, check_classes
 from nsp.family.objective import Batch, Objective, TrainingData
 from nsp.text.parts import without_tokens
 from nsp.training.data_order import sample_uniforms
 from nsp.training.generated import generated
+from nsp.training.tokens import Conditions, TokenDataset, check_classes
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -95,11 +95,18 @@ class PredictorObjective(Objective):
         """Return conditions with tokens, or the pictures of a stream."""
         if isinstance(self.data.pictures, ShardStream):
             return self.data.pictures
-        return TokenDataset(self.system, self.data.pictures, self.data.cache)
+        tokenizing = self.system.tokenizing()
+        return TokenDataset(self.data.pictures, tokenizing, self._asked(), self.data.cache)
 
     def held_out(self) -> Dataset[Mapping[str, object]] | None:
         """Return the held-out pictures as `dataset` does."""
-        return None if self.data.held_out is None else TokenDataset(self.system, self.data.held_out)
+        if self.data.held_out is None:
+            return None
+        return TokenDataset(self.data.held_out, self.system.tokenizing(), self._asked())
+
+    def _asked(self) -> Conditions:
+        config = self.system.config
+        return config.num_classes if config.text is None else self.system.encode_prompts
 
     def units(self) -> Sequence[nn.Module]:
         """Return attention, feed-forward and modulation of every block.

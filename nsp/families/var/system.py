@@ -12,6 +12,7 @@ from nsp.families.var.vqvae import VQVAE
 from nsp.family.system import System
 from nsp.text.encoder import TextEncoderStage, check_text_parts
 from nsp.text.tokenizer import PromptTokenizer
+from nsp.training.tokens import Tokenizing
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -45,6 +46,16 @@ class VarSystem(System):
                 text_width=config.text.text_width,
                 max_tokens=config.text.max_tokens,
             )
+
+    def tokenizing(self) -> Tokenizing:
+        """Return how pictures become tokens: no usage statistic, and no decoder, decides them."""
+        vae = self.vae
+        return Tokenizing(
+            vae,
+            lambda image: torch.cat(vae.tokenize(image), 1),
+            (vae.config, vae.quantize.patch_nums),
+            others=("quantize.ema_vocab_hit_SV", "decoder.", "post_quant_conv."),
+        )
 
     def condition(self, condition_B: Tensor, dropped_B: Tensor) -> Conditioning:
         """Return the training conditioning of class ids (B,) or prompt token ids (B, T).

@@ -1,0 +1,128 @@
+"""The predictor phase of raster models: the transformer learns the frozen tokenizer's codes.
+
+With `patch_level` L above 1 it learns patches of codes first, 2^(L-1) codes wide, then patches half
+as wide, and codes in the end (Pang et al. 2024, arXiv:2412.15321). A patch costs as much as a code,
+so the first steps are cheap. Axes as in patches.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nsp.config import Config
+from nsp.data.dataset import to_model_range
+from nsp.data.stream import ShardStream
+from nsp.errors import ConfigError
+from nsp.family.objective import Batch, Objective, TrainingData
+from nsp.raster.patches import patch_loss
+from nsp.raster.system import RasterSystem
+from nsp.training.data_order import sample_uniforms
+from nsp.training.generated import generated
+from nsp.training.tokens import TokenDataset, check_classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorSettings(Config):
+    """Settings of the predictor phase."""
+
+    patch_level: int = 1  # L; 1 learns codes alone
+    epoch_rate: float = 0.5  # of every level's end to that of the next
+    sample_guidance_scale: float = 2.0
+    train_text_encoder: bool = True  # False keeps a pretrained one as it is
+
+    def __post_init__(self) -> None:
+        """Check the levels."""
+        self.check_counts("objective", "patch_level", most=8)
+        if not 0 < self.epoch_rate < 1:
+            raise ConfigError(f"epoch_rate must be in (0, 1), got {self.epoch_rate}")
+
+    def patch_side(self, step: int, steps: int) -> int:
+        """Return the side of the patches that a step learns."""
+        for level in range(self.patch_level - 1, 0, -1):
+            if step < int(steps * self.epoch_rate**level):
+                return int(2**level)
+        return 1
+
+
+class PredictorObjective(Objective):
+    """Trains the transformer, and the text encoder if there is one; the tokenizer is frozen."""
+
+    def __init__(
+        self, system: RasterSystem, data: TrainingData, settings: PredictorSettings
+    ) -> None:
+        super().__init__()
+        self.settings, self.data, self._patch_side = settings, data, 1
+        widest = 2 ** (settings.patch_level - 1)
+        if system.grid.side % widest:
+            raise ConfigError(
+                f"patch_level={settings.patch_level} needs patches {widest} codes wide, which do "
+                f"not fill a grid of {system.grid.side}"
+            )
+        self.needs_captions = not isinstance(system.conditions, int)
+        self.system = system.requires_grad_(False)
+        parts: dict[str, nn.Module] = {"gpt": system.gpt}
+        if system.text_encoder is not None and settings.train_text_encoder:
+            parts["text_encoder"] = system.text_encoder
+        self.trained = nn.ModuleDict(parts).requires_grad_(True)
+
+    def dataset(self) -> Dataset[Mapping[str, object]]:
+        """Return conditions with codes, or the pictures of a stream."""
+        if isinstance(self.data.pictures, ShardStream):
+            return self.data.pictures
+        tokenizing, conditions = self.system.tokenizing(), self.system.conditions
+        return TokenDataset(self.data.pictures, tokenizing, conditions, self.data.cache)
+
+    def held_out(self) -> Dataset[Mapping[str, object]] | None:
+        """Return the held-out pictures as `dataset` does."""
+        if self.data.held_out is None:
+            return None
+        return TokenDataset(self.data.held_out, self.system.tokenizing(), self.system.conditions)
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the blocks of the transformer."""
+        return self.system.units()
+
+    def before_step(self, step: int, steps: int) -> bool:
+        """Choose the patches that this step learns; only losses of codes compare."""
+        self._patch_side = self.settings.patch_side(step, steps)
+        self.work = 1 / self._patch_side**2
+        return self._patch_side == 1
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss, in nats per code; of codes also the perplexity and accuracy in %."""
+        system, side = self.system, self._patch_side if self.training else 1
+        condition_B = batch["condition"] if "condition" in batch else self._conditions(batch)
+        rate = system.cond_drop_rate if self.training else 0.0
+        dropped_B = sample_uniforms(batch["key"], 1)[:, 0].to(condition_B.device) < rate
+        if "tokens" in batch:
+            codes_BN = batch["tokens"].long()
+        else:
+            codes_BN = system.vq.tokenize(to_model_range(batch["image"]))
+        logits_BMV = system.logits(condition_B, dropped_B, codes_BN, side).float()
+        loss = patch_loss(logits_BMV, codes_BN, system.grid.side, side).mean()
+        if side > 1:
+            return {"loss": loss}
+        with torch.no_grad():
+            accuracy = (logits_BMV.argmax(-1) == codes_BN).float().mean() * 100
+        return {"loss": loss, "perplexity": loss.detach().exp(), "accuracy": accuracy}
+
+    def _conditions(self, batch: Batch) -> Tensor:
+        """Return class ids (B,) or prompt token ids (B, T) of a stream's pictures."""
+        conditions = self.system.conditions
+        if not isinstance(conditions, int):
+            return conditions(batch["caption"]).to(batch["image"].device)
+        class_ids = batch["class_id"]
+        if conditions == 1:  # all pictures belong to it, with or without a class
+            class_ids = class_ids.clamp_min(0)
+        check_classes(class_ids, conditions)
+        return class_ids
+
+    def samples(self, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Return pictures generated for conditions of the data set, with their captions."""
+        guidance = self.settings.sample_guidance_scale
+        return generated(self.system, self.data.pictures, seed, guidance_scale=guidance)
