@@ -110,7 +110,16 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
     @property
     def recipes(self) -> "Mapping[str, Callable[..., RunConfig]]":
         """Named training runs."""
-        return {}
+        from nsp.families.latent_gpt.recipes import RECIPES
+
+        return RECIPES
+
+    @property
+    def run_options(self) -> "Callable[..., RunConfig]":
+        """The options for a run from a file or a stopped run."""
+        from nsp.families.latent_gpt.recipes import adapted
+
+        return adapted
 
     def adopt(self, config: LatentGptConfig, trained: LatentGptConfig) -> LatentGptConfig:
         """Return `config` with the tokenizer and the text condition of the trained model."""

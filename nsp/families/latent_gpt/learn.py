@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from nsp.data.sources import ImageSource, Sample
 from nsp.errors import ConfigError
@@ -18,14 +18,20 @@ from nsp.families.latent_gpt.modules import build_stages
 from nsp.families.latent_gpt.published import read_vq
 from nsp.families.latent_gpt.system import LatentGptSystem
 from nsp.family.contract import Learner
-from nsp.family.objective import Objective, TrainingData
+from nsp.family.objective import Batch, Objective, TrainingData
 from nsp.family.order import Order
+from nsp.raster.predictor_phase import PredictorObjective, PredictorSettings
 from nsp.raster.sampling import RasterSampling
+from nsp.raster.tokenizer_phase import TokenizerObjective, TokenizerSettings
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
+from nsp.training.reconstruction import reconstructed
+from nsp.training.tokens import write_tokens
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
+
+    from nsp.data.dataset import ImageDataset
 
 _SHARP_STD = 1.0  # of untrained output weights: of thousands of codes a few are likely
 _UNTRAINED_CAPTIONS = ("red apple", "two-hump camel", "smiling cat with heart-eyes")
@@ -115,4 +121,36 @@ class LatentGptLearner(Learner[LatentGptConfig, RasterSampling, LatentGptSystem]
         data: TrainingData,
     ) -> Objective:
         """Return the objective of a phase; raise ConfigError for an unknown one."""
-        raise ConfigError(f"unknown phase {phase!r} of family latent_gpt")
+        if phase == "tokenizer":
+            return TokenizerObjective(system.vq, data, TokenizerSettings.from_dict(settings))
+        if phase == "predictor":
+            return LatentGptObjective(system, data, PredictorSettings.from_dict(settings))
+        raise ConfigError(
+            f"unknown phase {phase!r} of family latent_gpt; known: tokenizer, predictor"
+        )
+
+    def reconstruct(
+        self, system: LatentGptSystem, pictures_BHW3: NDArray[np.uint8]
+    ) -> NDArray[np.uint8]:
+        """Return pictures as their codes keep them."""
+        return reconstructed(system.vq, system.vq.rebuilt, pictures_BHW3)
+
+    def write_cache(self, system: LatentGptSystem, data: "ImageDataset", file: Path) -> None:
+        """Write the codes of all pictures to `file`, for `data.token_cache` of later runs."""
+        write_tokens(system.tokenizing(), data, file)
+
+
+class LatentGptObjective(PredictorObjective):
+    """The predictor phase, whose validation also tells how well pictures follow from no prompt."""
+
+    system: LatentGptSystem
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss, in nats per code, and its parts by the reference's names."""
+        found = super().forward(batch)
+        found["ce_loss"] = found["loss"].detach()
+        if not self.training and self.system.config.text is not None:
+            device, count = next(self.trained.parameters()).device, len(batch["key"])
+            empty_BT = self.system.encode_prompts([""]).to(device).expand(count, -1)
+            found["null_ce_loss"] = super().forward({**batch, "condition": empty_BT})["loss"]
+        return found

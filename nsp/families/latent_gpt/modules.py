@@ -22,7 +22,7 @@ def build_stages(system: LatentGptSystem, kv_layout: str) -> Mapping[str, nn.Mod
     found["decode"] = DecodeStage(system)
     if needs_nucleus_stage(grid, kv_layout):
         found["nucleus"] = NucleusStage()
-    found["decoder"] = DecoderStage(system.vq, grid.side)
+    found["decoder"] = DecoderStage(system.vq)
     return {name: stage.eval() for name, stage in found.items()}
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.latent_gpt.config import SIZES, LatentGptConfig
+from nsp.families.latent_gpt.system import LatentGptSystem
 from nsp.raster.vq import VqTokenizer
 from nsp.raster.vq_config import VqConfig
 from nsp.text.parts import TextEncoderSettings
@@ -29,10 +31,18 @@ _ATTENTION = re.compile(r"(.*\battn(?:_1|\.\d+)\.)(?:q|k|v)\.(weight|bias)")
 
 
 def read_vq(path: Path) -> VqTokenizer:
-    """Return the image tokenizer in a file, in any wrapping, with sizes from the tensors' shapes.
+    """Return the image tokenizer in a file of weights, or that of a checkpoint of this family.
 
-    Raises CheckpointError naming a file of something else, or a missing, extra or misshapen tensor.
+    A file may have any wrapping; sizes follow from the tensors' shapes. Raises CheckpointError
+    naming a file of something else, or a missing, extra or misshapen tensor.
     """
+    if path.is_dir():
+        record = read_checkpoint(path)
+        if not isinstance(system := record.load(), LatentGptSystem):
+            raise CheckpointError(
+                f"{path} is a checkpoint of family {record.family.name}; give one of latent_gpt"
+            )
+        return system.vq
     state = our_names(find_state(read_tensor_file(path), path))
     config = _sizes(state, path)
     with bounded([tensor.shape for tensor in state.values()], str(path)):

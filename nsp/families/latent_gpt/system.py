@@ -9,21 +9,23 @@ from torch import Tensor, nn
 from nsp.errors import ConfigError
 from nsp.families.latent_gpt.config import LatentGptConfig
 from nsp.families.latent_gpt.model import Gpt
-from nsp.family.system import System
 from nsp.raster.grid import RasterGrid
+from nsp.raster.system import RasterSystem
 from nsp.raster.vq import VqTokenizer
 from nsp.text.encoder import TextEncoderStage, check_text_parts
 from nsp.text.tokenizer import PromptTokenizer
+from nsp.training.tokens import Conditions
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 
-class LatentGptSystem(System):
+class LatentGptSystem(RasterSystem):
     """Image tokenizer, transformer and, for text, the CLIP encoder with its prompt tokenizer."""
 
     family: ClassVar[str] = "latent_gpt"
     config: LatentGptConfig
+    gpt: Gpt
 
     def __init__(
         self,
@@ -56,6 +58,11 @@ class LatentGptSystem(System):
     def cond_drop_rate(self) -> float:
         """Share of the prompts that the null one replaces in training."""
         return self.config.gpt.cond_drop_rate
+
+    @property
+    def conditions(self) -> Conditions:
+        """How captions become conditions; 1 for a model without."""
+        return 1 if self.config.text is None else self.encode_prompts
 
     def units(self) -> Sequence[nn.Module]:
         """Return the blocks of the transformer."""
