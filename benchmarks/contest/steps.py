@@ -14,7 +14,12 @@ from nsp.family.order import Unit
 from nsp.stage.io import Sizes
 
 MAX_PARTS = 32  # lines that one still reads; more steps are joined
-_WORDS: dict[Unit, str] = {"scale": "scale", "tokens": "token", "timestep": "timestep"}
+_WORDS: dict[Unit, str] = {
+    "scale": "scale",
+    "row": "row",
+    "tokens": "token",
+    "timestep": "timestep",
+}
 Grids = Sequence[tuple[int, int]]
 Count = Callable[[str, Sizes], Cost | None]  # stage, sizes of one call -> its work
 

@@ -39,7 +39,12 @@ logger = logging.getLogger(__name__)
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
 ARCHIVE_NAME = "images.npz"
-_UNITS: Mapping[Unit, str] = {"scale": "scales", "tokens": "tokens", "timestep": "timesteps"}
+_UNITS: Mapping[Unit, str] = {
+    "scale": "scales",
+    "row": "rows",
+    "tokens": "tokens",
+    "timestep": "timesteps",
+}
 _ANY_VERSION = {"Software": ""}  # which may be newer than that of a file
 _MAX_SHEET = 128  # pictures on a contact sheet, which must fit into memory
 

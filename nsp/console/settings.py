@@ -76,6 +76,7 @@ def sampling_options(
     """
     owners: dict[str, list[str]] = {}
     options: dict[str, dict[str, Any]] = {}
+    spelled: dict[str, list[str]] = {}
     for name in known:
         for word, made in _options_of(family(name)).items():
             if word in own:
@@ -91,13 +92,15 @@ def sampling_options(
                 )
                 continue
             owners.setdefault(word, []).append(name)
+            spelled.setdefault(word, []).extend(_spellings(family(name), word))
     groups: dict[str, list[click.Option]] = {}
     for name, option in options.items():
         every = len(owners[name]) == len(known)
         title = f"Settings of {'every family' if every else ' and '.join(owners[name])}"
         words = name.replace("_", "-")
-        spelled = f"--{words}/--no-{words}" if option["type"] is bool else f"--{words}"
-        groups.setdefault(title, []).append(click.Option([spelled], **option))
+        first = f"--{words}/--no-{words}" if option["type"] is bool else f"--{words}"
+        declared = [name, first, *dict.fromkeys(spelled[name])]
+        groups.setdefault(title, []).append(click.Option(declared, **option))
     return groups
 
 
@@ -111,6 +114,12 @@ def _options_of(owner: "AnyFamily") -> dict[str, dict[str, Any]]:
         name: {"type": FILE, "default": None, "help": f"File (.npy). {each.help}".rstrip()}
         for name, each in declared.items()
     }
+
+
+def _spellings(owner: "AnyFamily", setting: str) -> Sequence[str]:
+    """Return the other spellings of a setting's option, those of a first implementation."""
+    fields = {each.name: each for each in dataclasses.fields(owner.sampling)}
+    return fields[setting].metadata.get("spelled", ()) if setting in fields else ()
 
 
 def _option(hint: Any, help_text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from nsp.files import read_array
 from nsp.stage.arena import Array
 from nsp.stage.io import Shape
 
-Unit: TypeAlias = Literal["scale", "tokens", "timestep"]
+Unit: TypeAlias = Literal["scale", "row", "tokens", "timestep"]
 
 
 @dataclass(frozen=True, kw_only=True)

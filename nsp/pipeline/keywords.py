@@ -18,6 +18,7 @@ class Settings(TypedDict, total=False):
     guidance_schedule: Literal["ramp", "constant", "interval"]
     guidance_interval: Sequence[float]
     guidance_until: int | None
+    cfg_interval: int
     top_k: int
     top_p: float
     temperature: float

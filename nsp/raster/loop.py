@@ -100,7 +100,7 @@ def draw_codes(
                 logits.append(made["guided"])
             drawn = {"tokens": tuple(tokens), "logits": tuple(logits)}
             latent = codes.reshape((batch, grid.side, grid.side))
-            yield Step(first // grid.side, grid.side, "tokens", latent, drawn)
+            yield Step(first // grid.side, grid.side, "row", latent, drawn)
 
 
 def _of_code(inputs: Mapping[str, Array], index: int) -> dict[str, Array]:
