@@ -135,7 +135,7 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
         self, files: Mapping[str, Path], config: Mapping[str, object] | None, output_dir: Path
     ) -> None:
         """Write a checkpoint folder with a published tokenizer and a new transformer."""
-        from nsp.families.latent_gpt.published import convert
+        from nsp.families.latent_gpt.learn import convert
 
         convert(files["tokenizer"], config or {}, output_dir)
 

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nsp.artifacts.systems import save_checkpoint
 from nsp.data.sources import ImageSource, Sample
 from nsp.errors import ConfigError
-from nsp.families.latent_gpt.config import LatentGptConfig
+from nsp.families.latent_gpt.config import SIZES, LatentGptConfig
 from nsp.families.latent_gpt.model import initialize
 from nsp.families.latent_gpt.modules import build_stages
 from nsp.families.latent_gpt.published import read_vq
@@ -27,6 +28,7 @@ from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.reconstruction import reconstructed
 from nsp.training.tokens import write_tokens
+from nsp.values import choice
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -154,3 +156,22 @@ class LatentGptObjective(PredictorObjective):
             empty_BT = self.system.encode_prompts([""]).to(device).expand(count, -1)
             found["null_ce_loss"] = super().forward({**batch, "condition": empty_BT})["loss"]
         return found
+
+
+def convert(tokenizer: Path, config: Mapping[str, object], output_dir: Path) -> None:
+    """Write a checkpoint folder: a published tokenizer, and a new transformer to be trained.
+
+    `config` may name a "size" of this family and a "text_encoder", a CLIP folder; without one the
+    model draws without prompts.
+    """
+    if unknown := [key for key in config if key not in ("size", "text_encoder")]:
+        raise ConfigError(f"--config: unknown key {unknown[0]!r}; known: size, text_encoder")
+    size = SIZES[choice("size", config.get("size", "500m"), tuple(SIZES))]
+    folder = config.get("text_encoder")
+    changed = {**size.to_dict(), "pretrained_vq": str(tokenizer)}
+    if folder is None:
+        changed["text"] = None
+    settings = TextEncoderSettings.from_dict({"folder": folder})
+    model = LatentGptConfig.from_dict(changed)
+    system = LatentGptLearner().new_system(model, settings, None)
+    save_checkpoint(output_dir, system, notes={"converted_from": {"tokenizer": tokenizer.name}})

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from nsp.artifacts.checkpoint import read_checkpoint
-from nsp.artifacts.systems import save_checkpoint
-from nsp.errors import CheckpointError, ConfigError
-from nsp.families.latent_gpt.config import SIZES, LatentGptConfig
+from nsp.errors import CheckpointError
 from nsp.families.latent_gpt.system import LatentGptSystem
 from nsp.raster.vq import VqTokenizer
 from nsp.raster.vq_config import VqConfig
-from nsp.text.parts import TextEncoderSettings
-from nsp.values import choice
 from nsp.weights.module_weights import bounded, load_state
 from nsp.weights.state_names import find_state, what_it_is
 from nsp.weights.weight_files import read_tensor_file
@@ -97,24 +93,3 @@ def _sizes(state: Mapping[str, Tensor], path: Path) -> VqConfig:
         num_res_blocks=len(blocks),
         patch_size=round((colours / 3) ** 0.5),
     )
-
-
-def convert(tokenizer: Path, config: Mapping[str, object], output_dir: Path) -> None:
-    """Write a checkpoint folder: a published tokenizer, and a new transformer to be trained.
-
-    `config` may name a "size" of this family and a "text_encoder", a CLIP folder; without one the
-    model draws without prompts.
-    """
-    if unknown := [key for key in config if key not in ("size", "text_encoder")]:
-        raise ConfigError(f"--config: unknown key {unknown[0]!r}; known: size, text_encoder")
-    from nsp.families.latent_gpt.learn import LatentGptLearner
-
-    size = SIZES[choice("size", config.get("size", "500m"), tuple(SIZES))]
-    folder = config.get("text_encoder")
-    changed = {**size.to_dict(), "pretrained_vq": str(tokenizer)}
-    if folder is None:
-        changed["text"] = None
-    settings = TextEncoderSettings.from_dict({"folder": folder})
-    model = LatentGptConfig.from_dict(changed)
-    system = LatentGptLearner().new_system(model, settings, None)
-    save_checkpoint(output_dir, system, notes={"converted_from": {"tokenizer": tokenizer.name}})

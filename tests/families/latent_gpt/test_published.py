@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import CheckpointError, ConfigError
-from nsp.families.latent_gpt.published import convert, read_vq
+from nsp.families.latent_gpt.learn import convert
+from nsp.families.latent_gpt.published import read_vq
 from nsp.raster.vq import VqTokenizer
 from nsp.raster.vq_config import VqConfig
 

@@ -51,6 +51,12 @@ def train(*options: object, expected: int = 0) -> str:
     return result.output
 
 
+def reported(phase: Path) -> set[str]:
+    """Return the names of all numbers that a phase reported."""
+    lines = (phase / "log.jsonl").read_text().splitlines()
+    return {name for line in lines for name in json.loads(line)}
+
+
 @pytest.mark.parametrize(
     ("name", "experiment", "tags"),
     [
@@ -69,6 +75,8 @@ def test_a_file_trains_and_says_what_it_is_in_mlflow(
     assert run["tracking"]["experiment"] == experiment
     about = {"resolution": "256", "conditioning": "text_conditional", **tags}
     assert about.items() <= run["tracking"]["tags"].items()
+    numbers = {"ce_loss", "perplexity", "held_out_perplexity", "held_out_null_ce_loss"}
+    assert numbers <= reported(tmp_path / "run/predictor")
     made = read_checkpoint(tmp_path / "run/checkpoint").load()
     assert (made.config.grid_side, made.config.vq) == (8, CONFIG)
     settled = made.gpt.null_context.clone()
@@ -95,6 +103,8 @@ def test_a_tokenizer_of_phase_2_is_what_phase_3_takes(folder: Path, tmp_path: Pa
     phase_2 = ("--preset", "latent_gpt_vqvae", "--output-dir", tmp_path / "vqvae")
     extra = ("--set", "model.grid_side=8", "--set", "tokenizer.log_every=1")
     train(*phase_2, *data, *small, *sets, *anyway, *extra)
+    numbers = {"recon_loss", "codebook_usage", "perplexity"}
+    assert numbers <= reported(tmp_path / "vqvae/tokenizer")
     phase_3 = ("--preset", "latent_gpt_custom", "--output-dir", tmp_path / "run")
     given = ("--vqvae", tmp_path / "vqvae/checkpoint", "--unconditional", "--patch-level", 2)
     train(*phase_3, *given, *data, *SMALL)
