@@ -2,12 +2,14 @@
 
 import click
 
-from nsp.console.command_line import Program, Verbs, verbose_option, version_option
+from nsp.console.command_line import Program, Verbs
+from nsp.console.common_options import verbose_option, version_option
 
 VERBS = Verbs(
     train="nsp.console.train_command:main",
     export="nsp.export.verbs:export_engines",
     generate="nsp.console.generate_verb:generate",
+    evaluate="nsp.console.evaluate_verb:evaluate",
     convert="nsp.console.folder_verbs:convert",
     verify="nsp.export.verbs:verify_engines",
     inspect="nsp.console.folder_verbs:inspect",

@@ -29,7 +29,7 @@ from nsp.benchmarks.contest.subject import Subject, load_subject
 from nsp.benchmarks.options import BenchOptions, Effort
 from nsp.benchmarks.random_model import find_size, write_random_model
 from nsp.benchmarks.render.report import BenchReport, write_report
-from nsp.console.command_line import FOLDER
+from nsp.console.common_options import FOLDER
 from nsp.cores import num_threads
 from nsp.errors import BackendError, ConfigError, NspError
 from nsp.export.run import ExportOptions, export

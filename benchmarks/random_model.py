@@ -14,7 +14,7 @@ import torch
 
 from nsp.artifacts.checkpoint import is_checkpoint, read_checkpoint
 from nsp.artifacts.systems import save_checkpoint
-from nsp.console.command_line import FOLDER
+from nsp.console.common_options import FOLDER
 from nsp.errors import ConfigError, NspError
 from nsp.family.contract import AnyFamily
 from nsp.family.registry import family, family_names

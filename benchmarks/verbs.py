@@ -7,27 +7,22 @@ from typing import Any
 import click
 
 from nsp.benchmarks.contest.names import NAMES
-from nsp.console.command_line import (
+from nsp.console.command_line import OTHER_OPTIONS, Grouped, OneLineErrors, Verb, group
+from nsp.console.common_options import (
     COUNT,
-    FILE,
     FOLDER,
-    OTHER_OPTIONS,
-    Grouped,
-    OneLineErrors,
-    Verb,
     backend_option,
     checkpoint_option,
     engine_dir_option,
-    group,
     json_option,
     one_precision,
     output_dir_option,
     precision_options,
-    print_json,
     seed_option,
     threads_option,
     verbose_option,
 )
+from nsp.console.terminal import print_json
 from nsp.errors import ConfigError, RegressionError
 from nsp.family.registry import BUILT_IN
 from nsp.paths import check_output
@@ -165,14 +160,17 @@ def run_contest(
 
 
 @click.command("compare", cls=BenchVerb)
-@click.argument("old", type=FILE)
-@click.argument("new", type=FILE)
+@click.argument("old", type=FOLDER)
+@click.argument("new", type=FOLDER)
 @click.option("--threshold", default="5%", show_default=True, help="Allowed slowdown.")
 @click.option("--anyway", is_flag=True, help="Compare results that cannot be trusted, too.")
 @json_option
 @verbose_option
 def compare(*, old: Path, new: Path, threshold: str, anyway: bool, as_json: bool) -> None:
-    """Compare two bench.json files: exit 1 if the engines became slower, 2 if nobody can tell."""
+    """Compare two results: exit 1 if the engines became slower, 2 if nobody can tell.
+
+    OLD and NEW are bench.json files, or folders that nsp bench has written.
+    """
     from nsp.benchmarks.record.compare import compare_results, parse_threshold
     from nsp.benchmarks.record.result import read_result
     from nsp.benchmarks.render.comparison import comparison_sections

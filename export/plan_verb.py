@@ -4,15 +4,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nsp.console.command_line import (
-    COUNT,
-    PRECISIONS,
-    Verb,
-    json_option,
-    print_json,
-    print_tables,
-    verbose_option,
-)
+from nsp.console.command_line import Verb
+from nsp.console.common_options import COUNT, PRECISIONS, json_option, verbose_option
+from nsp.console.terminal import print_json, print_tables
 from nsp.export.devices import DEVICES
 from nsp.export.size_table import in_words
 

@@ -6,7 +6,6 @@ is generated and one step of each phase is trained on tensors of which only the 
 """
 
 import dataclasses
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from nsp.artifacts.manifest import PRECISION_DTYPES
 from nsp.artifacts.weight_kinds import count_weights, matches
 from nsp.data.dataset import ImageDataset
 from nsp.data.sources import ImageSource, Sample, open_source
-from nsp.errors import CheckpointError, ConfigError, NspError
+from nsp.errors import CheckpointError, ConfigError
 from nsp.export.devices import Device, device
 from nsp.export.graph.dtypes import stored_precision
 from nsp.export.targets import TARGETS
@@ -40,15 +39,12 @@ from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.memory_need import TrainingMemory, blank_batch, training_memory
 from nsp.values import choice, count
 
-logger = logging.getLogger(__name__)
-
 # Measured for the bundled models on one core: an ONNX graph without weights, and the time to trace
 # a stage, check it and compare it with PyTorch.
 GRAPH_BYTES = 1 << 18
 _SECONDS_PER_STAGE = 4.0
 _REFERENCE_GFLOP_S = 30.0  # of PyTorch on one core, which makes the images of the comparison
 _MAX_BATCH = 4096  # every image is an order with its own random numbers
-_NAMED = {"data": "folder", "start_from": "checkpoint"}  # options of every run
 
 
 @dataclass(frozen=True)
@@ -265,16 +261,12 @@ def _named(model: str) -> _Model:
 def _recipe(owner: AnyFamily, model: Mapping[str, Any]) -> tuple[str, RunConfig]:
     """Return the recipe that trains this model, or else the family's first one, and its name.
 
-    What a recipe needs of the user, such as data, is only named: a plan reads none of it.
+    Recipes say with which options they can be planned, without data.
     """
-    runs: dict[str, RunConfig] = {}
-    for name, make in owner.recipes.items():
-        recipe = Recipe(name, owner.name, make)
-        takes = {each.name for each in recipe.parameters}
-        try:
-            runs[name] = recipe.run(**{each: _NAMED[each] for each in takes & _NAMED.keys()})
-        except NspError as error:  # it needs more than that, or reads what is only named
-            logger.debug("recipe %s is not planned: %s", name, error)
+    named = [Recipe(name, owner.name, make) for name, make in owner.recipes.items()]
+    runs = {
+        each.name: each.run(**options) for each in named if (options := each.planned_as) is not None
+    }
     if not runs:
         raise ConfigError(f"family {owner.name} has no recipe that can be planned without its data")
     own = [name for name, run in runs.items() if run.model == model]

@@ -8,26 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nsp.console.command_line import (
+from nsp.console.command_line import OTHER_OPTIONS, Verb, group
+from nsp.console.common_options import (
     COUNT,
     FOLDER,
-    OTHER_OPTIONS,
-    Verb,
     backend_option,
     checkpoint_option,
     engine_dir_option,
     given_precisions,
-    group,
     json_option,
     no_verify_option,
     one_precision,
     precision_options,
-    print_json,
-    print_tables,
     threads_option,
     torch_threads,
     verbose_option,
 )
+from nsp.console.terminal import print_json, print_tables
 
 if TYPE_CHECKING:
     from nsp.export.plan import PlannedBuild

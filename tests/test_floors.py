@@ -19,6 +19,7 @@ FLOORS = (
     "stage",
     "layers weights",
     "data text",
+    "evaluation",
     "family",
     "backends",
     "artifacts",

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nsp.artifacts.engine_choice import complete_precisions
 from nsp.artifacts.manifest import PRECISION_DTYPES, read_manifest
-from nsp.backends.available import backend_record
+from nsp.backends.available import Device, backend_record
 from nsp.benchmarks.contest.contenders import (
     CONTENDERS,
     Source,
@@ -59,14 +60,13 @@ def default_names(subject: Subject) -> tuple[str, ...]:
 
 
 def other_precisions(subject: Subject) -> tuple[str, ...]:
-    """Return the precisions the engine folder has besides that in use, and the device runs."""
+    """Return the precisions besides that in use in which the device runs the folder's engines."""
     pipeline = subject.contender.pipeline
     record, used = backend_record(pipeline.backend.name), pipeline.precision
-    manifest = read_manifest(subject.contender.source.path)
-    found = (manifest.variants(stage, record.built_for) for stage in manifest.stages)
-    held = {variant.precision for variants in found for variant in variants}
-    runs = record.precisions["cuda" if subject.device == "cuda" else "cpu"]
-    return tuple(each for each in runs if each in held and each != used)
+    folder = subject.contender.source.path
+    device: Device = "cuda" if subject.device == "cuda" else "cpu"
+    there = complete_precisions(folder, read_manifest(folder), record, device)
+    return tuple(each for each in there if each != used)
 
 
 def asked_for(name: str, subject: Subject, threads: int) -> Asked:

@@ -14,7 +14,7 @@ from nsp.artifacts.repair import find_source
 from nsp.backends.available import availability, backend_record
 from nsp.benchmarks.contest.contenders import BASELINE, Source
 from nsp.benchmarks.record.result import Model
-from nsp.console import command_line
+from nsp.console import common_options
 from nsp.errors import BackendError, CheckpointError
 from nsp.pipeline.keywords import LoadOptions
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
@@ -179,7 +179,7 @@ def load_subject(
 
 def torch_threads(subject: Subject, threads: int) -> AbstractContextManager[None]:
     """Give PyTorch as many threads as the engines have, for as long as the block lasts."""
-    return command_line.torch_threads(None if subject.baseline is None else threads)
+    return common_options.torch_threads(None if subject.baseline is None else threads)
 
 
 def _load_baseline(folder: Path, model_hash: str, *, device: str) -> Side:

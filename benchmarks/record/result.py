@@ -16,6 +16,7 @@ from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.files import read_json
 
+JSON_NAME = "bench.json"  # in the folder of a benchmark
 OUTSIDE = "outside stages"
 END_TO_END = "end to end"
 LOOP = "all steps"
@@ -283,8 +284,14 @@ class BenchResult(Config):
 
 
 def read_result(path: Path) -> BenchResult:
-    """Return the result in a bench.json; raise ConfigError naming the file and what is wrong."""
+    """Return the result in a bench.json, or in a folder with one.
+
+    Raises ConfigError naming the file and what is wrong.
+    """
+    file = path / JSON_NAME if path.is_dir() else path
+    if not file.exists():
+        raise ConfigError(f"{file} does not exist; nsp bench writes it into its --output-dir")
     try:
-        return BenchResult.from_dict(read_json(path))
+        return BenchResult.from_dict(read_json(file))
     except (ValueError, ConfigError) as error:
-        raise ConfigError(f"{path} is not a benchmark result ({error})") from error
+        raise ConfigError(f"{file} is not a benchmark result ({error})") from error

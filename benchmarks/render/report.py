@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nsp.benchmarks.contest.pictures import Pictures
-from nsp.benchmarks.record.result import BatchResult, BenchResult
+from nsp.benchmarks.record.result import JSON_NAME, BatchResult, BenchResult
 from nsp.benchmarks.render.headline import one_line
 from nsp.benchmarks.render.page import page
 from nsp.benchmarks.render.section import Section
@@ -23,7 +23,7 @@ from nsp.files import write_file
 
 logger = logging.getLogger(__name__)
 
-JSON_NAME, MARKDOWN_NAME, PAGE_NAME = "bench.json", "bench.md", "bench.html"
+MARKDOWN_NAME, PAGE_NAME = "bench.md", "bench.html"
 
 
 @dataclass(frozen=True)

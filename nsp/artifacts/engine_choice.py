@@ -141,6 +141,27 @@ def _differences(record: BackendRecord, variant: Variant) -> Iterator[str]:
         yield f"compute capability {built}, but {gpu.name} has {gpu.compute_capability}"
 
 
+def complete_precisions(
+    folder: Path, manifest: Manifest, record: BackendRecord, device: Device
+) -> tuple[str, ...]:
+    """Return the precisions in which a backend can run the folder's engines, preferred ones first.
+
+    These are the ones that `choose_variants` accepts.
+    """
+    return tuple(
+        each
+        for each in _held(manifest, record, device)
+        if isinstance(_set_in(folder, manifest, record, each), VariantSet)
+    )
+
+
+def _held(manifest: Manifest, record: BackendRecord, device: Device) -> Iterator[str]:
+    """Yield the precisions of any of a backend's engines that it runs on a device."""
+    variants = (manifest.variants(stage, record.built_for) for stage in manifest.stages)
+    held = {variant.precision for each in variants for variant in each}
+    yield from (each for each in record.precisions[device] if each in held)
+
+
 def choose_variants(
     folder: Path,
     manifest: Manifest,
@@ -162,29 +183,43 @@ def choose_variants(
         runs = " or ".join(record.precisions[device])
         raise ConfigError(f"{record.name} runs {runs} on {device}, not {precision}")
     wanted = (precision,) if precision else record.precisions[device]
-    held = [v for s in manifest.stages for v in manifest.variants(s, record.built_for)]
-    layouts = dict.fromkeys(variant.kv_layout for variant in held)
     problem = ""
-    for each in wanted:
-        if each not in {variant.precision for variant in held}:
+    for each in _held(manifest, record, device):
+        if each not in wanted:
             continue
-        for layout in layouts:
-            declared = manifest.family_record.stages_io(
-                manifest.model_config, kv_layout=layout, dtype=PRECISION_DTYPES[each]
-            )
-            found = _fitting(folder, manifest, record, declared, each)
-            odd = [stage for stage in declared if stage not in found]
-            if not odd:
-                return VariantSet(each, layout, {stage: found[stage] for stage in declared})
-            problem = problem or _misfit(manifest, odd[0], each)
+        found = _set_in(folder, manifest, record, each)
+        if isinstance(found, VariantSet):
+            return found
+        problem = problem or found
     if not problem:
-        has = ", ".join(sorted({variant.precision for variant in held}))
+        held = {
+            v.precision for s in manifest.stages for v in manifest.variants(s, record.built_for)
+        }
+        has = ", ".join(sorted(held))
         again = repair(folder, manifest, backend=record.built_for, precision=wanted[0])
         raise EngineError(
             f"{folder} has no {' or '.join(wanted)} engines for {record.name} (it has {has}); "
             f"{again}"
         )
     raise EngineError(f"{folder}: {problem}; {repair(folder, manifest)}")
+
+
+def _set_in(
+    folder: Path, manifest: Manifest, record: BackendRecord, precision: str
+) -> VariantSet | str:
+    """Return one variant per stage in the first cache layout that has them, or what is missing."""
+    held = (v for s in manifest.stages for v in manifest.variants(s, record.built_for))
+    problem = ""
+    for layout in dict.fromkeys(variant.kv_layout for variant in held):
+        declared = manifest.family_record.stages_io(
+            manifest.model_config, kv_layout=layout, dtype=PRECISION_DTYPES[precision]
+        )
+        found = _fitting(folder, manifest, record, declared, precision)
+        odd = [stage for stage in declared if stage not in found]
+        if not odd:
+            return VariantSet(precision, layout, {stage: found[stage] for stage in declared})
+        problem = problem or _misfit(manifest, odd[0], precision)
+    return problem
 
 
 def _fitting(

@@ -29,7 +29,7 @@ class TorchBackend(Backend):
     ) -> None:
         super().__init__(stages_io)
         self.kv_layout = kv_layout
-        self.device = _usable_device(device)
+        self.device = usable_device(device)
         self._stages = {name: stage.to(self.device) for name, stage in stages.items()}
 
     @torch.inference_mode()
@@ -75,7 +75,7 @@ class TorchBackend(Backend):
         array.zero_()
 
 
-def _usable_device(device: Any) -> torch.device:
+def usable_device(device: Any) -> torch.device:
     """Return the device; ConfigError for an unknown one, BackendError if it is not available."""
     try:
         found = torch.device(device)

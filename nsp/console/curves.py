@@ -14,7 +14,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from nsp.console.command_line import FILE
+from nsp.console.common_options import FILE
 from nsp.errors import DataError, MissingExtraError, NspError
 from nsp.files import write_file
 

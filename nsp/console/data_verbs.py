@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nsp.console.command_line import (
+from nsp.console.command_line import Program
+from nsp.console.common_options import (
     COUNT,
     FILE,
     FOLDER,
-    Program,
     json_option,
     output_dir_option,
-    print_json,
     seed_option,
     verbose_option,
 )
+from nsp.console.terminal import print_json
 
 if TYPE_CHECKING:
     from nsp.data.stats import Stats

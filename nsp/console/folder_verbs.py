@@ -5,16 +5,9 @@ from pathlib import Path
 
 import click
 
-from nsp.console.command_line import (
-    FILE,
-    FOLDER,
-    Verb,
-    json_option,
-    print_json,
-    print_tables,
-    read_json,
-    verbose_option,
-)
+from nsp.console.command_line import Verb
+from nsp.console.common_options import FILE, FOLDER, json_option, read_json, verbose_option
+from nsp.console.terminal import print_json, print_tables
 from nsp.errors import ConfigError
 
 

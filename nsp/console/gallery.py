@@ -110,12 +110,14 @@ def generate_gallery(
     save_intermediates: bool = False,
     kind: Format | Literal["npz"] = "png",
     sheet: bool = True,
+    size_px: int | None = None,
     on_step: Callable[[GalleryProgress], None] | None = None,
 ) -> Gallery:
     """Generate all orders in batches and write every image as soon as it is done.
 
-    All orders and the folder are checked before the first step. Raises ConfigError for a bad order,
-    OSError when the folder cannot be written.
+    With `size_px`, pictures are resized to that side, intermediate ones are not. All orders, the
+    folder and the places of its files are checked before the first step. Raises ConfigError for a
+    bad order, OSError when the folder or one of the files cannot be written.
     """
     for order in orders:
         pipeline.check_order(order)
@@ -124,10 +126,11 @@ def generate_gallery(
         raise PermissionError(
             errno.EACCES, "is not writable; choose another --output-dir", str(folder)
         )
-    shared = _shared_metadata(pipeline)
+    shared = _shared_metadata(pipeline, size_px)
     metadata = [{**_metadata(order), **shared} for order in orders]
     names = [f"{p:03d}_{slug(_title(o))}_seed{o.seed}" for p, o in enumerate(orders)]
     paths = [folder / (ARCHIVE_NAME if kind == "npz" else f"{name}.{kind}") for name in names]
+    _check_places([*paths, *([folder / CONTACT_SHEET_NAME] if sheet else [])])
     written: dict[int, WrittenImage] = {}
     made: dict[int, NDArray[np.uint8]] = {}
     if kind != "npz" and not save_intermediates:
@@ -159,7 +162,7 @@ def generate_gallery(
                 _write_step(folder / _UNITS[step.unit], here, step.unit, last)
             started = time.perf_counter()
         assert last is not None  # a loop has at least one step
-        pictures = to_uint8(last.decode())
+        pictures = to_uint8(last.decode(clipped=False), size_px=size_px)
         ms = 1e3 * (seconds + time.perf_counter() - started) / len(batch)
         for place, picture in zip(places, pictures, strict=True):
             if kind != "npz":
@@ -172,6 +175,14 @@ def generate_gallery(
         _write_archive(folder / ARCHIVE_NAME, ordered, metadata)
     images = tuple(written[place] for place in range(len(orders)))
     return Gallery(images, _write_sheet(folder, orders, ordered[:_MAX_SHEET]) if sheet else None)
+
+
+def _check_places(paths: Sequence[Path]) -> None:
+    """Raise IsADirectoryError when there is a folder where a file is to be written."""
+    for path in paths:
+        if path.is_dir():
+            problem = "is a folder, but a file is to be written there; move it, or choose another "
+            raise IsADirectoryError(errno.EISDIR, f"{problem}--output-dir", str(path))
 
 
 def _made_before(path: Path, metadata: Mapping[str, str]) -> NDArray[np.uint8] | None:
@@ -246,9 +257,10 @@ def _condition(order: Order[Sampling]) -> dict[str, str | int]:
     return {kind: order.condition}
 
 
-def _shared_metadata(pipeline: Pipeline) -> dict[str, str]:
+def _shared_metadata(pipeline: Pipeline, size_px: int | None) -> dict[str, str]:
     """Return the metadata common to all images of a run."""
     return {
+        **({} if size_px is None else {"image_size_eval": str(size_px)}),
         "family": pipeline.family.name,
         "model": pipeline.model_hash,
         "backend": pipeline.backend.name,

@@ -6,21 +6,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from nsp.console.command_line import (
+from nsp.console.command_line import OTHER_OPTIONS, group
+from nsp.console.common_options import (
     COUNT,
     FILE,
-    OTHER_OPTIONS,
+    FOLDER,
     SEED,
     backend_option,
     checkpoint_option,
     engine_dir_option,
-    group,
     json_option,
     no_verify_option,
     one_precision,
     output_dir_option,
     precision_options,
-    print_json,
     threads_option,
     torch_threads,
     verbose_option,
@@ -34,11 +33,14 @@ from nsp.console.settings import (
     prompts_not_given,
     setting_names,
     with_arrays,
+    with_class_numbers,
 )
+from nsp.console.terminal import print_json
 from nsp.errors import ConfigError, NspError
 
 if TYPE_CHECKING:
     from nsp.console.prompt_lists import ListedImage
+    from nsp.console.sample_command import PlannedSet
     from nsp.family.contract import AnyFamily
     from nsp.pipeline.pipeline import Pipeline
 
@@ -55,8 +57,8 @@ if TYPE_CHECKING:
 @click.option(
     "--prompts-file",
     type=FILE,
-    help="Text file with one prompt per line, or .csv or .jsonl with prompt or class, "
-    "seed, negative_prompt and settings such as guidance_scale.",
+    help="Text file with one prompt per line, or .csv or .jsonl with prompt or class (number or "
+    "name), seed, negative_prompt and settings such as guidance_scale.",
 )
 @click.option("--unconditional", is_flag=True, help="Without a prompt, where the model can do so.")
 @click.option("--negative-prompt", help="What not to show; used instead of the null condition.")
@@ -97,6 +99,30 @@ if TYPE_CHECKING:
 )
 @click.option("--sheet/--no-sheet", default=True, help="Write a contact sheet.  [default: yes]")
 @output_dir_option("outputs", "Folder for the images; those already there are not made again.")
+@click.option(
+    "--image-size-eval",
+    type=click.IntRange(1, 8192),
+    help="Resize pictures to this side, bicubic, before they become 8-bit numbers.",
+)
+@group("Sets for evaluation")
+@click.option(
+    "--npz",
+    type=FOLDER,
+    help="Make one .npz of --num-images pictures (default 50000) of a class model in this folder, "
+    "for nsp evaluate; a stopped run continues.",
+)
+@click.option(
+    "--labels",
+    metavar="random|FILE",
+    help="Classes of the pictures: random, or a file (one class per line, or .npy).  "
+    "[default: random]",
+)
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Make only this share, I from 0 to N - 1.  [default: RANK and WORLD_SIZE, which torchrun "
+    "sets; otherwise 0/1]",
+)
 @group(OTHER_OPTIONS)
 @json_option
 @verbose_option
@@ -120,6 +146,10 @@ def generate(
     file_format: Literal["png", "webp", "jpeg", "npz"],
     sheet: bool,
     output_dir: Path,
+    image_size_eval: int | None,
+    npz: Path | None,
+    labels: str | None,
+    shard: str | None,
     no_verify: bool,
     as_json: bool,
     **options: Any,
@@ -129,27 +159,58 @@ def generate(
 
     check_output(output_dir)
     precision = one_precision(options)
+    for name, value in (("--labels", labels), ("--shard", shard)):
+        if value is not None and npz is None:
+            raise ConfigError(f"{name} belongs to sets of pictures; give --npz FOLDER too")
     family, config = _family_of(checkpoint or engine_dir or Path("engines"))
     given = {name: value for name, value in options.items() if value is not None}
     if family is not None:
         check_settings(family, given)
         class_ids = (*class_ids, *class_numbers(family, config, class_names))
     listed: tuple[ListedImage, ...] = ()
+    planned: PlannedSet | None = None
     if prompts_file is not None:
         from nsp.console.prompt_lists import read_list
 
         names = () if family is None else setting_names(family)
         kind = family and family.condition(family.config.from_dict(config))
         listed = read_list(prompts_file, names, has_condition=kind != "none")
+        listed = listed if family is None else with_class_numbers(family, config, listed)
     if unconditional and (prompts or class_ids or listed):
         raise ConfigError("--unconditional is for pictures without a prompt or class; omit either")
     check_conditions(family, prompts, class_ids, listed)
+    if npz is not None:
+        from nsp.console.sample_command import device_of_process, planned_set
+
+        one_by_one = {
+            "--prompt": prompts,
+            "--class or --class-id": class_ids,
+            "--prompts-file": prompts_file,
+            "--unconditional": unconditional,
+            "--negative-prompt": negative_prompt,
+            "--save-intermediates": save_intermediates,
+        }
+        planned = planned_set(npz, labels, shard, one_by_one)
+        device = device_of_process(device, checkpoint)
     pipeline = _load(
         engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
     )
     family = pipeline.family
     declared = family.given(pipeline.config)
     files = {name: given.pop(name) for name in declared if name in given}
+    if planned is not None:
+        with torch_threads(threads if checkpoint else None):
+            planned.make(
+                pipeline,
+                sampling=pipeline.sampling.changed(given),
+                given=files,
+                num_images=num_images,
+                seed=family.default_seed if seed is None else seed,
+                size_px=image_size_eval,
+                batch_size=batch_size or family.default_batch_size,
+                as_json=as_json,
+            )
+        return
     if not prompts and not class_ids and not listed:
         prompts = prompts_not_given(family, pipeline.config, unconditional=unconditional)
     if num_images is None:  # of some first implementations the batch size is the number of images
@@ -177,6 +238,7 @@ def generate(
             save_intermediates=save_intermediates,
             kind=file_format,
             sheet=sheet,
+            size_px=image_size_eval,
             on_step=lambda step: show(step.activity, step.scale, step.num_scales),
         )
     if as_json:

@@ -1,8 +1,8 @@
 """Lists of images to generate: a text file of prompts, a CSV table or JSON lines.
 
 prompts.txt    one prompt per line
-images.csv     a header with the columns prompt (or text, caption) or class (or class_id), seed,
-               negative_prompt and settings of the model, such as guidance_scale
+images.csv     a header with the columns prompt (or text, caption) or class (or class_id: a number
+               or a name), seed, negative_prompt and settings of the model, such as guidance_scale
 images.jsonl   one object per line with those keys
 
 Rows for a model that takes no condition have neither prompt nor class.
@@ -48,6 +48,7 @@ class ListedImage:
     negative: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # instead of the whole run's
     where: str = ""  # file and line, for messages
+    class_name: str | None = None  # instead of its number, which only a model can tell
 
 
 def read_list(
@@ -156,14 +157,16 @@ def _number(name: str, cell: str) -> Any:
     """Return the value of a cell: a number, a truth value or a text; None if it is empty."""
     if name in ("prompt", "negative_prompt"):
         return cell
-    if not cell:
-        return None if name != "class" else cell
-    if cell.lower() in ("true", "false"):  # spreadsheets write TRUE
-        return cell.lower() == "true"
     if cell.isascii() and cell.removeprefix("-").isdigit() and len(cell) <= 20:
         return int(cell)
+    if name == "class":
+        return cell
+    if not cell:
+        return None
+    if cell.lower() in ("true", "false"):  # spreadsheets write TRUE
+        return cell.lower() == "true"
     try:
-        return float(cell) if name not in ("seed", "class") else cell
+        return float(cell) if name != "seed" else cell
     except ValueError:
         return cell
 
@@ -236,14 +239,22 @@ def _row(path: Path, number: int, given: Mapping[str, Any]) -> ListedImage:
     }
     row = ListedImage(seed=seed, negative=negative, settings=others, where=line)
     if "class" in given:
-        class_id = values.integer(f"{line}: class", given["class"], least=0)
-        return replace(row, class_id=class_id)
+        return _of_class(row, given["class"])
     if "prompt" not in given:  # of a model without condition
         return row
     prompt = given["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise ConfigError(f"{line}: prompt is {values.shown(prompt)}; write what is to be shown")
     return replace(row, prompt=_checked_text(path, number, prompt.strip()))
+
+
+def _of_class(row: ListedImage, given: Any) -> ListedImage:
+    """Return the row with its class, which is given as a number or a name."""
+    if isinstance(given, str):
+        if not given.strip():
+            raise ConfigError(f"{row.where}: class is {given!r}; write its number or its name")
+        return replace(row, class_name=given.strip())
+    return replace(row, class_id=values.integer(f"{row.where}: class", given, least=0))
 
 
 def _decoded(path: Path, number: int, line: bytes) -> str:

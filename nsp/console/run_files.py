@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from nsp.console.command_line import read_json
+from nsp.console.common_options import read_json
 from nsp.errors import ConfigError
 from nsp.family.recipe import RunConfig
 

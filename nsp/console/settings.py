@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nsp import values
-from nsp.console.command_line import FILE, Verb
+from nsp.console.command_line import Verb
+from nsp.console.common_options import FILE
 from nsp.errors import ConfigError
 from nsp.family.registry import BUILT_IN, family, family_names
 
@@ -150,11 +151,17 @@ def check_settings(owner: "AnyFamily", given: Iterable[str]) -> None:
         )
 
 
-# What to give instead of the name of a class, by the kind of condition.
+# What to give instead of the name of a class, by the kind of condition: on the command line and in
+# a list.
 _INSTEAD = {
     "prompt": "has no classes; give --prompt",
     "class": "has no names of classes; give --class-id",
     "none": "has no classes; leave --class out",
+}
+_INSTEAD_LISTED = {
+    "prompt": "has no classes; give prompts",
+    "class": "has no names of classes; give numbers",
+    "none": "has no classes; leave the column out",
 }
 
 
@@ -166,22 +173,42 @@ def class_numbers(
     Upper and lower case are alike unless only they tell two classes apart. Raises ConfigError for
     an unknown name, with the nearest one.
     """
-    made = owner.config.from_dict(config)
-    known = owner.class_names(made) if names else ()
-    if names and not known:
-        raise ConfigError(f"--class {names[0]!r}: this model {_INSTEAD[owner.condition(made)]}")
-    return tuple(_class_number(name, known) for name in names)
+    model = owner.config.from_dict(config)
+    return tuple(_class_number(owner, model, f"--class {n!r}", n, _INSTEAD) for n in names)
 
 
-def _class_number(name: str, known: Sequence[str]) -> int:
+def with_class_numbers(
+    owner: "AnyFamily", config: Mapping[str, Any], listed: "Sequence[ListedImage]"
+) -> "tuple[ListedImage, ...]":
+    """Return the rows of a list with the numbers of classes that are given by name.
+
+    Raises ConfigError as `class_numbers`, naming the line.
+    """
+    model = owner.config.from_dict(config)
+    numbered = []
+    for row in listed:
+        if (name := row.class_name) is not None:
+            where = f"{row.where}: class {name!r}"
+            number = _class_number(owner, model, where, name, _INSTEAD_LISTED)
+            row = replace(row, class_id=number, class_name=None)
+        numbered.append(row)
+    return tuple(numbered)
+
+
+def _class_number(
+    owner: "AnyFamily", model: Any, where: str, name: str, instead: Mapping[str, str]
+) -> int:
+    known = owner.class_names(model)
+    if not known:
+        raise ConfigError(f"{where}: this model {instead[owner.condition(model)]}")
     if name in known:
         return known.index(name)
     alike = [number for number, each in enumerate(known) if each.lower() == name.lower()]
     if len(alike) > 1:
         both = " or ".join(repr(known[number]) for number in alike)
-        raise ConfigError(f"--class {name!r} may be {both}; write it as one of them")
+        raise ConfigError(f"{where} may be {both}; write it as one of them")
     if not alike:
-        raise ConfigError(f"--class {name!r} is unknown{values.nearest(name, known)}")
+        raise ConfigError(f"{where} is unknown{values.nearest(name, known)}")
     return alike[0]
 
 

@@ -3,20 +3,21 @@
 rich is imported only when something is drawn, while `nsp generate` already loads engines.
 """
 
+import json
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
 from nsp.errors import one_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 _OURS = "nsp"  # the package whose log messages of level INFO are shown
 _WIDE = 200  # columns of a table without a terminal
@@ -32,6 +33,18 @@ def results_console() -> "Console":
 
     width = None if sys.stdout.isatty() else _WIDE
     return Console(file=sys.stdout, highlight=False, markup=False, width=width)
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON document on stdout."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def print_tables(tables: "Iterable[RenderableType]") -> None:
+    """Print rich tables on stdout."""
+    console = results_console()
+    for table in tables:
+        console.print(table)
 
 
 class _StderrLines(logging.Handler):

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nsp.console.command_line import (
-    COUNT,
     DONE,
-    FOLDER,
     INTERRUPTED,
     OTHER_OPTIONS,
     drop_unwritten,
@@ -22,6 +20,7 @@ from nsp.console.command_line import (
     group,
     open_standard_streams,
 )
+from nsp.console.common_options import COUNT, FOLDER
 from nsp.console.train_options import TrainCommand
 from nsp.errors import ConfigError, one_line
 
@@ -186,7 +185,7 @@ def _size_names(ctx: click.Context, parameter: click.Parameter, begun: str) -> l
     help="Go on although a phase's result is not good enough to build on.",
 )
 @group(OTHER_OPTIONS)
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+@click.option("--verbose", is_flag=True, help="Log details, and show tracebacks of errors.")
 def main(
     preset: str | None,
     output_dir: Path | None,
@@ -202,7 +201,6 @@ def main(
     **changes: Any,
 ) -> None:
     """Train phase after phase; the result is a checkpoint folder for `nsp export`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     folder = output_dir or Path("runs")
     try:
         open_standard_streams()

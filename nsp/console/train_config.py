@@ -1,9 +1,10 @@
 """The run that the options of `python train.py` make from a recipe, a file or a resumed run."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nsp.console.run_files import read_run
 from nsp.errors import ConfigError
@@ -42,6 +43,9 @@ PLACES: Mapping[str, str] = {
     "anyway": "anyway",
 }
 _IN_EPOCHS = ("save_every", "validate_every")
+_FIELD = re.compile(r"^RunConfig(\.[\w.\[\]]+)?: ")  # at the head of an error about a record
+_A = TypeVar("_A")
+
 # Fields that a resumed run keeps although its preset is given again.
 _KEPT = (
     *("data", "seed", "precision", "start_from", "parallel", "compile"),
@@ -83,11 +87,39 @@ def configure(
     else:
         run = _from_recipe(recipe(preset or default_recipe(given | own)), own, common, stored)
     if common:
-        run = with_values(run, [(PLACES[name], _value(name, common[name])) for name in common])
+        placed = {
+            f"--{name.replace('_', '-')} {value}": (PLACES[name], _value(name, value))
+            for name, value in common.items()
+        }
+        run = _assigned(run, with_values, placed)
     if assignments:
-        run = with_texts(run, assignments)
+        run = _assigned(run, with_texts, {f"--set {text}": text for text in assignments})
     check_model(run)
     return run if from_phase is None else _from_phase(run, from_phase)
+
+
+def _assigned(
+    run: RunConfig,
+    assign: Callable[[RunConfig, Sequence[_A]], RunConfig],
+    given: Mapping[str, _A],
+) -> RunConfig:
+    """Return the run with all assignments, each given in these words on the command line.
+
+    The error about a wrong one names it in these words; that about several that do not fit
+    together, the fields of the configuration.
+    """
+    try:
+        return assign(run, list(given.values()))
+    except ConfigError:
+        for words, each in given.items():
+            try:
+                assign(run, [each])
+            except ConfigError as error:
+                said = _FIELD.sub("", str(error))
+                raise ConfigError(
+                    said if said.startswith("--set") else f"{words}: {said}"
+                ) from error
+        raise
 
 
 def _value(name: str, given: Any) -> Any:

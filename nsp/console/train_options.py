@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from nsp.console.command_line import FOLDER, Grouped, OneLineErrors
+from nsp.console.command_line import Grouped, OneLineErrors
+from nsp.console.common_options import FOLDER
 from nsp.errors import ConfigError, NspError
 from nsp.family.signature import Parameter, Range, parameters
 
@@ -37,6 +38,13 @@ class TrainCommand(Grouped, OneLineErrors):
         if not wants_help:
             self._refuse_foreign(ctx, args)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; log records go to stderr, and a warning that is repeated only once."""
+        from nsp.console.terminal import logs_on_stderr
+
+        with logs_on_stderr(verbose=ctx.params["verbose"]):
+            return super().invoke(ctx)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the common options, and those of the recipe."""

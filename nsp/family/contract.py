@@ -280,6 +280,20 @@ class Family(ABC, Generic[C, S, Y]):
         """Return the names of a model's classes by their numbers; empty if it has none."""
         return ()
 
+    def sample_name(
+        self, config: C, sampling: S, *, model: str, size_px: int, size_eval_px: int, seed: int
+    ) -> str:
+        """Return the name of an archive of this model's pictures, without its ending.
+
+        `model` is the name of the model's folder, `size_eval_px` the side of the pictures after
+        resizing. The default has the settings that are not the family's defaults. A family whose
+        first implementation composes a name does it in the same way.
+        """
+        usual = self.sampling().to_dict()
+        own = {n: each for n, each in sampling.to_dict().items() if each != usual[n]}
+        settings = "".join(f"{name}-{each}-" for name, each in own.items())
+        return f"{self.name}-{model}-size-{size_px}-size-{size_eval_px}-{settings}seed-{seed}"
+
     def adopt(self, config: C, trained: C) -> C:
         """Return `config` with values from trained parts, such as a text encoder's width."""
         return config

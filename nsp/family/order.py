@@ -53,13 +53,25 @@ S_co = TypeVar("S_co", bound=Sampling, covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class Order(Generic[S_co]):
-    """One image. Its content depends on nothing else, also not on other orders of its batch."""
+    """One image. Its content depends on nothing else, also not on other orders of its batch.
+
+    Raises ConfigError for a wrong seed, whatever the model; `Pipeline.run` checks the rest before
+    its first step.
+    """
 
     condition: str | int | None  # a prompt, a class, or nothing
     seed: int
     sampling: S_co
     negative: str | None = None  # a prompt instead of guidance's null condition
     given: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # for one image, without B
+
+    def __post_init__(self) -> None:
+        """Check the seed and the kind of `given`; numbers of NumPy become Python's own."""
+        object.__setattr__(self, "seed", values.seed(self.seed))
+        if self.condition is not None and values.is_integer(self.condition):
+            object.__setattr__(self, "condition", int(self.condition))
+        if not isinstance(self.given, Mapping):
+            raise ConfigError(f"given={values.shown(self.given)} must map names to arrays")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,11 @@ class Recipe:
         """The run folder if none is given; None: runs/NAME."""
         return signature.output_dir(self.make)
 
+    @property
+    def planned_as(self) -> Mapping[str, str] | None:
+        """The options that `nsp plan` gives it; None: it cannot be planned without its files."""
+        return signature.planned_as(self.make)
+
     def run(self, **options: object) -> RunConfig:
         """Return the run; ConfigError for an option that is unknown, missing or out of range."""
         check_options(f"preset {self.name}", self.parameters, options)

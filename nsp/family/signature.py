@@ -3,7 +3,7 @@
     def sdxl(*, vae: Annotated[Path | None, "AutoencoderKL folder"] = None,
              scale_factor: Annotated[int, "Ratio of two sides", Range(2)] = 2,
              seed: Annotated[int, "Seed", Env("MY_SEED")] = 0,
-    ) -> Annotated[RunConfig, OutputDir("outputs")]: ...
+    ) -> Annotated[RunConfig, OutputDir("outputs"), PlannedAs({"vae": "folder"})]: ...
 
 Recipes that share options declare them once, as a TypedDict of `**options: Unpack[...]`. An option
 that every run has (nsp/console/train_options.py) may be a parameter, too: it is then required, or
@@ -13,7 +13,7 @@ has another default.
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,6 +44,17 @@ class OutputDir:
     """The run folder of a recipe if none is given; annotates its result."""
 
     folder: str
+
+
+@dataclass(frozen=True)
+class PlannedAs:
+    """How `nsp plan` asks a recipe for its run, without data or weights; annotates its result.
+
+    `options` stand for what the recipe needs of the user but does not read; None: it reads files,
+    so that it cannot be planned. A recipe that says nothing is asked without options.
+    """
+
+    options: Mapping[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +91,23 @@ def parameters(make: Callable[..., Any], *, skip: int = 0) -> tuple[Parameter, .
 
 def output_dir(make: Callable[..., Any]) -> Path | None:
     """Return the run folder that a recipe has of its own, if it has one."""
-    result = _signature(make).return_annotation
-    folders = [each for each in getattr(result, "__metadata__", ()) if isinstance(each, OutputDir)]
+    folders = [each for each in _notes_of_result(make) if isinstance(each, OutputDir)]
     return Path(folders[0].folder) if folders else None
+
+
+def planned_as(make: Callable[..., Any]) -> Mapping[str, str] | None:
+    """Return the options with which a recipe is planned; None if it cannot be.
+
+    That is one that says so, and one that needs an option and does not say what stands for it.
+    """
+    told = [each.options for each in _notes_of_result(make) if isinstance(each, PlannedAs)]
+    options = told[0] if told else {}
+    needed = {each.name for each in parameters(make) if each.is_required}
+    return None if options is None or needed - options.keys() else options
+
+
+def _notes_of_result(make: Callable[..., Any]) -> tuple[object, ...]:
+    return getattr(_signature(make).return_annotation, "__metadata__", ())
 
 
 def _signature(make: Callable[..., Any]) -> inspect.Signature:

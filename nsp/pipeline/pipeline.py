@@ -173,10 +173,10 @@ class Pipeline(OrderRunner):
         sampling = self.sampling.changed(settings, beside=CALL_ARGUMENTS)
         orders = make_orders(
             sampling,
-            prompts=_several(prompt),
-            class_ids=_several(class_id),
+            prompts=_several("prompt", prompt),
+            class_ids=_several("class_id", class_id),
             seed=seed,
-            num_images=num_images_per_prompt,
+            num_images=values.count("num_images_per_prompt", num_images_per_prompt),
             negative=negative_prompt,
             given={},
         )
@@ -205,9 +205,16 @@ class Pipeline(OrderRunner):
         )
 
 
-def _several(value: Any) -> Any:
-    """Return one condition as a list of one; a list or None unchanged."""
-    return [value] if isinstance(value, str | int | np.integer) else value
+def _several(name: str, value: Any) -> Any:
+    """Return one condition as a list of one; a list or None unchanged.
+
+    ConfigError, naming the argument, for what is neither.
+    """
+    if isinstance(value, str | int | np.integer):
+        return [value]
+    if value is not None and (isinstance(value, bytes) or not isinstance(value, Iterable)):
+        raise ConfigError(f"{name} must be one or a list of several, not {values.shown(value)}")
+    return value
 
 
 def load_pipeline(

@@ -21,7 +21,7 @@ class Decoder(Protocol):
 
     family: AnyFamily
 
-    def decode(self, latent: Array) -> NDArray[np.float32]:
+    def decode(self, latent: Array, *, clipped: bool = True) -> NDArray[np.float32]:
         """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
 
     def download(self, array: Any) -> NDArray[Any]:
@@ -97,9 +97,12 @@ class StreamStep:
         """The latent so far, (B, C, h, w)."""
         return self._pipeline.download(self._whole())
 
-    def decode(self) -> NDArray[np.float32]:
-        """Return the picture of the latent so far, (B, 3, H, W) in [0, 1]."""
-        return self._pipeline.decode(self._whole())
+    def decode(self, *, clipped: bool = True) -> NDArray[np.float32]:
+        """Return the picture of the latent so far, (B, 3, H, W) in [0, 1].
+
+        Not `clipped`, values may lie a little outside, if the model's decoder does not clip.
+        """
+        return self._pipeline.decode(self._whole(), clipped=clipped)
 
     def _drawn(self, name: str) -> NDArray[Any]:
         if name not in self._step.drawn:
@@ -122,7 +125,14 @@ def joined(download: Callable[[Array], NDArray[Any]], parts: Sequence[Array]) ->
     return np.concatenate([download(part) for part in parts], axis=1)
 
 
-def to_uint8(image_B3HW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return (B, H, W, 3) uint8 pixels of an image in [0, 1], rounded to nearest."""
+def to_uint8(image_B3HW: NDArray[np.float32], *, size_px: int | None = None) -> NDArray[np.uint8]:
+    """Return (B, H, W, 3) uint8 pixels of an image in [0, 1], rounded to nearest.
+
+    With `size_px` they are resized to that side before they are clipped and rounded.
+    """
+    if size_px is not None and image_B3HW.shape[2:] != (size_px, size_px):
+        from nsp.pipeline.bicubic import resize_bicubic  # few pictures pass here
+
+        image_B3HW = resize_bicubic(image_B3HW, size_px)
     pixels = np.rint(np.clip(image_B3HW, 0, 1) * 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))

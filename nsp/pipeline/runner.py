@@ -94,13 +94,20 @@ class OrderRunner:
         inputs = self._inputs(orders)
         return Steps(self, self._play(inputs, len(orders), trace=trace))
 
-    def images(self, orders: Sequence[Order[Sampling]]) -> NDArray[np.float32]:
-        """Return the images (B, 3, H, W) in [0, 1] of one batch, without intermediate steps."""
+    def images(
+        self, orders: Sequence[Order[Sampling]], *, clipped: bool = True
+    ) -> NDArray[np.float32]:
+        """Return the images (B, 3, H, W) in [0, 1] of one batch, without intermediate steps.
+
+        Not `clipped`, values may lie a little outside, if the model's decoder does not clip: some
+        published figures are those of pictures that were resized before.
+        """
         self.check(orders)
         inputs = self._inputs(orders)
         with self.turn:
             (image,) = self.backend.play("picture", inputs, self._loop_and_decoder)
-            return self.backend.download(image[: len(orders)])
+            found = self.backend.download(image[: len(orders)])
+        return np.clip(found, 0, 1, out=found) if clipped else found
 
     def trace(self, orders: Sequence[Order[Sampling]]) -> Trace:
         """Return the results of every step of one batch."""
@@ -215,13 +222,14 @@ class OrderRunner:
         assert latent is not None  # the last step ends with a picture
         yield backend.run("decoder", {"latent": latent})["image"]
 
-    def decode(self, latent: Array) -> NDArray[np.float32]:
-        """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend."""
+    def decode(self, latent: Array, *, clipped: bool = True) -> NDArray[np.float32]:
+        """Return the picture (B, 3, H, W) in [0, 1] of a latent on the backend; see `images`."""
         count = latent.shape[0]
         with self.turn:
             latent = pad_latent(self.backend, latent, self.backend.padded_batch_size(count))
             image = self.backend.run("decoder", {"latent": latent})["image"]
-            return self.backend.download(image[:count])
+            found = self.backend.download(image[:count])
+        return np.clip(found, 0, 1, out=found) if clipped else found
 
     def download(self, array: Any) -> NDArray[Any]:
         """Return a NumPy copy of an array of the backend."""

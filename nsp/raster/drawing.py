@@ -59,9 +59,12 @@ class DecoderStage(nn.Module):
         self.vq = vq
 
     def forward(self, codes_Bhw: Tensor) -> tuple[Tensor]:
-        """Return the image (B, 3, H, W) in [0, 1]; a missing code (-1) is a cell of zeros."""
+        """Return the image (B, 3, H, W), about [0, 1]; a missing code (-1) is a cell of zeros.
+
+        It is clipped by those who make pixels: the public code resizes pictures before that.
+        """
         vectors_BhwZ = self.vq.quantize.lookup(codes_Bhw.clamp_min(0))
         vectors_BhwZ = torch.where((codes_Bhw >= 0)[..., None], vectors_BhwZ, 0.0)
         latent_BZhw = vectors_BhwZ.permute(0, 3, 1, 2)
         image = self.vq.decode(latent_BZhw.to(self.vq.post_quant_conv.weight.dtype))
-        return ((image.float().clamp(-1, 1) + 1) * 0.5,)
+        return ((image.float() + 1) * 0.5,)

@@ -20,7 +20,7 @@ from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.family.objective import Batch, Objective, TrainingData
 from nsp.raster.patches import patch_loss
-from nsp.raster.system import RasterSystem
+from nsp.raster.raster_system import RasterSystem
 from nsp.training.data_order import sample_uniforms
 from nsp.training.generated import generated
 from nsp.training.tokens import TokenDataset, check_classes

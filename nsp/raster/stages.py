@@ -128,7 +128,7 @@ def nucleus_stage(grid: RasterGrid) -> Stage:
 
 
 def decoder_stage(grid: RasterGrid, vq: VqConfig) -> Stage:
-    """Return `decoder`: codes -> pixels in [0, 1]; a missing code (-1) is a cell of zeros."""
+    """Return `decoder`: codes -> pixels about [0, 1]; a missing code (-1) is a cell of zeros."""
     size_px = grid.side * vq.downsampling
     io = StageIO(
         {"latent": Axes(f"B {grid.side} {grid.side}", "int64")},

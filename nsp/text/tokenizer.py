@@ -181,9 +181,11 @@ class PromptTokenizer:
             num_cut += 1
             if num_cut <= _NUM_NAMED:
                 log.warning(
-                    "prompt %r is longer than %d tokens; dropped %r",
+                    "prompt %r is longer than %d tokens, counting %d for its start and end; "
+                    "dropped %r",
                     _shortened(prompt, 60),
-                    self.max_tokens - self._num_framing,
+                    self.max_tokens,
+                    self._num_framing,
                     _shortened(tail, 200),
                 )
         if num_cut > _NUM_NAMED:

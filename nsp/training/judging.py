@@ -78,10 +78,21 @@ def judge_phase(
         settle(verdict, f"phase {config.name}:", anyway=run.anyway, file=file)
 
 
-def settle_again(folder: Path, config: PhaseConfig, run: RunConfig) -> None:
-    """Raise if the verdict on a finished phase has stopped the run, and no later phase began."""
-    file = folder / config.name / VERDICT_NAME
+def has_begun_later(folder: Path, config: PhaseConfig, run: RunConfig) -> bool:
+    """Return whether a later phase was built on this one, which is then not judged again."""
     names = [phase.name for phase in run.phases]
-    later = names[names.index(config.name) + 1 :]
-    if file.is_file() and not any((folder / name).exists() for name in later):
-        settle(Verdict.from_dict(read_json(file)), f"phase {config.name}:", anyway=run.anyway)
+    return any((folder / name).exists() for name in names[names.index(config.name) + 1 :])
+
+
+def forget_verdict(folder: Path, config: PhaseConfig) -> None:
+    """Remove the verdict on a phase that has trained further since."""
+    (folder / config.name / VERDICT_NAME).unlink(missing_ok=True)
+
+
+def settled_again(folder: Path, config: PhaseConfig, run: RunConfig) -> bool:
+    """Return whether a finished phase has a verdict; raise if it has stopped the run."""
+    file = folder / config.name / VERDICT_NAME
+    if not file.is_file():
+        return False
+    settle(Verdict.from_dict(read_json(file)), f"phase {config.name}:", anyway=run.anyway)
+    return True

@@ -175,6 +175,18 @@ def test_the_command_is_a_gate(result: BenchResult, tmp_path: Path) -> None:
     assert "not a benchmark result" in refused.stderr
 
 
+def test_folders_of_nsp_bench_are_compared_too(result: BenchResult, tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bench.json").write_text(json.dumps(observed(result).to_dict()))
+    command = ["bench", "compare", str(tmp_path / "old")]
+    same = CliRunner().invoke(main, [*command, str(tmp_path / "new"), "--json"])
+    assert json.loads(same.stdout)["verdicts"] == {"1": "same"}
+    none = CliRunner().invoke(main, [*command, str(tmp_path)])
+    assert none.exit_code == 2
+    assert f"{tmp_path / 'bench.json'} does not exist; nsp bench writes it" in none.stderr
+
+
 @pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0.1", 0.1), (" 2.5 % ", 0.025)])
 def test_thresholds_are_shares(text: str, value: float) -> None:
     assert parse_threshold(text) == pytest.approx(value)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.manifest import read_manifest
 from nsp.benchmarks.contest import names
 from nsp.benchmarks.contest.contenders import CONTENDERS, ENGINES, Contender, Source, gate_words
 from nsp.benchmarks.contest.field import asked_for, default_names, make_ready, other_precisions
@@ -22,7 +23,7 @@ from nsp.errors import BackendError, ConfigError
 from nsp.families.var.peers import PUBLIC_VAR
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
 from nsp.stage.backend import Backend
-from tests.artifacts.engine_folders import write_engines
+from tests.artifacts.engine_folders import change_manifest, write_engines
 from tests.export.small import new_small_checkpoint
 
 
@@ -239,6 +240,14 @@ def test_every_other_precision_of_the_folder_is_a_contender(tmp_path: Path) -> N
     assert both.contender.pipeline.precision == "fp32"
     assert other_precisions(both) == ("int8",)
     assert other_precisions(engines_subject(tmp_path / "one", ("fp32",))) == ()
+
+
+def test_a_precision_that_not_all_stages_have_is_none(tmp_path: Path) -> None:
+    subject = engines_subject(tmp_path, ("fp32", "fp16"))
+    assert other_precisions(subject) == ("fp16",)
+    stages = read_manifest(tmp_path).stages
+    change_manifest(tmp_path, stages={**stages, "step": stages["step"][:1]})
+    assert other_precisions(subject) == ()
 
 
 def test_a_precision_the_folder_lacks_is_said_with_the_command_that_adds_it(tmp_path: Path) -> None:

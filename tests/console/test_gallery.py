@@ -104,6 +104,25 @@ def test_a_bad_condition_at_the_end_is_found_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("002_smiling-cat_seed3.png", "png"),
+        ("contact_sheet.png", "png"),
+        ("images.npz", "npz"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_is_found_before_the_first_step(
+    pipeline, tmp_path, name, kind
+):
+    (tmp_path / name).mkdir()
+    steps = []
+    with pytest.raises(IsADirectoryError, match=f"is a folder, but .*{name}"):
+        make(pipeline, tmp_path, kind=kind, on_step=steps.append)
+    assert not steps
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def huge_png(path: Path) -> None:
     """A file of 60 bytes that promises 900 million pixels."""
     size = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)

@@ -77,6 +77,19 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(content, words, tmp_path):
         read_list(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "class\n3\ngolden retriever\nTrue\n"),
+        ("a.jsonl", '{"class": 3}\n{"class": " golden retriever "}\n{"class_id": "True"}\n'),
+    ],
+)
+def test_a_class_is_a_number_or_a_name(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    found = [(row.class_id, row.class_name) for row in read_list(tmp_path / name)]
+    assert found == [(3, None), (None, "golden retriever"), (None, "True")]
+
+
 APPLE, CAT = ListedImage(prompt="red apple", seed=7), ListedImage(prompt="cat, asleep")
 
 
@@ -132,7 +145,9 @@ def test_a_list_is_read_as_what_it_is(tmp_path, name, content, rows):
         ),
         ("a.csv", "prompt,seed\ncat,-1\n", "line 2: seed must be an integer of at least 0"),
         ("a.csv", f"prompt,seed\ncat,{2**63}\n", f"line 2: seed must be at most {2**63 - 1}"),
-        ("a.csv", "class\n1\ndog\n", "line 3: class must be an integer of at least 0, not 'dog'"),
+        ("a.csv", "class,seed\n1,2\n,2\n", "line 3: class is ''; write its number or its name"),
+        ("a.csv", "class\n-1\n", "line 2: class must be an integer of at least 0, not -1"),
+        ("a.jsonl", '{"class": -1}\n', "line 1: class must be an integer of at least 0, not -1"),
         ("a.csv", 'prompt\n"cat\nand dog"\n', "line 2: control character U\\+000A"),
         ("a.csv", 'prompt\n"cat" and dog\n', "line 2: a text follows a closing quote"),
         ("a.csv", "prompt\n" + "a" * 200_000, "line 2: a text of more than 131,072"),

@@ -6,8 +6,18 @@ from typing import Annotated, Literal, TypedDict, Unpack
 import pytest
 
 from nsp.errors import ConfigError
-from nsp.family.recipes import Recipe
-from nsp.family.signature import Env, OutputDir, Parameter, Range, output_dir, parameters
+from nsp.family.recipe import RunConfig
+from nsp.family.recipes import Recipe, recipes
+from nsp.family.signature import (
+    Env,
+    OutputDir,
+    Parameter,
+    PlannedAs,
+    Range,
+    output_dir,
+    parameters,
+    planned_as,
+)
 
 
 class Shared(TypedDict, total=False):
@@ -34,6 +44,32 @@ def test_types_defaults_help_ranges_and_variables_are_read() -> None:
         Parameter(name="vae", kind=Path, help="A folder"),
     )
     assert output_dir(recipe) == Path("here")
+
+
+def test_a_recipe_says_with_which_options_it_is_planned_without_data() -> None:
+    def reads(*, start_from: str = "model") -> Annotated[object, PlannedAs(None)]:
+        return start_from
+
+    def names(*, data: str) -> Annotated[object, PlannedAs({"data": "folder"})]:
+        return data
+
+    assert planned_as(lambda: None) == {}
+    assert planned_as(recipe) is None  # it needs --data and does not say what stands for it
+    assert planned_as(reads) is None
+    assert planned_as(names) == {"data": "folder"}
+
+
+PLANNED = {
+    n: each for n, each in recipes(built_in_only=True).items() if each.planned_as is not None
+}
+
+
+@pytest.mark.parametrize("name", sorted(PLANNED))
+def test_a_recipe_that_can_be_planned_reads_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(PLANNED[name].run(**(PLANNED[name].planned_as or {})), RunConfig)
 
 
 @pytest.mark.parametrize("make", [lambda sizes: None, lambda *a: None, lambda **a: None])

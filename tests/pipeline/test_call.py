@@ -66,6 +66,21 @@ def test_a_typo_is_named_with_what_this_call_takes(pipe: nsp.Pipeline) -> None:
         pipe("red apple", num_images=2)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer of at least 1"),
+        ({"prompt": 1.5}, "prompt must be one or a list of several, not 1.5"),
+        ({"prompt": None, "class_id": 1.5}, "class_id must be one or a list of several, not 1.5"),
+    ],
+)
+def test_a_wrong_value_is_named_as_this_call_names_it(
+    pipe: nsp.Pipeline, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        pipe(**{"prompt": "red apple", **wrong})
+
+
 def test_negative_prompts_steer_guided_images(pipe: nsp.Pipeline) -> None:
     settings: dict[str, Any] = {"guidance_scale": 6.0, "guidance_schedule": "constant", "seed": 1}
     plain = pipe("red apple", output_type="np", **settings).images

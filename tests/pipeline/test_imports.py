@@ -32,6 +32,11 @@ def test_importing_nsp_imports_no_framework_and_no_engine_runtime() -> None:
     assert "numpy" not in imported("import nsp, nsp.console.command_line")
 
 
+def test_sets_of_pictures_need_no_framework() -> None:
+    found = imported("import nsp.pipeline.sample_set, nsp.pipeline.bicubic")
+    assert found.isdisjoint(FORBIDDEN)
+
+
 def test_the_version_and_the_errors_are_at_the_front_door() -> None:
     code = "import nsp\nassert issubclass(nsp.NspError, Exception) and nsp.__version__[0].isdigit()"
     found = imported(code)

@@ -1,5 +1,7 @@
 """Orders made from what users give: seeds, kinds of conditions, and batches of equal keys."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -130,6 +132,24 @@ def test_a_condition_of_the_wrong_kind_is_one_line(
         pipe.check([Order(condition, 0, pipe.sampling)])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"orders is a list of nsp\.Order"):
         pipe.check([condition])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("seed", ["a", -1, 2**64, 1.0, True, None])
+def test_an_order_with_a_seed_that_is_none_is_refused_when_it_is_made(seed: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^seed=.* must be an integer between 0 and 2\*\*64 - 1"):
+        Order("red apple", seed, SETTINGS)
+
+
+def test_an_order_takes_numbers_of_numpy_and_no_other_kind_of_given(pipe: Pipeline) -> None:
+    condition: Any
+    seed: Any
+    given: Any
+    condition, seed, given = (np.int64(1), np.uint8(3), 3)
+    order = Order(condition, seed, pipe.sampling)
+    assert (type(order.condition), type(order.seed)) == (int, int)
+    pipe.check([order])
+    with pytest.raises(ConfigError, match="given=3 must map names to arrays"):
+        Order(1, 0, pipe.sampling, given=given)
 
 
 def test_greedy_settings_say_that_seeds_do_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -118,7 +118,8 @@ def test_a_cut_prompt_is_reported_with_what_was_lost(
     with caplog.at_level(logging.WARNING):
         tokenizer.encode([prompt, "red"])
     [record] = caplog.records
-    assert f"longer than {4 - (kind == 'unigram')} tokens" in record.getMessage()
+    frame = int(kind == "unigram")
+    assert f"longer than 4 tokens, counting {frame} for its start and end" in record.getMessage()
 
 
 def test_a_model_may_take_another_length_than_its_folder_states(tmp_path: Path) -> None:

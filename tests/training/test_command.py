@@ -1,8 +1,6 @@
 """`python train.py` stops in one line at any moment, and names folders and commands that work."""
 
-import logging
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,15 @@ from click.testing import CliRunner, Result
 
 from nsp.cli import main as nsp
 from nsp.console.train_command import main
-from nsp.training import trainer
-from nsp.training import whole_run as run_module
+from nsp.training import run_phase, trainer, whole_run
+from tests.training.pictures import write_pictures
 
 
 @pytest.fixture
-def smoke(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def smoke(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The options of a short run, started from an empty folder."""
     monkeypatch.chdir(tmp_path)
-    handlers = list(logging.root.handlers)
-    yield ["--preset", "smoke", "--data", str(pictures)]
-    logging.root.handlers = handlers
+    return ["--preset", "smoke", "--data", str(pictures)]
 
 
 def run(*options: str) -> Result:
@@ -38,7 +34,7 @@ def test_ctrl_c_before_the_first_step_leaves_the_folder_usable(
     smoke: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "open_pictures", interrupted)
+        patch.setattr(whole_run, "open_pictures", interrupted)
         result = run(*smoke)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("stopped before the first step")
@@ -49,7 +45,7 @@ def test_ctrl_c_between_start_and_first_step_can_be_resumed(
     smoke: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "Phase", interrupted)
+        patch.setattr(run_phase, "Phase", interrupted)
         result = run(*smoke, "--phase", "tokenizer")
     assert result.exit_code == 130
     assert run(*advised(result)).exit_code == 0
@@ -103,6 +99,17 @@ def test_a_finished_run_says_where_everything_lies_and_what_comes_next(smoke: li
         "checkpoint: runs/smoke/checkpoint",
         "next: nsp export --checkpoint runs/smoke/checkpoint",
     ]
+
+
+def test_a_caption_that_is_too_long_is_warned_of_once(smoke: list[str]) -> None:
+    pictures = write_pictures(Path("pictures"))
+    (pictures / "3.txt").write_text("colour number " * 30)
+    result = run("--preset", "smoke", "--data", str(pictures))
+    assert result.exit_code == 0, result.stderr
+    lines = result.stderr.splitlines()
+    (said,) = [line for line in lines if "longer than" in line]
+    assert said.startswith("warning: prompt 'colour number colour")
+    assert any("predictor 4/4" in line for line in lines)  # other lines are there as well
 
 
 def test_after_the_first_phase_alone_the_rest_comes_next(smoke: list[str]) -> None:

@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(
-    pictures: Path, folder: Path, *options: str, processes: int = 1, config: Path | None = None
+    pictures: Path,
+    folder: Path,
+    *options: str,
+    processes: int = 1,
+    config: Path | None = None,
+    program: str | Path = "train.py",
 ) -> str:
     """Run the smoke preset, or a file's run, and return what it printed."""
     launch = [sys.executable]
@@ -30,7 +35,7 @@ def run(
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         launch += [f"--master_port={_free_port()}"]
     what = ["--preset", "smoke"] if config is None else ["--config", str(config)]
-    words = [*launch, "train.py", *what, "--output-dir", str(folder)]
+    words = [*launch, str(program), *what, "--output-dir", str(folder)]
     done = subprocess.run(
         [*words, "--data", str(pictures), *options],
         cwd=ROOT,
@@ -83,6 +88,34 @@ def test_two_processes_train_as_one_does(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=0, msg=name)
+
+
+COUNTED = """
+from pathlib import Path
+
+from nsp.console.train_command import main
+from nsp.training import judging, verdicts
+
+def counted(judge):
+    def judged(*given, **options):
+        with Path(__file__).with_name("judged").open("a") as file:
+            file.write(judge.__name__ + "\\n")
+        return judge(*given, **options)
+    return judged
+
+for judge in (verdicts.judge_tokenizer, verdicts.judge_generator):
+    setattr(judging, judge.__name__, counted(judge))
+main()
+"""
+
+
+def test_a_run_of_two_processes_is_judged_once_a_phase(pictures: Path, tmp_path: Path) -> None:
+    program = tmp_path / "train.py"
+    program.write_text(COUNTED)
+    output = run(pictures, tmp_path / "run", "--steps", "1", processes=2, program=program)
+    judged = (tmp_path / "judged").read_text().split()
+    assert judged == ["judge_tokenizer", "judge_generator"]
+    assert output.count("phase predictor: ") == 1
 
 
 def test_looking_at_held_out_pictures_does_not_change_sharded_training(

@@ -210,6 +210,13 @@ def test_a_file_that_is_no_run_is_refused_in_one_line(
         (["--size", "d17"], "'d17' is unknown, nearest is d16"),
         (["--preset", "next-scale", "--size", "emojis"], "nearest is emoji"),
         (["--preset", "next-scale", "--initial-size", "0"], "0 is not in the range"),
+        (["--steps", "0"], "error: --steps 0: phase tokenizer: steps must be at least 1"),
+        (["--learning-rate", "-1"], "error: --learning-rate -1.0: lr must be a finite number"),
+        (["--seed", "1", "--precision", "fp8"], "error: --precision fp8: 'fp8' is not allowed"),
+        (
+            ["--set", "seed=1", "--set", "predictor.steps=0"],
+            "error: --set predictor.steps=0: phase",
+        ),
         (["--set", "model.predictor.depth=0"], "depth must be an integer of at least 1"),
         (["--from-phase", "predictr"], "nearest is predictor"),
         (["--steps", "3", "--epochs", "3"], "--steps and --epochs are both given"),

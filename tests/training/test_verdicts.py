@@ -22,6 +22,7 @@ from nsp.families.var.learn import VarLearner
 from nsp.families.var.system import VarSystem
 from nsp.family.recipe import RunConfig
 from nsp.family.recipes import default_recipe, preset
+from nsp.training import run_phase
 from nsp.training.verdicts import judge_generator, judge_tokenizer, num_asked
 from nsp.training.whole_run import train
 from tests.models import new_tiny_checkpoint
@@ -133,6 +134,39 @@ def test_a_tokenizer_no_better_than_a_plain_colour_stops_the_run_unless_anyway(
     assert train(careful, tmp_path / "run", resume=True).finished  # all phases are made
     kept = json.loads((tmp_path / "run/predictor/verdict.json").read_text())
     assert "times chance" in kept["says"]
+
+
+def test_a_run_that_died_before_its_verdict_is_judged_when_it_is_resumed(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    verdict = tmp_path / "run/tokenizer/verdict.json"
+    train(config, tmp_path / "run", last_phase="tokenizer")
+    assert verdict.is_file()
+    longer = dataclasses.replace(config.phases[0], steps=5)
+    config = dataclasses.replace(config, phases=(longer, *config.phases[1:]))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_phase, "judge_phase", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", resume=True)
+    assert not verdict.exists()  # that on fewer steps is gone
+    careful = dataclasses.replace(config, anyway=False)
+    with pytest.raises(TrainingError, match=r"phase tokenizer: rebuilds .* --anyway"):
+        train(careful, tmp_path / "run", resume=True)
+    assert verdict.is_file()
+    assert not (tmp_path / "run/predictor").exists()
+
+
+def test_a_phase_is_not_judged_when_a_later_one_was_built_on_it(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    assert train(config, tmp_path / "run").finished
+    (tmp_path / "run/tokenizer/verdict.json").unlink()
+    careful = dataclasses.replace(config, anyway=False)
+    assert train(careful, tmp_path / "run", resume=True).finished
+    assert not (tmp_path / "run/tokenizer/verdict.json").exists()
 
 
 def test_a_run_begins_only_with_a_tokenizer_that_shows_the_pictures(

@@ -10,7 +10,7 @@ from nsp.errors import ConfigError
 from nsp.families.latent_gpt.config import LatentGptConfig
 from nsp.families.latent_gpt.model import Gpt
 from nsp.raster.grid import RasterGrid
-from nsp.raster.system import RasterSystem
+from nsp.raster.raster_system import RasterSystem
 from nsp.raster.vq import VqTokenizer
 from nsp.text.encoder import TextEncoderStage, check_text_parts
 from nsp.text.tokenizer import PromptTokenizer

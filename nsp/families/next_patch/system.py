@@ -10,7 +10,7 @@ from nsp.errors import ConfigError
 from nsp.families.next_patch.config import NextPatchConfig
 from nsp.families.next_patch.model import Gpt
 from nsp.raster.grid import RasterGrid
-from nsp.raster.system import RasterSystem
+from nsp.raster.raster_system import RasterSystem
 from nsp.raster.vq import VqTokenizer
 from nsp.training.tokens import Conditions
 

@@ -14,7 +14,7 @@ from nsp.family.recipe import (
     RunConfig,
     TrackingConfig,
 )
-from nsp.family.signature import OutputDir, Range
+from nsp.family.signature import OutputDir, PlannedAs, Range
 from nsp.values import choice
 
 _VAE, _SCALES, _SCALE = "vae", "scales", "scale_"
@@ -91,7 +91,9 @@ def sdxl(
     data: Annotated[str, "it has no pictures of its own; give --data-dir"],
     stream: bool = False,
     **options: Unpack[ScaleOptions],
-) -> Annotated[RunConfig, OutputDir("outputs")]:
+) -> Annotated[
+    RunConfig, OutputDir("outputs"), PlannedAs({"data": "folder", "start_from": "checkpoint"})
+]:
     """Return 16 to 1024 by 2 with a pretrained autoencoder: give also --vae and --text-encoder.
 
     Rates, batch, losses, epochs and folders are those of the first implementation of the idea. A

@@ -10,6 +10,7 @@ from nsp.artifacts.repair import DEMO
 from nsp.errors import ConfigError
 from nsp.families.var.config import SIZES
 from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
+from nsp.family.signature import PlannedAs
 
 FINETUNE_STEPS = 400  # of the transformer: with the decoder four minutes of one CPU core
 
@@ -102,7 +103,7 @@ def smoke() -> RunConfig:
 
 def finetune(
     *, start_from: Annotated[str, "Checkpoint folder with the weights to start from"] = str(DEMO)
-) -> RunConfig:
+) -> Annotated[RunConfig, PlannedAs(None)]:  # it reads the checkpoint's model
     """Return a run of minutes on own pictures: a trained model's decoder and transformer learn.
 
     The prompt tokenizer stays, and so do the encoder and the codes of the image tokenizer. The
