@@ -18,12 +18,16 @@ class ConvertVerb(Verb):
         """Return the verb's own parameters, and the files of all families."""
         from nsp.family.registry import family, family_names
 
-        helps = {
-            file: f"{text} ({name})"
-            for name in family_names()
-            for file, text in family(name).published.items()
-        }
-        files = (click.Option([f"--{n}"], type=FILE, help=text) for n, text in helps.items())
+        helps: dict[str, str] = {}
+        owners: dict[str, list[str]] = {}
+        for name in family_names():
+            for file, text in family(name).published.items():
+                helps.setdefault(file, text)
+                owners.setdefault(file, []).append(name)
+        files = (
+            click.Option([f"--{n}"], type=FILE, help=f"{text} ({', '.join(owners[n])})")
+            for n, text in helps.items()
+        )
         return [*super().get_params(ctx), *files]
 
 

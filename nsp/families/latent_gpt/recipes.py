@@ -212,9 +212,13 @@ def adapted(run: RunConfig, **options: Unpack[LatentGptOptions]) -> RunConfig:
         )
     config = LatentGptConfig.from_dict(model)
     start_from = options.get("start_from", run.start_from)
-    if not (phases[:1] and phases[0].name == _TOKENIZER) and not (
-        config.pretrained_vq or start_from
-    ):
+    if config.pretrained_vq and start_from:
+        raise ConfigError(
+            f"the image tokenizer would come from {config.pretrained_vq} and from {start_from}; "
+            "give only one of --vqvae and --start-from"
+        )
+    trains_tokenizer = any(phase.name == _TOKENIZER for phase in phases)
+    if not (trains_tokenizer or config.pretrained_vq or start_from):
         raise ConfigError(
             "this run would begin with an untrained image tokenizer; give a trained one with "
             "--vqvae (VQGAN weights, or a checkpoint), or a trained model with --start-from"

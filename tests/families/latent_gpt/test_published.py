@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.cli import main
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.latent_gpt.learn import convert
 from nsp.families.latent_gpt.published import read_vq
@@ -68,9 +70,15 @@ def test_an_attention_of_three_projections_is_theirs(vq: VqTokenizer) -> None:
     assert not any(re.search("qkv", name) for name in names)
 
 
-def test_a_converted_folder_is_a_model_to_train(vq: VqTokenizer, tmp_path: Path) -> None:
+def test_a_converted_folder_is_a_model_to_train(
+    vq: VqTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save(their_state(vq), tmp_path / "last.ckpt")
-    convert(tmp_path / "last.ckpt", {"size": "tiny"}, tmp_path / "model")
+    (tmp_path / "config.json").write_text('{"size": "tiny"}')
+    words = ("--tokenizer", "last.ckpt", "--config", "config.json", "--output-dir", "model")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["convert", "--family", "latent_gpt", *words])
+    assert result.exit_code == 0, result.output
     made = read_checkpoint(tmp_path / "model").load()
     assert made.config.vq == CONFIG
     assert made.config.text is None

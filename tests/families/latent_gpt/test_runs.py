@@ -114,6 +114,9 @@ def test_a_tokenizer_of_phase_2_is_what_phase_3_takes(folder: Path, tmp_path: Pa
     assert torch.equal(made.vq.quantize.embedding.weight, kept.vq.quantize.embedding.weight)
 
 
-def test_an_untrained_tokenizer_is_refused(folder: Path) -> None:
-    said = train("--preset", "latent_gpt_pretrained", "--data-dir", folder / "pictures", expected=2)
+def test_the_tokenizer_comes_from_one_place(folder: Path) -> None:
+    run = ("--preset", "latent_gpt_pretrained", "--data-dir", folder / "pictures")
+    said = train(*run, expected=2)
     assert "untrained image tokenizer; give a trained one with --vqvae" in said
+    said = train(*run, "--vqvae", "vqgan.ckpt", "--start-from", "run/checkpoint", expected=2)
+    assert "give only one of --vqvae and --start-from" in said
