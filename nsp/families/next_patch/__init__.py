@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from nsp.families.next_patch.config import SIZES, NextPatchConfig, with_classes
+from nsp.families.next_patch.peers import PUBLIC_LLAMAGEN
 from nsp.families.next_patch.stages import stages
 from nsp.family.classes import ClassCondition
 from nsp.family.contract import Family, Kind, Learner, Stage
 from nsp.family.order import Encoded, Given, Order, Step
+from nsp.family.peer import Peer
 from nsp.raster import loop
 from nsp.raster.examples import examples
 from nsp.raster.sampling import RasterSampling
@@ -32,6 +34,7 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
 
     name: ClassVar[str] = "next_patch"
     kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed")
+    peers: ClassVar[Sequence[Peer]] = (PUBLIC_LLAMAGEN,)
     config, sampling, sizes = NextPatchConfig, RasterSampling, SIZES
 
     def condition(self, config: NextPatchConfig) -> Kind:
