@@ -65,8 +65,11 @@ class LatentGptSystem(RasterSystem):
         return 1 if self.config.text is None else self.encode_prompts
 
     def units(self) -> Sequence[nn.Module]:
-        """Return the blocks of the transformer."""
-        return [*self.gpt.blocks]
+        """Return self-attention and feed-forward of every block.
+
+        Not whole blocks: the text's keys and values are computed ahead of them.
+        """
+        return [block.get_submodule(part) for block in self.gpt.blocks for part in ("attn", "ffn")]
 
     def logits(
         self, condition_B: Tensor, dropped_B: Tensor, codes_BN: Tensor, patch_side: int = 1

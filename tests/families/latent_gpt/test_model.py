@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.systems import save_checkpoint
 from nsp.families.latent_gpt.config import SIZES, TextCondition
 from nsp.families.latent_gpt.learn import LatentGptLearner
 from nsp.families.latent_gpt.model import Gpt
@@ -146,8 +149,13 @@ def test_patches_are_predicted_from_those_before() -> None:
     assert torch.equal(gpt(nothing, codes % 64, patch_side=2), logits)
 
 
-def test_the_stored_null_prompt_is_what_the_encoder_makes_of_none() -> None:
+def test_the_stored_null_prompt_is_what_the_encoder_makes_of_none(tmp_path: Path) -> None:
     system = new_system()
+    assert system.text_encoder is not None
+    for parameter in system.text_encoder.parameters():  # it has learned
+        parameter.data += 0.1
+    save_checkpoint(tmp_path / "model", system, notes={})
+    system = read_checkpoint(tmp_path / "model").load()
     modules = LatentGptLearner().modules(system, "delta")
     states = modules["text_encoder"](system.encode_prompts([""]))[0]
     assert torch.equal(system.gpt.null_context, states)
