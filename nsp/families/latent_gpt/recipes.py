@@ -18,12 +18,13 @@ from nsp.family.recipe import (
     RunConfig,
     TrackingConfig,
 )
-from nsp.family.signature import Range
+from nsp.family.signature import PlannedAs, Range
 from nsp.values import choice
 
 _TOKENIZER, _PREDICTOR = "tokenizer", "predictor"
 _NO_PICTURES = "it has no pictures of its own; give --data-dir"
 Data = Annotated[str, _NO_PICTURES]
+Run = Annotated[RunConfig, PlannedAs({"data": "folder", "start_from": "checkpoint"})]
 
 
 class LatentGptOptions(TypedDict, total=False):
@@ -75,14 +76,14 @@ def emoji(**options: Unpack[LatentGptOptions]) -> RunConfig:
     return adapted(run, **options)
 
 
-def pretrained(*, data: Data, **options: Unpack[LatentGptOptions]) -> RunConfig:
+def pretrained(*, data: Data, **options: Unpack[LatentGptOptions]) -> Run:
     """Return phase 1, the transformer on a published tokenizer's codes: give also --vqvae."""
     run = _transformer(data, steps=100_000, batch_size=32, warmup_steps=1000, checkpoint_every=5000)
     tracking = _tracking("latent-gpt-pretrained-vqvae", phase="1", vqvae_source="pretrained")
     return adapted(dataclasses.replace(run, tracking=tracking), **options)
 
 
-def vqvae(*, data: Data) -> RunConfig:
+def vqvae(*, data: Data) -> Annotated[RunConfig, PlannedAs({"data": "folder"})]:
     """Return phase 2, an image tokenizer; its checkpoint is what phase 3 takes as --vqvae."""
     nothing = GptConfig(depth=1, width=64, num_heads=1)  # is not trained
     model = dataclasses.replace(SIZES["500m"], gpt=nothing, text=None)
@@ -108,7 +109,7 @@ def vqvae(*, data: Data) -> RunConfig:
     return adapted(run)
 
 
-def custom(*, data: Data, **options: Unpack[LatentGptOptions]) -> RunConfig:
+def custom(*, data: Data, **options: Unpack[LatentGptOptions]) -> Run:
     """Return phase 3, the transformer on the codes of phase 2's tokenizer: give it as --vqvae."""
     run = _transformer(
         data, steps=200_000, batch_size=256, warmup_steps=2000, checkpoint_every=10_000
