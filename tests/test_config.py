@@ -9,8 +9,6 @@ import pytest
 
 from nsp.config import Config
 from nsp.errors import ConfigError
-from nsp.families.next_scale import config as next_scale
-from nsp.families.var import config as var
 from nsp.families.var.sampling import VarSampling
 from nsp.family.registry import family, family_names
 
@@ -108,8 +106,7 @@ def tiny(name: str) -> dict[str, Any]:
     """Return the tiny configuration of a family, or settings of sampling, as a file has them."""
     if name == "sampling":
         return VarSampling(guidance_schedule="interval", guidance_until=2).to_dict()
-    sizes: Any = {"var": var.SIZES, "next_scale": next_scale.SIZES}[name]
-    values: dict[str, Any] = sizes["tiny"].to_dict()
+    values: dict[str, Any] = family(name).sizes["tiny"].to_dict()
     return values
 
 

@@ -32,7 +32,7 @@ def test_the_page_shows_every_tensor_of_every_stage(name: str) -> None:
         declared[stage] = {
             (
                 side,
-                re.sub(r"^((?:past|new)_[kv]_)\d+$", r"\1i", tensor),
+                re.sub(r"^((?:past|new|cross)_[kv]_)\d+$", r"\1i", tensor),
                 (spec.axes or "(scalar)").replace("*", "·"),
                 spec.dtype,
             )

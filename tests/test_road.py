@@ -25,8 +25,9 @@ MODEL = ROOT / "tests/past/before_orders/checkpoint"  # the smallest that has al
 # commands, and 84 when training/whole_run.py was divided: the start, a phase and what does not fit
 # have a file each. Options have a file of their own beside that of commands, one more on each road.
 # With raster families, which share them: how codes are drawn has a file apart from `var`, one more
-# on each road, and training has VQGAN's blocks; a run looks for its recipe in every family.
-LOADING, CALL, GENERATE, FIRST_STEP = 37, 21, 52, 89
+# on each road, and training has VQGAN's blocks and codes as data; a run looks for its recipe in
+# every family.
+LOADING, CALL, GENERATE, FIRST_STEP = 37, 22, 52, 90
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,12 @@ import pytest
 
 SLURM = Path(__file__).parents[1] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sh"))
-JOBS = {"one_gpu.sh": (1, 1), "eight_gpus.sh": (1, 8), "nodes.sh": (4, 8)}  # nodes, GPUs of each
+JOBS = {  # nodes, GPUs of each
+    "one_gpu.sh": (1, 1),
+    "eight_gpus.sh": (1, 8),
+    "train_8gpu.sh": (1, 8),
+    "nodes.sh": (4, 8),
+}
 
 NOTE = """#!/usr/bin/env bash
 printf '%s\\n' "$(basename "$0")" "$@" >> "$NOTES"
@@ -159,6 +164,22 @@ def test_a_job_starts_a_process_on_each_gpu_of_each_node(cluster: Cluster, scrip
     assert value(options, "--output-dir") == "runs/a b"
     assert value(options, "--seed") == "3"
     assert "--resume" not in options
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "folder"),
+    [
+        ((), "configs/base.yaml", "runs/base"),
+        (("configs/small one.yaml", "--seed", "3"), "configs/small one.yaml", "runs/small one"),
+    ],
+)
+def test_a_job_trains_what_a_file_describes(
+    words: tuple[str, ...], config: str, folder: str, cluster: Cluster
+) -> None:
+    assert finish(cluster.job("train_8gpu.sh", *words)) == (0, "")
+    options = cluster.noted("accelerate")
+    assert (value(options, "--config"), value(options, "--output-dir")) == (config, folder)
+    assert options[-len(words[1:]) :] == [*words[1:]] or not words
 
 
 @pytest.mark.parametrize("script", JOBS)

@@ -29,6 +29,7 @@ def save_checkpoint(
     `notes` (JSON-ready) say where the weights come from; `sampling` are settings that suit this
     model. Both are kept in config.json.
     """
+    system.settle()
     about = ConfigFile(
         family=system.family,
         config=system.config.to_dict(),

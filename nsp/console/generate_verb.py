@@ -30,6 +30,7 @@ from nsp.console.settings import (
     check_settings,
     class_numbers,
     planned_orders,
+    prompts_not_given,
     setting_names,
     with_arrays,
     with_class_numbers,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     help="Text file with one prompt per line, or .csv or .jsonl with prompt or class (number or "
     "name), seed, negative_prompt and settings such as guidance_scale.",
 )
+@click.option("--unconditional", is_flag=True, help="Without a prompt, where the model can do so.")
 @click.option("--negative-prompt", help="What not to show; used instead of the null condition.")
 @click.option(
     "--class", "class_names", multiple=True, help="Class by its name, if it has one. Repeatable."
@@ -132,6 +134,7 @@ def generate(
     prompts_file: Path | None,
     class_names: tuple[str, ...],
     class_ids: tuple[int, ...],
+    unconditional: bool,
     negative_prompt: str | None,
     num_images: int | None,
     seed: int | None,
@@ -173,6 +176,8 @@ def generate(
         kind = family and family.condition(family.config.from_dict(config))
         listed = read_list(prompts_file, names, has_condition=kind != "none")
         listed = listed if family is None else with_class_numbers(family, config, listed)
+    if unconditional and (prompts or class_ids or listed):
+        raise ConfigError("--unconditional is for pictures without a prompt or class; omit either")
     check_conditions(family, prompts, class_ids, listed)
     if npz is not None:
         from nsp.console.sample_command import device_of_process, planned_set
@@ -181,6 +186,7 @@ def generate(
             "--prompt": prompts,
             "--class or --class-id": class_ids,
             "--prompts-file": prompts_file,
+            "--unconditional": unconditional,
             "--negative-prompt": negative_prompt,
             "--save-intermediates": save_intermediates,
         }
@@ -205,8 +211,8 @@ def generate(
                 as_json=as_json,
             )
         return
-    if family.default_prompt and not prompts and not class_ids and not listed:
-        prompts = (family.default_prompt,)
+    if not prompts and not class_ids and not listed:
+        prompts = prompts_not_given(family, pipeline.config, unconditional=unconditional)
     if num_images is None:  # of some first implementations the batch size is the number of images
         num_images = (batch_size or 1) if family.batch_is_images else 1
     orders = planned_orders(

@@ -25,6 +25,7 @@ from nsp.family.registry import BUILT_IN, family, family_names
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from nsp.config import ModelConfig
     from nsp.console.prompt_lists import ListedImage
     from nsp.family.contract import AnyFamily
     from nsp.family.order import Given, Order, S
@@ -229,6 +230,29 @@ def check_conditions(
         for number, text in enumerate(texts, 1):
             if not text.strip():
                 raise ConfigError(f"prompt {number} is empty; write what the image should show")
+
+
+def prompts_not_given(
+    owner: "AnyFamily", config: "ModelConfig", *, unconditional: bool
+) -> tuple[str, ...]:
+    """Return the prompts of a command line without conditions: the family's own one, or none.
+
+    Raises ConfigError for a model that needs a prompt or class but shall draw without.
+    """
+    kind = owner.condition(config)
+    if not unconditional:
+        if kind == "prompt" and owner.draws_without_prompt:
+            raise ConfigError(
+                "this model is text-conditional: give --prompt, or --unconditional for pictures "
+                "without one"
+            )
+        return (owner.default_prompt,) if owner.default_prompt else ()
+    if kind == "none" or (kind == "prompt" and owner.draws_without_prompt):
+        return ()
+    if kind == "prompt" and owner.takes_no_prompt:
+        return ("",)
+    needed = "prompt; give --prompt" if kind == "prompt" else "class; give --class-id"
+    raise ConfigError(f"--unconditional: this model always needs a {needed}")
 
 
 def planned_orders(

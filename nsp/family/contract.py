@@ -196,6 +196,8 @@ class Family(ABC, Generic[C, S, Y]):
     default_seed: ClassVar[int] = 0
     default_batch_size: ClassVar[int | None] = None  # None: the best number for the engines
     takes_no_prompt: ClassVar[bool] = False  # "" stands for no prompt
+    # An order of a model with prompts may have none at all; it then needs no text encoder.
+    draws_without_prompt: ClassVar[bool] = False
     # `--batch-size N` without `--num-images` makes N images, as its first implementation does.
     batch_is_images: ClassVar[bool] = False
     config: type[C]

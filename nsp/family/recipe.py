@@ -243,6 +243,7 @@ class TrackingConfig(Config):
     mlflow: str | None = None  # "local": in the run folder; else a folder or a tracking URI
     experiment: str = "nsp"  # name of the MLflow experiment
     run_name: str | None = None  # name in MLflow; None: the run folder's name
+    tags: dict[str, str] = field(default_factory=dict)  # of the run in MLflow
     log_with: tuple[str, ...] = ()  # further trackers, by accelerate's names, such as wandb
 
     def __post_init__(self) -> None:

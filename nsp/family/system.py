@@ -33,6 +33,12 @@ class System(nn.Module):
         self.text_encoder = text_encoder
         self.prompt_tokenizer = prompt_tokenizer
 
+    def settle(self) -> None:
+        """Bring what is kept of other parts up to date with them; called before it is used.
+
+        The default keeps nothing.
+        """
+
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Return prompt token ids (B, T); raise ConfigError for a model without prompts."""
         if self.prompt_tokenizer is None:

@@ -174,13 +174,14 @@ def check_condition(family: AnyFamily, config: Any, order: Order[Sampling]) -> N
     elif kind == "prompt":
         if isinstance(condition, int):
             raise ConfigError("this model is text-conditional: it takes prompts, not class ids")
-        if condition is None:
+        without = condition is None and family.draws_without_prompt
+        if condition is None and not without:
             raise ConfigError("this model is text-conditional: give one or more prompts")
-        if not isinstance(condition, str):
+        if not isinstance(condition, str) and not without:
             raise ConfigError(f"a prompt is a text, not {values.shown(condition)}")
         if not isinstance(order.negative, str | None):
             raise ConfigError(f"a negative prompt is a text, not {values.shown(order.negative)}")
-        if not condition.strip() and not family.takes_no_prompt:
+        if isinstance(condition, str) and not condition.strip() and not family.takes_no_prompt:
             raise ConfigError("a prompt is empty; write what the image should show")
         return
     elif isinstance(condition, str):

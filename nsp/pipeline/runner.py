@@ -180,11 +180,11 @@ class OrderRunner:
     def _inputs(self, orders: Sequence[Order[Sampling]]) -> dict[str, NDArray[Any]]:
         """Return the loop's inputs on the host for checked orders, padded, with encoded prompts."""
         orders = self._padded(orders)
-        text = None
-        if self.prompts is not None:
-            nulls = [self.family.null_prompt(self.config, order) for order in orders]
+        text, prompts = None, [order.condition for order in orders]
+        nulls = [self.family.null_prompt(self.config, order) for order in orders]
+        if self.prompts is not None and any(each is not None for each in (*prompts, *nulls)):
             with self.turn:
-                text = self.prompts.encode([str(order.condition) for order in orders], nulls)
+                text = self.prompts.encode([str(each or "") for each in prompts], nulls)
         return self.family.inputs(self.config, orders, text)
 
     def _padded(self, orders: Sequence[Order[Sampling]]) -> Sequence[Order[Sampling]]:

@@ -28,6 +28,7 @@ def generated(
     `seed` picks these from the data. A model without condition makes one picture for every seed
     from there on.
     """
+    system.settle()
     owner = family(system.family)
     items = preview(data, _SHOWN, seed=seed)
     titles = [item["caption"] for item in items]

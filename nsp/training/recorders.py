@@ -144,6 +144,7 @@ class Mlflow(Recorder):
         address: str,
         experiment: str,
         run_name: str | None,
+        tags: Mapping[str, str],
     ) -> None:
         self._mlflow = _module("mlflow", "mlflow", "mlflow")
         self._uri = tracking_uri(address, folder)
@@ -156,7 +157,7 @@ class Mlflow(Recorder):
             )
         self._run, self._note = run, folder / "mlflow.json"
         self._experiment = experiment
-        self._run_name = run_name or folder.resolve().name
+        self._run_name, self._tags = run_name or folder.resolve().name, dict(tags)
         self._client: Any = None
         self._kept: list[tuple[str, Any]] = []  # phase and metric
         self._run_id: str | None = None
@@ -218,7 +219,7 @@ class Mlflow(Recorder):
         run = self._previous(client)
         if run is None:
             experiment = self._experiment_id(client)
-            run = client.create_run(experiment, run_name=self._run_name)
+            run = client.create_run(experiment, run_name=self._run_name, tags=self._tags)
             with write_file(self._note) as partial_note:
                 note = {"uri": self._uri, "run_id": run.info.run_id}
                 partial_note.write_text(json.dumps(note) + "\n")

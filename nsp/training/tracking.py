@@ -86,6 +86,7 @@ class Tracker:
                         address=self._config.mlflow,
                         experiment=self._config.experiment,
                         run_name=self._config.run_name,
+                        tags=self._config.tags,
                     )
                 )
             except (MissingExtraError, ConfigError):

@@ -50,7 +50,7 @@ def assert_as_measured(folder: Path, planned: SizePlan) -> None:
     sampling = owner.sampling.from_dict(record.sampling)
     first = owner.examples(system.config, sampling)[0][0]
     orders = [dataclasses.replace(first, seed=seed) for seed in range(planned.batch)]
-    layout = owner.layout("present")
+    layout = owner.layout(["present"])
     measured = generate_dry(owner, system, orders, kv_layout=layout)
     assert planned.arena == measured.arena_bytes
     assert planned.flop == measured.flop

@@ -79,6 +79,17 @@ def the_run(mlflow: Any, store: Path) -> tuple[Any, Any]:
     return client, run
 
 
+def test_a_run_has_the_tags_and_the_experiment_of_its_configuration(
+    tmp_path: Path, mlflow: Any
+) -> None:
+    tags = {"phase": "1", "model_size": "500M"}
+    config = TrackingConfig(tensorboard=False, mlflow="local", experiment="first", tags=tags)
+    record(config, tmp_path, range(1, 2))
+    client = mlflow.MlflowClient((tmp_path / "mlflow").resolve().as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("first").experiment_id])
+    assert tags.items() <= run.data.tags.items()
+
+
 def test_tensorboard_holds_scalars_pictures_and_the_configuration(tmp_path: Path) -> None:
     record(ONLY_TENSORBOARD, tmp_path, range(1, 4))
 
