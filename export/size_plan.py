@@ -122,7 +122,8 @@ def plan_model(model: str, *, batch: int, precision: str, on: str) -> SizePlan:
             f"precision {precision} does not run on {on}; it has {', '.join(target.precisions)}"
         )
     found = _checkpoint(Path(model)) if is_checkpoint(Path(model)) else _named(model)
-    layout = found.family.layout(target.kv_layouts)
+    # Where the past is padded, a loop of a thousand short steps has calls of few sizes to count.
+    layout = found.family.layout(["fixed", *target.kv_layouts])
     dtype = PRECISION_DTYPES[precision]
     stages = found.family.stages(found.system.config, kv_layout=layout, dtype=dtype)
     made = _dry(found, stages, batch, layout, precision)

@@ -94,6 +94,7 @@ class _CountingBackend(TorchBackend):
         self.kv_layout, self.device, self._stages = kv_layout, torch.device("cpu"), dict(stages)
         self.watch = watch
         self.calls: list[StageCall] = []
+        self._seen: dict[object, tuple[StageCall, dict[str, Any]]] = {}
         self.read: dict[str, set[str]] = {}
         self.arena_bytes = 0
 
@@ -103,6 +104,11 @@ class _CountingBackend(TorchBackend):
         """Return all outputs, as the backend does."""
         io = self.stages_io[stage]
         sizes = io.check(feeds, stage)
+        key = (stage, *sizes.items())
+        if key in self._seen:  # without content the outputs are those of the first such call
+            call, named = self._seen[key]
+            self.calls.append(call)
+            return {**named, **(outputs or {})}
         self.watch.read.clear()
         with operation_counter() as counter:
             results = self._stages[stage](*(feeds[name] for name in io.inputs))
@@ -114,6 +120,8 @@ class _CountingBackend(TorchBackend):
         for name, target in (outputs or {}).items():
             self.watch.leave_out(named[name])
             named[name] = target
+        if any(isinstance(each, FakeTensor) for each in named.values()):
+            self._seen[key] = self.calls[-1], named
         return named
 
     def allocate(self, shape: Shape, dtype: str) -> Tensor:

@@ -57,8 +57,11 @@ class Attention(nn.Module):
     def forward(self, x_GLD: Tensor, table_LK2: Tensor, attend: Attend) -> Tensor:
         """Return (G, L, D)."""
         heads = _applied(self.wqkv, x_GLD).unflatten(-1, (-1, self.head_width))
-        q, k, v = heads.split(self.heads, dim=2)
-        mixed = attend(rotate_pairs(q, table_LK2), rotate_pairs(k, table_LK2), v)
+        num_queries, num_keys, num_values = self.heads
+        turned, v = heads.split((num_queries + num_keys, num_values), dim=2)
+        # At once: an engine run of one token is long enough for its weights alone.
+        q, k = rotate_pairs(turned, table_LK2).split((num_queries, num_keys), dim=2)
+        mixed = attend(q, k, v)
         return F.dropout(_applied(self.wo, mixed.flatten(2)).float(), self.dropout, self.training)
 
 
