@@ -25,17 +25,29 @@ END = "<!-- end -->"
 def steps(result: BenchResult) -> str:
     """Return what everybody makes of the scale steps, as Markdown."""
     model, environment = result.model, result.environment
-    section = steps_section(result)
+    section, is_raster = steps_section(result), len(model.schedule) == 1
+    tokens = f"{model.num_tokens} tokens in {len(model.schedule)} scales"
+    if is_raster:
+        tokens = f"{model.num_tokens} codes one after the other"
     lines = [
-        f"All steps of a larger model with random weights (`w512`: width 512, 8 layers, "
-        f"{model.num_tokens} tokens in {len(model.schedule)} scales, {model.image_size_px} px, "
-        f"guidance on), `nsp bench` on {environment.threads} cores of an {environment.cpu}, all in "
-        "the same rounds:",
+        f"All steps of a larger model of family `{model.family}` with random weights (`w512`: "
+        f"width 512, 8 layers, {tokens}, {model.image_size_px} px, guidance on), `nsp bench` on "
+        f"{environment.threads} cores of an {environment.cpu}, all in the same rounds:",
         "",
         *table_lines(section),
         *(line for note in section.notes for line in ("", note)),
+        *(("", _per_code(result)) if is_raster else ()),
     ]
     return "\n".join(lines)
+
+
+def _per_code(result: BenchResult) -> str:
+    """Return the times of one code in words."""
+    (loop,) = (batch.loop for batch in result.batches if batch.batch == 1)
+    assert loop is not None
+    assert loop.baseline is not None
+    ours, theirs = (row.p50 / result.model.num_tokens for row in (loop.contender, loop.baseline))
+    return f"A code takes {ours:.1f} ms, and PyTorch {theirs:.1f} ms."
 
 
 def measured(result: BenchResult) -> str:
@@ -130,6 +142,7 @@ SECTIONS: Mapping[str, Source] = {
     "emoji_cpu.json": Source(read_result, measured),
     "w512_cpu.json": Source(read_result, steps),
     "next_scale_cpu.json": Source(read_result, measured),
+    "next_patch_w512_cpu.json": Source(read_result, steps),
     "sizes.json": Source(read_sizes, size_table),
 }
 

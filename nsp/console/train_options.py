@@ -83,15 +83,17 @@ def own_options(chosen: dict[str, Any], common: set[str | None], *, wants_help: 
     if chosen.get("preset") is None and (folder := _place_of(chosen)) is not None:
         return _of_family(folder, common)
     if wants_help and chosen.get("preset") is None:
-        grouped: dict[tuple[Parameter, ...], list[str]] = {}
+        own: dict[str, Parameter] = {}
+        owners: dict[str, list[str]] = {}  # option -> presets that have it
         for name, found in recipes(built_in_only=True).items():
-            grouped.setdefault(_without(found.parameters, common), []).append(name)
-        groups = [
-            (f"Options of --preset {' or '.join(names)}", [*map(option_of, own)])
-            for own, names in grouped.items()
-            if own
-        ]
-        return Own(groups=groups)
+            for each in _without(found.parameters, common):
+                own.setdefault(each.name, each)
+                owners.setdefault(each.name, []).append(name)
+        grouped: dict[str, list[click.Option]] = {}
+        for option, names in owners.items():
+            title = f"Options of --preset {' or '.join(names)}"
+            grouped.setdefault(title, []).append(option_of(own[option]))
+        return Own(groups=[*grouped.items()])
     found = recipe(chosen.get("preset") or default_recipe(chosen))
     options = [*map(option_of, _without(found.parameters, common))]
     groups = [(f"Options of --preset {found.name}", options)] if options else []

@@ -66,6 +66,7 @@ def drawing_outputs(grid: RasterGrid) -> dict[str, Axes]:
 def decode_stage(
     grid: RasterGrid,
     *,
+    kv_layout: str,
     dtype: str,
     carried: Mapping[str, Axes],
     half: tuple[str, ...],
@@ -88,9 +89,10 @@ def decode_stage(
         **drawing_outputs(grid),
         **{f"new_{name}": Axes(f"1 G {heads}", dtype) for name in cache},
     }
-    spans: tuple[Span, ...] = tuple(
-        {"P": end} for end in past_spans(grid.cache(1, dtype).num_tokens)
-    )
+    ends = past_spans(grid.cache(1, dtype).num_tokens)
+    spans: tuple[Span, ...] = ({"P": (0, ends[-1])},)
+    if kv_layout == "fixed":  # each a profile of its own
+        spans = tuple({"P": end} for end in ends)
     return Stage(
         io=StageIO(inputs, outputs),
         half=half,

@@ -32,7 +32,9 @@ def stages(config: LatentGptConfig, kv_layout: str, dtype: str) -> Mapping[str, 
         half += _CROSS
         found["text_encoder"] = _text_encoder(config.text)
         found["condition"] = _condition(config.text, carried)
-    found["decode"] = decode_stage(grid, dtype=dtype, carried=carried, half=tuple(half), full=_FULL)
+    found["decode"] = decode_stage(
+        grid, kv_layout=kv_layout, dtype=dtype, carried=carried, half=tuple(half), full=_FULL
+    )
     if needs_nucleus_stage(grid, kv_layout):
         found["nucleus"] = nucleus_stage(grid)
     return {**found, "decoder": decoder_stage(grid, config.vq)}

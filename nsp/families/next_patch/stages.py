@@ -45,7 +45,9 @@ def stages(config: NextPatchConfig, kv_layout: str, dtype: str) -> Mapping[str, 
             full=(*_FULL, "gpt.cls_embedding.uncond_embedding"),
         )
     full = (*_FULL, *_CODES, *start)
-    found["decode"] = decode_stage(grid, dtype=dtype, carried=carried, half=_HALF, full=full)
+    found["decode"] = decode_stage(
+        grid, kv_layout=kv_layout, dtype=dtype, carried=carried, half=_HALF, full=full
+    )
     if needs_nucleus_stage(grid, kv_layout):
         found["nucleus"] = nucleus_stage(grid)
     return {**found, "decoder": decoder_stage(grid, config.vq)}

@@ -1,7 +1,7 @@
 """Weights are found in wrappers, under prefixes and in any kind of file, or told what they are."""
 
-import argparse
 import contextlib
+import fractions
 import logging
 import os
 import random
@@ -113,7 +113,7 @@ def test_what_a_file_holds_instead_is_named(content: Any, said: str, tmp_path: P
 @pytest.mark.parametrize(
     ("beside", "named"),
     [
-        (argparse.Namespace(lr=1), "argparse.Namespace"),
+        (fractions.Fraction(1), "fractions.Fraction"),
         (np.float64(3), "numpy"),
         (Path("a"), "pathlib"),
     ],
