@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "errors config values files cores distribution walk csv_rows sniff paths child plugins",
     "stage",
-    "layers weights",
+    "layers weights diffusion",
     "data text",
     "evaluation",
     "family",

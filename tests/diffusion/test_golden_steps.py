@@ -5,41 +5,47 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from nsp.diffusion.noise import Betas, Noise, Prediction
 from nsp.diffusion.samplers import COLUMNS, Table, table
-from tests.goldens.inl_tiny.fixtures import golden
+from tests.goldens.inl_tiny.fixtures import tensors
 
 _ROW = {name: index for index, name in enumerate(COLUMNS)}
 _TIMES = (0, 120, 840)
 _INL = Noise(clip=1.0, ends_at_first=True)
 
 
+def _arrays(prefix: str = "") -> dict[str, Any]:
+    return {name: each.numpy() for name, each in tensors(prefix).items()}
+
+
 @pytest.mark.parametrize("betas", ["linear", "cosine", "scaled_linear"])
 def test_noise_levels_are_those_of_the_public_tables(betas: Betas) -> None:
-    tables = golden()
+    tables = _arrays()
     noise = Noise(betas=betas, smallest_beta=1e-4, largest_beta=0.9999)
     wanted = tables[f"sched.table.{betas}.betas"]
     assert np.allclose(noise.beta_values(), wanted, atol=1e-6, rtol=1e-4)
     assert np.allclose(noise.kept(), tables[f"sched.table.{betas}.alphas_cumprod"], atol=1e-6)
 
 
-def _step(row: np.ndarray, values: dict[str, Any], noise: Any) -> np.ndarray:
+def _step(row: NDArray[Any], values: dict[str, Any], noise: Any) -> NDArray[Any]:
     x, output = values["sample"], values["model_output"]
     k = {name: row[index] for name, index in _ROW.items()}
     x0 = np.clip(k["a"] * x + k["b"] * output, -k["c"], k["c"])
-    found: np.ndarray = k["d"] * x + k["e"] * output + k["f0"] * x0 + k["n"] * noise
+    found: NDArray[Any] = k["d"] * x + k["e"] * output + k["f0"] * x0 + k["n"] * noise
     return found
 
 
-def _row(steps: Table, time: int) -> np.ndarray:
-    return steps.rows[list(steps.timesteps).index(time)]
+def _row(steps: Table, time: int) -> NDArray[Any]:
+    found: NDArray[Any] = steps.rows[list(steps.timesteps).index(time)]
+    return found
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("time", _TIMES)
 def test_ddpm_makes_the_public_step(prediction: Prediction, time: int) -> None:
-    values = golden(f"sched.ddpm.{prediction}.t{time}.")
+    values = _arrays(f"sched.ddpm.{prediction}.t{time}.")
     steps = table(dataclasses.replace(_INL, prediction=prediction), "ddpm", 1000)
     found = _step(_row(steps, time), values, values["noise"])
     # At timestep 0 the public float32 tables have 1 - A_0 with four digits alone.
@@ -50,7 +56,7 @@ def test_ddpm_makes_the_public_step(prediction: Prediction, time: int) -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("time", _TIMES)
 def test_ddim_makes_the_public_step(prediction: Prediction, time: int, eta: float) -> None:
-    values = golden(f"sched.ddim.{prediction}.t{time}.")
+    values = _arrays(f"sched.ddim.{prediction}.t{time}.")
     steps = table(dataclasses.replace(_INL, prediction=prediction), "ddim", 25, eta=eta)
     row = _row(steps, time).copy()
     if prediction != "epsilon":

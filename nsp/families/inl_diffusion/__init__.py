@@ -1,0 +1,1 @@
+"""The family `inl_diffusion`: a denoising transformer with integrator neurons."""
