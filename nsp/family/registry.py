@@ -24,6 +24,7 @@ BUILT_IN: Mapping[str, str] = {
     "var": "nsp.families.var:Var",
     "next_scale": "nsp.families.next_scale:NextScale",
     "next_patch": "nsp.families.next_patch:NextPatch",
+    "inl_diffusion": "nsp.families.inl_diffusion:InlDiffusion",
     "latent_gpt": "nsp.families.latent_gpt:LatentGpt",
 }
 _PLUGINS = Plugins("nsp.families", BUILT_IN)

@@ -23,6 +23,13 @@ def grid_rotary(side: int, head_width: int, *, base: float = 10_000.0) -> Tensor
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 
+def joined_turns(rows_YR2: Tensor, columns_XR2: Tensor) -> Tensor:
+    """Return the table (YX, K/2, 2) of a grid in raster order: turns by row, then by column."""
+    rows = rows_YR2[:, None].expand(-1, columns_XR2.shape[0], -1, -1)
+    columns = columns_XR2[None].expand(rows_YR2.shape[0], -1, -1, -1)
+    return torch.cat([rows, columns], 2).flatten(0, 1)
+
+
 def rotate_pairs(x_GLHK: Tensor, table_LK2: Tensor) -> Tensor:
     """Return `x` with its pairs of neighbouring channels turned, computed in float32."""
     even, odd = x_GLHK.float().unflatten(-1, (-1, 2)).unbind(-1)

@@ -1,1 +1,105 @@
-"""The family `inl_diffusion`: a denoising transformer with integrator neurons."""
+"""The family `inl_diffusion`: latents denoised step by step, with integrator neurons.
+
+Source: github.com/Web3-League/inl-diffusion; what of it is not copied, and why, is in
+docs/inl_diffusion.md.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nsp.families.inl_diffusion.config import SIZES, InlConfig
+from nsp.families.inl_diffusion.loop import batch_key, denoise, given, loop_inputs
+from nsp.families.inl_diffusion.sampling import InlSampling
+from nsp.families.inl_diffusion.stages import stages
+from nsp.family.contract import Family, Kind, Learner, Stage
+from nsp.family.order import Encoded, Given, Order, Step
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nsp.families.inl_diffusion.system import InlSystem
+    from nsp.family.recipe import RunConfig
+    from nsp.stage.arena import Array
+    from nsp.stage.backend import Backend
+
+
+class InlDiffusion(Family[InlConfig, InlSampling, "InlSystem"]):
+    """A KL autoencoder and a diffusion transformer that reads prompts; there is no cache."""
+
+    name: ClassVar[str] = "inl_diffusion"
+    kv_layouts: ClassVar[tuple[str, ...]] = ("delta",)
+    published: ClassVar[Mapping[str, str]] = {
+        "tokenizer": "Weights of the autoencoder (vae_final.pt, or safetensors).",
+        "predictor": "Weights of the transformer (dit_final.pt, or safetensors).",
+    }
+    draws_without_prompt: ClassVar[bool] = True
+    config, sampling, sizes = InlConfig, InlSampling, SIZES
+
+    def condition(self, config: InlConfig) -> Kind:
+        """Return the kind of condition for a picture."""
+        return "prompt"
+
+    def grids(self, config: InlConfig) -> Sequence[tuple[int, int]]:
+        """Return the one grid of latents."""
+        return [(config.latent_side, config.latent_side)]
+
+    def stages(self, config: InlConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
+        """Return every stage, in data-path order."""
+        return stages(config, dtype)
+
+    def given(self, config: InlConfig) -> Mapping[str, Given]:
+        """Return the arrays that an order may have."""
+        return given(config)
+
+    def null_prompt(self, config: InlConfig, order: Order[InlSampling]) -> str | None:
+        """Return the negative prompt, or what stands for no prompt if that is a prompt, too."""
+        if order.negative is not None or config.null_condition == "learned":
+            return order.negative
+        return ""
+
+    def batch_key(self, config: InlConfig, order: Order[InlSampling]) -> Hashable:
+        """Return what decides shapes and control flow: the steps, and whether they are guided."""
+        return batch_key(config, order)
+
+    def inputs(
+        self, config: InlConfig, orders: Sequence[Order[InlSampling]], text: Encoded | None
+    ) -> "dict[str, NDArray[Any]]":
+        """Return all inputs of the loop from the host."""
+        return loop_inputs(config, orders, text)
+
+    def loop(
+        self, backend: "Backend", config: InlConfig, inputs: "Mapping[str, Array]"
+    ) -> Iterator[Step]:
+        """Yield one Step per timestep."""
+        return denoise(backend, config, inputs)
+
+    def examples(
+        self, config: InlConfig, sampling: InlSampling
+    ) -> Sequence[Sequence[Order[InlSampling]]]:
+        """Return batches of orders that together call every stage."""
+        from nsp.families.inl_diffusion.examples import examples
+
+        return examples(config, sampling)
+
+    @property
+    def recipes(self) -> "Mapping[str, Callable[..., RunConfig]]":
+        """Named training runs."""
+        from nsp.families.inl_diffusion.recipes import RECIPES
+
+        return RECIPES
+
+    def convert(
+        self, files: Mapping[str, Path], config: Mapping[str, object] | None, output_dir: Path
+    ) -> None:
+        """Write a checkpoint folder from published weights."""
+        from nsp.families.inl_diffusion.published import convert
+
+        convert(files, config or {}, output_dir)
+
+    @property
+    def learner(self) -> "Learner[InlConfig, InlSampling, InlSystem]":
+        """The part that needs torch."""
+        from nsp.families.inl_diffusion.learn import InlLearner
+
+        return InlLearner()

@@ -14,6 +14,7 @@ from nsp.errors import ConfigError
 
 # The neuron of the package's last version, the one its documentation describes, and the mixture.
 Integrator: TypeAlias = Literal["controlled", "scalar", "mixture"]
+TextKind: TypeAlias = Literal["clip", "t5"]
 NullCondition: TypeAlias = Literal["learned", "empty_prompt"]
 
 _MOST_PIXELS = 4096
@@ -101,6 +102,11 @@ class DitConfig(Config):
         return self.width // self.num_heads
 
     @property
+    def num_modulations(self) -> int:
+        """Shifts, scales and gates of one timestep: six per block and channel, two at the end."""
+        return (6 * self.depth + 2) * self.width
+
+    @property
     def mlp_width(self) -> int:
         """Hidden channels of the feed-forward part."""
         return int(self.width * self.mlp_ratio)
@@ -114,6 +120,7 @@ class InlConfig(ModelConfig):
     vae: VaeConfig = VaeConfig()
     dit: DitConfig = DitConfig()
     noise: Noise = _PLAIN_NOISE
+    text: TextKind = "clip"  # whose encoder reads the prompts
     # What stands for no prompt, in training and in guidance alike: a learned condition, or "".
     null_condition: NullCondition = "learned"
 
@@ -143,6 +150,37 @@ class InlConfig(ModelConfig):
 PUBLIC_NOISE = Noise(clip=1.0, ends_at_first=True, scaled_start=True)
 _published = partial(InlConfig, noise=PUBLIC_NOISE)
 
+_TINY = InlConfig(
+    latent_side=4,
+    vae=VaeConfig(
+        base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, norm_groups=4, num_heads=2
+    ),
+    dit=DitConfig(
+        width=32,
+        depth=2,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_ratio=2.0,
+        context_width=16,
+        context_length=8,
+    ),
+)
+_EMOJI = InlConfig(
+    latent_side=8,
+    vae=VaeConfig(
+        base_channels=32, channel_multipliers=(1, 2, 4, 4), num_res_blocks=1, norm_groups=8
+    ),
+    dit=DitConfig(
+        width=256,
+        depth=6,
+        num_heads=4,
+        num_kv_heads=2,
+        patch_size=1,
+        context_width=128,
+        context_length=16,
+    ),
+    noise=Noise(prediction="v_prediction", betas="cosine"),
+)
 SIZES: dict[str, InlConfig] = {
     "S": _published(dit=DitConfig(width=384, depth=12, num_heads=6, num_kv_heads=2)),
     "B": _published(dit=DitConfig(width=768, depth=12, num_heads=12, num_kv_heads=4)),
@@ -155,4 +193,6 @@ SIZES: dict[str, InlConfig] = {
     "XL-MoE": _published(
         dit=DitConfig(width=1152, depth=28, num_heads=16, num_kv_heads=4, integrator="mixture")
     ),
+    "emoji": _EMOJI,
+    "tiny": _TINY,
 }

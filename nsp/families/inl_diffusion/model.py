@@ -25,6 +25,7 @@ from nsp.layers.attention import KeyValue
 from nsp.layers.rotary import grid_rotary, rotate_pairs
 
 _EPS = 1e-6
+_OPEN_STD = 0.2
 _FREQUENCY_BASE = 10_000.0
 
 
@@ -231,7 +232,11 @@ class InlDit(nn.Module):
         )
 
     def predict(
-        self, latent_GChw: Tensor, modulation_SM: Tensor, texts: Sequence[KeyValue]
+        self,
+        latent_GChw: Tensor,
+        modulation_SM: Tensor,
+        texts: Sequence[KeyValue],
+        rotary_NK2: Tensor,
     ) -> Integrated:
         """Return the prediction (G, C, h, w) and the mean gate (G, N) of all integrators.
 
@@ -241,7 +246,7 @@ class InlDit(nn.Module):
         x, gates = self.patch_embed(latent_GChw), []
         *by_block, last = modulation_SM.split([6 * dit.width] * dit.depth + [2 * dit.width], -1)
         for block, modulation, text in zip(self.blocks, by_block, texts, strict=True):
-            x, gate = block(x, modulation, self.rotary, text)
+            x, gate = block(x, modulation, rotary_NK2, text)
             gates.append(gate)
         return self._picture(self.final_layer(x, last), grid), torch.stack(gates).mean(0)
 
@@ -256,7 +261,7 @@ class InlDit(nn.Module):
     def forward(self, latent_BChw: Tensor, timestep_B: Tensor, context_BTW: Tensor) -> Tensor:
         """Return the prediction (B, C, h, w), as in training."""
         modulation, texts = self.modulation(timestep_B), self.read(context_BTW)
-        prediction, _ = self.predict(latent_BChw, modulation, texts)
+        prediction, _ = self.predict(latent_BChw, modulation, texts, self.rotary)
         return prediction
 
 
@@ -277,3 +282,10 @@ def initialize(dit: InlDit) -> None:
                 nn.init.xavier_uniform_(expert)
         if "adaLN_modulation" in name or name.startswith("final_layer.linear."):
             nn.init.zeros_(parameter)
+
+
+def open_gates(dit: InlDit) -> None:
+    """Replace the zeros of an untrained transformer by small numbers, so that all of it matters."""
+    for name, parameter in dit.named_parameters():
+        if "adaLN_modulation" in name or name.startswith("final_layer.linear."):
+            nn.init.normal_(parameter, std=_OPEN_STD)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.sources import ImageSource, Sample
 from nsp.errors import CheckpointError, ConfigError
-from nsp.families.next_scale import latents
 from nsp.families.next_scale.config import NextScaleConfig, ScalesSettings
+from nsp.families.next_scale.latents import encoding
 from nsp.families.next_scale.modules import build_stages
 from nsp.families.next_scale.objective import (
     ScalesObjective,
@@ -30,7 +30,7 @@ from nsp.family.objective import Objective, TrainingData
 from nsp.family.order import Order
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.training.cache import is_constant
+from nsp.training.latents import write_latents
 from nsp.training.reconstruction import reconstructed
 
 if TYPE_CHECKING:
@@ -164,8 +164,4 @@ class NextScaleLearner(Learner[NextScaleConfig, NextScaleSampling, NextScaleSyst
 
     def write_cache(self, system: NextScaleSystem, data: ImageDataset, file: Path) -> None:
         """Write the latents of all pictures to `file`, for `data.token_cache` of later runs."""
-        if not is_constant(data):
-            raise ConfigError(
-                "crops and flips change the latents: only whole pictures can be cached"
-            )
-        latents.write_latents(system, data, file)
+        write_latents(encoding(system), data, file)

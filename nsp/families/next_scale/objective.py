@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nsp.config import Config
-from nsp.data.dataset import to_model_range
+from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.stream import ShardStream
 from nsp.families.next_scale.config import ScalesSettings
-from nsp.families.next_scale.latents import LatentDataset, encode_scales, resized
+from nsp.families.next_scale.latents import encode_scales, encoding, resized
 from nsp.families.next_scale.model import FeatureBlock, NextScaleGenerator, grow
 from nsp.families.next_scale.system import NextScaleSystem
 from nsp.families.next_scale.vae import Vae, decode
-from nsp.family.objective import Batch, Objective, TrainingData
+from nsp.family.objective import Batch, Objective, TokenCache, TrainingData
 from nsp.layers.attention import KeyValue
 from nsp.training.data_order import sample_normals, sample_uniforms
+from nsp.training.latents import LatentDataset
 from nsp.training.reconstruction import ReconstructionObjective, image_gradient_loss, psnr_db
 
 
@@ -133,13 +134,19 @@ class ScalesObjective(Objective):
         """Return prompts with latents, or the pictures of a stream."""
         if isinstance(self.data.pictures, ShardStream):
             return self.data.pictures
-        return LatentDataset(self.system, self.data.pictures, self.data.cache)
+        return self._latents(self.data.pictures, self.data.cache)
 
     def held_out(self) -> Dataset[Mapping[str, object]] | None:
         """Return the held-out pictures as `dataset` does."""
         if self.data.held_out is None:
             return None
-        return LatentDataset(self.system, self.data.held_out, held_out=True)
+        return self._latents(self.data.held_out, held_out=True)
+
+    def _latents(
+        self, data: ImageDataset, cache: TokenCache | None = None, *, held_out: bool = False
+    ) -> LatentDataset:
+        prompts = self.system.encode_prompts(data.captions())
+        return LatentDataset(data, encoding(self.system), prompts, cache, held_out=held_out)
 
     def units(self) -> Sequence[nn.Module]:
         """Return the blocks of base and predictors."""

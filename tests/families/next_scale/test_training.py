@@ -14,10 +14,11 @@ from nsp.data.dataset import ImageDataset
 from nsp.data.sources import open_source
 from nsp.errors import ConfigError
 from nsp.families.next_scale.config import ScalesSettings
-from nsp.families.next_scale.latents import LatentDataset, cached_latents, resized
+from nsp.families.next_scale.latents import encoding, resized
 from nsp.families.next_scale.objective import ScalesObjective
 from nsp.family.objective import TokenCache, TrainingData
 from nsp.family.recipe import Epochs, RunConfig
+from nsp.training.latents import LatentDataset, cached_latents
 from nsp.training.whole_run import train
 from tests.families.next_scale.models import new_tiny_system, tiny_config
 from tests.training.pictures import write_pictures
@@ -135,14 +136,16 @@ def test_latents_are_of_antialiased_pictures_and_kept_in_a_file(
     assert (resized(lines, 4) - 0.25).abs().max() < 0.1  # every fourth pixel alone is 0 or 1
     system = new_tiny_system()
     data = ImageDataset(open_source(pictures), 16, train=True, crop=False)
-    made = cached_latents(system, data, TokenCache(tmp_path / "latents.safetensors"))
-    again = cached_latents(system, data, TokenCache(tmp_path / "latents.safetensors", True))
+    made = cached_latents(encoding(system), data, TokenCache(tmp_path / "latents.safetensors"))
+    again = cached_latents(
+        encoding(system), data, TokenCache(tmp_path / "latents.safetensors", True)
+    )
     assert [tuple(z.shape[1:]) for z in made] == [(4, 2, 2), (4, 4, 4), (4, 8, 8)]
     assert all(torch.equal(one, two) for one, two in zip(made, again, strict=True))
     with torch.no_grad():
         system.vae.autoencoder.encoder.conv_in.weight.add_(1)
     with pytest.raises(ConfigError, match="another autoencoder"):
-        cached_latents(system, data, TokenCache(tmp_path / "latents.safetensors", True))
+        cached_latents(encoding(system), data, TokenCache(tmp_path / "latents.safetensors", True))
 
 
 @pytest.mark.parametrize("base", ["flow", "regression"])
@@ -176,8 +179,9 @@ def test_what_is_random_about_a_sample_is_its_own_and_only_trained_scales_learn(
 def test_held_out_pictures_are_marked_so_that_only_they_run_the_chain(pictures: Path) -> None:
     system = new_tiny_system()
     data = ImageDataset(open_source(pictures), 16, train=True, crop=False)
-    assert LatentDataset(system, data, held_out=True)[0]["held_out"]
-    assert not LatentDataset(system, data)[0]["held_out"]
+    prompts = system.encode_prompts(data.captions())
+    assert LatentDataset(data, encoding(system), prompts, held_out=True)[0]["held_out"]
+    assert not LatentDataset(data, encoding(system), prompts)[0]["held_out"]
 
 
 def test_a_run_leaves_a_checkpoint_that_loads(progressive: Path) -> None:

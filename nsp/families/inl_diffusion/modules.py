@@ -1,0 +1,170 @@
+"""The stages of the family `inl_diffusion` as torch modules; axes as in stages.py."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from nsp.families.inl_diffusion.system import InlSystem
+from nsp.layers.attention import KeyValue
+from nsp.layers.logits import apply_guidance
+from nsp.layers.rotary import joined_turns
+from nsp.text.encoder import TextEncoderStage
+from nsp.text.t5 import T5Stage
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, T5EncoderModel
+
+
+def build_stages(system: InlSystem) -> Mapping[str, nn.Module]:
+    """Return the stages of `system`, sharing its weights."""
+    found: dict[str, nn.Module] = {
+        "text_encoder": text_stage(system),
+        "condition": ConditionStage(system),
+        "modulation": ModulationStage(system),
+        "denoise": DenoiseStage(system),
+        "blend": BlendStage(),
+        "decoder": DecoderStage(system),
+        "encoder": EncoderStage(system),
+    }
+    return {name: stage.eval() for name, stage in found.items()}
+
+
+def text_stage(system: InlSystem) -> nn.Module:
+    """Return the stage that reads prompts."""
+    if system.config.text == "t5":
+        return T5Stage(cast("T5EncoderModel", system.text_encoder))
+    return ClipStates(system)
+
+
+class ClipStates(nn.Module):
+    """Prompts -> CLIP's states; what it pools is not used."""
+
+    def __init__(self, system: InlSystem) -> None:
+        super().__init__()
+        self.encoder = TextEncoderStage(cast("CLIPTextModel", system.text_encoder))
+
+    def forward(self, token_ids_NT: Tensor) -> tuple[Tensor]:
+        """Return text_states."""
+        return (self.encoder(token_ids_NT)[0],)
+
+
+class ConditionStage(nn.Module):
+    """Encoded prompts -> the text's keys and values of every row and block; row N is null."""
+
+    def __init__(self, system: InlSystem) -> None:
+        super().__init__()
+        self.dit = system.dit
+
+    def forward(self, states_NTW: Tensor, prompts_G: Tensor) -> tuple[Tensor, ...]:
+        """Return cross_k_0, cross_v_0, cross_k_1, ..."""
+        pairs = self.dit.read(torch.cat([states_NTW, self.dit.null_embedding]))
+        return tuple(each.index_select(0, prompts_G) for pair in pairs for each in pair)
+
+
+class ModulationStage(nn.Module):
+    """Timesteps -> modulation."""
+
+    def __init__(self, system: InlSystem) -> None:
+        super().__init__()
+        self.dit = system.dit
+
+    def forward(self, timestep_S: Tensor) -> tuple[Tensor]:
+        """Return modulation (S, M)."""
+        return (self.dit.modulation(timestep_S),)
+
+
+class DenoiseStage(nn.Module):
+    """One step of a sampler (nsp/diffusion/samplers.py), guided."""
+
+    def __init__(self, system: InlSystem) -> None:
+        super().__init__()
+        self.dit = system.dit
+
+    def forward(
+        self,
+        row_turns: Tensor,
+        column_turns: Tensor,
+        rows: Tensor,
+        guidance: Tensor,
+        rescale: Tensor,
+        coefficients: Tensor,
+        modulation: Tensor,
+        latent: Tensor,
+        x0_1: Tensor,
+        x0_2: Tensor,
+        noise: Tensor,
+        *keys: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return new_latent, x0 and the integrators' gate (B, y, x)."""
+        cells = latent.shape
+        latent, x0_1, x0_2, noise = (
+            each.flatten(4).flatten(2, 3) for each in (latent, x0_1, x0_2, noise)
+        )
+        a, b, c, d, e, f0, f1, f2, n, scale = coefficients[..., None, None, None].unbind(1)
+        texts: list[KeyValue] = list(zip(keys[::2], keys[1::2], strict=True))
+        found, gate = self.dit.predict(
+            (latent * scale).index_select(0, rows),
+            modulation,
+            texts,
+            joined_turns(row_turns, column_turns),
+        )
+        prediction = guided(found, guidance, rescale)
+        x0 = torch.minimum(torch.maximum(a * latent + b * prediction, -c), c)
+        new = d * latent + e * prediction + f0 * x0 + f1 * x0_1 + f2 * x0_2 + n * noise
+        gate = gate[: latent.shape[0]].unflatten(1, (row_turns.shape[0], column_turns.shape[0]))
+        return new.reshape(cells), x0.reshape(cells), gate
+
+
+def guided(found_G: Tensor, guidance_B: Tensor, rescale_B: Tensor) -> Tensor:
+    """Return the guided prediction (B, ...), its spread partly set back to the conditional one's.
+
+    Source: Lin et al. 2024, arXiv:2305.08891, section 3.4.
+    """
+    conditional = found_G[: guidance_B.shape[0]]
+    plain = apply_guidance(found_G, guidance_B)
+    axes, rescale = (1, 2, 3), rescale_B[:, None, None, None]
+    ratio = conditional.std(axes, keepdim=True) / plain.std(axes, keepdim=True)
+    return torch.where(rescale == 0, plain, plain * (rescale * ratio + (1 - rescale)))
+
+
+class BlendStage(nn.Module):
+    """A given picture outside of the mask."""
+
+    def forward(
+        self,
+        latent_BChw: Tensor,
+        kept_BChw: Tensor,
+        noise_BChw: Tensor,
+        mask_B1hw: Tensor,
+        level_B2: Tensor,
+    ) -> tuple[Tensor]:
+        """Return new_latent."""
+        signal, sigma = level_B2[..., None, None, None].unbind(1)
+        kept = signal * kept_BChw + sigma * noise_BChw
+        return (mask_B1hw * latent_BChw + (1 - mask_B1hw) * kept,)
+
+
+class DecoderStage(nn.Module):
+    """Latent -> pixels."""
+
+    def __init__(self, system: InlSystem) -> None:
+        super().__init__()
+        self.vae = system.vae
+
+    def forward(self, latent_BChw: Tensor) -> tuple[Tensor]:
+        """Return the image (B, 3, H, W) in [0, 1]."""
+        return (((self.vae.decode(latent_BChw) + 1) * 0.5).clamp(0, 1),)
+
+
+class EncoderStage(nn.Module):
+    """Pixels -> latent."""
+
+    def __init__(self, system: InlSystem) -> None:
+        super().__init__()
+        self.vae = system.vae
+
+    def forward(self, image_B3HW: Tensor) -> tuple[Tensor]:
+        """Return the mean of the latent of a picture in [0, 1]."""
+        return (self.vae.encode(image_B3HW * 2 - 1),)
