@@ -32,14 +32,6 @@ def given(config: InlConfig) -> Mapping[str, Given]:
     The picture is (3, H, W) in [0, 1]; the mask (H, W) is 1 where something new is drawn.
     """
     side = config.image_size_px
-    control = Given(
-        (3, side, side),
-        "float32",
-        least=0,
-        below=_ABOVE_ONE,
-        help="Picture that the new one follows, such as edges.",
-        read=read_picture,
-    )
     return {
         "noise": Given(latent_shape(config), "float32", help="What the picture begins as."),
         INIT: Given(
@@ -58,7 +50,14 @@ def given(config: InlConfig) -> Mapping[str, Given]:
             help="White where --init-image is drawn again.",
             read=read_mask,
         ),
-        **({CONTROL: control} if config.control_depth else {}),
+        CONTROL: Given(
+            (3, side, side),
+            "float32",
+            least=0,
+            below=_ABOVE_ONE,
+            help="Picture that the new one follows, such as edges.",
+            read=read_picture,
+        ),
     }
 
 
@@ -74,6 +73,8 @@ def batch_key(config: InlConfig, order: Order[InlSampling]) -> Hashable:
         raise ConfigError('this model has no learned null condition; give the prompt "" instead')
     if config.control_depth and CONTROL not in order.given:
         raise ConfigError(f"this model follows a control picture: give {CONTROL}")
+    if CONTROL in order.given and not config.control_depth:
+        raise ConfigError(f"this model has no control: omit {CONTROL}, or train one for it")
     if INIT not in order.given:
         if MASK in order.given:
             raise ConfigError(f"{MASK} says what of init_image to draw again; give that, too")

@@ -64,7 +64,7 @@ def test_outside_of_the_mask_the_picture_is_kept(pipe: Pipeline) -> None:
         ({}, {"strength": 0.5}, "strength=0.5 says how much of init_image to change"),
         ({INIT: np.ones((3, 4, 4), np.float32)}, {}, r"init_image is float32 \(3, 4, 4\)"),
         ({INIT: _PICTURE * 3}, {}, r"init_image must be in \[0, 1"),
-        ({CONTROL: _PICTURE}, {}, "control_image"),
+        ({CONTROL: _PICTURE}, {}, "this model has no control: omit control_image"),
     ],
 )
 def test_a_wrong_picture_is_one_clear_line(
