@@ -185,7 +185,8 @@ def axis_turns(count: int, head_width: int) -> NDArray[np.float32]:
 def denoise(backend: Backend, config: InlConfig, inputs: Mapping[str, Array]) -> Iterator[Step]:
     """Yield one Step per timestep; the pictures in between are what the model expects.
 
-    The last one is the latent that the sampler ends with.
+    The last one is the latent that the sampler ends with. Every step also has the mean gate (B, y,
+    x) of all integrators, in [0, 1]: how much of its refinement each patch takes.
     """
     total = inputs["timestep"].shape[0]
     prompts = {name: inputs[name] for name in ("text_states", "prompts")}
@@ -232,4 +233,4 @@ def denoise(backend: Backend, config: InlConfig, inputs: Mapping[str, Array]) ->
             feeds = {"latent": latent, "mask": inputs[MASK], "level": inputs[f"level_{step}"]}
             latent = backend.run("blend", {**feeds, **kept})["new_latent"]
         shown = latent if step == total - 1 else made["x0"].reshape(whole)
-        yield Step(step, total, "timestep", shown)
+        yield Step(step, total, "timestep", shown, {"gate": (made["gate"],)})

@@ -122,3 +122,13 @@ def test_one_model_makes_pictures_of_its_sizes() -> None:
     other = Order("red apple", 3, _FEW.changed({"size": 16}), given={INIT: _PICTURE})
     with pytest.raises(ConfigError, match="init_image is for pictures of 8 px; omit size"):
         pipe.trace([other])
+
+
+def test_every_step_tells_how_much_each_patch_is_refined(pipe: Pipeline) -> None:
+    steps = list(pipe.stream(prompts=["red apple", "pear"], num_inference_steps=3))
+    maps = np.stack([step.result("gate") for step in steps])
+    assert maps.shape == (3, 2, 2, 2)
+    assert ((maps > 0) & (maps < 1)).all()
+    assert maps.std() > 0
+    with pytest.raises(ConfigError, match=r'has no tokens in this step; .* or result\("gate"\)'):
+        _ = steps[0].tokens
