@@ -26,9 +26,11 @@ from nsp.weights.state_names import plain_names, what_it_is
 from nsp.weights.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5EncoderModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 
-    TextModel: TypeAlias = CLIPTextModel | T5EncoderModel  # of any family
+    from nsp.text.plain import PlainTextModel
+
+    TextModel: TypeAlias = CLIPTextModel | T5EncoderModel | PlainTextModel  # of any family
 
 log = logging.getLogger(__name__)
 
@@ -306,8 +308,8 @@ def check_text_parts(
         )
 
 
-def save_text_encoder(model: "PreTrainedModel", folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`; transformers can read the folder too."""
+def save_text_encoder(model: "TextModel", folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`; transformers can read CLIP and T5, too."""
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:

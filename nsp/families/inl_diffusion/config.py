@@ -14,7 +14,7 @@ from nsp.errors import ConfigError
 
 # The neuron of the package's last version, the one its documentation describes, and the mixture.
 Integrator: TypeAlias = Literal["controlled", "scalar", "mixture"]
-TextKind: TypeAlias = Literal["clip", "t5"]
+TextKind: TypeAlias = Literal["clip", "t5", "plain"]
 NullCondition: TypeAlias = Literal["learned", "empty_prompt"]
 
 _MOST_PIXELS = 4096

@@ -35,6 +35,8 @@ def text_stage(system: InlSystem) -> nn.Module:
     """Return the stage that reads prompts."""
     if system.config.text == "t5":
         return T5Stage(cast("T5EncoderModel", system.text_encoder))
+    if system.config.text == "plain":
+        return system.text_encoder
     return ClipStates(system)
 
 

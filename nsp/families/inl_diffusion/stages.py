@@ -139,7 +139,7 @@ def _blend(config: InlConfig) -> Stage:
 
 
 def _latent(config: InlConfig) -> Axes:
-    """A latent whose sides are written as patches and cells of a patch: all axes are free or fixed."""
+    """A latent, its sides as patches and cells of a patch: every axis is free or fixed."""
     size = config.dit.patch_size
     return Axes(f"B {config.vae.latent_channels} y {size} x {size}")
 

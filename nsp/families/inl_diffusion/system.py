@@ -7,17 +7,32 @@ import torch
 from torch import Tensor, nn
 
 from nsp.errors import ConfigError
-from nsp.families.inl_diffusion.config import InlConfig
+from nsp.families.inl_diffusion.config import InlConfig, TextKind
 from nsp.families.inl_diffusion.model import InlDit
 from nsp.families.inl_diffusion.vae import Vae
 from nsp.family.system import System
 from nsp.text.encoder import check_text_parts
+from nsp.text.plain_folder import check_plain_parts
 from nsp.text.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
     from nsp.text.encoder import TextModel
+    from nsp.text.plain import PlainTextModel
+
+_WIDTHS: dict[TextKind, str] = {"clip": "hidden_size", "t5": "d_model", "plain": "width"}
+
+
+def text_width(kind: TextKind, encoder: "TextModel") -> int:
+    """Return the width of a text encoder's states; ConfigError for one of another kind."""
+    width: int | None = getattr(encoder.config, _WIDTHS[kind], None)
+    if width is None:
+        raise ConfigError(
+            f"the text encoder is of type {encoder.config.model_type!r}, but the model reads "
+            f"prompts with an encoder of kind {kind}"
+        )
+    return width
 
 
 class InlSystem(System):
@@ -43,12 +58,14 @@ class InlSystem(System):
                 text_width=width,
                 max_tokens=length,
             )
-        elif (text_encoder.config.d_model, prompt_tokenizer.max_tokens) != (width, length):
+        found = (text_width(config.text, text_encoder), prompt_tokenizer.max_tokens)
+        if found != (width, length):
             raise ConfigError(
-                f"text encoder of width {text_encoder.config.d_model} with "
-                f"{prompt_tokenizer.max_tokens} tokens does not fit the transformer, which reads "
-                f"{length} states of width {width}"
+                f"text encoder of width {found[0]} with {found[1]} tokens does not fit the "
+                f"transformer, which reads {length} states of width {width}"
             )
+        if config.text == "plain":
+            check_plain_parts(cast("PlainTextModel", text_encoder), prompt_tokenizer)
         self.vae, self.dit = Vae(config.vae), InlDit(config)
 
     def units(self) -> Sequence[nn.Module]:
