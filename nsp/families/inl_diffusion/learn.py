@@ -22,7 +22,8 @@ from nsp.families.inl_diffusion.objective import (
     encoding,
 )
 from nsp.families.inl_diffusion.sampling import InlSampling
-from nsp.families.inl_diffusion.system import InlSystem, text_width
+from nsp.families.inl_diffusion.system import InlSystem
+from nsp.families.inl_diffusion.text import text_width
 from nsp.family.contract import Learner
 from nsp.family.objective import Objective, TrainingData
 from nsp.text.parts import TextEncoderSettings, text_parts

@@ -1,26 +1,21 @@
 """The stages of the family `inl_diffusion` as torch modules; axes as in stages.py."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from nsp.families.inl_diffusion.system import InlSystem
+from nsp.families.inl_diffusion.text import text_stage
 from nsp.layers.attention import KeyValue
 from nsp.layers.logits import apply_guidance
 from nsp.layers.rotary import joined_turns
-from nsp.text.encoder import TextEncoderStage
-from nsp.text.t5 import T5Stage
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, T5EncoderModel
 
 
 def build_stages(system: InlSystem) -> Mapping[str, nn.Module]:
     """Return the stages of `system`, sharing its weights."""
     found: dict[str, nn.Module] = {
-        "text_encoder": text_stage(system),
+        "text_encoder": text_stage(system.config.text, system.text_encoder),
         "condition": ConditionStage(system),
         "modulation": ModulationStage(system),
         "denoise": DenoiseStage(system),
@@ -29,27 +24,6 @@ def build_stages(system: InlSystem) -> Mapping[str, nn.Module]:
         "encoder": EncoderStage(system),
     }
     return {name: stage.eval() for name, stage in found.items()}
-
-
-def text_stage(system: InlSystem) -> nn.Module:
-    """Return the stage that reads prompts."""
-    if system.config.text == "t5":
-        return T5Stage(cast("T5EncoderModel", system.text_encoder))
-    if system.config.text == "plain":
-        return system.text_encoder
-    return ClipStates(system)
-
-
-class ClipStates(nn.Module):
-    """Prompts -> CLIP's states; what it pools is not used."""
-
-    def __init__(self, system: InlSystem) -> None:
-        super().__init__()
-        self.encoder = TextEncoderStage(cast("CLIPTextModel", system.text_encoder))
-
-    def forward(self, token_ids_NT: Tensor) -> tuple[Tensor]:
-        """Return text_states."""
-        return (self.encoder(token_ids_NT)[0],)
 
 
 class ConditionStage(nn.Module):
