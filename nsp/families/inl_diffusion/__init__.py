@@ -33,6 +33,9 @@ class InlDiffusion(Family[InlConfig, InlSampling, "InlSystem"]):
         "tokenizer": "Weights of the autoencoder (vae_final.pt, or safetensors).",
         "predictor": "Weights of the transformer (dit_final.pt, or safetensors).",
     }
+    published_folders: ClassVar[Mapping[str, str]] = {
+        "text-encoder": "CLIP or T5 folder, or the file of its own encoder beside tokenizer.json.",
+    }
     draws_without_prompt: ClassVar[bool] = True
     config, sampling, sizes = InlConfig, InlSampling, SIZES
 
@@ -95,7 +98,7 @@ class InlDiffusion(Family[InlConfig, InlSampling, "InlSystem"]):
         """Write a checkpoint folder from published weights."""
         from nsp.families.inl_diffusion.published import convert
 
-        convert(files, config or {}, output_dir)
+        convert(files, config, output_dir)
 
     @property
     def learner(self) -> "Learner[InlConfig, InlSampling, InlSystem]":
