@@ -102,11 +102,6 @@ class DitConfig(Config):
         return self.width // self.num_heads
 
     @property
-    def num_modulations(self) -> int:
-        """Shifts, scales and gates of one timestep: six per block and channel, two at the end."""
-        return (6 * self.depth + 2) * self.width
-
-    @property
     def mlp_width(self) -> int:
         """Hidden channels of the feed-forward part."""
         return int(self.width * self.mlp_ratio)
@@ -120,12 +115,14 @@ class InlConfig(ModelConfig):
     vae: VaeConfig = VaeConfig()
     dit: DitConfig = DitConfig()
     noise: Noise = _PLAIN_NOISE
+    control_depth: int = 0  # copies of the first blocks, which read a control picture; 0: none
     text: TextKind = "clip"  # whose encoder reads the prompts
     # What stands for no prompt, in training and in guidance alike: a learned condition, or "".
     null_condition: NullCondition = "learned"
 
     def __post_init__(self) -> None:
-        """Check that latents divide into patches."""
+        """Check that latents divide into patches, and the number of control blocks."""
+        self.check_counts("model", "control_depth", least=0, most=self.dit.depth)
         if self.latent_side % self.dit.patch_size:
             raise ConfigError(
                 f"latent_side {self.latent_side} must be a multiple of patch_size "
@@ -138,6 +135,11 @@ class InlConfig(ModelConfig):
     def image_size_px(self) -> int:
         """Side of the square pictures it is trained on."""
         return self.latent_side * self.vae.downsampling
+
+    @property
+    def num_modulations(self) -> int:
+        """Shifts, scales and gates of one timestep: six per block and channel, two at the end."""
+        return (6 * (self.dit.depth + self.control_depth) + 2) * self.dit.width
 
     @property
     def num_tokens(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from nsp.families.inl_diffusion.config import InlConfig
-from nsp.families.inl_diffusion.loop import INIT, MASK
+from nsp.families.inl_diffusion.loop import CONTROL, INIT, MASK
 from nsp.families.inl_diffusion.sampling import InlSampling
 from nsp.family.order import Order
 
@@ -31,8 +31,9 @@ def examples(config: InlConfig, sampling: InlSampling) -> Sequence[Sequence[Orde
     mask = np.zeros((side, side), np.float32)
     mask[: side // 2] = 1
     part = replace(guided, strength=0.5)
+    control = {CONTROL: rng.random((3, side, side), np.float32)} if config.control_depth else {}
     return [
-        [Order(prompt, seed, guided) for seed, prompt in enumerate(_PROMPTS)],
-        *([Order(_PROMPTS[0], seed, each)] for seed, each in enumerate(others)),
-        [Order(_PROMPTS[1], 0, part, given={INIT: picture, MASK: mask})],
+        [Order(prompt, seed, guided, given=control) for seed, prompt in enumerate(_PROMPTS)],
+        *([Order(_PROMPTS[0], seed, each, given=control)] for seed, each in enumerate(others)),
+        [Order(_PROMPTS[1], 0, part, given={INIT: picture, MASK: mask, **control})],
     ]

@@ -22,7 +22,7 @@ from nsp.stage.io import Shape
 Orders = Sequence[Order[InlSampling]]
 _STEP_NOISE = 1  # purpose of the random numbers that steps add; 0 is the first latent
 _BASE = 10_000.0  # of rotations
-INIT, MASK = "init_image", "mask_image"
+INIT, MASK, CONTROL = "init_image", "mask_image", "control_image"
 _ABOVE_ONE, _HALF = 1.0 + 1e-6, 0.5
 
 
@@ -50,6 +50,14 @@ def given(config: InlConfig) -> Mapping[str, Given]:
             help="White where --init-image is drawn again.",
             read=read_mask,
         ),
+        CONTROL: Given(
+            (3, side, side),
+            "float32",
+            least=0,
+            below=_ABOVE_ONE,
+            help="Picture that the new one follows, such as edges.",
+            read=read_picture,
+        ),
     }
 
 
@@ -63,6 +71,10 @@ def batch_key(config: InlConfig, order: Order[InlSampling]) -> Hashable:
     sampling = order.sampling
     if order.condition is None and config.null_condition == "empty_prompt":
         raise ConfigError('this model has no learned null condition; give the prompt "" instead')
+    if config.control_depth and CONTROL not in order.given:
+        raise ConfigError(f"this model follows a control picture: give {CONTROL}")
+    if CONTROL in order.given and not config.control_depth:
+        raise ConfigError(f"this model has no control: omit {CONTROL}, or train one for it")
     if INIT not in order.given:
         if MASK in order.given:
             raise ConfigError(f"{MASK} says what of init_image to draw again; give that, too")
@@ -125,9 +137,12 @@ def _picture_inputs(
     config: InlConfig, orders: Orders, noise: NDArray[np.float32]
 ) -> dict[str, NDArray[Any]]:
     """Return the pictures to change, if there are any, and where; noise levels are by step."""
+    controls = {}
+    if config.control_depth:
+        controls[CONTROL] = np.stack([order.given[CONTROL] for order in orders])
     if INIT not in orders[0].given:
-        return {}
-    found = {INIT: np.stack([o.given[INIT] for o in orders]), "start_noise": noise}
+        return controls
+    found = {**controls, INIT: np.stack([o.given[INIT] for o in orders]), "start_noise": noise}
     levels = np.stack([o.sampling.table(config.noise).levels for o in orders])
     shape = (len(orders), 1, config.latent_side, config.latent_side)
     found |= {"nowhere": np.zeros(shape, np.float32), "level_start": levels[:, 0]}
@@ -181,18 +196,29 @@ def denoise(backend: Backend, config: InlConfig, inputs: Mapping[str, Array]) ->
     rows, columns = whole[2] // size, whole[3] // size
     cells = (*whole[:2], rows, size, columns, size)
     x0_1 = x0_2 = nothing.reshape(cells)
-    same = ("rescale", "rows", "row_turns", "column_turns")
+    control: dict[str, Array] = {}
+    if CONTROL in inputs:
+        known = backend.run("encoder", {"image": inputs[CONTROL]})["latent"]
+        control = {n: each for n, each in text.items() if "control" in n}
+        control["control"] = known.reshape(cells)
+        text = {n: each for n, each in text.items() if "control" not in n}
     for step in range(total):
-        feeds = {
+        shared = {
+            **{name: inputs[name] for name in ("rows", "row_turns", "column_turns")},
+            "coefficients": inputs[f"coefficients_{step}"],
+            "modulation": modulation[step : step + 1],
             "latent": latent.reshape(cells),
+        }
+        added = backend.run("control", {**shared, **control}) if control else {}
+        feeds = {
+            **shared,
             "x0_1": x0_1,
             "x0_2": x0_2,
             "noise": inputs.get(f"noise_{step}", nothing).reshape(cells),
-            "coefficients": inputs[f"coefficients_{step}"],
             "guidance": inputs[f"guidance_{step}"],
-            "modulation": modulation[step : step + 1],
-            **{name: inputs[name] for name in same},
+            "rescale": inputs["rescale"],
             **text,
+            **added,
         }
         made = backend.run("denoise", feeds)
         latent, x0_1, x0_2 = made["new_latent"].reshape(whole), made["x0"], x0_1

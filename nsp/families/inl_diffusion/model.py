@@ -201,6 +201,48 @@ class FinalLayer(nn.Module):
         return applied(self.linear, self.norm(x_GND) * (1 + scale) + shift).float()
 
 
+class InlControl(nn.Module):
+    """Trainable copies of the first blocks, which read a control picture as a latent.
+
+    What they find is added to the main blocks through layers that are zero at first: the picture is
+    then the base's, bit for bit. Source: Zhang, Rao, Agrawala, "Adding Conditional Control to
+    Text-to-Image Diffusion Models", with transformer blocks as in Chen et al., "PixArt-δ".
+    """
+
+    def __init__(self, config: InlConfig) -> None:
+        super().__init__()
+        width = config.dit.width
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config.dit) for _ in range(config.control_depth))
+        self.outputs = nn.ModuleList(nn.Linear(width, width) for _ in range(config.control_depth))
+
+    def begin(self, dit: "InlDit") -> None:
+        """Start as a copy of the trained blocks, without effect."""
+        for own, trained in zip(self.blocks, dit.blocks, strict=False):
+            own.load_state_dict(trained.state_dict())
+        for layer in (self.patch_embed.proj, *self.outputs):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        x_GND: Tensor,
+        control_GChw: Tensor,
+        modulations: Sequence[Tensor],
+        texts: Sequence[KeyValue],
+        rotary_NK2: Tensor,
+    ) -> list[Tensor]:
+        """Return what is added behind every main block (G, N, D), given embedded patches."""
+        x_GND = x_GND + self.patch_embed(control_GChw)
+        found = []
+        for block, output, modulation, text in zip(
+            self.blocks, self.outputs, modulations, texts, strict=True
+        ):
+            x_GND, _ = block(x_GND, modulation, rotary_NK2, text)
+            found.append(applied(cast("nn.Linear", output), x_GND).float())
+        return found
+
+
 class InlDit(nn.Module):
     """The whole transformer."""
 
@@ -216,20 +258,53 @@ class InlDit(nn.Module):
         self.null_embedding = nn.Parameter(
             torch.randn(1, dit.context_length, dit.context_width) * 0.02
         )
+        if config.control_depth:
+            self.control = InlControl(config)
         side = config.latent_side // dit.patch_size
         self.register_buffer("rotary", grid_rotary(side, dit.head_width), persistent=False)
 
     def read(self, context_NTW: Tensor) -> list[KeyValue]:
-        """Return the keys and values of text states in every block."""
-        return [cast("Block", block).keys(context_NTW) for block in self.blocks]
+        """Return the keys and values of text states in every block, then in every control block."""
+        blocks = [*self.blocks, *self.control_blocks]
+        return [cast("Block", block).keys(context_NTW) for block in blocks]
 
     def modulation(self, timestep_S: Tensor) -> Tensor:
         """Return shifts, scales and gates (S, M) of all blocks and of the end, for timesteps."""
         embedded = self.t_embed(timestep_S)
-        parts = [*self.blocks, self.final_layer]
+        parts = [*self.blocks, *self.control_blocks, self.final_layer]
         return torch.cat(
             [cast("_Modulated", part).adaLN_modulation(embedded) for part in parts], -1
         )
+
+    @property
+    def control_blocks(self) -> Sequence[nn.Module]:
+        """The blocks that read a control picture; empty without a control."""
+        return [*self.control.blocks] if self.config.control_depth else []
+
+    def divided(self, modulation_SM: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Return the modulation of every block, of every control block, and that of the end."""
+        config, width = self.config, self.config.dit.width
+        num_blocks = config.dit.depth + config.control_depth
+        *blocks, last = modulation_SM.split([6 * width] * num_blocks + [2 * width], -1)
+        return blocks[: config.dit.depth], blocks[config.dit.depth :], last
+
+    def controlled(
+        self,
+        latent_GChw: Tensor,
+        control_GChw: Tensor,
+        modulation_SM: Tensor,
+        texts: Sequence[KeyValue],
+        rotary_NK2: Tensor,
+    ) -> list[Tensor]:
+        """Return what the control adds behind the first blocks (G, N, D).
+
+        `texts` are the keys and values of the control's own blocks.
+        """
+        _, modulations, _ = self.divided(modulation_SM)
+        found: list[Tensor] = self.control(
+            self.patch_embed(latent_GChw), control_GChw, modulations, texts, rotary_NK2
+        )
+        return found
 
     def predict(
         self,
@@ -237,17 +312,21 @@ class InlDit(nn.Module):
         modulation_SM: Tensor,
         texts: Sequence[KeyValue],
         rotary_NK2: Tensor,
+        added: Sequence[Tensor] = (),
     ) -> Integrated:
         """Return the prediction (G, C, h, w) and the mean gate (G, N) of all integrators.
 
-        `modulation_SM` has one row, or one per row of the latent.
+        `modulation_SM` has one row, or one per row of the latent. `added` (G, N, D) is what a
+        control adds behind the first blocks.
         """
-        dit, grid = self.config.dit, latent_GChw.shape[-2:]
+        grid = latent_GChw.shape[-2:]
         x, gates = self.patch_embed(latent_GChw), []
-        *by_block, last = modulation_SM.split([6 * dit.width] * dit.depth + [2 * dit.width], -1)
+        by_block, _, last = self.divided(modulation_SM)
         for block, modulation, text in zip(self.blocks, by_block, texts, strict=True):
             x, gate = block(x, modulation, rotary_NK2, text)
             gates.append(gate)
+            if len(gates) <= len(added):
+                x = x + added[len(gates) - 1]
         return self._picture(self.final_layer(x, last), grid), torch.stack(gates).mean(0)
 
     def _picture(self, tokens_GNV: Tensor, grid: torch.Size) -> Tensor:
@@ -258,10 +337,20 @@ class InlDit(nn.Module):
         picture: Tensor = tokens.permute(0, 5, 1, 3, 2, 4)
         return picture.reshape(len(tokens_GNV), -1, *grid)
 
-    def forward(self, latent_BChw: Tensor, timestep_B: Tensor, context_BTW: Tensor) -> Tensor:
+    def forward(
+        self,
+        latent_BChw: Tensor,
+        timestep_B: Tensor,
+        context_BTW: Tensor,
+        control_BChw: Tensor | None = None,
+    ) -> Tensor:
         """Return the prediction (B, C, h, w), as in training."""
         modulation, texts = self.modulation(timestep_B), self.read(context_BTW)
-        prediction, _ = self.predict(latent_BChw, modulation, texts, self.rotary)
+        own, others = texts[: len(self.blocks)], texts[len(self.blocks) :]
+        added: list[Tensor] = []
+        if control_BChw is not None:
+            added = self.controlled(latent_BChw, control_BChw, modulation, others, self.rotary)
+        prediction, _ = self.predict(latent_BChw, modulation, own, self.rotary, added)
         return prediction
 
 

@@ -1,6 +1,6 @@
 """The stages of the family `inl_diffusion` as torch modules; axes as in stages.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ def build_stages(system: InlSystem) -> Mapping[str, nn.Module]:
         "text_encoder": text_stage(system.config.text, system.text_encoder),
         "condition": ConditionStage(system),
         "modulation": ModulationStage(system),
+        **({"control": ControlStage(system)} if system.config.control_depth else {}),
         "denoise": DenoiseStage(system),
         "blend": BlendStage(),
         "decoder": DecoderStage(system),
@@ -71,26 +72,62 @@ class DenoiseStage(nn.Module):
         x0_1: Tensor,
         x0_2: Tensor,
         noise: Tensor,
-        *keys: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return new_latent, x0 and the integrators' gate (B, y, x)."""
-        cells = latent.shape
+        cells, num_keys = latent.shape, 2 * len(self.dit.blocks)
         latent, x0_1, x0_2, noise = (
             each.flatten(4).flatten(2, 3) for each in (latent, x0_1, x0_2, noise)
         )
         a, b, c, d, e, f0, f1, f2, n, scale = coefficients[..., None, None, None].unbind(1)
-        texts: list[KeyValue] = list(zip(keys[::2], keys[1::2], strict=True))
         found, gate = self.dit.predict(
             (latent * scale).index_select(0, rows),
             modulation,
-            texts,
+            _pairs(others[:num_keys]),
             joined_turns(row_turns, column_turns),
+            [each.flatten(1, 2) for each in others[num_keys:]],
         )
         prediction = guided(found, guidance, rescale)
         x0 = torch.minimum(torch.maximum(a * latent + b * prediction, -c), c)
         new = d * latent + e * prediction + f0 * x0 + f1 * x0_1 + f2 * x0_2 + n * noise
         gate = gate[: latent.shape[0]].unflatten(1, (row_turns.shape[0], column_turns.shape[0]))
         return new.reshape(cells), x0.reshape(cells), gate
+
+
+class ControlStage(nn.Module):
+    """What a control picture adds to the step of the same latent."""
+
+    def __init__(self, system: InlSystem) -> None:
+        super().__init__()
+        self.dit = system.dit
+
+    def forward(
+        self,
+        row_turns: Tensor,
+        column_turns: Tensor,
+        rows: Tensor,
+        coefficients: Tensor,
+        modulation: Tensor,
+        latent: Tensor,
+        control: Tensor,
+        *keys: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return added_0, added_1, ... (G, y, x, D)."""
+        latent, control = (each.flatten(4).flatten(2, 3) for each in (latent, control))
+        scale = coefficients[:, -1, None, None, None]
+        found = self.dit.controlled(
+            (latent * scale).index_select(0, rows),
+            control.index_select(0, rows),
+            modulation,
+            _pairs(keys),
+            joined_turns(row_turns, column_turns),
+        )
+        grid = (row_turns.shape[0], column_turns.shape[0])
+        return tuple(each.unflatten(1, grid) for each in found)
+
+
+def _pairs(tensors: Sequence[Tensor]) -> list[KeyValue]:
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
 def guided(found_G: Tensor, guidance_B: Tensor, rescale_B: Tensor) -> Tensor:

@@ -12,30 +12,35 @@ from collections.abc import Mapping
 
 from nsp.diffusion.samplers import COLUMNS
 from nsp.families.inl_diffusion.config import InlConfig
-from nsp.family.contract import Stage
+from nsp.family.contract import Span, Stage
 from nsp.family.gate import Psnr
 from nsp.stage.io import Axes, StageIO
 
-_BLOCK = "dit.blocks.*"
+_BLOCK, _CONTROL, _ANY = "dit.blocks.*", "dit.control.blocks.*", "dit.*blocks.*"
 _PRODUCTS = ("attn.*_proj.*", "mlp.*", "cross_attn.q_proj.*", "cross_attn.out_proj.*")
 _INTEGRATOR = ("halt_gate.*", "refine.*", "controller.*", "router.*", "shared_expert.*", "expert_*")
-_HALF = (
-    *(f"{_BLOCK}.{name}" for name in _PRODUCTS),
-    *(f"{_BLOCK}.integrator.{name}" for name in _INTEGRATOR),
-    "dit.patch_embed.*",
-    "dit.final_layer.linear.*",
-)
-_FULL = (
-    f"{_BLOCK}.norm?.*",
-    "dit.final_layer.norm.*",
-    *(f"{_BLOCK}.integrator.{name}" for name in ("mu", "integration_weight", "shared_weight")),
-)
 _MODULATION = (
     "dit.t_embed.*",
-    f"{_BLOCK}.adaLN_modulation.*",
+    f"{_ANY}.adaLN_modulation.*",
     "dit.final_layer.adaLN_modulation.*",
 )
 _CONVOLUTIONS = ("conv*", "*.conv?.*", "*.conv.*", "*.skip.*", "*.qkv.*", "*.proj.*")
+
+
+def _half(blocks: str) -> tuple[str, ...]:
+    """Return the patterns of the narrow weights of these blocks and of what surrounds them."""
+    return (
+        *(f"{blocks}.{name}" for name in _PRODUCTS),
+        *(f"{blocks}.integrator.{name}" for name in _INTEGRATOR),
+        "dit.patch_embed.*",
+        "dit.final_layer.linear.*",
+    )
+
+
+def _full(blocks: str) -> tuple[str, ...]:
+    """Return the patterns of the other weights of these blocks."""
+    of_integrators = ("mu", "integration_weight", "shared_weight")
+    return (f"{blocks}.norm?.*", *(f"{blocks}.integrator.{name}" for name in of_integrators))
 
 
 def stages(config: InlConfig, dtype: str) -> Mapping[str, Stage]:
@@ -44,6 +49,7 @@ def stages(config: InlConfig, dtype: str) -> Mapping[str, Stage]:
         "text_encoder": _text_encoder(config),
         "condition": _condition(config, dtype),
         "modulation": _modulation(config),
+        **({"control": _control(config, dtype)} if config.control_depth else {}),
         "denoise": _denoise(config, dtype),
     }
     return {
@@ -68,59 +74,103 @@ def _states(config: InlConfig) -> Axes:
     return Axes(f"N {config.dit.context_length} {config.dit.context_width}")
 
 
-def _text_keys(config: InlConfig, dtype: str) -> dict[str, Axes]:
-    """Return the text's keys and values in every block; rows first."""
+def _text_keys(config: InlConfig, dtype: str, *, control: bool = False) -> dict[str, Axes]:
+    """Return the text's keys and values in every block, or control block; rows first."""
     dit = config.dit
     shape = f"G {dit.num_heads} {dit.context_length} {dit.head_width}"
-    names = (f"cross_{kind}_{i}" for i in range(dit.depth) for kind in ("k", "v"))
+    numbers = [f"{i}" for i in range(dit.depth)]
+    if control:
+        numbers = [f"control_{i}" for i in range(config.control_depth)]
+    names = (f"cross_{kind}_{number}" for number in numbers for kind in ("k", "v"))
     return {name: Axes(shape, dtype) for name in names}
 
 
 def _condition(config: InlConfig, dtype: str) -> Stage:
     """Encoded prompts, and the one of every row -> its keys and values; row N is the null one."""
     inputs = {"text_states": _states(config), "prompts": Axes("G", "int64")}
-    half = tuple(f"{_BLOCK}.cross_attn.{name}_proj.*" for name in ("k", "v"))
+    outputs = {**_text_keys(config, dtype), **_text_keys(config, dtype, control=True)}
+    half = tuple(f"{_ANY}.cross_attn.{name}_proj.*" for name in ("k", "v"))
     return Stage(
-        io=StageIO(inputs, _text_keys(config, dtype)),
+        io=StageIO(inputs, outputs),
         half=half,
-        full=(f"{_BLOCK}.norm_context.*", "dit.null_embedding"),
+        full=(f"{_ANY}.norm_context.*", "dit.null_embedding"),
     )
 
 
 def _modulation(config: InlConfig) -> Stage:
     """Timesteps -> the shifts, scales and gates of all blocks."""
-    io = StageIO({"timestep": Axes("S")}, {"modulation": Axes(f"S {config.dit.num_modulations}")})
+    io = StageIO({"timestep": Axes("S")}, {"modulation": Axes(f"S {config.num_modulations}")})
     return Stage(io=io, full=_MODULATION, spans=({"S": (1, config.noise.num_timesteps)},))
 
 
 def _denoise(config: InlConfig, dtype: str) -> Stage:
     """One step: a noisy latent -> a less noisy one, and what the model takes the picture for."""
-    dit, latent = config.dit, _latent(config)
-    quarter = dit.head_width // 4
+    latent = _latent(config)
     inputs = {
-        "row_turns": Axes(f"y {quarter} 2"),  # rotations of the positions of each axis
-        "column_turns": Axes(f"x {quarter} 2"),
-        "rows": Axes("G", "int64"),  # the image of every row
+        **_position(config),
         "guidance": Axes("B"),  # 1: off
         "rescale": Axes("B"),
         "coefficients": Axes(f"B {len(COLUMNS)}"),
-        "modulation": Axes(f"1 {dit.num_modulations}"),
+        "modulation": Axes(f"1 {config.num_modulations}"),
         "latent": latent,
         "x0_1": latent,  # the pictures that the two steps before predicted
         "x0_2": latent,
         "noise": latent,
         **_text_keys(config, dtype),
+        **_added(config),
     }
     # The gate of the integrators, a mean over blocks and steps: how much each patch is refined.
     outputs = {"new_latent": latent, "x0": latent, "gate": Axes("B y x")}
-    side = config.latent_side // dit.patch_size
     return Stage(
         io=StageIO(inputs, outputs),
-        half=_HALF,
+        half=_half(_BLOCK),
         int8=tuple(f"{_BLOCK}.{name}" for name in ("attn.*_proj.*", "mlp.*")),
-        full=_FULL,
-        spans=({"y": side, "x": side},),
+        full=(*_full(_BLOCK), "dit.final_layer.norm.*"),
+        spans=_spans(config),
     )
+
+
+def _control(config: InlConfig, dtype: str) -> Stage:
+    """A noisy latent and a control picture's -> what is added behind the first blocks."""
+    latent = _latent(config)
+    inputs = {
+        **_position(config),
+        "coefficients": Axes(f"B {len(COLUMNS)}"),
+        "modulation": Axes(f"1 {config.num_modulations}"),
+        "latent": latent,
+        "control": latent,
+        **_text_keys(config, dtype, control=True),
+    }
+    return Stage(
+        io=StageIO(inputs, _added(config)),
+        half=(*_half(_CONTROL), "dit.control.patch_embed.*", "dit.control.outputs.*"),
+        full=_full(_CONTROL),
+        spans=_spans(config),
+    )
+
+
+def _position(config: InlConfig) -> dict[str, Axes]:
+    """Return the rotations of the positions of each axis, and the image of every row.
+
+    They come first, as the sizes of the other inputs follow from them.
+    """
+    quarter = config.dit.head_width // 4
+    return {
+        "row_turns": Axes(f"y {quarter} 2"),
+        "column_turns": Axes(f"x {quarter} 2"),
+        "rows": Axes("G", "int64"),
+    }
+
+
+def _added(config: InlConfig) -> dict[str, Axes]:
+    """Return what the control adds behind each of the first blocks."""
+    shape = Axes(f"G y x {config.dit.width}")
+    return {f"added_{i}": shape for i in range(config.control_depth)}
+
+
+def _spans(config: InlConfig) -> tuple[Span, ...]:
+    side = config.latent_side // config.dit.patch_size
+    return ({"y": side, "x": side},)
 
 
 def _blend(config: InlConfig) -> Stage:
@@ -139,7 +189,7 @@ def _blend(config: InlConfig) -> Stage:
 
 
 def _latent(config: InlConfig) -> Axes:
-    """A latent, its sides as patches and cells of a patch: every axis is free or fixed."""
+    """A latent, each side as patches and cells of one, so that every axis is free or fixed."""
     size = config.dit.patch_size
     return Axes(f"B {config.vae.latent_channels} y {size} x {size}")
 

@@ -1,25 +1,26 @@
-"""Small models of the family `inl_diffusion`, of random weights that all matter."""
+"""Small untrained models of the family."""
 
 import dataclasses
 
 import torch
 
-from nsp.data.sources import ImageSource, Sample
-from nsp.families.inl_diffusion.config import SIZES, TextKind
+from nsp.families.inl_diffusion.config import SIZES, InlConfig
 from nsp.families.inl_diffusion.learn import InlLearner
-from nsp.families.inl_diffusion.model import open_gates
 from nsp.families.inl_diffusion.system import InlSystem
-from nsp.text.parts import TextEncoderSettings
 
-CAPTIONS = ("red apple", "green apple on a table", "smiling cat with heart-eyes")
-SOURCE = ImageSource(tuple(Sample(name=c, captions=(c,), class_id=None) for c in CAPTIONS), (), ())
+TINY = SIZES["tiny"]
 
 
-def new_tiny_system(text: TextKind = "clip") -> InlSystem:
-    """Return a system of the size "tiny" whose prompts are read by an encoder of this kind."""
-    config = dataclasses.replace(SIZES["tiny"], text=text)
-    torch.manual_seed(0)
-    encoder = TextEncoderSettings(vocab_size=560, depth=1, num_heads=2)
-    system = InlLearner().new_system(config, encoder, SOURCE)
-    open_gates(system.dit)
-    return system.eval()
+def new_system(config: InlConfig = TINY, seed: int = 0) -> InlSystem:
+    """Return a system in which all weights matter."""
+    torch.manual_seed(seed)
+    return InlLearner().untrained(config).eval()
+
+
+def with_control(base: InlSystem) -> InlSystem:
+    """Return the same model with an untrained control."""
+    config = dataclasses.replace(base.config, control_depth=1)
+    system = new_system(config)
+    system.load_state_dict(base.state_dict(), strict=False)
+    system.dit.control.begin(system.dit)
+    return system

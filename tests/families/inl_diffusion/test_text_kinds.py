@@ -1,5 +1,6 @@
 """Prompts are read by CLIP, T5 or a plain encoder of the model's own, kept in its checkpoint."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,15 @@ from nsp.families.inl_diffusion.system import InlSystem
 from nsp.pipeline.pipeline import Pipeline, load_pipeline
 from nsp.text.plain import PlainTextModel
 from nsp.training.whole_run import train
-from tests.families.inl_diffusion.models import new_tiny_system
+from tests.families.inl_diffusion.models import TINY, new_system
 from tests.training.pictures import write_pictures
 
 PROMPTS = ["red apple", "green apple"]
+
+
+def _reading(kind: TextKind) -> InlSystem:
+    """Return a small system whose prompts are read by an encoder of this kind."""
+    return new_system(dataclasses.replace(TINY, text=kind))
 
 
 def _image(pipeline: Pipeline) -> np.ndarray:
@@ -29,7 +35,7 @@ def _image(pipeline: Pipeline) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["clip", "t5", "plain"])
 def test_a_checkpoint_keeps_its_text_encoder(kind: TextKind, tmp_path: Path) -> None:
-    system = new_tiny_system(text=kind)
+    system = _reading(kind)
     save_checkpoint(tmp_path / "model", system, notes={})
     loaded = read_checkpoint(tmp_path / "model").load()
     for name, tensor in system.state_dict().items():
@@ -39,7 +45,7 @@ def test_a_checkpoint_keeps_its_text_encoder(kind: TextKind, tmp_path: Path) -> 
 
 
 def test_engines_read_prompts_as_the_plain_encoder_does(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "model", new_tiny_system(text="plain"), notes={})
+    save_checkpoint(tmp_path / "model", _reading("plain"), notes={})
     export(
         ExportOptions(
             checkpoint=str(tmp_path / "model"),
@@ -62,7 +68,10 @@ def test_a_new_plain_encoder_learns_with_its_transformer(tmp_path: Path) -> None
 
 
 def test_an_encoder_of_another_width_is_refused() -> None:
-    one, other = new_tiny_system(text="plain"), new_tiny_system(text="clip")
+    one, other = (
+        _reading("plain"),
+        _reading("clip"),
+    )
     narrow = one.config.from_dict(
         {**one.config.to_dict(), "dit": {**one.config.dit.to_dict(), "context_width": 12}}
     )
@@ -74,6 +83,6 @@ def test_an_encoder_of_another_width_is_refused() -> None:
         InlSystem(
             other.config, text_encoder=one.text_encoder, prompt_tokenizer=other.prompt_tokenizer
         )
-    t5 = new_tiny_system(text="t5")
+    t5 = _reading("t5")
     with pytest.raises(ConfigError, match="with an encoder of kind t5"):
         InlSystem(t5.config, text_encoder=one.text_encoder, prompt_tokenizer=one.prompt_tokenizer)
