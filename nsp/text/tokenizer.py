@@ -152,6 +152,13 @@ class PromptTokenizer:
             padding_side=found.padding_side,
         )
 
+    def reads_as(self, other: "PromptTokenizer") -> bool:
+        """Return whether another tokenizer has the same tokens; it may pad with another one."""
+        same = (self.max_tokens, self.bos_id, self.eos_id, self._padding_side)
+        return self._tokenizer.get_vocab() == other._tokenizer.get_vocab() and same == (
+            *(other.max_tokens, other.bos_id, other.eos_id, other._padding_side),
+        )
+
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as transformers reads them too."""
         root = Path(folder)

@@ -17,7 +17,11 @@ def build_stages(system: InlSystem) -> Mapping[str, nn.Module]:
     found: dict[str, nn.Module] = {
         "text_encoder": text_stage(system.config.text, system.text_encoder),
         "condition": ConditionStage(system),
-        "modulation": ModulationStage(system),
+        "modulation": (
+            SummaryModulationStage(system)
+            if system.config.dit.pooled_width
+            else ModulationStage(system)
+        ),
         **({"control": ControlStage(system)} if system.config.control_depth else {}),
         "denoise": DenoiseStage(system),
         "blend": BlendStage(),
@@ -50,6 +54,19 @@ class ModulationStage(nn.Module):
     def forward(self, timestep_S: Tensor) -> tuple[Tensor]:
         """Return modulation (S, M)."""
         return (self.dit.modulation(timestep_S),)
+
+
+class SummaryModulationStage(nn.Module):
+    """One timestep and the prompts' summaries -> modulation of every row."""
+
+    def __init__(self, system: InlSystem) -> None:
+        super().__init__()
+        self.dit = system.dit
+
+    def forward(self, timestep_1: Tensor, states_NTW: Tensor, prompts_G: Tensor) -> tuple[Tensor]:
+        """Return modulation (G, M)."""
+        states = torch.cat([states_NTW, self.dit.null_embedding]).index_select(0, prompts_G)
+        return (self.dit.modulation(timestep_1, states),)
 
 
 class DenoiseStage(nn.Module):
