@@ -154,10 +154,10 @@ class PromptTokenizer:
 
     def reads_as(self, other: "PromptTokenizer") -> bool:
         """Return whether another tokenizer has the same tokens; it may pad with another one."""
-        same = (self.max_tokens, self.bos_id, self.eos_id, self._padding_side)
-        return self._tokenizer.get_vocab() == other._tokenizer.get_vocab() and same == (
-            *(other.max_tokens, other.bos_id, other.eos_id, other._padding_side),
+        own, its = (
+            (each.max_tokens, each.bos_id, each.eos_id, each.padding_side) for each in (self, other)
         )
+        return own == its and self._tokenizer.get_vocab() == other._tokenizer.get_vocab()
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as transformers reads them too."""
