@@ -132,7 +132,8 @@ class Step:
     total: int
     unit: Unit
     latent: Array | None  # decodes to a picture; None in the middle of one
-    # "tokens" (B, L), and "logits" (B, L, V) for a trace; each as its parts along L.
+    # "tokens" (B, L), and "logits" (B, L, V) for a trace; each as its parts along L. A family may
+    # have further results, images first.
     drawn: Mapping[str, tuple[Array, ...]] = field(default_factory=dict)
 
 

@@ -26,6 +26,14 @@ class Settings(TypedDict, total=False):
     target_size: int | None
     initial_size: int | None
     scale_factor: int | None
+    num_inference_steps: int
+    sampler: str
+    eta: float
+    guidance_rescale: float
+    guidance_start: float
+    guidance_end: float
+    size: int | None
+    strength: float
 
 
 class Requested(Settings, total=False):
@@ -35,6 +43,9 @@ class Requested(Settings, total=False):
     gumbel: NDArray[np.float32] | None
     forced_tokens: NDArray[np.int64] | None
     noise: NDArray[np.float32] | None
+    init_image: NDArray[np.float32] | None
+    mask_image: NDArray[np.float32] | None
+    control_image: NDArray[np.float32] | None
 
 
 class LoadOptions(TypedDict, total=False):

@@ -106,12 +106,12 @@ class StreamStep:
     @property
     def tokens(self) -> NDArray[np.int64]:
         """Sampled tokens (B, L_s); ConfigError for a family that draws no tokens."""
-        return self._drawn("tokens")
+        return self.result("tokens")
 
     @property
     def logits(self) -> NDArray[np.float32]:
         """Guided logits (B, L_s, V); ConfigError for a family that draws no tokens."""
-        return self._drawn("logits")
+        return self.result("logits")
 
     @property
     def latent(self) -> NDArray[np.float32]:
@@ -125,10 +125,16 @@ class StreamStep:
         """
         return self._pipeline.decode(self._whole(), clipped=clipped)
 
-    def _drawn(self, name: str) -> NDArray[Any]:
+    def result(self, name: str) -> NDArray[Any]:
+        """Return a further result of the step, images first, under its family's name for it.
+
+        Raises ConfigError for one that the step does not have, naming those that it has.
+        """
         if name not in self._step.drawn:
+            others = [f'result("{each}")' for each in self._step.drawn]
             raise ConfigError(
-                f"family {self._pipeline.family.name} has no {name} in this step; use `latent`"
+                f"family {self._pipeline.family.name} has no {name} in this step; use "
+                f"{' or '.join(['`latent`', *others])}"
             )
         return joined(self._pipeline.download, self._step.drawn[name])
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from nsp.families.next_scale.config import SIZES as GROWING
-from nsp.families.var.config import SIZES as SCALES
 from nsp.family.registry import BUILT_IN, family
 from nsp.pipeline.keywords import Requested, Settings
 
@@ -22,7 +20,8 @@ def test_the_settings_are_those_of_the_built_in_families() -> None:
 
 
 def test_the_arrays_are_those_that_their_orders_carry() -> None:
-    carried = {*family("var").given(SCALES["tiny"]), *family("next_scale").given(GROWING["tiny"])}
+    owners = [family(name) for name in BUILT_IN]
+    carried = {name for owner in owners for name in owner.given(owner.sizes["tiny"])}
     assert typing.get_type_hints(Requested).keys() - typing.get_type_hints(Settings).keys() == (
         carried
     )

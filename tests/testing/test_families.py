@@ -1,10 +1,12 @@
 """Every family that comes with nsp passes the conformance suite."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nsp.benchmarks.contest import measure as bench
+from nsp.benchmarks.contest.steps import group_steps
 from nsp.benchmarks.options import QUICK, BenchOptions
 from nsp.family.gate import Tokens
 from nsp.family.registry import BUILT_IN, family
@@ -40,8 +42,9 @@ def test_its_engines_are_timed_beside_pytorch(
     assert {row.name for row in batch.rows[:-2]} <= {*made.declared}
     assert all(row.speedup for row in batch.rows)
     assert result.model.num_tokens == sum(side**2 for side in result.model.schedule)
-    sides = result.model.schedule  # a model of one grid draws it row by row
-    assert len(batch.step_rows) == (len(sides) if len(sides) > 1 else sides[0])
+    usual = replace(made.orders[0], sampling=made.pipeline.sampling)
+    kinds = [(step.unit, step.latent is not None) for step in made.pipeline.run([usual])]
+    assert len(batch.step_rows) == len(group_steps(kinds, made.family.grids(made.config)))
     assert batch.loop is not None
     gates = [stage.gate for stage in made.declared.values()]
     parity, draws_tokens = result.parity, any(isinstance(gate, Tokens) for gate in gates)

@@ -57,8 +57,8 @@ class InlDiffusion(Family[InlConfig, InlSampling, "InlSystem"]):
         return "prompt"
 
     def grids(self, config: InlConfig) -> Sequence[tuple[int, int]]:
-        """Return the one grid of latents."""
-        return [(config.latent_side, config.latent_side)]
+        """Return the grid of every size of picture."""
+        return [(side, side) for side in config.sides]
 
     def stages(self, config: InlConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""

@@ -121,6 +121,7 @@ class InlConfig(ModelConfig):
     """One model."""
 
     latent_side: int = 32  # of the latents it is trained on
+    other_sides: tuple[int, ...] = ()  # of further ones, for pictures of other sizes
     vae: VaeConfig = VaeConfig()
     dit: DitConfig = DitConfig()
     noise: Noise = _PLAIN_NOISE
@@ -131,14 +132,25 @@ class InlConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         """Check that latents divide into patches, and the number of control blocks."""
+        self.check_counts("model", "latent_side", most=_MOST_PIXELS)
+        if self.other_sides:
+            self.check_counts("model", "other_sides", most=_MOST_PIXELS)
+        if len({*self.sides}) != len(self.sides):
+            raise ConfigError(f"latent_side {self.latent_side} and other_sides repeat a side")
         self.check_counts("model", "control_depth", least=0, most=self.dit.depth)
-        if self.latent_side % self.dit.patch_size:
-            raise ConfigError(
-                f"latent_side {self.latent_side} must be a multiple of patch_size "
-                f"{self.dit.patch_size}"
-            )
+        for side in self.sides:
+            if side % self.dit.patch_size:
+                raise ConfigError(
+                    f"latents of {side} cells a side must divide into patches of "
+                    f"{self.dit.patch_size}"
+                )
         if not 0 < self.image_size_px <= _MOST_PIXELS:
             raise ConfigError(f"pictures of {self.image_size_px} px; at most {_MOST_PIXELS}")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of all latents, that of `image_size_px` last."""
+        return (*self.other_sides, self.latent_side)
 
     @property
     def image_size_px(self) -> int:

@@ -61,13 +61,14 @@ def given(config: InlConfig) -> Mapping[str, Given]:
     }
 
 
-def latent_shape(config: InlConfig) -> Shape:
-    """Return the shape of one image's latent."""
-    return (config.vae.latent_channels, config.latent_side, config.latent_side)
+def latent_shape(config: InlConfig, side: int | None = None) -> Shape:
+    """Return the shape of one image's latent, of the usual side or of another."""
+    side = side or config.latent_side
+    return (config.vae.latent_channels, side, side)
 
 
 def batch_key(config: InlConfig, order: Order[InlSampling]) -> Hashable:
-    """Return the steps and whether they are guided; guidance itself is a number per row."""
+    """Return the size, the steps and whether they are guided; guidance is a number per row."""
     sampling = order.sampling
     if order.condition is None and config.null_condition == "empty_prompt":
         raise ConfigError('this model has no learned null condition; give the prompt "" instead')
@@ -83,20 +84,25 @@ def batch_key(config: InlConfig, order: Order[InlSampling]) -> Hashable:
                 f"strength={sampling.strength:g} says how much of init_image to change; give that, "
                 "or leave strength at 1"
             )
+    side = sampling.side(config)
+    if order.given and side != config.latent_side:
+        raise ConfigError(
+            f"{next(iter(order.given))} is for pictures of {config.image_size_px} px; omit size"
+        )
     steps = sampling.table(config.noise)
-    return (sampling.is_guided, tuple(steps.timesteps), steps.draws_noise)
+    return (side, sampling.is_guided, tuple(steps.timesteps), steps.draws_noise)
 
 
 def loop_inputs(config: InlConfig, orders: Orders, text: Encoded | None) -> dict[str, NDArray[Any]]:
     """Return all inputs of the loop from the host; names end with the number of their step."""
     batch, guided = len(orders), orders[0].sampling.is_guided
     tables = [order.sampling.table(config.noise) for order in orders]
-    num_steps, shape = len(tables[0].timesteps), latent_shape(config)
+    num_steps, side = len(tables[0].timesteps), orders[0].sampling.side(config)
+    shape = latent_shape(config, side)
     images = np.arange(batch, dtype=np.int64)
     latent = stacked(orders, "noise", lambda o: stream(o.seed).standard_normal(shape, np.float32))
     scale = np.array([each.start_scale for each in tables], np.float32).reshape(-1, 1, 1, 1)
-    cells = config.latent_side // config.dit.patch_size
-    turns = axis_turns(cells, config.dit.head_width)
+    turns = axis_turns(side // config.dit.patch_size, config.dit.head_width)
     guidance = np.array([order.sampling.guidance(num_steps) for order in orders], np.float32)
     inputs: dict[str, NDArray[Any]] = {
         **_prompt_inputs(config, orders, text),
@@ -194,7 +200,8 @@ def _modulation(
 def denoise(backend: Backend, config: InlConfig, inputs: Mapping[str, Array]) -> Iterator[Step]:
     """Yield one Step per timestep; the pictures in between are what the model expects.
 
-    The last one is the latent that the sampler ends with.
+    The last one is the latent that the sampler ends with. Every step also has the mean gate (B, y,
+    x) of all integrators, in [0, 1]: how much of its refinement each patch takes.
     """
     total = inputs["timestep"].shape[0]
     prompts = {name: inputs[name] for name in ("text_states", "prompts")}
@@ -241,4 +248,4 @@ def denoise(backend: Backend, config: InlConfig, inputs: Mapping[str, Array]) ->
             feeds = {"latent": latent, "mask": inputs[MASK], "level": inputs[f"level_{step}"]}
             latent = backend.run("blend", {**feeds, **kept})["new_latent"]
         shown = latent if step == total - 1 else made["x0"].reshape(whole)
-        yield Step(step, total, "timestep", shown)
+        yield Step(step, total, "timestep", shown, {"gate": (made["gate"],)})

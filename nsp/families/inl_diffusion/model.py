@@ -249,8 +249,6 @@ class InlControl(nn.Module):
 class InlDit(nn.Module):
     """The whole transformer."""
 
-    rotary: Tensor
-
     def __init__(self, config: InlConfig) -> None:
         super().__init__()
         dit, self.config = config.dit, config
@@ -263,8 +261,13 @@ class InlDit(nn.Module):
             self.pooled_embed = nn.Linear(dit.pooled_width, dit.width)
         if config.control_depth:
             self.control = InlControl(config)
-        side = config.latent_side // dit.patch_size
-        self.register_buffer("rotary", grid_rotary(side, dit.head_width), persistent=False)
+        for side in config.sides:
+            table = grid_rotary(side // dit.patch_size, dit.head_width)
+            self.register_buffer(f"rotary_{side}", table, persistent=False)
+
+    def rotary(self, side: int) -> Tensor:
+        """Return the rotations (N, K/2, 2) of the patches of latents with this side."""
+        return self.get_buffer(f"rotary_{side}")
 
     def read(self, context_NTW: Tensor) -> list[KeyValue]:
         """Return the keys and values of text states in every block, then in every control block."""
@@ -358,11 +361,12 @@ class InlDit(nn.Module):
     ) -> Tensor:
         """Return the prediction (B, C, h, w), as in training."""
         modulation, texts = self.modulation(timestep_B, context_BTW), self.read(context_BTW)
+        rotary = self.rotary(latent_BChw.shape[-1])
         own, others = texts[: len(self.blocks)], texts[len(self.blocks) :]
         added: list[Tensor] = []
         if control_BChw is not None:
-            added = self.controlled(latent_BChw, control_BChw, modulation, others, self.rotary)
-        prediction, _ = self.predict(latent_BChw, modulation, own, self.rotary, added)
+            added = self.controlled(latent_BChw, control_BChw, modulation, others, rotary)
+        prediction, _ = self.predict(latent_BChw, modulation, own, rotary, added)
         return prediction
 
 

@@ -7,6 +7,7 @@ from nsp import values
 from nsp.diffusion.noise import Noise
 from nsp.diffusion.samplers import SAMPLERS, Sampler, Table, table
 from nsp.errors import ConfigError
+from nsp.families.inl_diffusion.config import InlConfig
 from nsp.family.order import Sampling
 
 _LARGE = 1e6  # far from any use; beyond it float32 overflows
@@ -34,6 +35,9 @@ class InlSampling(Sampling):
     guidance_end: float = field(
         default=1.0, metadata={"help": "Share of the steps after which guidance ends."}
     )
+    size: int | None = field(
+        default=None, metadata={"help": "Side of the picture in pixels, one of the model's."}
+    )
     strength: float = field(
         default=1.0, metadata={"help": "How much of --init-image is changed, above 0 to 1."}
     )
@@ -45,6 +49,8 @@ class InlSampling(Sampling):
         for name in ("eta", "guidance_rescale", "guidance_start", "guidance_end", "strength"):
             values.real(name, getattr(self, name), least=0, most=1)
         values.real("guidance_scale", self.guidance_scale, least=0, most=_LARGE)
+        if self.size is not None:
+            values.count("size", self.size)
         if self.strength == 0:
             raise ConfigError("strength must be above 0: with 0 nothing is drawn")
         if self.guidance_start >= self.guidance_end:
@@ -52,6 +58,18 @@ class InlSampling(Sampling):
                 f"guidance_start={self.guidance_start:g} must be below "
                 f"guidance_end={self.guidance_end:g}; guidance_scale=1 turns guidance off"
             )
+
+    def side(self, config: InlConfig) -> int:
+        """Return the side of the latent; ConfigError for a size that the model does not have."""
+        sizes = [side * config.vae.downsampling for side in config.sides]
+        if self.size is None:
+            return config.latent_side
+        if self.size not in sizes:
+            raise ConfigError(
+                f"size={self.size} is requested, but this model makes pictures of "
+                f"{', '.join(map(str, sizes))} px"
+            )
+        return config.sides[sizes.index(self.size)]
 
     @property
     def is_guided(self) -> bool:

@@ -182,13 +182,18 @@ def _added(config: InlConfig) -> dict[str, Axes]:
 
 
 def _spans(config: InlConfig) -> tuple[Span, ...]:
-    side = config.latent_side // config.dit.patch_size
-    return ({"y": side, "x": side},)
+    """Return the grids of patches, one for each size of picture."""
+    counts = [side // config.dit.patch_size for side in config.sides]
+    return tuple({"y": count, "x": count} for count in counts)
+
+
+def _cells(config: InlConfig) -> tuple[Span, ...]:
+    """Return the grids of latents, one for each size of picture."""
+    return tuple({"h": side, "w": side} for side in config.sides)
 
 
 def _blend(config: InlConfig) -> Stage:
     """Keep a given picture outside of the mask, at the noise of the step that comes next."""
-    side = config.latent_side
     latent = Axes(f"B {config.vae.latent_channels} h w")
     inputs = {
         "latent": latent,
@@ -198,7 +203,7 @@ def _blend(config: InlConfig) -> Stage:
         "level": Axes("B 2"),  # of the kept picture, and of noise
     }
     io = StageIO(inputs, {"new_latent": latent})
-    return Stage(io=io, spans=({"h": side, "w": side},))
+    return Stage(io=io, spans=_cells(config))
 
 
 def _latent(config: InlConfig) -> Axes:
@@ -209,13 +214,13 @@ def _latent(config: InlConfig) -> Axes:
 
 def _decoder(config: InlConfig) -> Stage:
     """A latent -> pixels."""
-    channels, pixels, side = config.vae.latent_channels, config.vae.downsampling, config.latent_side
+    channels, pixels = config.vae.latent_channels, config.vae.downsampling
     io = StageIO(
         {"latent": Axes(f"B {channels} h w")},
         {"image": Axes(f"B 3 {pixels}*h {pixels}*w")},  # in [0, 1]
     )
     half, full = _vae_weights("decoder")
-    return Stage(io=io, half=half, full=full, spans=({"h": side, "w": side},), gate=Psnr("image"))
+    return Stage(io=io, half=half, full=full, spans=_cells(config), gate=Psnr("image"))
 
 
 def _encoder(config: InlConfig) -> Stage:

@@ -49,12 +49,12 @@ def test_its_parts_are_those_of_the_public_one(dit: InlDit) -> None:
     x = dit.patch_embed(io["latent"])
     _close(x, probe["patch_embed"], _DIT)
     _close(dit.t_embed(io["timestep"]), probe["t_emb"], _DIT)
-    _close(dit.rotary, torch.stack([probe["rope_cos"], probe["rope_sin"]], -1), _DIT)
+    _close(dit.rotary(8), torch.stack([probe["rope_cos"], probe["rope_sin"]], -1), _DIT)
     block = dit.blocks[0]
     found, gate = block(
         x,
         dit.modulation(io["timestep"])[:, : 6 * dit.config.dit.width],
-        dit.rotary,
+        dit.rotary(8),
         dit.read(io["context"])[0],
     )
     _close(found, probe["block0.out"], _DIT)

@@ -1,5 +1,6 @@
 """Pictures that an order may have: to change, to change in a part, to follow."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from nsp.families.inl_diffusion.sampling import InlSampling
 from nsp.family.order import Order
 from nsp.family.registry import family
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
-from tests.families.inl_diffusion.models import new_system, with_control
+from tests.families.inl_diffusion.models import TINY, new_system, with_control
 
 _SIDE = 8
 _FEW = InlSampling(num_inference_steps=4, guidance_scale=2.0)
@@ -108,3 +109,26 @@ def test_a_control_that_learnt_something_changes_the_picture() -> None:
     assert not np.allclose(one, other, atol=1e-3)
     with pytest.raises(ConfigError, match="follows a control picture: give control_image"):
         _latent(pipe, {})
+
+
+def test_one_model_makes_pictures_of_its_sizes() -> None:
+    config = dataclasses.replace(TINY, other_sides=(8,))
+    pipe = torch_pipeline(family("inl_diffusion"), new_system(config), device="cpu")
+    orders = [Order("red apple", 3, _FEW.changed({"size": size})) for size in (8, 16, None)]
+    sides = [pipe.trace([order]).image.shape[-1] for order in orders]
+    assert sides == [8, 16, 8]
+    with pytest.raises(ConfigError, match="this model makes pictures of 16, 8 px"):
+        pipe.trace([Order("red apple", 3, _FEW.changed({"size": 12}))])
+    other = Order("red apple", 3, _FEW.changed({"size": 16}), given={INIT: _PICTURE})
+    with pytest.raises(ConfigError, match="init_image is for pictures of 8 px; omit size"):
+        pipe.trace([other])
+
+
+def test_every_step_tells_how_much_each_patch_is_refined(pipe: Pipeline) -> None:
+    steps = list(pipe.stream(prompts=["red apple", "pear"], num_inference_steps=3))
+    maps = np.stack([step.result("gate") for step in steps])
+    assert maps.shape == (3, 2, 2, 2)
+    assert ((maps > 0) & (maps < 1)).all()
+    assert maps.std() > 0
+    with pytest.raises(ConfigError, match=r'has no tokens in this step; .* or result\("gate"\)'):
+        _ = steps[0].tokens
