@@ -201,6 +201,16 @@ def is_checkpoint(folder: Path) -> bool:
     return sniff(folder / CONFIG_NAME).kind not in ("missing", "folder", "special", "link loop")
 
 
+def check_folder_to_write(folder: Path) -> None:
+    """Raise ConfigError for an --output-dir that is a file, or holds something of the user's."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another --output-dir")
+    if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint(folder):
+        raise ConfigError(
+            f"{folder} is not empty and not a checkpoint; choose another --output-dir"
+        )
+
+
 def read_checkpoint(folder: Path, *, verify: bool = True) -> CheckpointRecord:
     """Return the record of a checkpoint folder; with `verify` its digests are checked.
 

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 from nsp.errors import CheckpointError
 from nsp.family.contract import AnyFamily
 from nsp.family.system import System
+from nsp.text.clip_pair import CLIP_PAIR_TYPE
+from nsp.text.clip_pair_folder import load_clip_pair
 from nsp.text.encoder import load_text_encoder
+from nsp.text.plain import PLAIN_MODEL_TYPE
+from nsp.text.plain_folder import load_plain
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.weights.module_weights import bounded_by_files, load_weights
 from nsp.weights.weight_files import listed_in, read_settings
@@ -54,4 +58,8 @@ def load_text_model(folder: Path, *, listed: Collection[str] | None = None) -> "
         from nsp.text.t5 import load_t5
 
         return load_t5(folder, listed=listed)
+    if kind == CLIP_PAIR_TYPE:
+        return load_clip_pair(folder, listed=listed)
+    if kind == PLAIN_MODEL_TYPE:
+        return load_plain(folder, listed=listed)
     return load_text_encoder(folder, listed=listed)

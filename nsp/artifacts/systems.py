@@ -2,7 +2,7 @@
 
 config.json      {"family": ..., "config": {...}, ...}
 PART/            model.safetensors, for every part the family names ("predictor", "vae")
-text_encoder/    a CLIPTextModel or T5EncoderModel folder (models that read prompts)
+text_encoder/    CLIP, T5 or a plain encoder (models that read prompts)
 tokenizer/       its prompt tokenizer
 """
 

@@ -1,6 +1,7 @@
 """`nsp convert` makes a checkpoint folder; `nsp inspect` and `nsp doctor` show what exists."""
 
 import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -18,25 +19,21 @@ class ConvertVerb(Verb):
         """Return the verb's own parameters, and the files of all families."""
         from nsp.family.registry import family, family_names
 
-        helps: dict[str, dict[str, list[str]]] = {}  # file -> text -> families that say so
-        for name in family_names():
-            for file, text in family(name).published.items():
-                helps.setdefault(file, {}).setdefault(text, []).append(name)
-        files = (
-            click.Option(
-                [f"--{file}"],
-                type=FILE,
-                help=" ".join(f"{text} ({', '.join(names)})" for text, names in texts.items()),
-            )
-            for file, texts in helps.items()
-        )
-        folders = {
-            name: text
-            for each in family_names()
-            for name, text in family(each).published_folders.items()
-        }
-        more = (click.Option([f"--{name}"], type=FOLDER, help=folders[name]) for name in folders)
+        families = {name: family(name) for name in family_names()}
+        files = _options({n: each.published for n, each in families.items()}, FILE)
+        more = _options({n: each.published_folders for n, each in families.items()}, FOLDER)
         return [*super().get_params(ctx), *files, *more]
+
+
+def _options(texts: Mapping[str, Mapping[str, str]], kind: click.Path) -> Iterator[click.Option]:
+    """Yield an option for every file; its help says what it is for each family."""
+    helps: dict[str, dict[str, list[str]]] = {}  # file -> text -> families that say so
+    for name, files in texts.items():
+        for file, text in files.items():
+            helps.setdefault(file, {}).setdefault(text, []).append(name)
+    for file, found in helps.items():
+        words = " ".join(f"{text} ({', '.join(names)})" for text, names in found.items())
+        yield click.Option([f"--{file}"], type=kind, help=words)
 
 
 @click.command(cls=ConvertVerb)

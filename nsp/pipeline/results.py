@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nsp import values
 from nsp.errors import ConfigError
 from nsp.family.contract import AnyFamily
 from nsp.family.order import Step
+from nsp.files import name_failed_write
 from nsp.stage.arena import Array
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL.Image import Image
 
 
@@ -60,6 +64,23 @@ class PipelineOutput:
     def __repr__(self) -> str:
         """Return a description without the pixels."""
         return f"PipelineOutput({len(self.images)} images, seeds={list(self.seeds)})"
+
+    def save(self, path: "str | Path") -> None:
+        """Write the picture to a file; several to files with numbers: "out_0.png", "out_1.png".
+
+        Raises ConfigError for images that are not pictures (`output_type`) and for an ending that
+        is no format, OSError if the file cannot be written.
+        """
+        if not isinstance(self.images, list):
+            raise ConfigError('only pictures can be saved; use output_type="pil"')
+        whole, several = values.path("path", path), len(self.images) > 1
+        for number, picture in enumerate(self.images):
+            place = whole.with_stem(f"{whole.stem}_{number}") if several else whole
+            try:
+                with name_failed_write(place):
+                    picture.save(place)
+            except ValueError as error:  # of a name whose ending is no format
+                raise ConfigError(f"{place} cannot be saved ({error}); use .png") from error
 
     def _repr_png_(self) -> bytes | None:
         """Return all pictures side by side, for notebooks; None for latents."""

@@ -26,9 +26,13 @@ from nsp.weights.state_names import plain_names, what_it_is
 from nsp.weights.weight_files import find_weights, give_usual_mode, read_safetensors, read_settings
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5EncoderModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 
-    TextModel: TypeAlias = CLIPTextModel | T5EncoderModel  # of any family
+    from nsp.text.clip_pair import ClipPair
+    from nsp.text.plain import PlainTextModel
+
+    # Of any family.
+    TextModel: TypeAlias = CLIPTextModel | T5EncoderModel | PlainTextModel | ClipPair
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +163,13 @@ def load_text_encoder(
     state: dict[str, Tensor] = {}
     for path in find_weights(root, ("model",), what="encoder", listed=listed):
         state |= read_safetensors(path)
-    state = plain_names(state, root)
+    return clip_model(config, plain_names(state, root), root)
+
+
+def clip_model(
+    config: "CLIPTextConfig", state: Mapping[str, Tensor], root: Path
+) -> "CLIPTextModel":
+    """Return the text encoder with these weights; `root` is where they lie, for errors."""
     transformers = import_transformers()
     check_weights(
         lambda: transformers.CLIPTextModel(config).state_dict(),
@@ -185,6 +195,11 @@ def _read_config(root: Path) -> "CLIPTextConfig":
     values = read_encoder_config(root, TEXT_MODEL_TYPES, kind="CLIP")
     if values["model_type"] == "clip":
         values = values.get("text_config", {})
+    return clip_config(values, root)
+
+
+def clip_config(values: object, root: Path) -> "CLIPTextConfig":
+    """Return the configuration with these values; `root` is where they lie, for errors."""
     if not isinstance(values, Mapping):
         raise cannot_load(root, ConfigError(f"text_config is {shown(values)}"))
     read = {name: values[name] for name in _READ if name in values}
@@ -306,8 +321,13 @@ def check_text_parts(
         )
 
 
-def save_text_encoder(model: "PreTrainedModel", folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`; transformers can read the folder too."""
+def clip_values(config: "CLIPTextConfig") -> dict[str, Any]:
+    """Return the values that `clip_config` reads, JSON-ready."""
+    return {name: getattr(config, name) for name in _READ}
+
+
+def save_text_encoder(model: "TextModel", folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`; transformers can read CLIP and T5, too."""
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:

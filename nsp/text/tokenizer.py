@@ -152,6 +152,13 @@ class PromptTokenizer:
             padding_side=found.padding_side,
         )
 
+    def reads_as(self, other: "PromptTokenizer") -> bool:
+        """Return whether another tokenizer has the same tokens; it may pad with another one."""
+        own, its = (
+            (each.max_tokens, each.bos_id, each.eos_id, each.padding_side) for each in (self, other)
+        )
+        return own == its and self._tokenizer.get_vocab() == other._tokenizer.get_vocab()
+
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as transformers reads them too."""
         root = Path(folder)

@@ -47,6 +47,19 @@ def test_output_types_are_pictures_arrays_and_latents(pipe: nsp.Pipeline) -> Non
         pipe("red apple", output_type="jpeg")
 
 
+def test_pictures_are_saved_several_with_numbers(pipe: nsp.Pipeline, tmp_path: Path) -> None:
+    pipe("red apple").save(tmp_path / "one.png")
+    pipe("red apple", num_images_per_prompt=2).save(str(tmp_path / "two.png"))
+    names = {"one.png", "two_0.png", "two_1.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    with pytest.raises(ConfigError, match='use output_type="pil"'):
+        pipe("red apple", output_type="np").save(tmp_path / "x.png")
+    with pytest.raises(ConfigError, match=r"x.shape cannot be saved .*; use .png"):
+        pipe("red apple").save(tmp_path / "x.shape")
+    with pytest.raises(OSError, match="nowhere"):
+        pipe("red apple").save(tmp_path / "nowhere" / "x.png")
+
+
 def test_the_callback_sees_every_step(pipe: nsp.Pipeline) -> None:
     seen: list[tuple[int, Any]] = []
 

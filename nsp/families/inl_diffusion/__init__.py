@@ -18,10 +18,23 @@ from nsp.family.order import Encoded, Given, Order, Step
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from nsp.families.inl_diffusion.quick_start import INLVAE, INLDiffusionPipeline, INLDiT
     from nsp.families.inl_diffusion.system import InlSystem
     from nsp.family.recipe import RunConfig
     from nsp.stage.arena import Array
     from nsp.stage.backend import Backend
+
+
+__all__ = ["INLVAE", "INLDiT", "INLDiffusionPipeline", "InlDiffusion"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the public package on its first use: it needs torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nsp.families.inl_diffusion import quick_start
+
+    return getattr(quick_start, name)
 
 
 class InlDiffusion(Family[InlConfig, InlSampling, "InlSystem"]):
@@ -32,6 +45,9 @@ class InlDiffusion(Family[InlConfig, InlSampling, "InlSystem"]):
     published: ClassVar[Mapping[str, str]] = {
         "tokenizer": "Weights of the autoencoder (vae_final.pt, or safetensors).",
         "predictor": "Weights of the transformer (dit_final.pt, or safetensors).",
+    }
+    published_folders: ClassVar[Mapping[str, str]] = {
+        "text-encoder": "CLIP or T5 folder, or the file of its own encoder beside tokenizer.json.",
     }
     draws_without_prompt: ClassVar[bool] = True
     config, sampling, sizes = InlConfig, InlSampling, SIZES
@@ -95,7 +111,7 @@ class InlDiffusion(Family[InlConfig, InlSampling, "InlSystem"]):
         """Write a checkpoint folder from published weights."""
         from nsp.families.inl_diffusion.published import convert
 
-        convert(files, config or {}, output_dir)
+        convert(files, config, output_dir)
 
     @property
     def learner(self) -> "Learner[InlConfig, InlSampling, InlSystem]":

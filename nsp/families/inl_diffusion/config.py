@@ -14,7 +14,7 @@ from nsp.errors import ConfigError
 
 # The neuron of the package's last version, the one its documentation describes, and the mixture.
 Integrator: TypeAlias = Literal["controlled", "scalar", "mixture"]
-TextKind: TypeAlias = Literal["clip", "t5"]
+TextKind: TypeAlias = Literal["clip", "t5", "plain", "clip_pair"]
 NullCondition: TypeAlias = Literal["learned", "empty_prompt"]
 
 _MOST_PIXELS = 4096
@@ -70,6 +70,9 @@ class DitConfig(Config):
     num_active_experts: int = 2
     context_width: int = 2048  # of the text states
     context_length: int = 77  # tokens of a prompt
+    # Of a prompt's summary, which the timestep embedding reads; 0: there is none. It stands in one
+    # more row behind a prompt's states.
+    pooled_width: int = 0
 
     def __post_init__(self) -> None:
         """Check that widths divide into heads and rotations."""
@@ -79,6 +82,7 @@ class DitConfig(Config):
             *("num_experts", "num_active_experts", "context_width", "context_length"),
             most=65_536,
         )
+        self.check_counts("dit", "pooled_width", least=0, most=self.context_width)
         self.check_reals("dit", "mlp_ratio", least=0.01, most=64)
         self.check_fractions("dit", "dropout")
         if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
@@ -95,6 +99,11 @@ class DitConfig(Config):
             raise ConfigError(
                 f"dit: {self.num_active_experts} of {self.num_experts} experts cannot be active"
             )
+
+    @property
+    def num_states(self) -> int:
+        """Rows that the text encoder makes of a prompt."""
+        return self.context_length + (self.pooled_width > 0)
 
     @property
     def head_width(self) -> int:

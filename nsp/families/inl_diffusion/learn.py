@@ -23,9 +23,12 @@ from nsp.families.inl_diffusion.objective import (
 )
 from nsp.families.inl_diffusion.sampling import InlSampling
 from nsp.families.inl_diffusion.system import InlSystem
+from nsp.families.inl_diffusion.text import pooled_width, text_width
 from nsp.family.contract import Learner
 from nsp.family.objective import Objective, TrainingData
+from nsp.text.clip_pair_folder import clip_pair_parts
 from nsp.text.parts import TextEncoderSettings, text_parts
+from nsp.text.plain_folder import plain_parts
 from nsp.text.t5 import t5_parts
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.latents import write_latents
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from nsp.data.dataset import ImageDataset
     from nsp.text.encoder import TextModel
 
+_READERS = {"clip": text_parts, "t5": t5_parts, "plain": plain_parts, "clip_pair": clip_pair_parts}
 _UNTRAINED_CAPTIONS = ("red apple", "two-hump camel", "smiling cat with heart-eyes")
 
 
@@ -64,10 +68,15 @@ class InlLearner(Learner[InlConfig, InlSampling, InlSystem]):
         tokenizer is trained on the captions of `source` and the encoder is new.
         """
         dit = config.dit
-        read = t5_parts if config.text == "t5" else text_parts
+        read = _READERS[config.text]
         tokenizer, encoder = read(text_encoder, dit.context_width, dit.context_length, source)
-        width = getattr(encoder.config, "d_model" if config.text == "t5" else "hidden_size")
-        dit = dataclasses.replace(dit, context_width=width, context_length=tokenizer.max_tokens)
+        width = text_width(config.text, encoder)
+        dit = dataclasses.replace(
+            dit,
+            context_width=width,
+            context_length=tokenizer.max_tokens,
+            pooled_width=pooled_width(config.text, encoder),
+        )
         config = dataclasses.replace(config, dit=dit)
         system = InlSystem(config, text_encoder=encoder, prompt_tokenizer=tokenizer)
         initialize(system.dit)

@@ -4,7 +4,7 @@ It does no arithmetic on tensors: every step is one run of `denoise`, whose numb
 sampler's table. The work depends on the names and shapes of the inputs alone.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,7 +128,7 @@ def _prompt_inputs(config: InlConfig, orders: Orders, text: Encoded | None) -> d
     """Return the encoded prompts, and which of them every row has; row N is the learned null."""
     batch, guided = len(orders), orders[0].sampling.is_guided
     if text is None:
-        shape = (batch, config.dit.context_length, config.dit.context_width)
+        shape = (batch, config.dit.num_states, config.dit.context_width)
         states = {"text_states": np.zeros(shape, np.float32)}
         null = np.full(batch, batch, np.int64)
     else:
@@ -182,6 +182,21 @@ def axis_turns(count: int, head_width: int) -> NDArray[np.float32]:
     return np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
 
 
+def _modulation(
+    backend: Backend, config: InlConfig, timestep_S: Array, prompts: Mapping[str, Array]
+) -> Callable[[int], Array]:
+    """Return a function that gives the modulation of a step.
+
+    That of all steps is computed at once, unless it depends on the rows' prompts, too.
+    """
+    if config.dit.pooled_width:
+        return lambda step: backend.run(
+            "modulation", {"timestep": timestep_S[step : step + 1], **prompts}
+        )["modulation"]
+    whole = backend.run("modulation", {"timestep": timestep_S})["modulation"]
+    return lambda step: whole[step : step + 1]
+
+
 def denoise(backend: Backend, config: InlConfig, inputs: Mapping[str, Array]) -> Iterator[Step]:
     """Yield one Step per timestep; the pictures in between are what the model expects.
 
@@ -191,7 +206,7 @@ def denoise(backend: Backend, config: InlConfig, inputs: Mapping[str, Array]) ->
     total = inputs["timestep"].shape[0]
     prompts = {name: inputs[name] for name in ("text_states", "prompts")}
     text = backend.run("condition", prompts)
-    modulation = backend.run("modulation", {"timestep": inputs["timestep"]})["modulation"]
+    modulation = _modulation(backend, config, inputs["timestep"], prompts)
     nothing, kept = inputs["nothing"], dict[str, Array]()
     latent = inputs["latent"]
     if INIT in inputs:
@@ -213,7 +228,7 @@ def denoise(backend: Backend, config: InlConfig, inputs: Mapping[str, Array]) ->
         shared = {
             **{name: inputs[name] for name in ("rows", "row_turns", "column_turns")},
             "coefficients": inputs[f"coefficients_{step}"],
-            "modulation": modulation[step : step + 1],
+            "modulation": modulation(step),
             "latent": latent.reshape(cells),
         }
         added = backend.run("control", {**shared, **control}) if control else {}

@@ -11,6 +11,7 @@ Source: github.com/Web3-League/inl-diffusion, inl_diffusion/models/inl_dit.py; P
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -26,6 +27,8 @@ from nsp.layers.rotary import grid_rotary, rotate_pairs
 
 _EPS = 1e-6
 _OPEN_STD = 0.2
+# Parameters: AdaLN-Zero, and what was added to the public form, which begins without effect.
+_ZERO_AT_FIRST = re.compile(r"adaLN_modulation|^final_layer\.linear\.|^pooled_embed\.")
 _FREQUENCY_BASE = 10_000.0
 
 
@@ -253,9 +256,9 @@ class InlDit(nn.Module):
         self.t_embed = TimestepEmbed(dit.width)
         self.blocks = nn.ModuleList(Block(dit) for _ in range(dit.depth))
         self.final_layer = FinalLayer(config)
-        self.null_embedding = nn.Parameter(
-            torch.randn(1, dit.context_length, dit.context_width) * 0.02
-        )
+        self.null_embedding = nn.Parameter(torch.randn(1, dit.num_states, dit.context_width) * 0.02)
+        if dit.pooled_width:
+            self.pooled_embed = nn.Linear(dit.pooled_width, dit.width)
         if config.control_depth:
             self.control = InlControl(config)
         for side in config.sides:
@@ -269,11 +272,20 @@ class InlDit(nn.Module):
     def read(self, context_NTW: Tensor) -> list[KeyValue]:
         """Return the keys and values of text states in every block, then in every control block."""
         blocks = [*self.blocks, *self.control_blocks]
+        if self.config.dit.pooled_width:
+            context_NTW = context_NTW[:, :-1]
         return [cast("Block", block).keys(context_NTW) for block in blocks]
 
-    def modulation(self, timestep_S: Tensor) -> Tensor:
-        """Return shifts, scales and gates (S, M) of all blocks and of the end, for timesteps."""
+    def modulation(self, timestep_S: Tensor, context_STW: Tensor | None = None) -> Tensor:
+        """Return shifts, scales and gates (S, M) of all blocks and of the end, for timesteps.
+
+        A model that reads summaries of prompts needs the text states, too. There may be one
+        timestep for all of them.
+        """
         embedded = self.t_embed(timestep_S)
+        if pooled := self.config.dit.pooled_width:
+            assert context_STW is not None
+            embedded = embedded + self.pooled_embed(context_STW[:, -1, :pooled])
         parts = [*self.blocks, *self.control_blocks, self.final_layer]
         return torch.cat(
             [cast("_Modulated", part).adaLN_modulation(embedded) for part in parts], -1
@@ -348,7 +360,7 @@ class InlDit(nn.Module):
         control_BChw: Tensor | None = None,
     ) -> Tensor:
         """Return the prediction (B, C, h, w), as in training."""
-        modulation, texts = self.modulation(timestep_B), self.read(context_BTW)
+        modulation, texts = self.modulation(timestep_B, context_BTW), self.read(context_BTW)
         rotary = self.rotary(latent_BChw.shape[-1])
         own, others = texts[: len(self.blocks)], texts[len(self.blocks) :]
         added: list[Tensor] = []
@@ -373,12 +385,12 @@ def initialize(dit: InlDit) -> None:
         if ".expert_w" in name:
             for expert in parameter:
                 nn.init.xavier_uniform_(expert)
-        if "adaLN_modulation" in name or name.startswith("final_layer.linear."):
+        if _ZERO_AT_FIRST.search(name):
             nn.init.zeros_(parameter)
 
 
 def open_gates(dit: InlDit) -> None:
     """Replace the zeros of an untrained transformer by small numbers, so that all of it matters."""
     for name, parameter in dit.named_parameters():
-        if "adaLN_modulation" in name or name.startswith("final_layer.linear."):
+        if _ZERO_AT_FIRST.search(name):
             nn.init.normal_(parameter, std=_OPEN_STD)

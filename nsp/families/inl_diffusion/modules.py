@@ -1,28 +1,27 @@
 """The stages of the family `inl_diffusion` as torch modules; axes as in stages.py."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from nsp.families.inl_diffusion.system import InlSystem
+from nsp.families.inl_diffusion.text import text_stage
 from nsp.layers.attention import KeyValue
 from nsp.layers.logits import apply_guidance
 from nsp.layers.rotary import joined_turns
-from nsp.text.encoder import TextEncoderStage
-from nsp.text.t5 import T5Stage
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, T5EncoderModel
 
 
 def build_stages(system: InlSystem) -> Mapping[str, nn.Module]:
     """Return the stages of `system`, sharing its weights."""
     found: dict[str, nn.Module] = {
-        "text_encoder": text_stage(system),
+        "text_encoder": text_stage(system.config.text, system.text_encoder),
         "condition": ConditionStage(system),
-        "modulation": ModulationStage(system),
+        "modulation": (
+            SummaryModulationStage(system)
+            if system.config.dit.pooled_width
+            else ModulationStage(system)
+        ),
         **({"control": ControlStage(system)} if system.config.control_depth else {}),
         "denoise": DenoiseStage(system),
         "blend": BlendStage(),
@@ -30,25 +29,6 @@ def build_stages(system: InlSystem) -> Mapping[str, nn.Module]:
         "encoder": EncoderStage(system),
     }
     return {name: stage.eval() for name, stage in found.items()}
-
-
-def text_stage(system: InlSystem) -> nn.Module:
-    """Return the stage that reads prompts."""
-    if system.config.text == "t5":
-        return T5Stage(cast("T5EncoderModel", system.text_encoder))
-    return ClipStates(system)
-
-
-class ClipStates(nn.Module):
-    """Prompts -> CLIP's states; what it pools is not used."""
-
-    def __init__(self, system: InlSystem) -> None:
-        super().__init__()
-        self.encoder = TextEncoderStage(cast("CLIPTextModel", system.text_encoder))
-
-    def forward(self, token_ids_NT: Tensor) -> tuple[Tensor]:
-        """Return text_states."""
-        return (self.encoder(token_ids_NT)[0],)
 
 
 class ConditionStage(nn.Module):
@@ -74,6 +54,19 @@ class ModulationStage(nn.Module):
     def forward(self, timestep_S: Tensor) -> tuple[Tensor]:
         """Return modulation (S, M)."""
         return (self.dit.modulation(timestep_S),)
+
+
+class SummaryModulationStage(nn.Module):
+    """One timestep and the prompts' summaries -> modulation of every row."""
+
+    def __init__(self, system: InlSystem) -> None:
+        super().__init__()
+        self.dit = system.dit
+
+    def forward(self, timestep_1: Tensor, states_NTW: Tensor, prompts_G: Tensor) -> tuple[Tensor]:
+        """Return modulation (G, M)."""
+        states = torch.cat([states_NTW, self.dit.null_embedding]).index_select(0, prompts_G)
+        return (self.dit.modulation(timestep_1, states),)
 
 
 class DenoiseStage(nn.Module):

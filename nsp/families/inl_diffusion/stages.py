@@ -21,6 +21,7 @@ _PRODUCTS = ("attn.*_proj.*", "mlp.*", "cross_attn.q_proj.*", "cross_attn.out_pr
 _INTEGRATOR = ("halt_gate.*", "refine.*", "controller.*", "router.*", "shared_expert.*", "expert_*")
 _MODULATION = (
     "dit.t_embed.*",
+    "dit.pooled_embed.*",
     f"{_ANY}.adaLN_modulation.*",
     "dit.final_layer.adaLN_modulation.*",
 )
@@ -71,7 +72,7 @@ def _text_encoder(config: InlConfig) -> Stage:
 
 
 def _states(config: InlConfig) -> Axes:
-    return Axes(f"N {config.dit.context_length} {config.dit.context_width}")
+    return Axes(f"N {config.dit.num_states} {config.dit.context_width}")
 
 
 def _text_keys(config: InlConfig, dtype: str, *, control: bool = False) -> dict[str, Axes]:
@@ -98,9 +99,21 @@ def _condition(config: InlConfig, dtype: str) -> Stage:
 
 
 def _modulation(config: InlConfig) -> Stage:
-    """Timesteps -> the shifts, scales and gates of all blocks."""
+    """Timesteps -> the shifts, scales and gates of all blocks.
+
+    Where they depend on the prompts, too, it is one timestep -> those of every row.
+    """
+    if config.dit.pooled_width:
+        prompts = {"text_states": _states(config), "prompts": Axes("G", "int64")}
+        io = StageIO({"timestep": Axes("1"), **prompts}, {"modulation": _modulations(config)})
+        return Stage(io=io, full=(*_MODULATION, "dit.null_embedding"))
     io = StageIO({"timestep": Axes("S")}, {"modulation": Axes(f"S {config.num_modulations}")})
     return Stage(io=io, full=_MODULATION, spans=({"S": (1, config.noise.num_timesteps)},))
+
+
+def _modulations(config: InlConfig) -> Axes:
+    """Return the modulation of one step: the same for all rows, unless it depends on prompts."""
+    return Axes(f"{'G' if config.dit.pooled_width else 1} {config.num_modulations}")
 
 
 def _denoise(config: InlConfig, dtype: str) -> Stage:
@@ -111,7 +124,7 @@ def _denoise(config: InlConfig, dtype: str) -> Stage:
         "guidance": Axes("B"),  # 1: off
         "rescale": Axes("B"),
         "coefficients": Axes(f"B {len(COLUMNS)}"),
-        "modulation": Axes(f"1 {config.num_modulations}"),
+        "modulation": _modulations(config),
         "latent": latent,
         "x0_1": latent,  # the pictures that the two steps before predicted
         "x0_2": latent,
@@ -136,7 +149,7 @@ def _control(config: InlConfig, dtype: str) -> Stage:
     inputs = {
         **_position(config),
         "coefficients": Axes(f"B {len(COLUMNS)}"),
-        "modulation": Axes(f"1 {config.num_modulations}"),
+        "modulation": _modulations(config),
         "latent": latent,
         "control": latent,
         **_text_keys(config, dtype, control=True),

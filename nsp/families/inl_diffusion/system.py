@@ -1,22 +1,19 @@
 """All trainable parts of one `inl_diffusion` model together, as in checkpoints."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nsp.errors import ConfigError
 from nsp.families.inl_diffusion.config import InlConfig
 from nsp.families.inl_diffusion.model import InlDit
+from nsp.families.inl_diffusion.text import check_fit, text_stage
 from nsp.families.inl_diffusion.vae import Vae
 from nsp.family.system import System
-from nsp.text.encoder import check_text_parts
 from nsp.text.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel
-
     from nsp.text.encoder import TextModel
 
 
@@ -35,20 +32,7 @@ class InlSystem(System):
         prompt_tokenizer: PromptTokenizer,
     ) -> None:
         super().__init__(config, text_encoder, prompt_tokenizer)
-        width, length = config.dit.context_width, config.dit.context_length
-        if config.text == "clip":
-            check_text_parts(
-                cast("CLIPTextModel", text_encoder),
-                prompt_tokenizer,
-                text_width=width,
-                max_tokens=length,
-            )
-        elif (text_encoder.config.d_model, prompt_tokenizer.max_tokens) != (width, length):
-            raise ConfigError(
-                f"text encoder of width {text_encoder.config.d_model} with "
-                f"{prompt_tokenizer.max_tokens} tokens does not fit the transformer, which reads "
-                f"{length} states of width {width}"
-            )
+        check_fit(config, text_encoder, prompt_tokenizer)
         self.vae, self.dit = Vae(config.vae), InlDit(config)
 
     def units(self) -> Sequence[nn.Module]:
@@ -57,13 +41,11 @@ class InlSystem(System):
 
     def context(self, token_ids_BT: Tensor, dropped_B: Tensor) -> Tensor:
         """Return text states (B, T, W); rows where `dropped_B` holds have the null condition."""
-        from nsp.families.inl_diffusion.modules import text_stage
-
         feeds = [token_ids_BT]
         if self.config.text == "t5":
             assert self.prompt_tokenizer is not None
             feeds.append((token_ids_BT != self.prompt_tokenizer.pad_id).long())
-        states: Tensor = text_stage(self)(*feeds)[0]
+        states: Tensor = text_stage(self.config.text, self.text_encoder)(*feeds)[0]
         if self.config.null_condition == "empty_prompt":
             return states  # prompts that are dropped were made empty before
         return torch.where(dropped_B[:, None, None], self.dit.null_embedding, states)

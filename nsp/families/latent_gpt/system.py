@@ -25,6 +25,7 @@ class LatentGptSystem(RasterSystem):
 
     family: ClassVar[str] = "latent_gpt"
     config: LatentGptConfig
+    text_encoder: "CLIPTextModel | None"
     gpt: Gpt
 
     def __init__(

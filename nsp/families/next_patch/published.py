@@ -8,15 +8,14 @@ github.com/FoundationVision/LlamaGen, autoregressive/models/gpt.py, tokenizer/to
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsp.artifacts.checkpoint import is_checkpoint
+from nsp.artifacts.checkpoint import check_folder_to_write, is_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.next_patch.config import GPT_SIZES, CaptionCondition, NextPatchConfig
@@ -26,6 +25,7 @@ from nsp.family.classes import ClassCondition
 from nsp.raster.vq import VqTokenizer
 from nsp.text.t5 import pretrained_t5
 from nsp.values import integer
+from nsp.weights.arguments import arguments_of, check_parts, contradiction, naming, renamed
 from nsp.weights.module_weights import bounded, compare_shapes, load_state, load_weights
 from nsp.weights.state_names import count_of, find_state, shape_of, what_it_is
 from nsp.weights.weight_files import read_tensor_file
@@ -89,12 +89,7 @@ def convert(
     naming a file that holds something else, or a missing, extra, misshapen or non-finite tensor;
     ConfigError for an argument that is unknown or contradicts the tensors.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"{output_dir} is a file; choose another --output-dir")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_checkpoint(output_dir):
-        raise ConfigError(
-            f"{output_dir} is not empty and not a checkpoint; choose another --output-dir"
-        )
+    check_folder_to_write(output_dir)
     vq_state = _read(tokenizer, "tokenizer", _TOKENIZER)
     gpt_state = _read(predictor, "predictor", _PREDICTOR)
     model = infer_config(vq_state, gpt_state, config or {}, tokenizer, predictor)
@@ -167,19 +162,12 @@ def infer_config(
 
     Errors name the files; they are as in `convert`.
     """
-    known = ("vq", "gpt", "grid")
-    others = [key for key in config if key not in known]
-    if others and not any(key in config for key in known):
-        raise ConfigError(f"--config: unknown key {others[0]!r}; known: {', '.join(known)}")
-    if others:
-        logger.warning(
-            "--config: only %s are used, not %s", ", ".join(known), ", ".join(map(str, others))
-        )
-    vq, gpt = _arguments(config, "vq"), _arguments(config, "gpt")
-    with _naming(tokenizer):
+    check_parts(config, ("vq", "gpt", "grid"))
+    vq, gpt = arguments_of(config, "vq"), arguments_of(config, "gpt")
+    with naming(tokenizer):
         vq_told = _vq_fields(vq_state)
-        vq_fields = vq_told | _renamed(vq, _VQ_ARGUMENTS, "vq", vq_told)
-    with _naming(predictor):
+        vq_fields = vq_told | renamed(vq, _VQ_ARGUMENTS, "vq", vq_told)
+    with naming(predictor):
         num_codes = shape_of(gpt_state, _PREDICTOR, 2)[0]
         if num_codes != vq_told["codebook_size"]:
             raise CheckpointError(
@@ -191,22 +179,6 @@ def infer_config(
         side = _grid_side(gpt_state, config, condition)
     values = {"grid_side": side, "vq": vq_fields, "gpt": gpt_fields}
     return NextPatchConfig.from_dict({**values, "condition": condition.to_dict()})
-
-
-def _arguments(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    found = config.get(part, {})
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"--config: {part} must be an object with constructor arguments")
-    return found
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Add to an error about tensors the file it is about."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _vq_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -257,7 +229,7 @@ def _gpt_fields(
         told |= {**lengths, "model_type": "t2i"}
     else:
         told["num_classes"] = condition.num_classes
-    found = _renamed(given, _GPT_ARGUMENTS, "gpt", told)
+    found = renamed(given, _GPT_ARGUMENTS, "gpt", told)
     found |= {"width": width, "depth": depth}
     if found.get("num_heads") is None:
         found["num_heads"] = _num_heads(depth, width)
@@ -265,7 +237,7 @@ def _gpt_fields(
     rows = shape_of(state, "layers.0.attention.wqkv.weight", 2)[0]
     kv_heads = (rows - width) // (2 * head)
     if found.get("num_kv_heads") not in (None, kv_heads):
-        raise _contradiction("gpt.n_kv_head", found["num_kv_heads"], kv_heads)
+        raise contradiction("gpt.n_kv_head", found["num_kv_heads"], kv_heads)
     found["num_kv_heads"] = None if kv_heads == found["num_heads"] else kv_heads
     if given.get("multiple_of") is None and given.get("ffn_dim_multiplier") is None:
         hidden, usual = shape_of(state, "layers.0.feed_forward.w1.weight", 2)[0], 8 * width // 3
@@ -298,7 +270,7 @@ def _grid_side(
     told = None
     if _TABLE in state:
         told = math.isqrt(max(shape_of(state, _TABLE, 3)[0] - prefix, 0))
-    block = _arguments(config, "gpt").get("block_size")
+    block = arguments_of(config, "gpt").get("block_size")
     given = None
     if block is not None:
         given = math.isqrt(integer("--config: gpt.block_size", block, least=4))
@@ -306,7 +278,7 @@ def _grid_side(
             raise ConfigError(f"--config: gpt.block_size={block} is no square of a grid's side")
     for name, value in (("grid", config.get("grid")), ("gpt.block_size", given)):
         if value is not None and told not in (None, value):
-            raise _contradiction(name, value if name == "grid" else block, told)
+            raise contradiction(name, value if name == "grid" else block, told)
         told = told if value is None else integer(f"--config: {name}", value, least=2)
     if told is None:
         logger.warning(
@@ -315,33 +287,6 @@ def _grid_side(
             _DEFAULT_SIDE,
         )
     return _DEFAULT_SIDE if told is None else told
-
-
-def _renamed(
-    given: Mapping[str, Any], table: Mapping[str, str | None], where: str, told: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return our fields for constructor arguments; None, the public default, is left out.
-
-    Raises ConfigError for an unknown argument, and for one that contradicts the tensors.
-    """
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in table:
-            known = ", ".join(table)
-            raise ConfigError(f"--config: {where}.{name} is not an argument; known: {known}")
-        field = table[name] or name
-        if field in told and value != told[field]:
-            raise _contradiction(f"{where}.{name}", value, told[field])
-        if table[name] is not None and value is not None:
-            found[field] = value
-    return found
-
-
-def _contradiction(name: str, given: Any, told: Any) -> ConfigError:
-    return ConfigError(
-        f"--config: {name}={given!r} contradicts the other values or the weights, which have "
-        f"{told!r}; omit it"
-    )
 
 
 def with_our_names(

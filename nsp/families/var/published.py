@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsp.artifacts.checkpoint import is_checkpoint
+from nsp.artifacts.checkpoint import check_folder_to_write
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.config import SCHEDULES, VarConfig
 from nsp.families.var.system import VarSystem
 from nsp.family.classes import ClassCondition
+from nsp.weights.arguments import arguments_of, check_parts
 from nsp.weights.module_weights import bounded, load_state, rounded_to_eight_bits
 from nsp.weights.state_names import (
     VAR_PREDICTOR,
@@ -81,12 +82,7 @@ def convert(
     file that holds something else, or a missing, extra, misshapen, mistyped or non-finite tensor;
     ConfigError for an argument that is unknown, out of range or contradicted by the tensors.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"{output_dir} is a file; choose another --output-dir")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_checkpoint(output_dir):
-        raise ConfigError(
-            f"{output_dir} is not empty and not a checkpoint; choose another --output-dir"
-        )
+    check_folder_to_write(output_dir)
     given = _arguments(config or {})
     vae_state = read_state(tokenizer, part="vae_local")
     var_state = read_state(predictor, part="var_wo_ddp")
@@ -123,17 +119,8 @@ def convert(
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the constructor arguments under "vae" and "var"; a warning names other keys."""
-    known = ("vae", "var")
-    others = [key for key in config if key not in known]
-    if others and not any(part in config for part in known):
-        raise ConfigError(f"--config: unknown key {others[0]!r}; known: {', '.join(known)}")
-    if others:
-        logger.warning("--config: only vae and var are used, not %s", ", ".join(others))
-    given = {part: config.get(part, {}) for part in known}
-    for part, arguments in given.items():
-        if not isinstance(arguments, Mapping):
-            raise ConfigError(f"--config: {part} must be an object with constructor arguments")
-    return given
+    check_parts(config, ("vae", "var"))
+    return {part: arguments_of(config, part) for part in ("vae", "var")}
 
 
 def read_state(path: Path, *, part: str) -> dict[str, Tensor]:
