@@ -5,8 +5,10 @@ Source: Ho et al. 2020, equation 14; the weights of the autoencoder's losses are
 train_vae.py.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from nsp.config import Config
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.stream import ShardStream
 from nsp.diffusion.noise import Noise
+from nsp.families.inl_diffusion.perceptual import VggDistance, read_vgg
 from nsp.families.inl_diffusion.system import InlSystem
 from nsp.families.inl_diffusion.vae import Vae
 from nsp.family.objective import Batch, Objective, TokenCache, TrainingData
@@ -28,26 +31,46 @@ from nsp.training.latents import Conditions, Encoding, LatentDataset
 from nsp.training.reconstruction import ReconstructionObjective, psnr_db
 from nsp.training.text_states import Reading, TextStates
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class VaeSettings(Config):
     """Settings of the autoencoder phase."""
 
     kl_weight: float = 1e-6  # of the mean over latent values
+    vgg: str | None = None  # VGG16's weights, for the perceptual loss; None: no such loss
+    perceptual_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the weights."""
+        self.check_reals("objective", "kl_weight", "perceptual_weight", least=0, most=1e6)
 
 
 class VaeObjective(ReconstructionObjective):
-    """Trains the autoencoder to reproduce pictures."""
+    """Trains the autoencoder to reproduce pictures, as they are and as VGG16 sees them."""
 
     trained: Vae
 
     def __init__(self, system: InlSystem, data: TrainingData, settings: VaeSettings) -> None:
         super().__init__(data)
         self.trained, self.settings, self._config = system.vae, settings, system.config
+        self.distance: VggDistance | None = None
+        if settings.vgg is not None and settings.perceptual_weight:
+            self.distance = read_vgg(Path(settings.vgg))
+
+    def dataset(self) -> Dataset[Mapping[str, object]]:
+        """Return the pictures; say once if the loss has no perceptual part."""
+        if self.distance is None:
+            logger.info(
+                "no perceptual loss: the phase has no VGG16 weights (--vgg FILE, a state dict of "
+                "torchvision's vgg16), so pictures are compared pixel by pixel"
+            )
+        return super().dataset()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss, its parts, and PSNR in dB."""
-        image, vae = to_model_range(batch["image"]), self.trained
+        image, vae, settings = to_model_range(batch["image"]), self.trained, self.settings
         mean, log_variance = vae.moments(image)
         latent = mean
         if self.training:
@@ -56,9 +79,15 @@ class VaeObjective(ReconstructionObjective):
         rebuilt = vae.decoder(latent)
         reconstruction = F.mse_loss(rebuilt, image)
         kl = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).mean()
+        loss, parts = reconstruction + settings.kl_weight * kl, dict[str, Tensor]()
+        if self.distance is not None:
+            perceptual = self.distance(rebuilt, image)
+            loss = loss + settings.perceptual_weight * perceptual
+            parts = {"perceptual": perceptual.detach()}
         return {
-            "loss": reconstruction + self.settings.kl_weight * kl,
+            "loss": loss,
             "reconstruction": reconstruction.detach(),
+            **parts,
             "kl": kl.detach(),
             "psnr_db": psnr_db(rebuilt, image),
         }
