@@ -21,6 +21,7 @@ from nsp.families.inl_diffusion.objective import (
     VaeSettings,
     encoding,
 )
+from nsp.families.inl_diffusion.pretrained import read_vae
 from nsp.families.inl_diffusion.sampling import InlSampling
 from nsp.families.inl_diffusion.system import InlSystem
 from nsp.family.contract import Learner
@@ -69,8 +70,13 @@ class InlLearner(Learner[InlConfig, InlSampling, InlSystem]):
         width = getattr(encoder.config, "d_model" if config.text == "t5" else "hidden_size")
         dit = dataclasses.replace(dit, context_width=width, context_length=tokenizer.max_tokens)
         config = dataclasses.replace(config, dit=dit)
+        vae = None if config.pretrained_vae is None else read_vae(Path(config.pretrained_vae))
+        if vae is not None:
+            config = dataclasses.replace(config, vae=vae.config, pretrained_vae=None)
         system = InlSystem(config, text_encoder=encoder, prompt_tokenizer=tokenizer)
         initialize(system.dit)
+        if vae is not None:
+            system.vae.load_state_dict(vae.state_dict())
         return system
 
     def untrained(self, config: InlConfig) -> InlSystem:
