@@ -121,7 +121,8 @@ class GuardConfig(Config):
 class LoraConfig(Config):
     """Low-rank adapters instead of full training (Hu et al. 2021, arXiv:2106.09685), with peft.
 
-    Checkpoint folders have the weights with the adapters merged in.
+    Checkpoint folders have the weights with the adapters merged in; the adapters alone are in
+    lora/ of the phase's folder.
     """
 
     rank: int = 16
