@@ -170,9 +170,16 @@ class Block(nn.Module):
         return self.cross_attn.keys(self.norm_context(context_NTW))
 
     def forward(
-        self, x_GND: Tensor, modulation: Tensor, rotary_NK2: Tensor, text: KeyValue
+        self, x_GND: Tensor, modulation: Tensor, rotary_NK2: Tensor, text: KeyValue | Tensor
     ) -> Integrated:
-        """Return the state (G, N, D) and the integrator's gate (G, N); modulation is (..., 6D)."""
+        """Return the state (G, N, D) and the integrator's gate (G, N).
+
+        `modulation` is (..., 6D) and `text` has keys and values; or they are the embedded timestep
+        (..., D) and the text states, of which the block then makes both. In training all weights of
+        a block are so used inside its call, as sharding and recomputation need it.
+        """
+        if isinstance(text, Tensor):
+            modulation, text = self.adaLN_modulation(modulation), self.keys(text)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, -1)
         seen = self.norm1(x_GND) * (1 + scale1) + shift1
         x_GND = x_GND + gate1 * self._kept(self.attn(seen, rotary_NK2))
@@ -229,7 +236,7 @@ class InlControl(nn.Module):
         x_GND: Tensor,
         control_GChw: Tensor,
         modulations: Sequence[Tensor],
-        texts: Sequence[KeyValue],
+        texts: Sequence[KeyValue] | Sequence[Tensor],
         rotary_NK2: Tensor,
     ) -> list[Tensor]:
         """Return what is added behind every main block (G, N, D), given embedded patches."""
@@ -322,9 +329,20 @@ class InlDit(nn.Module):
         `modulation_SM` has one row, or one per row of the latent. `added` (G, N, D) is what a
         control adds behind the first blocks.
         """
+        by_block, _, last = self.divided(modulation_SM)
+        return self._predicted(latent_GChw, by_block, last, texts, rotary_NK2, added)
+
+    def _predicted(
+        self,
+        latent_GChw: Tensor,
+        by_block: Sequence[Tensor],
+        last: Tensor,
+        texts: Sequence[KeyValue] | Sequence[Tensor],
+        rotary_NK2: Tensor,
+        added: Sequence[Tensor],
+    ) -> Integrated:
         grid = latent_GChw.shape[-2:]
         x, gates = self.patch_embed(latent_GChw), []
-        by_block, _, last = self.divided(modulation_SM)
         for block, modulation, text in zip(self.blocks, by_block, texts, strict=True):
             x, gate = block(x, modulation, rotary_NK2, text)
             gates.append(gate)
@@ -348,13 +366,15 @@ class InlDit(nn.Module):
         control_BChw: Tensor | None = None,
     ) -> Tensor:
         """Return the prediction (B, C, h, w), as in training."""
-        modulation, texts = self.modulation(timestep_B), self.read(context_BTW)
-        rotary = self.rotary(latent_BChw.shape[-1])
-        own, others = texts[: len(self.blocks)], texts[len(self.blocks) :]
+        embedded, rotary = self.t_embed(timestep_B), self.rotary(latent_BChw.shape[-1])
         added: list[Tensor] = []
         if control_BChw is not None:
-            added = self.controlled(latent_BChw, control_BChw, modulation, others, rotary)
-        prediction, _ = self.predict(latent_BChw, modulation, own, rotary, added)
+            count, patches = len(self.control_blocks), self.patch_embed(latent_BChw)
+            times, texts = [embedded] * count, [context_BTW] * count
+            added = self.control(patches, control_BChw, times, texts, rotary)
+        times, texts = ([each] * len(self.blocks) for each in (embedded, context_BTW))
+        last = self.final_layer.adaLN_modulation(embedded)
+        prediction, _ = self._predicted(latent_BChw, times, last, texts, rotary, added)
         return prediction
 
 

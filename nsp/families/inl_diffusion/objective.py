@@ -59,6 +59,10 @@ class VaeObjective(ReconstructionObjective):
         if settings.vgg is not None and settings.perceptual_weight:
             self.distance = read_vgg(Path(settings.vgg))
 
+    def units(self) -> Sequence[nn.Module]:
+        """Return the blocks of encoder and decoder."""
+        return [*self.trained.encoder.down_blocks, *self.trained.decoder.up_blocks]
+
     def dataset(self) -> Dataset[Mapping[str, object]]:
         """Return the pictures; say once if the loss has no perceptual part."""
         if self.distance is None:
