@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from nsp.benchmarks.rates.training import measure_phases
+from nsp.errors import ConfigError
+from nsp.export.size_plan import _recipe
 from nsp.family.recipe import RunConfig
 from nsp.family.recipes import preset
+from nsp.family.registry import family
 from nsp.training.whole_run import train
 from tests.training.pictures import write_pictures
 from tests.training.test_distributed import reports, weights
@@ -102,3 +106,27 @@ def test_two_processes_share_the_states_of_a_frozen_encoder(pictures: Path, tmp_
     run_processes(pictures, folder, processes=2, config=file)
     assert reports(folder, "loss") == pytest.approx(reports(tmp_path / "alone", "loss"), rel=2e-5)
     assert len([*folder.glob("text_states-*.npy")]) == 1
+
+
+def test_every_published_size_is_planned_as_inl_dit_trains_it() -> None:
+    owner = family("inl_diffusion")
+    for size in ("S", "B", "L", "XL", "XXL", "L-MoE", "XL-MoE"):
+        name, run = _recipe(owner, owner.sizes[size].to_dict(), size)
+        assert name == "inl_dit"
+        assert run.model == owner.sizes[size].to_dict()
+    assert _recipe(owner, owner.sizes["emoji"].to_dict(), "emoji")[0] == "inl_diffusion"
+
+
+def test_training_is_measured_by_size_with_latents_cached_or_not(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = new_run(pictures)
+    monkeypatch.setattr("nsp.benchmarks.rates.training.named_run", lambda name: small)
+    settings: dict[str, Any] = {"steps": 2, "sizes": ("tiny",), "batch_size": 4}
+    (cached,) = measure_phases("inl_diffusion_smoke", ("dit",), **settings)
+    (live,) = measure_phases("inl_diffusion_smoke", ("dit",), **settings, uncached=True)
+    assert (cached.size, cached.batch_size, cached.memory_gib) == ("tiny", 4, None)
+    assert live.flops_per_image > cached.flops_per_image > 0  # the autoencoder reads the pictures
+    assert "images/s" in cached.words
+    with pytest.raises(ConfigError, match="size of family inl_diffusion"):
+        next(measure_phases("x", (), steps=1, sizes=("M",)))
