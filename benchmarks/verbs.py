@@ -243,14 +243,21 @@ def fidelity(*, engine_dir: Path | None, data: str, as_json: bool, **options: An
 @click.option("--preset", default="emoji", show_default=True)
 @click.option("--phase", "phases", multiple=True, help="Repeatable.  [default: all]")
 @click.option("--steps", type=COUNT, default=40, show_default=True, help="Steps of each.")
+@click.option(
+    "--size", "sizes", multiple=True, help="Named model instead of the preset's. Repeatable."
+)
+@click.option("--batch-size", type=COUNT, help="Pictures of a step.  [default: the preset's]")
+@click.option("--uncached", is_flag=True, help="Mirror pictures, so that they are read every step.")
 @json_option
 @verbose_option
-def training(*, preset: str, phases: tuple[str, ...], steps: int, as_json: bool) -> None:
+def training(
+    *, preset: str, phases: tuple[str, ...], steps: int, as_json: bool, **options: Any
+) -> None:
     """Measure the trainer's steps beside those of a plain PyTorch loop of the same model."""
     from nsp.benchmarks.rates.training import measure_phases
 
     found = []
-    for each in measure_phases(preset, phases, steps=steps):
+    for each in measure_phases(preset, phases, steps=steps, **options):
         found.append(each)
         if not as_json:
             click.echo(each.words)

@@ -248,7 +248,7 @@ def _named(model: str) -> _Model:
     choice("model (neither a checkpoint folder nor FAMILY/SIZE)", model, known)
     owner = family(name)
     config = owner.sizes[size]
-    recipe, run = _recipe(owner, config.to_dict())
+    recipe, run = _recipe(owner, config.to_dict(), size)
     source = ImageSource((), (), ())
     if owner.condition(config) == "prompt":
         source = open_source("emoji")  # its captions make the prompt tokenizer
@@ -259,10 +259,13 @@ def _named(model: str) -> _Model:
     return _Model(model, owner, system.eval(), run.sampling, run.phases, recipe)
 
 
-def _recipe(owner: AnyFamily, model: Mapping[str, Any]) -> tuple[str, RunConfig]:
+def _recipe(
+    owner: AnyFamily, model: Mapping[str, Any], size: str | None = None
+) -> tuple[str, RunConfig]:
     """Return the recipe that trains this model, or else the family's first one, and its name.
 
-    Recipes say with which options they can be planned, without data.
+    Recipes say with which options they can be planned, without data. One whose model is another of
+    the family's sizes is asked for this `size`, if it takes one.
     """
     named = [Recipe(name, owner.name, make) for name, make in owner.recipes.items()]
     runs = {
@@ -271,6 +274,12 @@ def _recipe(owner: AnyFamily, model: Mapping[str, Any]) -> tuple[str, RunConfig]
     if not runs:
         raise ConfigError(f"family {owner.name} has no recipe that can be planned without its data")
     own = [name for name, run in runs.items() if run.model == model]
+    if not own and size is not None:
+        for each in named:
+            if "size" in (parameter.name for parameter in each.parameters) and each.name in runs:
+                run = each.run(**{**(each.planned_as or {}), "size": size})
+                if run.model == model:
+                    return each.name, run
     name = own[0] if own else next(iter(runs))
     return name, runs[name]
 

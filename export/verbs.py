@@ -17,6 +17,7 @@ from nsp.console.common_options import (
     engine_dir_option,
     given_precisions,
     json_option,
+    lora_option,
     no_verify_option,
     one_precision,
     precision_options,
@@ -25,6 +26,7 @@ from nsp.console.common_options import (
     verbose_option,
 )
 from nsp.console.terminal import print_json, print_tables
+from nsp.errors import ConfigError
 
 if TYPE_CHECKING:
     from nsp.export.plan import PlannedBuild
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 @click.command("export", cls=Verb)
 @group("Model and engines")
 @checkpoint_option("Model to export.  [default: newest training run, or the bundled demo]")
+@lora_option
 @engine_dir_option
 @click.option("--rebuild", is_flag=True, help="Build all stages again, also unchanged ones.")
 @click.option("--dry-run", is_flag=True, help="Show what would be built, and write nothing.")
@@ -83,6 +86,7 @@ if TYPE_CHECKING:
 def export_engines(
     *,
     checkpoint: Path | None,
+    lora: Path | None,
     engine_dir: Path | None,
     threads: int | None,
     dry_run: bool,
@@ -93,15 +97,23 @@ def export_engines(
     """Export a checkpoint to engines, and compare them with PyTorch.
 
     Existing unchanged stages are reused; an interrupted export continues where it stopped.
-    The default precision is fp32.
+    The default precision is fp32. With --lora, the merged model is kept as a checkpoint beside the
+    engines.
     """
     from nsp.console.inspection import describe_folder, parity_lines
     from nsp.console.terminal import progress_bar
     from nsp.export.run import ExportEvent, ExportOptions, export, find_checkpoint, plan
 
-    folder = engine_dir or Path("engines")
+    folder, source = engine_dir or Path("engines"), checkpoint or find_checkpoint()
+    if lora is not None and dry_run:
+        raise ConfigError("--dry-run writes nothing, but --lora is merged into a new checkpoint")
+    if lora is not None:
+        from nsp.artifacts.merged import write_merged
+
+        source = write_merged(source, lora, folder.with_name(f"{folder.name}-merged"))
+        click.echo(f"merged checkpoint: {source}", err=True)
     export_options = ExportOptions(
-        checkpoint=str(checkpoint or find_checkpoint()),
+        checkpoint=str(source),
         engine_dir=str(folder),
         precisions=given_precisions(options) or ("fp32",),
         verify=not no_verify,

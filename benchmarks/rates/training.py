@@ -1,6 +1,6 @@
 """What the trainer costs: its steps beside those of a plain PyTorch loop of the same model.
 
-    nsp bench training [--preset emoji] [--phase predictor] [--steps 40]
+    nsp bench training [--preset emoji] [--phase predictor] [--steps 40] [--size L] [--uncached]
 
 Both train the same phase on the same batches with the same optimizer, in one process, a step each
 in turn. The trainer's include its sampler, checks, reports and averages, not saving and samples,
@@ -38,6 +38,8 @@ from nsp.training.run_pictures import open_pictures
 from nsp.training.stopping import StopRequest
 from nsp.training.tracking import Tracker
 from nsp.training.trainer import Phase
+from nsp.training.whole_run import resolve_precision
+from nsp.values import choice
 
 GOAL = 0.03
 WARMUP = 2  # steps of each that are not counted
@@ -56,6 +58,9 @@ class PhaseTimes(Config):
     goal: float
     trusted: bool
     warnings: tuple[str, ...]  # why not
+    size: str | None = None  # named model; None: the preset's
+    flops_per_image: float = 0.0  # forward and backward
+    memory_gib: float | None = None  # most of a GPU that both together held; None on a processor
 
     @property
     def overhead(self) -> float:
@@ -66,9 +71,13 @@ class PhaseTimes(Config):
     def words(self) -> str:
         """One line for people; the ratio only of a run that is trusted."""
         medians = {name: statistics.median(times) for name, times in self.step_ms.items()}
+        name = self.phase if self.size is None else f"{self.size}, {self.phase}"
+        rate = 1e3 * self.batch_size / medians["trainer"]
+        memory = "" if self.memory_gib is None else f", {self.memory_gib:.1f} GiB for both"
         times = (
-            f"{self.phase}: trainer {medians['trainer']:.1f} ms, plain loop "
-            f"{medians['plain']:.1f} ms a step; "
+            f"{name}: trainer {medians['trainer']:.1f} ms, plain loop "
+            f"{medians['plain']:.1f} ms a step of {self.batch_size} pictures ({rate:.3g} images/s, "
+            f"{1e-12 * self.flops_per_image * rate:.3g} TFLOP/s{memory}); "
         )
         if not self.trusted:
             return f"{times}no ratio, because this run is not trusted: {'; '.join(self.warnings)}"
@@ -82,15 +91,18 @@ class _Enough(Exception):
     """All steps are measured."""
 
 
-def plain_loop(objective: Objective, config: PhaseConfig, seed: int) -> Iterator[None]:
-    """Make a step each time it is asked, as one writes them by hand."""
+def plain_loop(
+    objective: Objective, config: PhaseConfig, seed: int, accelerator: Accelerator
+) -> Iterator[None]:
+    """Make a step each time it is asked, as one writes them by hand, in the same precision."""
     optimizer = new_optimizer(objective, config.optimizer)
     parameters = [p for p in objective.trained.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     for step, batch in enumerate(_batches(objective, config, seed)):
         objective.train()
         set_rates(optimizer, config.optimizer, step, counted(config.steps))
-        loss = objective(batch)["loss"]
+        with accelerator.autocast():
+            loss = objective(batch)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.grad_clip)
         optimizer.step()
@@ -143,8 +155,10 @@ def _batches(objective: Objective, config: PhaseConfig, seed: int) -> Iterator[M
         yield {**batch, "key": sample_keys(share, step, 0, seed=seed)}
 
 
-def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> PhaseTimes:
-    """Return the times of both, from one interleaved run."""
+def measure(
+    run: RunConfig, config: PhaseConfig, *, steps: int, size: str | None = None
+) -> PhaseTimes:
+    """Return the times of both, from one interleaved run; `size` is the model's name."""
     other_work = OtherWork()
     with tempfile.TemporaryDirectory() as folder:
         pictures = open_pictures(run.data, skip_bad_files=False)
@@ -157,7 +171,11 @@ def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> PhaseTimes:
         )
         save_checkpoint(start, new, notes={}, sampling={})
         cache = TokenCache(Path(folder) / "tokens.safetensors")
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        on_cpu = not torch.accelerator.is_available()
+        precision = resolve_precision(run.precision, on_cpu=on_cpu)
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
         def objective() -> Objective:
             system = read_checkpoint(start).load()
@@ -172,9 +190,12 @@ def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> PhaseTimes:
         tracker = Tracker(run.tracking)
         tracker.start(run.to_dict(), Path(folder))
         phase = Phase(config, objective(), accelerator, Path(folder) / "phase", run, tracker)
-        plain = plain_loop(objective(), config, run.seed)
+        plain = plain_loop(objective(), config, run.seed, accelerator)
         times = interleaved(phase, plain, accelerator, steps=steps)
         tracker.close("finished")
+        memory = None
+        if accelerator.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
     ratios = [a / b for a, b in zip(times["trainer"], times["plain"], strict=True)]
     doubted = tuple(busy(other_work.cores(), os.cpu_count() or 1))
     return PhaseTimes(
@@ -187,17 +208,44 @@ def measure(run: RunConfig, config: PhaseConfig, *, steps: int) -> PhaseTimes:
         goal=GOAL,
         trusted=not doubted,
         warnings=doubted,
+        size=size,
+        flops_per_image=phase.flops,
+        memory_gib=memory,
     )
 
 
-def measure_phases(preset: str, phases: tuple[str, ...], *, steps: int) -> Iterator[PhaseTimes]:
-    """Yield the times of every phase of a named run, or of those asked for."""
+def measure_phases(
+    preset: str,
+    phases: tuple[str, ...],
+    *,
+    steps: int,
+    sizes: tuple[str, ...] = (),
+    batch_size: int | None = None,
+    uncached: bool = False,
+) -> Iterator[PhaseTimes]:
+    """Yield the times of every phase of a named run, or of those asked for.
+
+    With `sizes`, named models take the place of the run's. With `uncached`, pictures are mirrored
+    at random, so that an image tokenizer reads them in every step.
+    """
     run = named_run(preset)
-    for config in run.phases:
-        if phases and config.name not in phases:
-            continue
-        # Long enough that nothing but steps happens; reports as usual.
-        config = dataclasses.replace(
-            config, steps=10**6, sample_every=10**6, checkpoint_every=10**6, validate_every=10**6
-        )
-        yield measure(run, config, steps=steps)
+    known = family(run.family).sizes
+    if uncached:
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, flip=True))
+    for size in sizes or (None,):
+        if size is not None:
+            model = known[choice(f"size of family {run.family}", size, known)].to_dict()
+            run = dataclasses.replace(run, model=model)
+        for config in run.phases:
+            if phases and config.name not in phases:
+                continue
+            # Long enough that nothing but steps happens; reports as usual.
+            config = dataclasses.replace(
+                config,
+                steps=10**6,
+                batch_size=batch_size or config.batch_size,
+                sample_every=10**6,
+                checkpoint_every=10**6,
+                validate_every=10**6,
+            )
+            yield measure(run, config, steps=steps, size=size)

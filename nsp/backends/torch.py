@@ -30,7 +30,7 @@ class TorchBackend(Backend):
         super().__init__(stages_io)
         self.kv_layout = kv_layout
         self.device = usable_device(device)
-        self._stages = {name: stage.to(self.device) for name, stage in stages.items()}
+        self._stages = {name: _placed(stage, self.device) for name, stage in stages.items()}
 
     @torch.inference_mode()
     def run(
@@ -92,3 +92,13 @@ def usable_device(device: Any) -> torch.device:
             f"torch cannot use {device} on this machine ({reason}); use cpu"
         ) from error
     return found
+
+
+def _placed(stage: nn.Module, device: torch.device) -> nn.Module:
+    """Return a stage on the device; one that is there is not touched.
+
+    Moving a module shards its weights again if they are gathered from several processes.
+    """
+    wanted = torch.empty(0, device=device).device  # with the number that "cuda" stands for
+    kept = (*stage.parameters(), *stage.buffers())
+    return stage if all(each.device == wanted for each in kept) else stage.to(device)

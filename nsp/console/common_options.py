@@ -64,6 +64,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 engine_dir_option = click.option(
     "--engine-dir", type=FOLDER, help="Folder of exported engines.  [default: engines]"
 )
+lora_option = click.option(
+    "--lora", type=FOLDER, help="Adapter to merge into --checkpoint: lora/ of a phase, or a file."
+)
 no_verify_option = click.option(
     "--no-verify",
     is_flag=True,

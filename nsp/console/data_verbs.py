@@ -104,6 +104,24 @@ def pack(
 
 
 @data.command()
+@click.argument("name")
+@click.option("--output", type=FOLDER, required=True, help="New folder for the pictures.")
+@click.option("--split", help="Split to write.  [default: train, or the only one]")
+@skip_option
+@verbose_option
+def download(*, name: str, output: Path, split: str | None, skip_bad_files: bool) -> None:
+    """Write the set NAME of the Hugging Face hub to a folder of pictures.
+
+    Captions are in its metadata.jsonl; a set of classes becomes class folders.
+    """
+    from nsp.data.download import download as download_set
+
+    found = download_set(name, output, split=split, skip_bad_files=skip_bad_files)
+    click.echo(f"{output}: {len(found)} pictures")
+    click.echo(f"next: python train.py --data {shlex.quote(str(output))}, and the preset")
+
+
+@data.command()
 @source_argument
 @output_dir_option("outputs/data", "Folder for stats.json and samples.png.")
 @seed_option("Seed of the pictures on the sheet.")

@@ -16,6 +16,7 @@ from nsp.console.common_options import (
     checkpoint_option,
     engine_dir_option,
     json_option,
+    lora_option,
     no_verify_option,
     one_precision,
     output_dir_option,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 @group("Model")
 @engine_dir_option
 @checkpoint_option("Run this checkpoint folder with PyTorch instead of engines.")
+@lora_option
 @no_verify_option
 @group("Images")
 @click.option(
@@ -130,6 +132,7 @@ def generate(
     *,
     engine_dir: Path | None,
     checkpoint: Path | None,
+    lora: Path | None,
     prompts: tuple[str, ...],
     prompts_file: Path | None,
     class_names: tuple[str, ...],
@@ -193,7 +196,14 @@ def generate(
         planned = planned_set(npz, labels, shard, one_by_one)
         device = device_of_process(device, checkpoint)
     pipeline = _load(
-        engine_dir, checkpoint, backend, precision, device, threads, verify=not no_verify
+        engine_dir,
+        checkpoint,
+        backend,
+        precision,
+        device,
+        threads,
+        verify=not no_verify,
+        lora=lora,
     )
     family = pipeline.family
     declared = family.given(pipeline.config)
@@ -282,6 +292,7 @@ def _load(
     threads: int | None,
     *,
     verify: bool,
+    lora: Path | None,
 ) -> "Pipeline":
     """Return the model of the given folder; each option accepts only its own kind of folder."""
     from nsp.paths import NOTHING, describe, wrong_path
@@ -297,10 +308,16 @@ def _load(
         from nsp.artifacts.checkpoint import read_checkpoint
 
         folder = read_checkpoint(checkpoint, verify=verify).folder
-        return load_pipeline(folder, backend, device=device, verify=verify)
+        return load_pipeline(folder, backend, device=device, verify=verify, lora=lora)
     folder = engine_dir or Path("engines")
     if (found := describe(folder)).kind not in (*NOTHING, "engines"):
         raise ConfigError(wrong_path(folder, "--engine-dir", found))
     return load_pipeline(
-        folder, backend, precision=precision, device=device, num_threads=threads, verify=verify
+        folder,
+        backend,
+        precision=precision,
+        device=device,
+        num_threads=threads,
+        verify=verify,
+        lora=lora,
     )

@@ -157,7 +157,7 @@ def _from_recipe(
 
 def _adapted(run: RunConfig, own: Mapping[str, Any], common: Mapping[str, Any]) -> RunConfig:
     """Return a run from a file or a folder with the options of its family."""
-    change = family(run.family).run_options
+    change = family(run.family).options_of(run.to_dict())
     known = () if change is None else parameters(change, skip=1)
     takes = {each.name for each in known}
     rest = dict(own)

@@ -1,6 +1,7 @@
 """Options of `train.py` that a recipe or a family brings, from the signature of its function."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import click
 from nsp.console.command_line import Grouped, OneLineErrors
 from nsp.console.common_options import FOLDER
 from nsp.errors import ConfigError, NspError
-from nsp.family.signature import Parameter, Range, parameters
+from nsp.family.signature import Parameter, Range, environment, parameters
 
 _OWN = "nsp.own_options"  # where a context keeps what was found for its command line
 
@@ -22,6 +23,8 @@ class Own:
     owner: str = ""
     options: Sequence[click.Option] = ()
     groups: Sequence[tuple[str, list[click.Option]]] = field(default=())
+    # Options of every run that this recipe reads from variables, too, by name.
+    common: Mapping[str, click.Option] = field(default_factory=dict)
 
 
 class TrainCommand(Grouped, OneLineErrors):
@@ -32,7 +35,7 @@ class TrainCommand(Grouped, OneLineErrors):
         finder = self.make_parser(ctx)
         finder.ignore_unknown_options = True
         chosen, _, _ = finder.parse_args(list(args))
-        common: set[str | None] = {each.name for each in super().get_params(ctx)}
+        common = super().get_params(ctx)
         wants_help = bool({"-h", "--help"} & set(args))
         ctx.meta[_OWN] = own_options(chosen, common, wants_help=wants_help)
         if not wants_help:
@@ -49,13 +52,20 @@ class TrainCommand(Grouped, OneLineErrors):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the common options, and those of the recipe."""
         own: Own = ctx.meta.get(_OWN, Own())
-        return [*super().get_params(ctx), *own.options]
+        return [
+            *(own.common.get(each.name or "", each) for each in super().get_params(ctx)),
+            *own.options,
+        ]
 
     def option_groups(self, ctx: click.Context) -> dict[str, list[click.Parameter]]:
         """Return the groups of every run, and one for each recipe with options of its own."""
         own: Own = ctx.meta.get(_OWN, Own())
+        common = {
+            title: [own.common.get(each.name or "", each) for each in options]
+            for title, options in super().option_groups(ctx).items()
+        }
         return {
-            **super().option_groups(ctx),
+            **common,
             **{title: [*options] for title, options in own.groups},
         }
 
@@ -76,12 +86,19 @@ class TrainCommand(Grouped, OneLineErrors):
                 )
 
 
-def own_options(chosen: dict[str, Any], common: set[str | None], *, wants_help: bool) -> Own:
-    """Return what the recipe, the file or the stopped run of a command line adds to its options."""
+def own_options(
+    chosen: dict[str, Any], params: Sequence[click.Parameter], *, wants_help: bool
+) -> Own:
+    """Return what the recipe, the file or the stopped run of a command line adds to its options.
+
+    `params` are the options of every run.
+    """
     from nsp.family.recipes import default_recipe, recipe, recipes
 
+    common: set[str | None] = {each.name for each in params}
+
     if chosen.get("preset") is None and (folder := _place_of(chosen)) is not None:
-        return _of_family(folder, common)
+        return _of_family(folder, params)
     if wants_help and chosen.get("preset") is None:
         own: dict[str, Parameter] = {}
         owners: dict[str, list[str]] = {}  # option -> presets that have it
@@ -97,7 +114,20 @@ def own_options(chosen: dict[str, Any], common: set[str | None], *, wants_help: 
     found = recipe(chosen.get("preset") or default_recipe(chosen))
     options = [*map(option_of, _without(found.parameters, common))]
     groups = [(f"Options of --preset {found.name}", options)] if options else []
-    return Own(f"preset {found.name}", options, groups)
+    read = _reading(params, environment(found.make))
+    return Own(f"preset {found.name}", options, groups, read)
+
+
+def _reading(
+    params: Sequence[click.Parameter], variables: Mapping[str, str]
+) -> Mapping[str, click.Option]:
+    """Return copies of options of every run that read these variables, by name."""
+    found: dict[str, click.Option] = {}
+    for each in params:
+        if isinstance(each, click.Option) and each.name in variables:
+            found[each.name] = option = copy.copy(each)
+            option.envvar, option.show_envvar = variables[each.name], True
+    return found
 
 
 def _place_of(chosen: dict[str, Any]) -> Path | None:
@@ -117,19 +147,22 @@ def _place_of(chosen: dict[str, Any]) -> Path | None:
     return None
 
 
-def _of_family(path: Path, common: set[str | None]) -> Own:
+def _of_family(path: Path, params: Sequence[click.Parameter]) -> Own:
     """Return the options that the family of a run in a file has for it."""
     from nsp.console.run_files import run_values
     from nsp.family.registry import family
 
     try:
-        name = str(run_values(path).get("family"))
-        change = family(name).run_options
+        values = run_values(path)
+        name = str(values.get("family"))
+        change = family(name).options_of(values)
     except (NspError, OSError):  # the command itself reports what is wrong with the file
         return Own("this run")
-    options = [] if change is None else _without(parameters(change, skip=1), common)
-    made = [*map(option_of, options)]
-    return Own(f"family {name}", made, [(f"Options of family {name}", made)] if made else [])
+    if change is None:
+        return Own(f"family {name}")
+    made = [*map(option_of, _without(parameters(change, skip=1), {each.name for each in params}))]
+    read = _reading(params, environment(change, skip=1))
+    return Own(f"family {name}", made, [(f"Options of family {name}", made)] if made else [], read)
 
 
 def _without(found: Sequence[Parameter], common: set[str | None]) -> tuple[Parameter, ...]:

@@ -90,6 +90,11 @@ def pack(
     return index
 
 
+def suffix_of(content: bytes) -> str:
+    """Return the ending of a picture's file name; raises DataError as `picture_format`."""
+    return _SUFFIXES.get(picture_format(content), ".png")
+
+
 def _cut(
     source: ImageSource,
     keys: list[str],
@@ -117,7 +122,7 @@ def _members(source: ImageSource, key: str, number: int) -> list[Member]:
     """Return the files of one sample, sorted by name."""
     sample, content = source.samples[number], source.files[number].read()
     # Readers use the content, not the suffix.
-    suffix = _SUFFIXES.get(picture_format(content), ".png")
+    suffix = suffix_of(content)
     members = [(key + suffix, content)]
     if sample.captions:
         members.append((key + CAPTION_SUFFIX, sample.caption.encode()))

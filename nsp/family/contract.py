@@ -280,6 +280,14 @@ class Family(ABC, Generic[C, S, Y]):
         """The options for a run from a file or a stopped run: a function of it and keywords."""
         return None
 
+    def options_of(self, run: Mapping[str, object]) -> "Callable[..., RunConfig] | None":
+        """Return `run_options` for one run, as a dictionary that may be incomplete.
+
+        A family whose recipes have options, or variables, that its other runs have not decides by
+        the run.
+        """
+        return self.run_options
+
     def with_classes(self, config: C, names: Sequence[str]) -> C:
         """Return `config` for pictures of these classes; the number of a class is its index."""
         return config

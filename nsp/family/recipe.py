@@ -121,7 +121,8 @@ class GuardConfig(Config):
 class LoraConfig(Config):
     """Low-rank adapters instead of full training (Hu et al. 2021, arXiv:2106.09685), with peft.
 
-    Checkpoint folders have the weights with the adapters merged in.
+    Checkpoint folders have the weights with the adapters merged in; the adapters alone are in
+    lora/ of the phase's folder.
     """
 
     rank: int = 16
@@ -240,6 +241,8 @@ class TrackingConfig(Config):
 
     tensorboard: bool | None = None  # None: if it is installed
     log_dir: str | None = None  # for TensorBoard; None: in the run folder
+    log_name: str = "tensorboard"  # of TensorBoard's folder in the run folder
+    names: dict[str, str] = field(default_factory=dict)  # under which numbers are recorded
     mlflow: str | None = None  # "local": in the run folder; else a folder or a tracking URI
     experiment: str = "nsp"  # name of the MLflow experiment
     run_name: str | None = None  # name in MLflow; None: the run folder's name
@@ -264,13 +267,18 @@ class TrackingConfig(Config):
                     "mlflow: the address contains a password; set MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD instead"
                 )
-        for name in ("log_dir", "mlflow", "experiment", "run_name"):
+        for name in ("log_dir", "log_name", "mlflow", "experiment", "run_name"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} must not be empty")
+        if Path(self.log_name).name != self.log_name or self.log_name == "..":
+            raise ConfigError(
+                f"log_name {self.log_name!r} is not the name of a folder; for another place give "
+                "log_dir"
+            )
 
     def tensorboard_dir(self, folder: Path) -> Path:
         """Return the folder for TensorBoard's files of the run in `folder`."""
-        return folder / "tensorboard" if self.log_dir is None else Path(self.log_dir)
+        return folder / self.log_name if self.log_dir is None else Path(self.log_dir)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,9 +41,13 @@ class Env:
 
 @dataclass(frozen=True)
 class OutputDir:
-    """The run folder of a recipe if none is given; annotates its result."""
+    """The run folder of a recipe if none is given; annotates its result.
+
+    `env` is the environment variable that names another one.
+    """
 
     folder: str
+    env: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,15 @@ def output_dir(make: Callable[..., Any]) -> Path | None:
     """Return the run folder that a recipe has of its own, if it has one."""
     folders = [each for each in _notes_of_result(make) if isinstance(each, OutputDir)]
     return Path(folders[0].folder) if folders else None
+
+
+def environment(make: Callable[..., Any], *, skip: int = 0) -> Mapping[str, str]:
+    """Return the variables that a recipe reads, by the names of its options and of `output_dir`."""
+    found = {each.name: each.env for each in parameters(make, skip=skip) if each.env is not None}
+    for note in _notes_of_result(make):
+        if isinstance(note, OutputDir) and note.env is not None:
+            found["output_dir"] = note.env
+    return found
 
 
 def planned_as(make: Callable[..., Any]) -> Mapping[str, str] | None:

@@ -5,6 +5,7 @@ are put into `pipe.sampling` or into orders where a type checker is used.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -49,9 +50,10 @@ class Requested(Settings, total=False):
 
 
 class LoadOptions(TypedDict, total=False):
-    """Options of loading a model; those of a checkpoint are `device` and `verify`."""
+    """Options of loading a model; those of a checkpoint are `device`, `verify` and `lora`."""
 
     precision: str | None
     device: str | None
     num_threads: int | None
     verify: bool
+    lora: str | Path | None

@@ -6,7 +6,9 @@
 Everything goes through `run`; `generate`, `stream` and the call make orders for it.
 """
 
+import hashlib
 import logging
+import shlex
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_CHECKPOINT_OPTIONS = ("device", "verify", "lora")
 _ENGINE_OPTIONS = ("precision", "device", "num_threads", "verify")
 
 
@@ -225,9 +228,10 @@ def load_pipeline(
     `backend` is "auto" (the fastest that works here; logged with the reason) or a name from
     `nsp.backends.available`. `options` for engines are `precision`, `device`, `num_threads`
     and `verify`, as for `open_engine_dir`; for a checkpoint `device` ("cpu", "cuda", "cuda:1";
-    None is the GPU if there is one) and `verify` (False accepts files that differ from their
-    digests). Raises ConfigError for other options, and EngineError, CheckpointError or
-    BackendError with advice.
+    None is the GPU if there is one), `verify` (False accepts files that differ from their
+    digests) and `lora` (the folder or file of an adapter, which is merged into the weights).
+    Raises ConfigError for other options, and EngineError, CheckpointError or BackendError with
+    advice.
     """
     folder, backend = values.path("path", path), values.choice("backend", backend)
     pipeline = _load(folder, backend, options)
@@ -238,7 +242,7 @@ def load_pipeline(
 def _checked_options(options: Mapping[str, object]) -> dict[str, Any]:
     """Return the options as Python's own types; ConfigError for a value of a wrong kind."""
     checked = dict(options)
-    for name in ("precision", "num_threads"):
+    for name in ("precision", "num_threads", "lora"):
         if checked.get(name) is None:
             checked.pop(name, None)
     if "precision" in checked:
@@ -266,8 +270,10 @@ def _load(folder: Path, backend: str, options: Mapping[str, object]) -> Pipeline
     found = describe(folder)
     checkpoint = found.kind in ("checkpoint", "hub model")
     kind, known = (
-        ("a checkpoint", ("device", "verify")) if checkpoint else ("engines", _ENGINE_OPTIONS)
+        ("a checkpoint", _CHECKPOINT_OPTIONS) if checkpoint else ("engines", _ENGINE_OPTIONS)
     )
+    if options.get("lora") is not None and not checkpoint:
+        raise ConfigError(merging(folder, values.path("lora", options["lora"])))
     unknown = [n for n, value in options.items() if n not in known and value is not None]
     if unknown:
         raise ConfigError(
@@ -301,14 +307,37 @@ def _load(folder: Path, backend: str, options: Mapping[str, object]) -> Pipeline
     )
 
 
-def _load_checkpoint(folder: Path, *, device: str | None = None, verify: bool = True) -> Pipeline:
-    """Return the PyTorch pipeline of a checkpoint folder."""
+def merging(engines: Path, lora: Path) -> str:
+    """Return why engines take no adapter, with the command that exports a merged model."""
+    words = ["nsp", "export", "--checkpoint", "CHECKPOINT", "--lora", str(lora)]
+    words += ["--engine-dir", str(engines)]
+    return (
+        f"{engines} is loaded as engines, whose weights are built in: an adapter (lora) is for a "
+        f"checkpoint; merge it with: {shlex.join(words)}"
+    )
+
+
+def _load_checkpoint(
+    folder: Path,
+    *,
+    device: str | None = None,
+    verify: bool = True,
+    lora: str | Path | None = None,
+) -> Pipeline:
+    """Return the PyTorch pipeline of a checkpoint folder, with an adapter merged into it."""
     from nsp.artifacts.checkpoint import read_checkpoint
 
     record = read_checkpoint(folder, verify=verify)
+    system, model_hash = record.load(), record.weights_hash()
+    if lora is not None:
+        from nsp.weights.adapters import merge_adapter, read_adapter
+
+        adapter = read_adapter(values.path("lora", lora))
+        merge_adapter(system, adapter)
+        model_hash = hashlib.sha256(f"{model_hash} {adapter.digest}".encode()).hexdigest()
     logger.info("%s: backend torch, because it is a checkpoint", folder)
-    pipeline = torch_pipeline(record.family, record.load(), device=device, sampling=record.sampling)
-    pipeline.model_hash = record.weights_hash()
+    pipeline = torch_pipeline(record.family, system, device=device, sampling=record.sampling)
+    pipeline.model_hash = model_hash
     return pipeline
 
 

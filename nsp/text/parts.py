@@ -25,6 +25,7 @@ class TextEncoderSettings(Config):
 
     # CLIP or T5, as the family needs, or a pipeline with text_encoder/ and tokenizer/
     folder: str | None = None
+    tokenizer: str | None = None  # folder of a new encoder's tokenizer; None: trained on captions
     vocab_size: int = 2048
     depth: int = 2
     num_heads: int = 4
@@ -41,8 +42,8 @@ def text_parts(
 
     A new encoder has `width` channels, and its tokenizer, with `max_tokens` per prompt, is trained
     on the captions of `source`; if that has none, it knows only bytes. Pretrained ones have their
-    own width and length. Raises ConfigError for a new one if `source` is None, which means a
-    stream, whose captions are not known.
+    own width and length, and so has a tokenizer given by folder its length. Raises ConfigError for
+    a new one if `source` is None, which means a stream, whose captions are not known.
     """
     if settings.folder is not None:
         folder = Path(settings.folder)
@@ -50,8 +51,11 @@ def text_parts(
         encoder = load_text_encoder(folder, subfolder="text_encoder" if is_pipeline else None)
         tokenizer = PromptTokenizer.load(folder, subfolder="tokenizer" if is_pipeline else None)
         return tokenizer, encoder
-    captions = captions_of(source, "a CLIP folder")
-    tokenizer = train_tokenizer(captions, vocab_size=settings.vocab_size, max_tokens=max_tokens)
+    if settings.tokenizer is not None:
+        tokenizer = PromptTokenizer.load(Path(settings.tokenizer))
+    else:
+        captions = captions_of(source, "a CLIP folder")
+        tokenizer = train_tokenizer(captions, vocab_size=settings.vocab_size, max_tokens=max_tokens)
     encoder = build_text_encoder(
         tokenizer, width=width, depth=settings.depth, num_heads=settings.num_heads
     )

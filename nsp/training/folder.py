@@ -21,6 +21,7 @@ RUN_NAME = "run.json"
 DATA_NAME = "data.json"
 START_NAME = "start"
 TOKENS_NAME = "tokens.safetensors"
+LORA_NAME = "lora"  # in a phase's folder: its adapters alone
 LOCK_NAME = ".lock"
 # What a resumed run may change: its length, how it is computed, and what it saves.
 _FREE = (

@@ -6,6 +6,7 @@ Axes: N pictures, B batch, C latent channels, h w a latent's grid.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from nsp.data.dataset import ImageDataset
 from nsp.errors import ConfigError
 from nsp.family.objective import TokenCache
 from nsp.training.cache import cached, digest_of, is_constant, write_cache
+from nsp.training.text_states import TextStates
+
+# The conditions of all captions: numbers (N, ...), or states kept in a file.
+Conditions: TypeAlias = Tensor | TextStates
 
 _BATCH_PIXELS = 64 * 64 * 64  # encoded at once
 
@@ -42,7 +47,7 @@ class LatentDataset(Dataset[Mapping[str, object]]):
         self,
         data: ImageDataset,
         encoding: Encoding,
-        conditions_N: Tensor,
+        conditions_N: Conditions,
         cache: TokenCache | None = None,
         *,
         held_out: bool = False,

@@ -37,7 +37,12 @@ def refuse_links(folder: Path, config: RunConfig) -> None:
 
     The path of the run folder itself may contain links, and so may that of --checkpoint-dir.
     """
-    names = [*_OURS, "mlflow.json", "tensorboard", *(phase.name for phase in config.phases)]
+    names = [
+        *_OURS,
+        "mlflow.json",
+        config.tracking.log_name,
+        *(phase.name for phase in config.phases),
+    ]
     found = [folder / name for name in names]
     for phase in config.phases:
         found += _entries(folder / phase.name)

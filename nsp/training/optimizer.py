@@ -1,14 +1,16 @@
 """AdamW as the trainer uses it: parameter groups, learning rates, adapters."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsp.errors import ConfigError
 from nsp.family.objective import Objective
 from nsp.family.recipe import LoraConfig, OptimizerConfig, counted
 from nsp.training.schedules import lr_ratio, weight_decay
+from nsp.weights.adapters import save_adapter
 
 
 def new_optimizer(objective: Objective, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -67,6 +69,21 @@ def check_targets(trained: nn.Module, config: LoraConfig) -> None:
                 f"lora target {target!r} is not a linear layer of this phase; choose from: "
                 f"{', '.join(known)}"
             )
+
+
+def write_adapters(system: nn.Module, config: LoraConfig, folder: Path) -> None:
+    """Write the adapters in `system` as a folder for `nsp generate --lora`."""
+    from peft.tuners.lora import LoraLayer
+
+    layers, weights = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
+    for name, layer in system.named_modules():
+        if isinstance(layer, LoraLayer):
+            (adapter,) = layer.lora_A
+            parts = (f"{name}.lora_{part}.{adapter}.weight" for part in "AB")
+            a, b = map(system.get_parameter, parts)
+            layers[name] = a, b
+            weights[name] = system.get_parameter(f"{name}.base_layer.weight")
+    save_adapter(folder, layers, weights, rank=config.rank, alpha=config.alpha)
 
 
 def merge_adapters(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from nsp.errors import ConfigError, NspError, TrainingError
@@ -73,13 +74,19 @@ def _checkpoint_activations(unit: nn.Module) -> None:
 def whole(module: nn.Module) -> Iterator[None]:
     """Gather all parameters of a sharded module on every process, for reading.
 
-    Every process must enter it, and make the same calls inside.
+    They stay when a part has been called: what is generated also reads weights outside of a part's
+    own call. Every process must enter it, and make the same calls inside.
     """
+    parts = _sharded(module)[1:]  # the outermost one keeps its own way
     for part in _sharded(module):
         part.unshard()
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
         shard_again(module)
 
 
@@ -118,7 +125,7 @@ def gathered(module: nn.Module) -> dict[str, Any] | None:
     Every process must call it; the first one gets the tensors. (`whole` does not help here: the
     state dict of a sharded module always has the shards.)
     """
-    if not _sharded(module):
+    if not any(isinstance(each, DTensor) for each in module.parameters()):
         return None
     return get_model_state_dict(module, options=GATHERED)
 

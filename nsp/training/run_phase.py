@@ -14,14 +14,20 @@ from nsp.family.recipe import PhaseConfig, RunConfig, counted
 from nsp.family.registry import family
 from nsp.family.system import System
 from nsp.training.fitting import check_captions
-from nsp.training.folder import CHECKPOINT_NAME, TOKENS_NAME, newest_model, without_places
+from nsp.training.folder import (
+    CHECKPOINT_NAME,
+    LORA_NAME,
+    TOKENS_NAME,
+    newest_model,
+    without_places,
+)
 from nsp.training.judging import (
     forget_verdict,
     has_begun_later,
     judge_phase,
     settled_again,
 )
-from nsp.training.optimizer import merge_adapters
+from nsp.training.optimizer import merge_adapters, write_adapters
 from nsp.training.parallel import gathered, on_main
 from nsp.training.run_pictures import Pictures
 from nsp.training.stopping import StopRequest
@@ -69,6 +75,8 @@ def run_phase(
             save_model(
                 folder / CHECKPOINT_NAME, _plain(system, weights, config, record), run, steps
             )
+            if config.lora is not None:
+                write_adapters(system, config.lora, folder / config.name / LORA_NAME)
 
         on_main(accelerator, save)
     if finished:

@@ -107,9 +107,9 @@ class Tracker:
             feed.put(partial(feed.recorder.phase, name, step), limit=None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers under their names in this phase; `step` steps are done."""
+        """Record numbers in this phase, under the names that the run has; `step` steps are done."""
         assert self._phase is not None, "phase() comes first"
-        numbers = {name: float(value) for name, value in values.items()} if self._feeds else {}
+        numbers = {self._called(n): float(v) for n, v in values.items()} if self._feeds else {}
         for feed in self._feeds:
             feed.put(partial(feed.recorder.scalars, step, numbers, time.time()))
 
@@ -121,8 +121,13 @@ class Tracker:
         sheet = np.asarray(pictures)
         if sheet.ndim == 4:
             sheet = np.asarray(contact_sheet(sheet, [""] * len(sheet), lines=0))
+        called = self._called(name)
         for feed in self._feeds:
-            feed.put_picture(partial(feed.recorder.picture, step, name, sheet, time.time()))
+            feed.put_picture(partial(feed.recorder.picture, step, called, sheet, time.time()))
+
+    def _called(self, name: str) -> str:
+        """Return the name under which the run's configuration has something recorded."""
+        return self._config.names.get(name, name)
 
     def close(self, status: Status) -> None:
         """End recording; waits at most a few seconds for records that are still being sent."""

@@ -5,6 +5,7 @@ docs/inl_diffusion.md.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -104,6 +105,24 @@ class InlDiffusion(Family[InlConfig, InlSampling, "InlSystem"]):
         from nsp.families.inl_diffusion.recipes import RECIPES
 
         return RECIPES
+
+    def options_of(self, run: Mapping[str, object]) -> "Callable[..., RunConfig] | None":
+        """Return the options and variables of `inl_vae` or `inl_dit` for a run that is one."""
+        from nsp.families.inl_diffusion.recipes import options_of
+
+        return options_of(run)
+
+    def adopt(self, config: InlConfig, trained: InlConfig) -> InlConfig:
+        """Return `config` with the autoencoder and the text encoder of the trained model."""
+        read = {name: getattr(trained.dit, name) for name in ("context_width", "context_length")}
+        return replace(
+            config,
+            latent_side=trained.latent_side,
+            vae=trained.vae,
+            pretrained_vae=None,
+            text=trained.text,
+            dit=replace(config.dit, **read),
+        )
 
     def convert(
         self, files: Mapping[str, Path], config: Mapping[str, object] | None, output_dir: Path

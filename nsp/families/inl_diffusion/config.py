@@ -129,6 +129,8 @@ class InlConfig(ModelConfig):
     text: TextKind = "clip"  # whose encoder reads the prompts
     # What stands for no prompt, in training and in guidance alike: a learned condition, or "".
     null_condition: NullCondition = "learned"
+    # Only when training begins: a trained autoencoder, see pretrained.py.
+    pretrained_vae: str | None = None
 
     def __post_init__(self) -> None:
         """Check that latents divide into patches, and the number of control blocks."""

@@ -21,6 +21,7 @@ from nsp.families.inl_diffusion.objective import (
     VaeSettings,
     encoding,
 )
+from nsp.families.inl_diffusion.pretrained import read_vae
 from nsp.families.inl_diffusion.sampling import InlSampling
 from nsp.families.inl_diffusion.system import InlSystem
 from nsp.families.inl_diffusion.text import pooled_width, text_width
@@ -78,8 +79,13 @@ class InlLearner(Learner[InlConfig, InlSampling, InlSystem]):
             pooled_width=pooled_width(config.text, encoder),
         )
         config = dataclasses.replace(config, dit=dit)
+        vae = None if config.pretrained_vae is None else read_vae(Path(config.pretrained_vae))
+        if vae is not None:
+            config = dataclasses.replace(config, vae=vae.config, pretrained_vae=None)
         system = InlSystem(config, text_encoder=encoder, prompt_tokenizer=tokenizer)
         initialize(system.dit)
+        if vae is not None:
+            system.vae.load_state_dict(vae.state_dict())
         return system
 
     def untrained(self, config: InlConfig) -> InlSystem:

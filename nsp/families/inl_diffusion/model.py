@@ -173,9 +173,16 @@ class Block(nn.Module):
         return self.cross_attn.keys(self.norm_context(context_NTW))
 
     def forward(
-        self, x_GND: Tensor, modulation: Tensor, rotary_NK2: Tensor, text: KeyValue
+        self, x_GND: Tensor, modulation: Tensor, rotary_NK2: Tensor, text: KeyValue | Tensor
     ) -> Integrated:
-        """Return the state (G, N, D) and the integrator's gate (G, N); modulation is (..., 6D)."""
+        """Return the state (G, N, D) and the integrator's gate (G, N).
+
+        `modulation` is (..., 6D) and `text` has keys and values; or they are the embedded timestep
+        (..., D) and the text states, of which the block then makes both. In training all weights of
+        a block are so used inside its call, as sharding and recomputation need it.
+        """
+        if isinstance(text, Tensor):
+            modulation, text = self.adaLN_modulation(modulation), self.keys(text)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, -1)
         seen = self.norm1(x_GND) * (1 + scale1) + shift1
         x_GND = x_GND + gate1 * self._kept(self.attn(seen, rotary_NK2))
@@ -232,7 +239,7 @@ class InlControl(nn.Module):
         x_GND: Tensor,
         control_GChw: Tensor,
         modulations: Sequence[Tensor],
-        texts: Sequence[KeyValue],
+        texts: Sequence[KeyValue] | Sequence[Tensor],
         rotary_NK2: Tensor,
     ) -> list[Tensor]:
         """Return what is added behind every main block (G, N, D), given embedded patches."""
@@ -271,21 +278,30 @@ class InlDit(nn.Module):
 
     def read(self, context_NTW: Tensor) -> list[KeyValue]:
         """Return the keys and values of text states in every block, then in every control block."""
-        blocks = [*self.blocks, *self.control_blocks]
-        if self.config.dit.pooled_width:
-            context_NTW = context_NTW[:, :-1]
-        return [cast("Block", block).keys(context_NTW) for block in blocks]
+        blocks, states = [*self.blocks, *self.control_blocks], self.states(context_NTW)
+        return [cast("Block", block).keys(states) for block in blocks]
+
+    def states(self, context_NTW: Tensor) -> Tensor:
+        """Return the states of the tokens alone; a summary of the prompt may come behind them."""
+        return context_NTW[:, :-1] if self.config.dit.pooled_width else context_NTW
+
+    def embedded(self, timestep_S: Tensor, context_STW: Tensor | None) -> Tensor:
+        """Return embedded timesteps (S, D), with the summaries of prompts in a model that has them.
+
+        There may be one timestep for all prompts.
+        """
+        found: Tensor = self.t_embed(timestep_S)
+        if pooled := self.config.dit.pooled_width:
+            assert context_STW is not None
+            found = found + self.pooled_embed(context_STW[:, -1, :pooled])
+        return found
 
     def modulation(self, timestep_S: Tensor, context_STW: Tensor | None = None) -> Tensor:
         """Return shifts, scales and gates (S, M) of all blocks and of the end, for timesteps.
 
-        A model that reads summaries of prompts needs the text states, too. There may be one
-        timestep for all of them.
+        A model that reads summaries of prompts needs the text states, too.
         """
-        embedded = self.t_embed(timestep_S)
-        if pooled := self.config.dit.pooled_width:
-            assert context_STW is not None
-            embedded = embedded + self.pooled_embed(context_STW[:, -1, :pooled])
+        embedded = self.embedded(timestep_S, context_STW)
         parts = [*self.blocks, *self.control_blocks, self.final_layer]
         return torch.cat(
             [cast("_Modulated", part).adaLN_modulation(embedded) for part in parts], -1
@@ -334,9 +350,20 @@ class InlDit(nn.Module):
         `modulation_SM` has one row, or one per row of the latent. `added` (G, N, D) is what a
         control adds behind the first blocks.
         """
+        by_block, _, last = self.divided(modulation_SM)
+        return self._predicted(latent_GChw, by_block, last, texts, rotary_NK2, added)
+
+    def _predicted(
+        self,
+        latent_GChw: Tensor,
+        by_block: Sequence[Tensor],
+        last: Tensor,
+        texts: Sequence[KeyValue] | Sequence[Tensor],
+        rotary_NK2: Tensor,
+        added: Sequence[Tensor],
+    ) -> Integrated:
         grid = latent_GChw.shape[-2:]
         x, gates = self.patch_embed(latent_GChw), []
-        by_block, _, last = self.divided(modulation_SM)
         for block, modulation, text in zip(self.blocks, by_block, texts, strict=True):
             x, gate = block(x, modulation, rotary_NK2, text)
             gates.append(gate)
@@ -360,13 +387,16 @@ class InlDit(nn.Module):
         control_BChw: Tensor | None = None,
     ) -> Tensor:
         """Return the prediction (B, C, h, w), as in training."""
-        modulation, texts = self.modulation(timestep_B, context_BTW), self.read(context_BTW)
+        embedded, states = self.embedded(timestep_B, context_BTW), self.states(context_BTW)
         rotary = self.rotary(latent_BChw.shape[-1])
-        own, others = texts[: len(self.blocks)], texts[len(self.blocks) :]
         added: list[Tensor] = []
         if control_BChw is not None:
-            added = self.controlled(latent_BChw, control_BChw, modulation, others, rotary)
-        prediction, _ = self.predict(latent_BChw, modulation, own, rotary, added)
+            count, patches = len(self.control_blocks), self.patch_embed(latent_BChw)
+            times, texts = [embedded] * count, [states] * count
+            added = self.control(patches, control_BChw, times, texts, rotary)
+        times, texts = ([each] * len(self.blocks) for each in (embedded, states))
+        last = self.final_layer.adaLN_modulation(embedded)
+        prediction, _ = self._predicted(latent_BChw, times, last, texts, rotary, added)
         return prediction
 
 
