@@ -135,8 +135,10 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
         self, files: Mapping[str, Path], config: Mapping[str, object] | None, output_dir: Path
     ) -> None:
         """Write a checkpoint folder with a published tokenizer and a new transformer."""
+        from nsp.artifacts.checkpoint import check_new_checkpoint
         from nsp.families.latent_gpt.learn import convert
 
+        check_new_checkpoint(output_dir)
         convert(files["tokenizer"], config or {}, output_dir)
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsp.artifacts.checkpoint import is_checkpoint
+from nsp.artifacts.checkpoint import check_new_checkpoint, is_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.next_patch.config import GPT_SIZES, CaptionCondition, NextPatchConfig
@@ -26,7 +26,7 @@ from nsp.family.classes import ClassCondition
 from nsp.raster.vq import VqTokenizer
 from nsp.text.t5 import pretrained_t5
 from nsp.values import integer
-from nsp.weights.module_weights import bounded, compare_shapes, load_state, load_weights
+from nsp.weights.module_weights import bounded, compare_shapes, joined, load_state, load_weights
 from nsp.weights.state_names import count_of, find_state, shape_of, what_it_is
 from nsp.weights.weight_files import read_tensor_file
 
@@ -89,12 +89,7 @@ def convert(
     naming a file that holds something else, or a missing, extra, misshapen or non-finite tensor;
     ConfigError for an argument that is unknown or contradicts the tensors.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"{output_dir} is a file; choose another --output-dir")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_checkpoint(output_dir):
-        raise ConfigError(
-            f"{output_dir} is not empty and not a checkpoint; choose another --output-dir"
-        )
+    check_new_checkpoint(output_dir)
     vq_state = _read(tokenizer, "tokenizer", _TOKENIZER)
     gpt_state = _read(predictor, "predictor", _PREDICTOR)
     model = infer_config(vq_state, gpt_state, config or {}, tokenizer, predictor)
@@ -358,7 +353,7 @@ def with_our_names(
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     compare_shapes(wanted, shapes, source, optional=(_USED,))
-    found = {name: torch.cat([state[their] for their in names]) for name, names in theirs.items()}
+    found = {name: joined(state, names, source) for name, names in theirs.items()}
     return {**found, "quantize.usage_V": torch.zeros(module.config.codebook_size)}
 
 
