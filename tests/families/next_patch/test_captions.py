@@ -10,6 +10,7 @@ import torch
 
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import ConfigError
+from nsp.families.next_patch.model import prefix_mask
 from nsp.families.next_patch.published import convert
 from nsp.families.next_patch.system import NextPatchSystem
 from nsp.family.order import Encoded, Order
@@ -47,6 +48,8 @@ def golden() -> NextPatchSystem:
 @torch.no_grad()
 def test_training_matches() -> None:
     system, caption = golden(), IO["t2i.caption"]
+    mask = prefix_mask(FIRST, caption.shape[1], IO["t2i.attn_mask"].shape[-1])
+    assert torch.equal(mask, IO["t2i.attn_mask"].bool())
     found = system.gpt.cls_embedding(caption)
     torch.testing.assert_close(found, IO["t2i.cond_embeddings"], atol=1e-4, rtol=0)
     logits = system.caption_logits(caption, FIRST, FREE, IO["t2i.codes"])
