@@ -14,6 +14,7 @@ from PIL import Image
 from nsp.errors import ConfigError
 
 Pixels = NDArray[np.uint8]
+CROP_RANGES = (1.1, 1.05)  # of the public code's two sets
 CLOSER = "_105"  # ending of the folder of closer crops, in which the public code has 1.05
 
 
@@ -23,7 +24,7 @@ class Extraction:
 
     image_size_px: int
     ten_crop: bool = False
-    crop_ranges: tuple[float, ...] = (1.1, 1.05)  # widths of the squares that ten crops are cut of
+    crop_ranges: tuple[float, ...] = CROP_RANGES  # widths of the squares that ten crops are cut of
     flip: bool = False  # also the mirrored picture; ten crops have it anyway
     part: int = 0
     num_parts: int = 1

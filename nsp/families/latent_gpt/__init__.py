@@ -152,7 +152,11 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
 def _guided_if_possible(
     config: LatentGptConfig, order: Order[RasterSampling]
 ) -> Order[RasterSampling]:
-    """Return the order without guidance if both of its branches would be the same."""
+    """Return the order without guidance if both of its branches would be the same.
+
+    Raises ConfigError for an interval outside the sequence also then.
+    """
+    order.sampling.num_guided(config.grid.length)
     same = order.condition is None and order.negative is None
     if config.text is not None and not same:
         return order

@@ -168,6 +168,13 @@ def test_training_finds_the_closer_crops_of_any_range(place: Path) -> None:
     assert found.files[0].closer == place / "other_105" / CODES / "0.npy"
 
 
+def test_a_crop_range_without_ten_crops_is_refused(place: Path) -> None:
+    words = [word for word in command(place, "--flip") if word != "--ten-crop"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert "--crop-range is for --ten-crop" in result.output
+
+
 def test_a_process_may_begin_while_another_writes(place: Path) -> None:
     (place / "begun").mkdir()
     (place / "begun" / ".codes.json.0123.partial").touch()
