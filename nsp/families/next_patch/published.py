@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Regex, normalizers
+from tokenizers.normalizers import Normalizer
 from torch import Tensor
 
 from nsp.artifacts.checkpoint import check_new_checkpoint, is_checkpoint
@@ -102,6 +104,7 @@ def convert(
                 "(the published ones read Flan-T5-XL)"
             )
         prompts, encoder = pretrained_t5(text_encoder, model.caption.max_tokens)
+        prompts = prompts.after(_cleaning())
     elif text_encoder is not None:
         raise ConfigError(f"{predictor} is a model of classes; omit --text-encoder")
     shapes = [tensor.shape for state in (vq_state, gpt_state) for tensor in state.values()]
@@ -113,6 +116,26 @@ def convert(
     sampling = {} if model.caption is None else _CAPTION_SAMPLING
     save_checkpoint(output_dir, system, notes={"converted_from": files}, sampling=sampling)
     return model
+
+
+def _cleaning() -> list[Normalizer]:
+    """Return rules by which captions become like those that the published models learnt from.
+
+    The public program cleans prompts as its training did (language/t5.py): these are its rules that
+    change common captions. Those about HTML, file names and article numbers are left out.
+    """
+    return [
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"(https?://|www\.)\S+"), ""),
+        normalizers.Replace(Regex(r"\p{Pd}+"), "-"),
+        normalizers.Replace(Regex("[\u2018\u2019]"), "'"),
+        normalizers.Replace(Regex("[`\u00b4\u00ab\u00bb\u201c\u201d]"), '"'),
+        normalizers.Replace(
+            Regex(r"[#&@~()\[\]{}|\\/*\u00a1-\u00bf]+|\.{2,}|[\u2022\u2122]+"), " "
+        ),
+        normalizers.Replace(Regex(r"\s+"), " "),
+        normalizers.Strip(),
+    ]
 
 
 def load_pretrained(system: NextPatchSystem, config: NextPatchConfig) -> None:

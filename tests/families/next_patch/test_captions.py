@@ -117,3 +117,14 @@ def test_a_model_of_captions_needs_its_t5_and_one_of_classes_none(tmp_path: Path
         given = arguments(name)
         with pytest.raises(ConfigError, match=message):
             convert(**files, text_encoder=t5, config=given, output_dir=tmp_path / "out")
+
+
+def test_prompts_of_a_converted_model_are_cleaned_as_its_captions_were() -> None:
+    prompts = golden().prompt_tokenizer  # as read from the checkpoint
+    assert prompts is not None
+    same = ["a cat", " A   Cat ", "A (cat)", "a *** #cat...", "a http://a.b/c?d=1 cat"]
+    ids = prompts.encode(same)
+    assert (ids == ids[0]).all()
+    quoted = prompts.encode(["'a'", "\u2018a\u2019", "a-a", "a\u2014a"])
+    assert (quoted[0] == quoted[1]).all()
+    assert (quoted[2] == quoted[3]).all()
