@@ -118,7 +118,7 @@ def _table(found: "Evaluation") -> "Table":
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("better")
-    missing = "none: this Inception has no spatial features"
+    missing = "needs the ADM evaluator's graph, and mu_s and sigma_s in a reference with mu"
     rows = (
         ("FID", found.fid, ".3f", "lower", ""),
         ("sFID", found.sfid, ".3f", "lower", missing),

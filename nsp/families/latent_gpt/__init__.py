@@ -135,8 +135,10 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
         self, files: Mapping[str, Path], config: Mapping[str, object] | None, output_dir: Path
     ) -> None:
         """Write a checkpoint folder with a published tokenizer and a new transformer."""
+        from nsp.artifacts.checkpoint import check_new_checkpoint
         from nsp.families.latent_gpt.learn import convert
 
+        check_new_checkpoint(output_dir)
         convert(files["tokenizer"], config or {}, output_dir)
 
     @property
@@ -150,7 +152,11 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
 def _guided_if_possible(
     config: LatentGptConfig, order: Order[RasterSampling]
 ) -> Order[RasterSampling]:
-    """Return the order without guidance if both of its branches would be the same."""
+    """Return the order without guidance if both of its branches would be the same.
+
+    Raises ConfigError for an interval outside the sequence also then.
+    """
+    order.sampling.num_guided(config.grid.length)
     same = order.condition is None and order.negative is None
     if config.text is not None and not same:
         return order

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from nsp.families.next_patch.config import SIZES, NextPatchConfig, with_classes
+from nsp.families.next_patch.config import GPT_SIZES, SIZES, NextPatchConfig, with_classes
 from nsp.families.next_patch.peers import PUBLIC_LLAMAGEN
 from nsp.families.next_patch.stages import stages
 from nsp.family.classes import ClassCondition
@@ -125,6 +125,31 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
         """Return the names of a model's classes by their numbers; empty if it has none."""
         condition = config.condition
         return condition.id2label if isinstance(condition, ClassCondition) else ()
+
+    def sample_name(
+        self,
+        config: NextPatchConfig,
+        sampling: RasterSampling,
+        *,
+        model: str,
+        size_px: int,
+        size_eval_px: int,
+        seed: int,
+    ) -> str:
+        """Return the name that the public code gives to an archive of pictures.
+
+        An interval of guidance, which it leaves out, is added. Source: LlamaGen,
+        autoregressive/sample/sample_c2i_ddp.py.
+        """
+        gpt, chosen = config.gpt, sampling
+        sizes = {size: name for name, size in GPT_SIZES.items()}
+        size = sizes.get((gpt.depth, gpt.width, gpt.num_heads), f"{gpt.depth}x{gpt.width}")
+        interval = "" if chosen.cfg_interval < 0 else f"interval-{chosen.cfg_interval}-"
+        return (
+            f"GPT-{size}-{model}-size-{size_px}-size-{size_eval_px}-VQ-{config.vq.downsampling}-"
+            f"topk-{chosen.top_k}-topp-{chosen.top_p}-temperature-{chosen.temperature}-"
+            f"cfg-{chosen.guidance_scale}-{interval}seed-{seed}"
+        )
 
     def convert(
         self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path

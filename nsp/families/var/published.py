@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsp.artifacts.checkpoint import is_checkpoint
+from nsp.artifacts.checkpoint import check_new_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.config import SCHEDULES, VarConfig
@@ -81,12 +81,7 @@ def convert(
     file that holds something else, or a missing, extra, misshapen, mistyped or non-finite tensor;
     ConfigError for an argument that is unknown, out of range or contradicted by the tensors.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"{output_dir} is a file; choose another --output-dir")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_checkpoint(output_dir):
-        raise ConfigError(
-            f"{output_dir} is not empty and not a checkpoint; choose another --output-dir"
-        )
+    check_new_checkpoint(output_dir)
     given = _arguments(config or {})
     vae_state = read_state(tokenizer, part="vae_local")
     var_state = read_state(predictor, part="var_wo_ddp")

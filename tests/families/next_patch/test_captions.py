@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.systems import save_checkpoint
+from nsp.cli import main
 from nsp.errors import ConfigError
+from nsp.families.next_patch.model import prefix_mask
 from nsp.families.next_patch.published import convert
 from nsp.families.next_patch.system import NextPatchSystem
 from nsp.family.order import Encoded, Order
 from nsp.family.registry import family
 from nsp.pipeline.encoding import PromptEncoder
-from nsp.pipeline.pipeline import torch_pipeline
+from nsp.pipeline.pipeline import load_pipeline, torch_pipeline
 from nsp.raster.patches import mean_of_valid, patch_loss
 from nsp.raster.sampling import RasterSampling
 from nsp.text.encoder import save_text_encoder
@@ -47,6 +51,8 @@ def golden() -> NextPatchSystem:
 @torch.no_grad()
 def test_training_matches() -> None:
     system, caption = golden(), IO["t2i.caption"]
+    mask = prefix_mask(FIRST, caption.shape[1], IO["t2i.attn_mask"].shape[-1])
+    assert torch.equal(mask, IO["t2i.attn_mask"].bool())
     found = system.gpt.cls_embedding(caption)
     torch.testing.assert_close(found, IO["t2i.cond_embeddings"], atol=1e-4, rtol=0)
     logits = system.caption_logits(caption, FIRST, FREE, IO["t2i.codes"])
@@ -114,3 +120,36 @@ def test_a_model_of_captions_needs_its_t5_and_one_of_classes_none(tmp_path: Path
         given = arguments(name)
         with pytest.raises(ConfigError, match=message):
             convert(**files, text_encoder=t5, config=given, output_dir=tmp_path / "out")
+
+
+def test_prompts_of_a_converted_model_are_cleaned_as_its_captions_were() -> None:
+    prompts = golden().prompt_tokenizer  # as read from the checkpoint
+    assert prompts is not None
+    same = ["a cat", " A   Cat ", "A (cat)", "a *** #cat...", "a http://a.b/c?d=1 cat"]
+    ids = prompts.encode(same)
+    assert (ids == ids[0]).all()
+    quoted = prompts.encode(["'a'", "\u2018a\u2019", "a-a", "a\u2014a"])
+    assert (quoted[0] == quoted[1]).all()
+    assert (quoted[2] == quoted[3]).all()
+
+
+def test_engines_of_captions_draw_what_pytorch_draws(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", golden(), notes={})
+    folders = (
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+        "--engine-dir",
+        str(tmp_path / "engines"),
+    )
+    result = CliRunner().invoke(main, ["export", "--fp32", *folders])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "engines/manifest.json").read_text().count('"prefill"')
+    found = []
+    for name in ("checkpoint", "engines"):
+        pipeline = load_pipeline(tmp_path / name, device="cpu")
+        made = pipeline.generate(
+            prompts=["a cat", "a"], negative_prompt="a cat", seed=3, guidance_scale=3.0, trace=True
+        )
+        assert made.trace is not None
+        found.append(np.concatenate(made.trace.tokens, 1))
+    assert np.array_equal(*found)

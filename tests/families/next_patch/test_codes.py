@@ -1,6 +1,8 @@
 """Codes of crops are extracted as the public code does it, and read from its folders."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from PIL import Image
 
 from nsp.artifacts.systems import save_checkpoint
 from nsp.cli import main
-from nsp.data.codes import CodeDataset, open_codes
+from nsp.data.codes import CodeDataset, CodeFile, open_codes
 from nsp.data.ten_crop import centre_crop, crops_of
 from nsp.errors import ConfigError, DataError
 from nsp.families.next_patch.system import NextPatchSystem
@@ -142,11 +144,57 @@ def foreign(folder: Path, codes: Any, label: Any = 0) -> Path:
     return folder
 
 
+def test_every_picture_has_the_codes_of_the_model(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "codes", np.zeros((1, 10, 64), int))
+    np.save(folder / CODES / "1.npy", np.zeros((1, 10, 16), int))
+    np.save(folder / LABELS / "1.npy", np.array([0]))
+    with pytest.raises(ConfigError, match=r"has 16 codes for picture 1, .* have 64"):
+        objective(folder, golden()).dataset()[1]
+
+
+def test_closer_crops_are_of_the_same_tokenizer(place: Path, tmp_path: Path) -> None:
+    for name in (NAME, f"{NAME}_105"):
+        shutil.copytree(place / name, tmp_path / name)
+    about = tmp_path / f"{NAME}_105" / "codes.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "tokenizer": "another"}))
+    with pytest.raises(ConfigError, match=r"_105 has codes of another tokenizer"):
+        objective(tmp_path / NAME, golden()).dataset()
+
+
+def test_training_finds_the_closer_crops_of_any_range(place: Path) -> None:
+    extract(place, "--output", str(place / "other"), "--crop-range", "1.2", "1.1")
+    found = open_codes(str(place / "other"))
+    assert isinstance(found.files[0], CodeFile)
+    assert found.files[0].closer == place / "other_105" / CODES / "0.npy"
+
+
+def test_a_crop_range_without_ten_crops_is_refused(place: Path) -> None:
+    words = [word for word in command(place, "--flip") if word != "--ten-crop"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert "--crop-range is for --ten-crop" in result.output
+
+
+def test_a_process_may_begin_while_another_writes(place: Path) -> None:
+    (place / "begun").mkdir()
+    (place / "begun" / ".codes.json.0123.partial").touch()
+    assert "4 of 4 pictures" in extract(place, "--output", str(place / "begun"))
+
+
+def test_codes_of_other_pictures_are_not_continued(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "pictures", tmp_path / "pictures")
+    next((tmp_path / "pictures").rglob("*.png")).unlink()
+    words = command(place)
+    words[2] = str(tmp_path / "pictures")
+    result = CliRunner().invoke(main, words)
+    assert "or of other pictures; choose another --output" in result.output
+
+
 @pytest.mark.parametrize(
     ("codes", "label", "message"),
     [
         (np.zeros((1, 10, 64), int), 0, None),
-        (np.zeros((1, 10, 16), int), 0, "has 16 codes per picture, .* have 64"),
+        (np.zeros((1, 10, 16), int), 0, "has 16 codes for picture 0, .* have 64"),
         (np.full((1, 10, 64), 64), 0, "codes from 64 to 64, but the tokenizer has 64"),
         (np.zeros((1, 10, 64), int), 10, "classes 10 to 10"),
         (np.zeros((10, 64), int), 0, "codes are integers"),
@@ -172,4 +220,4 @@ def test_codes_of_another_tokenizer_are_refused(place: Path) -> None:
     with pytest.raises(ConfigError, match="codes of another tokenizer"):
         objective(place / NAME, golden(l2_norm=False)).dataset()
     result = CliRunner().invoke(main, command(place, "--image-size", "64"))
-    assert "other crops; choose another --output" in result.output
+    assert "of other crops or of other pictures; choose another" in result.output

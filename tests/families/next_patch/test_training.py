@@ -83,6 +83,7 @@ def test_twenty_four_steps_end_where_the_public_trainer_does(tmp_path: Path) -> 
         first, length = objective.span(step, steps)
         rates.append(set_rates(optimizer, optimizing, step - first, length))
         objective.before_step(step, steps)
+        assert objective.settings.level_at(step, steps, 4).side == int(IO["train.p_per_step"][step])
         place = step % about["steps_per_epoch"]
         loss = objective(
             {
