@@ -21,7 +21,7 @@ from nsp.data.dataset import to_model_range
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.family.objective import Batch, Objective, TrainingData
-from nsp.raster.patches import mean_of_valid, patch_loss
+from nsp.raster.patches import patch_loss
 from nsp.raster.raster_system import RasterSystem
 from nsp.training.code_sets import CodeTokens
 from nsp.training.data_order import sample_uniforms
@@ -143,8 +143,7 @@ class PredictorObjective(Objective):
         else:
             codes_BN = system.vq.tokenize(to_model_range(batch["image"]))
         logits_BMV = system.logits(condition_B, dropped_B, codes_BN, side).float()
-        losses_BM = patch_loss(logits_BMV, codes_BN, system.config.grid_side, side)
-        loss = mean_of_valid(losses_BM, batch["valid"]) if "valid" in batch else losses_BM.mean()
+        loss = patch_loss(logits_BMV, codes_BN, system.config.grid_side, side).mean()
         if side > 1:
             return {"loss": loss}
         with torch.no_grad():
