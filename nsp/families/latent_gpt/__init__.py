@@ -61,7 +61,7 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
 
     def batch_key(self, config: LatentGptConfig, order: Order[RasterSampling]) -> Hashable:
         """Return what decides shapes and control flow."""
-        return loop.batch_key(config.grid, _guided_if_possible(config, order))
+        return loop.batch_key(config.grid, order)
 
     def inputs(
         self,
@@ -71,23 +71,20 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
     ) -> "dict[str, NDArray[Any]]":
         """Return all that the loop takes from the host.
 
-        Images without a prompt look at the stored null prompt, which needs no text encoder.
+        Images without a prompt read the stored null prompt, which needs no text encoder.
         """
-        found = loop.loop_inputs(config.grid, [_guided_if_possible(config, o) for o in orders])
-        num_rows, batch = len(found["rows"]), len(orders)
+        found = loop.loop_inputs(config.grid, orders)
+        num_rows = len(found["rows"])
         found["token"] = np.full(num_rows, config.bos)
         if config.text is None:
             return found
-        if text is None:
-            shape = (batch, config.text.max_tokens, config.text.text_width)
-            states, null = {"text_states": np.zeros(shape, np.float32)}, np.full(batch, batch)
-        else:
-            states, null = dict(text.states), text.null_rows()
-        stored = len(states["text_states"])
-        has_prompt = np.array([order.condition is not None for order in orders])
-        prompts = np.where(has_prompt, np.arange(batch), stored)
-        rows = prompts if num_rows == batch else np.concatenate([prompts, null])
-        return {**found, **states, "prompts": rows}
+        return found | loop.prompt_inputs(
+            orders,
+            text,
+            num_rows=num_rows,
+            num_tokens=config.text.max_tokens,
+            width=config.text.text_width,
+        )
 
     def loop(
         self, backend: "Backend", config: LatentGptConfig, inputs: "Mapping[str, Array]"
@@ -104,8 +101,7 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
     ) -> Sequence[Sequence[Order[RasterSampling]]]:
         """Return batches of orders that together call every stage; one of them has no prompt."""
         has_text = config.text is not None
-        made = examples(config.grid, sampling, num_classes=None, prompts=has_text)
-        return [*made, [Order(None, len(made), sampling)]] if has_text else made
+        return examples(config.grid, sampling, num_classes=None, prompts=has_text)
 
     @property
     def recipes(self) -> "Mapping[str, Callable[..., RunConfig]]":
@@ -145,14 +141,3 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
         from nsp.families.latent_gpt.learn import LatentGptLearner
 
         return LatentGptLearner()
-
-
-def _guided_if_possible(
-    config: LatentGptConfig, order: Order[RasterSampling]
-) -> Order[RasterSampling]:
-    """Return the order without guidance if both of its branches would be the same."""
-    same = order.condition is None and order.negative is None
-    if config.text is not None and not same:
-        return order
-    unguided = replace(order.sampling, guidance_scale=1.0, cfg_interval=-1)
-    return replace(order, sampling=unguided)

@@ -43,6 +43,7 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
     published_folders: ClassVar[Mapping[str, str]] = {
         "text-encoder": "T5 folder, for models of captions.",
     }
+    draws_without_prompt: ClassVar[bool] = True
     peers: ClassVar[Sequence[Peer]] = (PUBLIC_LLAMAGEN,)
     config, sampling, sizes = NextPatchConfig, RasterSampling, SIZES
 
@@ -76,22 +77,30 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
         orders: Sequence[Order[RasterSampling]],
         text: Encoded | None,
     ) -> "dict[str, NDArray[Any]]":
-        """Return all that the loop takes from the host."""
+        """Return all that the loop takes from the host.
+
+        The learned null condition has the padding of its image's prompt; without one it has none,
+        and needs no text encoder.
+        """
         found = loop.loop_inputs(config.grid, orders)
-        guided = len(found["rows"]) > len(orders)
-        if text is None:
+        rows, batch = found["rows"], len(orders)
+        if config.caption is None:
             ids = np.array([order.condition for order in orders], np.int64)
-            null = np.full_like(ids, config.num_classes)
-            classes = np.concatenate([ids, null]) if guided else ids
+            classes = np.concatenate([ids, np.full_like(ids, config.num_classes)])[: len(rows)]
             return {**found, "token": config.vq.codebook_size + classes}
-        prompts = np.arange(len(orders), dtype=np.int64)
-        padding = (text.mask == 0).sum(1)  # on the left
-        first = padding[: len(orders)]
-        if guided:  # the learned null condition has the padding of its image's prompt
-            null = text.null_rows()
-            own = np.where(text.has_null, padding[np.minimum(null, len(padding) - 1)], first)
-            prompts, first = np.concatenate([prompts, null]), np.concatenate([first, own])
-        return {**found, **text.states, "prompts": prompts, "first": first}
+        found |= loop.prompt_inputs(
+            orders,
+            text,
+            num_rows=len(rows),
+            num_tokens=config.caption.max_tokens,
+            width=config.caption.text_width,
+        )
+        padding = np.zeros(batch, np.int64) if text is None else (text.mask == 0).sum(1)
+        has_prompt = np.array([order.condition is not None for order in orders])
+        of_image = np.where(has_prompt, padding[:batch], 0)[rows]
+        prompts, num_prompts = found["prompts"], len(padding)
+        of_prompt = padding[np.minimum(prompts, num_prompts - 1)]
+        return {**found, "first": np.where(prompts < num_prompts, of_prompt, of_image)}
 
     def loop(
         self, backend: "Backend", config: NextPatchConfig, inputs: "Mapping[str, Array]"
