@@ -4,7 +4,7 @@ Source: github.com/ShlomiRex/final_project; what it leaves open or gets wrong is
 docs/latent_gpt.md.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,10 +13,11 @@ import numpy as np
 
 from nsp.families.latent_gpt.config import SIZES, LatentGptConfig
 from nsp.families.latent_gpt.stages import stages
-from nsp.family.contract import Family, Kind, Learner, Stage
-from nsp.family.order import Encoded, Given, Order, Step
+from nsp.family.contract import Kind, Learner, Stage
+from nsp.family.order import Encoded, Order, Step
 from nsp.raster import loop
 from nsp.raster.examples import examples
+from nsp.raster.raster_family import RasterFamily
 from nsp.raster.sampling import RasterSampling
 
 if TYPE_CHECKING:
@@ -24,44 +25,26 @@ if TYPE_CHECKING:
 
     from nsp.families.latent_gpt.system import LatentGptSystem
     from nsp.family.recipe import RunConfig
-    from nsp.stage.arena import Array, KVShape
+    from nsp.stage.arena import Array
     from nsp.stage.backend import Backend
 
 
-class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
+class LatentGpt(RasterFamily[LatentGptConfig, "LatentGptSystem"]):
     """GPT-2 over VQGAN codes, with prompts or without."""
 
     name: ClassVar[str] = "latent_gpt"
-    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed")
     published: ClassVar[Mapping[str, str]] = {
         "tokenizer": "Weights of the image tokenizer.",
     }
-    draws_without_prompt: ClassVar[bool] = True
-    config, sampling, sizes = LatentGptConfig, RasterSampling, SIZES
+    config, sizes = LatentGptConfig, SIZES
 
     def condition(self, config: LatentGptConfig) -> Kind:
         """Return the kind of condition for a picture."""
         return "none" if config.text is None else "prompt"
 
-    def grids(self, config: LatentGptConfig) -> Sequence[tuple[int, int]]:
-        """Return the one grid of codes."""
-        return [(config.grid_side, config.grid_side)]
-
-    def cache(self, config: LatentGptConfig, rows: int, dtype: str) -> "KVShape":
-        """Return the size of the key/value cache of one batch."""
-        return config.grid.cache(rows, dtype)
-
     def stages(self, config: LatentGptConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""
         return stages(config, kv_layout, dtype)
-
-    def given(self, config: LatentGptConfig) -> Mapping[str, Given]:
-        """Return what an order may carry: random numbers and codes."""
-        return loop.given(config.grid)
-
-    def batch_key(self, config: LatentGptConfig, order: Order[RasterSampling]) -> Hashable:
-        """Return what decides shapes and control flow."""
-        return loop.batch_key(config.grid, order)
 
     def inputs(
         self,
