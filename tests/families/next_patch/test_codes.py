@@ -13,7 +13,7 @@ from PIL import Image
 
 from nsp.artifacts.systems import save_checkpoint
 from nsp.cli import main
-from nsp.data.codes import CodeDataset, CodeFile, open_codes
+from nsp.data.codes import CodeDataset, CodeFile, open_codes, read_npy
 from nsp.data.ten_crop import centre_crop, crops_of
 from nsp.errors import ConfigError, DataError
 from nsp.families.next_patch.system import NextPatchSystem
@@ -165,7 +165,7 @@ def test_training_finds_the_closer_crops_of_any_range(place: Path) -> None:
     extract(place, "--output", str(place / "other"), "--crop-range", "1.2", "1.1")
     found = open_codes(str(place / "other"))
     assert isinstance(found.files[0], CodeFile)
-    assert found.files[0].closer == place / "other_105" / CODES / "0.npy"
+    assert found.files[0].closer_folder == place / "other_105" / CODES
 
 
 def test_a_crop_range_without_ten_crops_is_refused(place: Path) -> None:
@@ -190,6 +190,30 @@ def test_codes_of_other_pictures_are_not_continued(place: Path, tmp_path: Path) 
     assert "or of other pictures; choose another --output" in result.output
 
 
+def test_labels_are_read_once_and_again_after_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = foreign(tmp_path / "codes", np.zeros((1, 10, 64), int), 3)
+    opened: list[str] = []
+
+    def counted(path: Path) -> Any:
+        opened.append(path.name)
+        return read_npy(path)
+
+    monkeypatch.setattr("nsp.data.codes.read_npy", counted)
+    first = open_codes(str(folder))
+    assert opened == ["0.npy"]
+    assert open_codes(str(folder)).samples == first.samples
+    assert opened == ["0.npy"]
+    np.save(folder / LABELS / "0.npy", np.array([5], np.int16))
+    assert [each.class_id for each in open_codes(str(folder)).samples] == [5]
+    (folder / f"{LABELS}.npz").write_bytes(b"damaged")
+    assert [each.class_id for each in open_codes(str(folder)).samples] == [5]
+    (folder / LABELS / "0.npy").unlink()
+    with pytest.raises(DataError, match=r"0\.npy is missing; extract the codes again"):
+        open_codes(str(folder))
+
+
 @pytest.mark.parametrize(
     ("codes", "label", "message"),
     [
@@ -200,6 +224,7 @@ def test_codes_of_other_pictures_are_not_continued(place: Path, tmp_path: Path) 
         (np.zeros((10, 64), int), 0, "codes are integers"),
         (np.zeros((1, 10, 64)), 0, "codes are integers"),
         (np.zeros((1, 10, 64), int), "cat", "number of one class"),
+        (np.zeros((1, 10, 64), int), 10**15, "number of one class"),
     ],
 )
 def test_codes_that_do_not_fit_are_one_line(
