@@ -32,7 +32,7 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
     """GPT-2 over VQGAN codes, with prompts or without."""
 
     name: ClassVar[str] = "latent_gpt"
-    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed")
+    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed", "in_place")
     published: ClassVar[Mapping[str, str]] = {
         "tokenizer": "Weights of the image tokenizer.",
     }
@@ -50,6 +50,10 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
     def cache(self, config: LatentGptConfig, rows: int, dtype: str) -> "KVShape":
         """Return the size of the key/value cache of one batch."""
         return config.grid.cache(rows, dtype)
+
+    def layouts(self, config: LatentGptConfig) -> tuple[str, ...]:
+        """Return the cache layouts that a model of this configuration can have."""
+        return config.grid.layouts(self.kv_layouts)
 
     def stages(self, config: LatentGptConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""

@@ -35,7 +35,7 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
     """LlamaGen and models trained by next-patch prediction, with classes or captions."""
 
     name: ClassVar[str] = "next_patch"
-    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed")
+    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed", "in_place")
     published: ClassVar[Mapping[str, str]] = {
         "tokenizer": "Weights of the image tokenizer.",
         "predictor": "Weights of the transformer.",
@@ -57,6 +57,10 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
     def cache(self, config: NextPatchConfig, rows: int, dtype: str) -> "KVShape":
         """Return the size of the key/value cache of one batch."""
         return config.grid.cache(rows, dtype)
+
+    def layouts(self, config: NextPatchConfig) -> tuple[str, ...]:
+        """Return the cache layouts that a model of this configuration can have."""
+        return config.grid.layouts(self.kv_layouts)
 
     def stages(self, config: NextPatchConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""
