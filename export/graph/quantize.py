@@ -51,12 +51,15 @@ def quantize_blocks(path: Path) -> None:
     model = onnx.load(path)
     metadata = {each.key: each.value for each in model.metadata_props}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    narrowed = set[str]()
     for node in model.graph.node:
         weight = weights.get(node.input[1]) if node.op_type == "MatMul" else None
         if weight is not None and len(weight.dims) == 2:
             _narrow(model.graph, node, weight)
+            narrowed.add(weight.name)
     used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    left = narrowed - used
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in left]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     if all(opset.domain != DOMAIN for opset in model.opset_import):

@@ -9,7 +9,8 @@ from nsp.families.latent_gpt.model import Attend, Attention
 from nsp.families.latent_gpt.system import LatentGptSystem
 from nsp.layers.attention import KeyValue, attend_past
 from nsp.layers.in_place import attend_in_place
-from nsp.raster.drawing import NUM_DRAW, DecoderStage, NucleusStage, draw
+from nsp.layers.logits import filter_by_rank
+from nsp.raster.drawing import NUM_DRAW, DecoderStage, NucleusStage, draw, filter_where_asked
 from nsp.raster.stages import needs_nucleus_stage
 from nsp.text.encoder import TextEncoderStage
 
@@ -60,6 +61,7 @@ class DecodeStage(nn.Module):
         super().__init__()
         self.gpt, self.has_text = system.gpt, system.config.text is not None
         self.is_in_place = kv_layout == "in_place"
+        self.keep = filter_where_asked if self.is_in_place else filter_by_rank
 
     def forward(self, token_G: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return logits, tokens, next, new_codes, guided, then new keys and values."""
@@ -77,7 +79,7 @@ class DecodeStage(nn.Module):
             attends = [_attend_step(pair, mask, new) for pair in _pairs(past)]
         embedded = gpt.token_embedding(token_G) + gpt.position_embedding(position)
         logits = gpt.transformed(embedded[:, None], attends, texts)
-        return logits, *draw(logits, *drawn), *new
+        return logits, *draw(logits, *drawn, keep=self.keep), *new
 
 
 def _pairs(tensors: tuple[Tensor, ...]) -> list[KeyValue]:

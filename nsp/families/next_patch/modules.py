@@ -9,7 +9,8 @@ from nsp.families.next_patch.model import Attend, Attention, Gpt, attend_all, pr
 from nsp.families.next_patch.system import NextPatchSystem
 from nsp.layers.attention import KeyValue, attend_past
 from nsp.layers.in_place import attend_in_place, stored
-from nsp.raster.drawing import NUM_DRAW, DecoderStage, NucleusStage, draw
+from nsp.layers.logits import filter_by_rank
+from nsp.raster.drawing import NUM_DRAW, DecoderStage, NucleusStage, draw, filter_where_asked
 from nsp.raster.stages import needs_nucleus_stage
 
 
@@ -60,6 +61,7 @@ class DecodeStage(nn.Module):
     def __init__(self, system: NextPatchSystem, kv_layout: str) -> None:
         super().__init__()
         self.is_in_place = kv_layout == "in_place"
+        self.keep = filter_where_asked if self.is_in_place else filter_by_rank
         self.gpt, self.num_prefix = system.gpt, system.config.num_prefix
         self.has_classes = system.config.caption is None
 
@@ -80,7 +82,7 @@ class DecodeStage(nn.Module):
             self._embedded(gpt, token_G), gpt.table.index_select(0, position), attends
         )
         logits = gpt.logits(x_G1D)
-        return logits, *draw(logits, *drawn), *new
+        return logits, *draw(logits, *drawn, keep=self.keep), *new
 
     def _embedded(self, gpt: Gpt, token_G: Tensor) -> Tensor:
         """Return the embedding (G, 1, D) of codes, or of classes, which are numbered after them."""
