@@ -16,7 +16,7 @@ RC = TypeVar("RC", bound=RasterConfig)
 class RasterFamily(Family[RC, RasterSampling, Y]):
     """A transformer that draws the codes of a grid one by one, row by row."""
 
-    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed")
+    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed", "in_place")
     draws_without_prompt: ClassVar[bool] = True
     sampling = RasterSampling
 
@@ -27,6 +27,10 @@ class RasterFamily(Family[RC, RasterSampling, Y]):
     def cache(self, config: RC, rows: int, dtype: str) -> KVShape:
         """Return the size of the key/value cache of one batch."""
         return config.grid.cache(rows, dtype)
+
+    def layouts(self, config: RC) -> tuple[str, ...]:
+        """Return the cache layouts that a model of this configuration can have."""
+        return config.grid.layouts(self.kv_layouts)
 
     def given(self, config: RC) -> Mapping[str, Given]:
         """Return what an order may carry: random numbers and codes."""

@@ -92,6 +92,11 @@ class OnnxRuntimeBackend(Backend):
         self.num_threads = cores.num_threads(num_threads)
         self._errors = _error_types(ort)
         on_gpu = self.providers[0] == CUDA
+        if on_gpu and kv_layout == "in_place":
+            logger.warning(
+                "onnxruntime: the attention of these engines runs on the CPU, and their cache is "
+                "copied for every token; for a GPU, export with --fp16"
+            )
         self.memory: Memory = DeviceMemory(ort, "cuda", self._errors) if on_gpu else HostMemory(ort)
         self._graphs = CudaGraphs(ort) if on_gpu and cuda_graphs else None
         self._known_feeds: dict[Any, dict[str, Shape]] = {}
