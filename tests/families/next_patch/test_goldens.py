@@ -78,21 +78,18 @@ def test_hidden_states_match_block_by_block() -> None:
 
 @torch.no_grad()
 def test_keys_and_values_match_after_rotation() -> None:
-    gpt, kept = golden().gpt, list[tuple[Tensor, Tensor]]()
-
-    def keeping(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        kept.append((k, v))
-        return attend_all(None)(q, k, v)
-
+    gpt, layers = golden().gpt, range(len(golden().gpt.layers))
+    kept: list[list[Tensor]] = [[] for _ in layers]
     classes = torch.tensor([int(IO["c2i.sample.labels"][0]), golden().config.num_classes])
     codes = IO["c2i.sample.cfg.tokens"][:1].expand(2, -1)
     x = gpt.embed(gpt.cls_embedding(classes), codes)
-    gpt.transformed(x, gpt.table[: x.shape[1]], [keeping] * len(gpt.layers))
+    gpt.transformed(x, gpt.table[: x.shape[1]], [attend_all(None, kept[each]) for each in layers])
     for layer in (0, 3):
-        for kind, found in zip("kv", kept[layer], strict=True):
-            close(found.transpose(1, 2), f"c2i.sample.cfg.{kind}_cache.layer{layer}")
-    assert not kept[0][0][:, 0].any()  # the condition's key is zero, its value is not
-    assert kept[0][1][:, 0].all()
+        for kind, found_LGJK in zip("kv", kept[layer], strict=True):
+            close(found_LGJK.permute(1, 2, 0, 3), f"c2i.sample.cfg.{kind}_cache.layer{layer}")
+    key_LGJK, value_LGJK = kept[0]
+    assert not key_LGJK[0].any()  # the condition's key is zero, its value is not
+    assert value_LGJK[0].all()
 
 
 def pipeline(gpt: str, layout: str) -> Pipeline:
