@@ -14,6 +14,7 @@ from nsp.benchmarks.gpu_suite import SuiteOptions, main, run
 from nsp.errors import ConfigError
 
 
+@pytest.mark.slow
 def test_the_whole_suite_runs_on_a_cpu(tmp_path: Path) -> None:
     options = SuiteOptions(
         output_dir=tmp_path / "found",
