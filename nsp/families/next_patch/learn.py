@@ -13,8 +13,7 @@ from nsp.families.next_patch.model import initialize
 from nsp.families.next_patch.modules import build_stages
 from nsp.families.next_patch.published import load_pretrained
 from nsp.families.next_patch.system import NextPatchSystem
-from nsp.family.classes import ClassCondition
-from nsp.raster.raster_learner import SHARP_STD, RasterLearner
+from nsp.raster.raster_learner import SHARP_STD, RasterLearner, untrained_source
 from nsp.text.parts import TextEncoderSettings
 from nsp.text.t5 import t5_parts
 from nsp.text.tokenizer import PromptTokenizer
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
     from nsp.data.sources import ImageSource
-
-_UNTRAINED_CLASSES = 10
 
 
 class NextPatchLearner(RasterLearner[NextPatchConfig, NextPatchSystem]):
@@ -68,11 +65,9 @@ class NextPatchLearner(RasterLearner[NextPatchConfig, NextPatchSystem]):
         return system
 
     def untrained(self, config: NextPatchConfig) -> NextPatchSystem:
-        """Return a system of random weights in which all of them matter, always with classes."""
-        if config.caption is not None:
-            classes = ClassCondition(num_classes=_UNTRAINED_CLASSES)
-            config = dataclasses.replace(config, condition=classes)
-        system = self.new_system(config, TextEncoderSettings(), None)
+        """Return a system of random weights in which all matter; with captions, a new T5 too."""
+        encoder = TextEncoderSettings(vocab_size=560, depth=2, num_heads=2)
+        system = self.new_system(config, encoder, untrained_source())
         nn.init.normal_(system.gpt.output.weight, std=SHARP_STD)
         return system
 
