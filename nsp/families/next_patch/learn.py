@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from nsp.data.ten_crop import Extraction
+from nsp.errors import ConfigError
 from nsp.families.next_patch.config import NextPatchConfig
 from nsp.families.next_patch.model import initialize
 from nsp.families.next_patch.modules import build_stages
@@ -78,5 +79,15 @@ class NextPatchLearner(RasterLearner[NextPatchConfig, NextPatchSystem]):
     def write_codes(
         self, system: NextPatchSystem, source: "ImageSource", folder: Path, settings: Extraction
     ) -> int:
-        """Write codes of crops of pictures to a folder; return of how many they were missing."""
+        """Write codes of crops of pictures to a folder; return of how many they were missing.
+
+        Raises ConfigError for crops that are not a whole number of codes wide.
+        """
+        per_code_px, side_px = system.config.vq.downsampling, settings.image_size_px
+        if side_px % per_code_px:
+            fitting_px = -(-side_px // per_code_px) * per_code_px
+            raise ConfigError(
+                f"--image-size {side_px}: a code of this tokenizer is {per_code_px} px wide, so "
+                f"give a multiple of {per_code_px}, such as {fitting_px}"
+            )
         return write_codes(system.tokenizing(), source, folder, settings)
