@@ -26,6 +26,7 @@ from nsp.data.dataset import ImageDataset, ImageItem
 from nsp.data.identity import digest_of
 from nsp.data.samples import MAX_CLASSES, Sample
 from nsp.data.sources import ImageSource
+from nsp.data.ten_crop import centre_of
 from nsp.errors import DataError
 from nsp.files import read_json, write_file
 
@@ -72,19 +73,32 @@ class CodeSource(ImageSource):
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}); extract the codes again") from error
 
-    def codes(self, index: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the codes (N,) of one crop of a picture, chosen by two numbers in [0, 1)."""
+    def codes(
+        self, index: int, uniforms: NDArray[np.float64] | None
+    ) -> tuple[NDArray[np.int64], Path]:
+        """Return the codes (N,) of one crop of a picture, and their file.
+
+        Two numbers in [0, 1) choose the set and the crop; None is the centre crop of the wider set.
+        """
         file = self.files[index]
         assert isinstance(file, CodeFile)
-        closer = None if uniforms[0] < 0.5 else file.closer_folder
-        path = file.path if closer is None else closer / file.name
+        is_wide = uniforms is None or uniforms[0] < 0.5 or file.closer_folder is None
+        path = file.path if is_wide else Path(file.closer_folder or "") / file.name
         found = read_npy(path)
-        if found.ndim != 3 or found.shape[0] != 1 or found.dtype.kind not in "iu":
+        if (
+            found.ndim != 3
+            or found.shape[0] != 1
+            or 0 in found.shape
+            or found.dtype.kind not in "iu"
+        ):
             raise DataError(
-                f"{path} has {found.dtype} {found.shape}; codes are integers (1, crops, N)"
+                f"{path} has {found.dtype} {found.shape}; codes are integers (1, crops, N), with "
+                "at least one crop"
             )
-        chosen: NDArray[np.int64] = found[0, int(uniforms[1] * found.shape[1])].astype(np.int64)
-        return chosen
+        num_crops = found.shape[1]
+        crop = int(uniforms[1] * num_crops) if uniforms is not None else centre_of(num_crops)
+        chosen: NDArray[np.int64] = found[0, crop].astype(np.int64)
+        return chosen, path
 
 
 def read_npy(path: Path) -> NDArray[np.generic]:
@@ -200,9 +214,14 @@ class CodeDataset(ImageDataset):
             "index": index,
         }
 
-    def drawn_codes(self, index: int) -> NDArray[np.int64]:
-        """Return the codes (N,) of the crop of this epoch, from (seed, epoch, index) alone."""
+    def drawn_codes(self, index: int) -> tuple[NDArray[np.int64], Path]:
+        """Return the codes (N,) of the crop of this epoch, and their file.
+
+        They follow from (seed, epoch, index) alone; unless training, from the index.
+        """
+        if not self.train:
+            return self.source.codes(index, None)
         key = np.array([self.seed, self._epoch_now()], np.uint64)
         counter = np.array([0, 0, 0, index], np.uint64)
         uniforms = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(2)
-        return self.source.codes(index, uniforms if self.train else np.zeros(2))
+        return self.source.codes(index, uniforms)

@@ -83,6 +83,11 @@ def crops_of(
     return np.stack(found).transpose(0, 3, 1, 2)
 
 
+def centre_of(num_crops: int) -> int:
+    """Return which of the crops of a file is the centre of the picture, not mirrored."""
+    return 4 if num_crops == 10 else 0
+
+
 def _five(pixels: Pixels, side: int) -> list[Pixels]:
     end = pixels.shape[0] - side
     middle = round(end / 2)

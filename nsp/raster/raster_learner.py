@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nsp.data.sources import ImageSource, Sample
 from nsp.errors import ConfigError
 from nsp.family.contract import Learner
 from nsp.family.objective import Objective, TrainingData
@@ -27,6 +28,13 @@ RC = TypeVar("RC", bound=RasterConfig)
 RY = TypeVar("RY", bound=RasterSystem)
 
 SHARP_STD = 1.0  # of untrained output weights: of thousands of codes a few are likely
+_UNTRAINED_CAPTIONS = ("red apple", "two-hump camel", "smiling cat with heart-eyes")
+
+
+def untrained_source() -> ImageSource:
+    """Return captions without pictures, for the prompt tokenizer of an untrained model."""
+    samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in _UNTRAINED_CAPTIONS)
+    return ImageSource(samples, (), ())
 
 
 class RasterLearner(Learner[RC, RasterSampling, RY]):

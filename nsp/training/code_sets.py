@@ -64,17 +64,16 @@ class CodeTokens(Dataset[Mapping[str, object]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `condition` and `tokens` (N,)."""
-        codes, place = self._data.drawn_codes(index), self._data.source.folder
+        codes, file = self._data.drawn_codes(index)
         if len(codes) != self._length:
             picture = self._data.source.samples[index].name
             raise ConfigError(
-                f"{place} has {len(codes)} codes for picture {picture}, but the model's pictures "
+                f"{file} has {len(codes)} codes for picture {picture}, but the model's pictures "
                 f"have {self._length}; extract codes at the size of the training (--image-size)"
             )
         if codes.min() < 0 or codes.max() >= self._num_codes:
-            name = self._data.source.files[index].path
             raise DataError(
-                f"{name} has codes from {codes.min()} to {codes.max()}, but the tokenizer has "
+                f"{file} has codes from {codes.min()} to {codes.max()}, but the tokenizer has "
                 f"{self._num_codes}; they are of another one"
             )
         return {"condition": self._classes[index], "tokens": torch.from_numpy(codes)}

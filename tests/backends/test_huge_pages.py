@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nsp.backends.onnxruntime import huge_pages
-from nsp.backends.onnxruntime.huge_pages import collapse, own_memory
+from nsp.backends.onnxruntime import ort_session
+from nsp.backends.onnxruntime.ort_session import collapse, own_memory
 
 _MIB = 1 << 20
 
@@ -35,11 +35,11 @@ def test_memory_that_was_there_before_is_left_alone(monkeypatch: pytest.MonkeyPa
     page = 2 * _MIB
     now = [range(0, 10 * page), range(20 * page + 1, 23 * page)]
     before = [range(page, 3 * page), range(8 * page + 5, 9 * page)]
-    found = [each // page for each in huge_pages._new_pages(before, now)]
+    found = [each // page for each in ort_session._new_pages(before, now)]
     assert found == [0, 3, 4, 5, 6, 7, 9, 21, 22]
 
 
 def test_a_system_without_the_list_of_memory_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "_MAPS", Path("/does/not/exist"))
+    monkeypatch.setattr(ort_session, "_MAPS", Path("/does/not/exist"))
     assert own_memory() == []
     assert collapse([]) == 0

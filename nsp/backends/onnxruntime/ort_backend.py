@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 
 from nsp import cores
 from nsp.backends.nvidia import find_gpu
-from nsp.backends.onnxruntime.huge_pages import collapse, own_memory
 from nsp.backends.onnxruntime.ort_arrays import DeviceMemory, HostMemory, Memory
 from nsp.backends.onnxruntime.ort_cuda import CPU, CUDA, CudaGraphs, with_options
-from nsp.backends.onnxruntime.ort_session import session_options
+from nsp.backends.onnxruntime.ort_session import collapse, own_memory, session_options
 from nsp.errors import BackendError, EngineError, FeedError, lacks_memory
 from nsp.stage.arena import KVArena, KVShape
 from nsp.stage.backend import Backend, Loop, T

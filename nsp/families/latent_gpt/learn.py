@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from nsp.artifacts.systems import save_checkpoint
-from nsp.data.sources import ImageSource, Sample
+from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
 from nsp.families.latent_gpt.config import SIZES, LatentGptConfig
 from nsp.families.latent_gpt.model import initialize
@@ -17,15 +17,13 @@ from nsp.families.latent_gpt.published import read_vq
 from nsp.families.latent_gpt.system import LatentGptSystem
 from nsp.family.objective import Batch
 from nsp.raster.predictor_phase import PredictorObjective
-from nsp.raster.raster_learner import SHARP_STD, RasterLearner
+from nsp.raster.raster_learner import SHARP_STD, RasterLearner, untrained_source
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.values import choice
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
-
-_UNTRAINED_CAPTIONS = ("red apple", "two-hump camel", "smiling cat with heart-eyes")
 
 
 class LatentGptObjective(PredictorObjective):
@@ -93,9 +91,8 @@ class LatentGptLearner(RasterLearner[LatentGptConfig, LatentGptSystem]):
 
     def untrained(self, config: LatentGptConfig) -> LatentGptSystem:
         """Return a system of random weights in which all of them matter, with a new encoder."""
-        samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in _UNTRAINED_CAPTIONS)
         encoder = TextEncoderSettings(vocab_size=560, depth=12, num_heads=2)
-        system = self.new_system(config, encoder, ImageSource(samples, (), ()))
+        system = self.new_system(config, encoder, untrained_source())
         nn.init.normal_(system.gpt.head.weight, std=SHARP_STD)
         nn.init.normal_(system.vq.quantize.embedding.weight)
         return system

@@ -20,8 +20,8 @@ from nsp.family.order import Encoded, Order, Step
 from nsp.family.peer import Peer
 from nsp.raster import loop
 from nsp.raster.examples import examples
-from nsp.raster.raster_family import RasterFamily
 from nsp.raster.sampling import RasterSampling
+from nsp.raster.shared_family import RasterFamily
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from nsp.data.ten_crop import Extraction
+from nsp.errors import ConfigError
 from nsp.families.next_patch.config import NextPatchConfig
 from nsp.families.next_patch.model import initialize
 from nsp.families.next_patch.modules import build_stages
 from nsp.families.next_patch.published import load_pretrained
 from nsp.families.next_patch.system import NextPatchSystem
-from nsp.family.classes import ClassCondition
-from nsp.raster.raster_learner import SHARP_STD, RasterLearner
+from nsp.raster.raster_learner import SHARP_STD, RasterLearner, untrained_source
 from nsp.text.parts import TextEncoderSettings
 from nsp.text.t5 import t5_parts
 from nsp.text.tokenizer import PromptTokenizer
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
     from nsp.data.sources import ImageSource
-
-_UNTRAINED_CLASSES = 10
 
 
 class NextPatchLearner(RasterLearner[NextPatchConfig, NextPatchSystem]):
@@ -68,11 +66,9 @@ class NextPatchLearner(RasterLearner[NextPatchConfig, NextPatchSystem]):
         return system
 
     def untrained(self, config: NextPatchConfig) -> NextPatchSystem:
-        """Return a system of random weights in which all of them matter, always with classes."""
-        if config.caption is not None:
-            classes = ClassCondition(num_classes=_UNTRAINED_CLASSES)
-            config = dataclasses.replace(config, condition=classes)
-        system = self.new_system(config, TextEncoderSettings(), None)
+        """Return a system of random weights in which all matter; with captions, a new T5 too."""
+        encoder = TextEncoderSettings(vocab_size=560, depth=2, num_heads=2)
+        system = self.new_system(config, encoder, untrained_source())
         nn.init.normal_(system.gpt.output.weight, std=SHARP_STD)
         return system
 
@@ -83,5 +79,15 @@ class NextPatchLearner(RasterLearner[NextPatchConfig, NextPatchSystem]):
     def write_codes(
         self, system: NextPatchSystem, source: "ImageSource", folder: Path, settings: Extraction
     ) -> int:
-        """Write codes of crops of pictures to a folder; return of how many they were missing."""
+        """Write codes of crops of pictures to a folder; return of how many they were missing.
+
+        Raises ConfigError for crops that are not a whole number of codes wide.
+        """
+        per_code_px, side_px = system.config.vq.downsampling, settings.image_size_px
+        if side_px % per_code_px:
+            fitting_px = -(-side_px // per_code_px) * per_code_px
+            raise ConfigError(
+                f"--image-size {side_px}: a code of this tokenizer is {per_code_px} px wide, so "
+                f"give a multiple of {per_code_px}, such as {fitting_px}"
+            )
         return write_codes(system.tokenizing(), source, folder, settings)

@@ -16,7 +16,9 @@ from nsp.raster.vq_config import VqConfig
 
 Size = Literal["GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-XXXL", "GPT-1B", "GPT-3B", "GPT-7B"]
 PatchLevel = Annotated[int, "Levels of patches; the first is 2^(L-1) codes wide.", Range(1, 8)]
-EpochRate = Annotated[float, "End of every level over that of the next one.", Range(0, 1)]
+EpochRate = Annotated[
+    float, "End of every level over that of the next one.", Range(0, 1, is_open=True)
+]
 
 
 def imagenet(
@@ -42,6 +44,11 @@ def imagenet(
 
     Without a trained tokenizer the run begins with that phase, which needs pictures.
     """
+    if code_path is not None and data_path is not None:
+        raise ConfigError(
+            f"--code-path {code_path} and --data-path {data_path}: a run learns from one of them; "
+            "omit --data-path to learn from codes"
+        )
     if image_size % downsample_size or downsample_size not in (8, 16):
         raise ConfigError(
             f"--image-size {image_size} and --downsample-size {downsample_size}: the latter is 8 "

@@ -22,6 +22,7 @@ from nsp.pipeline.encoding import PromptEncoder
 from nsp.pipeline.pipeline import load_pipeline, torch_pipeline
 from nsp.raster.patches import patch_loss
 from nsp.raster.sampling import RasterSampling
+from nsp.testing import UnderTest
 from nsp.text.encoder import save_text_encoder
 from nsp.text.t5 import build_t5
 from nsp.text.tokenizer import train_tokenizer
@@ -152,3 +153,10 @@ def test_engines_of_captions_draw_what_pytorch_draws(tmp_path: Path) -> None:
         assert made.trace is not None
         found.append(np.concatenate(made.trace.tokens, 1))
     assert np.array_equal(*found)
+
+
+def test_the_conformance_suite_tries_the_prefix_and_the_t5_of_captions(tmp_path: Path) -> None:
+    made = UnderTest(family("next_patch"), tmp_path)
+    assert [*made.declared] == ["text_encoder", "prefill", "decode", "decoder"]
+    assert made.system.text_encoder.config.model_type == "t5"
+    assert all(isinstance(order.condition, str) for order in made.orders)

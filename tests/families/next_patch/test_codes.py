@@ -100,13 +100,32 @@ def test_crops_are_drawn_by_seed_and_epoch_from_both_sets(place: Path) -> None:
     drawn = []
     for epoch in range(60):
         data.set_epoch(epoch)
-        drawn.append(data.drawn_codes(0).tolist())
+        drawn.append(data.drawn_codes(0)[0].tolist())
     closer = sum(codes in sets[1] for codes in drawn)
     assert all(codes in sets[0] or codes in sets[1] for codes in drawn)
     assert 15 < closer < 45
     assert len({tuple(codes) for codes in drawn}) > 12  # of at most 20 crops
     data.set_epoch(7)
-    assert data.drawn_codes(0).tolist() == drawn[7]
+    assert data.drawn_codes(0)[0].tolist() == drawn[7]
+
+
+def test_codes_are_those_of_the_centre_unless_training(place: Path) -> None:
+    opened = open_codes(str(place / NAME))
+    data = CodeDataset(opened, SIZE, train=False, crop=False, seed=3)
+    found, file = data.drawn_codes(0)
+    assert file == place / NAME / CODES / "0.npy"
+    crops = IO["tencrop.1_1.crops"].numpy()
+    wide = centre_crop(source(), int(SIZE * 1.1)).transpose(2, 0, 1)
+    edge = round((wide.shape[1] - SIZE) / 2)
+    assert np.array_equal(crops[4], wide[:, edge : edge + SIZE, edge : edge + SIZE])
+    assert np.array_equal(found, np.load(file)[0, 4])
+
+
+def test_the_centre_of_a_mirrored_pair_is_its_first_picture(tmp_path: Path) -> None:
+    codes = np.stack([np.zeros(64, int), np.ones(64, int)])[None]
+    opened = open_codes(str(foreign(tmp_path / "codes", codes)))
+    data = CodeDataset(opened, SIZE, train=False, crop=False)
+    assert data.drawn_codes(0)[0].tolist() == [0] * 64
 
 
 def run_of(place: Path, name: str = NAME, **model: Any) -> RunConfig:
@@ -150,6 +169,31 @@ def test_every_picture_has_the_codes_of_the_model(tmp_path: Path) -> None:
     np.save(folder / LABELS / "1.npy", np.array([0]))
     with pytest.raises(ConfigError, match=r"has 16 codes for picture 1, .* have 64"):
         objective(folder, golden()).dataset()[1]
+
+
+def test_codes_out_of_range_name_the_file_they_came_from(place: Path, tmp_path: Path) -> None:
+    for name in (NAME, f"{NAME}_105"):
+        shutil.copytree(place / name, tmp_path / name)
+    wrong = tmp_path / f"{NAME}_105" / CODES / "0.npy"
+    np.save(wrong, np.full((1, 10, 64), 64))
+    data = objective(tmp_path / NAME, golden()).dataset()
+
+    def epochs() -> None:
+        for epoch in range(40):
+            data.set_epoch(epoch)
+            data[0]
+
+    with pytest.raises(DataError, match="codes from 64 to 64") as caught:
+        epochs()
+    assert str(caught.value).startswith(str(wrong))
+
+
+def test_crops_are_a_whole_number_of_codes_wide(place: Path) -> None:
+    result = CliRunner().invoke(main, command(place, "--image-size", "9"))
+    assert result.exit_code == 2
+    downsampling = golden().config.vq.downsampling
+    expected = f"--image-size 9: a code of this tokenizer is {downsampling} px wide"
+    assert expected in result.output
 
 
 def test_closer_crops_are_of_the_same_tokenizer(place: Path, tmp_path: Path) -> None:
@@ -222,6 +266,7 @@ def test_labels_are_read_once_and_again_after_a_change(
         (np.full((1, 10, 64), 64), 0, "codes from 64 to 64, but the tokenizer has 64"),
         (np.zeros((1, 10, 64), int), 10, "classes 10 to 10"),
         (np.zeros((10, 64), int), 0, "codes are integers"),
+        (np.zeros((1, 0, 64), int), 0, "at least one crop"),
         (np.zeros((1, 10, 64)), 0, "codes are integers"),
         (np.zeros((1, 10, 64), int), "cat", "number of one class"),
         (np.zeros((1, 10, 64), int), 10**15, "number of one class"),
