@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENGINES ?= engines
 OUTPUTS ?= outputs
+PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 
 # Without an NVIDIA driver, torch comes from PyTorch's index for CPUs: 200 MB instead of 3 GB.
 NVIDIA ?= $(wildcard /proc/driver/nvidia/version)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH = "torch>=2.11,<2.14" $(if $(NVIDIA),,$$($(BIN)/python deploy/reachable.py $(CPU_INDEX)))
 
-.PHONY: demo test fast lint docs clean
+.PHONY: demo test slow fast lint docs clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nsp needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
@@ -32,7 +33,11 @@ demo: $(VENV)/.ready
 
 # make test T=tests/pipeline runs those tests alone, without the linters.
 test: $(VENV)/.ready $(if $(T),,lint)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(if $(T),$(T),-n 2 --dist loadfile --no-loadscope-reorder)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(if $(T),$(T),-m "not slow" $(PARALLEL))
+
+# The tests of minutes, which `make test` leaves to continuous integration.
+slow: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PARALLEL)
 
 # What a change most often breaks, in a minute and a half; `make test` is the proof.
 fast: $(VENV)/.ready lint

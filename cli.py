@@ -17,6 +17,7 @@ VERBS = Verbs(
     plan="nsp.export.plan_verb:plan_size",
     data="nsp.console.data_verbs:data",
     bench="nsp.benchmarks.verbs:bench",
+    **{"clip-score": "nsp.console.clip_score_verb:clip_score"},
 )
 
 

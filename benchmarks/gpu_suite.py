@@ -1,10 +1,12 @@
 """Named model sizes on a GPU, by everything that runs here: one benchmark per size and batch size.
 
-    python -m nsp.benchmarks.gpu_suite [--sizes d16,d20,d24,d30] [--batch 1,8] [--quick]
+    python -m nsp.benchmarks.gpu_suite [--sizes d16,d20,d24,d30,XL,500m] [--batch 1,8] [--quick]
 
 For each: random weights -> engines of every target -> the contest of `nsp bench`, with all its
-contenders. What cannot run here is reported with the reason. `--device cpu --sizes tiny` runs the
-same path on a CPU in a minute: a check of the suite itself.
+contenders. What cannot run here is reported with the reason. Models that draw one code at a time
+have a table of the time per code beside the time in which its weights can be read. Where several
+families have a size, FAMILY/SIZE says which one. `--device cpu --sizes tiny` runs the same path on
+a CPU in a minute: a check of the suite itself.
 """
 
 import itertools
@@ -36,6 +38,8 @@ from nsp.export.run import ExportOptions, export
 
 logger = logging.getLogger(__name__)
 
+# Those of the family that draws scales, then one of each that draws code by code.
+SIZES = ("d16", "d20", "d24", "d30", "XL", "500m")
 TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 _FIXED_BATCH = ("tensorrt", "tensorrt-rtx")  # their engines are built for one batch size
 
@@ -45,7 +49,7 @@ class SuiteOptions:
     """What to measure."""
 
     output_dir: Path
-    sizes: tuple[str, ...] = ("d16", "d20", "d24", "d30")
+    sizes: tuple[str, ...] = SIZES
     batches: tuple[int, ...] = (1, 8)
     quick: bool = False
     precision: str = "fp16"
@@ -118,7 +122,7 @@ def _measured(options: SuiteOptions, folder: Path, size: str, batch: int) -> Ben
     subject, rest = _first_that_works(options, targets, build, checkpoint)
     bench_options = BenchOptions(
         engine_dir=subject.contender.source.path,
-        output_dir=options.output_dir / f"{size}-batch{batch}",
+        output_dir=options.output_dir / f"{size.replace('/', '-')}-batch{batch}",
         checkpoint=checkpoint,
         batch_sizes=(batch,),
         contenders=(),
@@ -200,7 +204,7 @@ def _names(value: str) -> tuple[str, ...]:
 
 
 @click.command()
-@click.option("--sizes", default="d16,d20,d24,d30", show_default=True, help="Model sizes.")
+@click.option("--sizes", default=",".join(SIZES), show_default=True, help="Model sizes.")
 @click.option("--batch", default="1,8", show_default=True, help="Images per call.")
 @click.option("--precision", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16")
 @click.option("--only", default=",".join((*TARGETS, *OTHERS)), help="Contenders.  [default: all]")

@@ -43,7 +43,7 @@ def flop_per_picture(family_name: str, size: str, sides: Sequence[int]) -> dict[
         system = owner.learner.build(config, text_encoder=None, prompt_tokenizer=None)
         if not isinstance(system, RasterSystem):
             raise ConfigError(f"family {family_name} does not draw codes in raster order")
-        grid = system.grid
+        grid = system.config.grid
         for side in sides:
             if grid.side % side:
                 raise ConfigError(f"patches {side} codes wide do not fill a grid of {grid.side}")

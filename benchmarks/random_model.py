@@ -25,8 +25,10 @@ _MADE_BY, _VERSION = "nsp.benchmarks.random_model", 3
 def find_size(name: str, family_name: str | None = None) -> tuple[AnyFamily, Any]:
     """Return the family that has a size, and its configuration; the first one where several do.
 
-    Raises ConfigError naming the known sizes.
+    A name "FAMILY/SIZE" says which one. Raises ConfigError naming the known sizes.
     """
+    if "/" in name and family_name is None:
+        family_name, _, name = name.partition("/")
     names = family_names() if family_name is None else [family_name]
     records = [family(each) for each in names]
     for record in records:

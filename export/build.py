@@ -20,7 +20,7 @@ from nsp.export.compile.engine import ENGINE_NAME, Engine, build_engine
 from nsp.export.graph.lint import check_graph
 from nsp.export.graph.narrow import at_precision
 from nsp.export.graph.onnx_export import MODEL_NAME, export_stage
-from nsp.export.graph.quantize import quantize
+from nsp.export.graph.quantize import quantize, quantize_blocks
 from nsp.export.plan import ExportPlan, PlannedBuild
 from nsp.export.proof.gates import LIMITS
 from nsp.export.proof.parity import Subject, check_stage
@@ -109,7 +109,9 @@ class StageBuilder:
             metadata=self._metadata(build.stage),
         )
         if build.stored_precision == "int8":
-            quantize(model)
+            # In this layout every call is of one token, and products of few rows read weights.
+            narrow = quantize_blocks if build.kv_layout == "in_place" else quantize
+            narrow(model)
         self._report(build, "lint", _START["lint"], "checking the graph")
         check_graph(model, build)
         return model

@@ -98,7 +98,7 @@ def make_plan(options: ExportOptions, store: EngineStore) -> ExportPlan:
 def _stages(plan: ExportPlan, target: Target, precision: str) -> list[PlannedBuild]:
     """Return the builds of one target and precision, before the decision to reuse them."""
     family, config, options = plan.record.family, plan.config, plan.options
-    kv_layout = family.layout(target.kv_layouts)
+    kv_layout = family.layout(target.layouts(precision), config)
     dtype = PRECISION_DTYPES[precision]
     stages = family.stages(config, kv_layout=kv_layout, dtype=dtype)
     sizes = stage_bytes(plan.record.folder, stages, precision)

@@ -12,6 +12,8 @@ from nsp.export.options import AUTO, ExportOptions
 
 logger = logging.getLogger(__name__)
 
+_CPU = ("fp32", "int8")  # the precisions that are for CPUs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -20,6 +22,8 @@ class Target:
     name: str  # on the command line
     backend: str  # in the manifest
     kv_layouts: tuple[str, ...]  # of the cache, best first; a family need not have all
+    # The layouts to prefer at precisions that are for CPUs.
+    cpu_kv_layouts: tuple[str, ...] = ()
     opset: int
     precisions: tuple[str, ...]
     compiles: bool  # whether it compiles engines; otherwise the ONNX file is the engine
@@ -32,14 +36,20 @@ class Target:
         """The backend that runs the engines, with the package that makes them."""
         return BACKENDS[self.backend]
 
+    def layouts(self, precision: str) -> tuple[str, ...]:
+        """Return the layouts of the cache, best first."""
+        return (*(self.cpu_kv_layouts if precision in _CPU else ()), *self.kv_layouts)
+
 
 TARGETS: Mapping[str, Target] = {
     # Attention with past and present inside the operator is fastest on ONNX Runtime's CPU, which
-    # does not have it in bfloat16.
+    # does not have it in bfloat16. Where a token is a step, it may not copy the past either: the
+    # operator for that is complete on the CPU alone.
     "onnxruntime": Target(
         name="onnxruntime",
         backend="onnxruntime",
         kv_layouts=("present", "delta"),
+        cpu_kv_layouts=("in_place",),
         opset=23,
         precisions=("fp32", "fp16", "int8"),
         compiles=False,
@@ -148,7 +158,7 @@ def _automatic(options: ExportOptions, named: Sequence[Target]) -> list[tuple[Ta
     """Return the targets that suit this machine, and log why; `named` ones are built besides."""
     runtime = TARGETS["onnxruntime"]
     precisions = [p for p in options.precisions if p in runtime.precisions]
-    asked_narrow = {"fp32", "int8"}.isdisjoint(precisions)
+    asked_narrow = set(_CPU).isdisjoint(precisions)
     if asked_narrow and not (precisions and _onnxruntime_has_gpu()):
         precisions.insert(0, "fp32")
         logger.info("target auto: also fp32, which is fastest in ONNX Runtime on a CPU")

@@ -8,7 +8,7 @@ from tests.goldens.var_tiny.fixtures import GOLDEN_DIR
 from tests.models import new_tiny_checkpoint
 
 # Minutes in one file each: begun last, one of them would run alone on one of two workers.
-SLOW_FILES = ("tests/test_readme.py", "tests/training/test_distributed.py")
+SLOW_FILES = ("tests/test_readme.py", "tests/testing/test_families.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

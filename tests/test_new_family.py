@@ -242,5 +242,5 @@ def test_it_is_timed_beside_torch(exported: Workplace) -> None:
     names = [row["name"] for row in batch["step_rows"]]  # a line per row of pixels, not per pixel
     assert (names[0], names[-1], len(names)) == ("tokens 1 to 16", "tokens 241 to 256", 16)
     assert [other["missing"] for other in result["others"]] == [None]
-    assert len((exported.folder / "bench/bench.md").read_text().splitlines()) < 160
+    assert len((exported.folder / "bench/bench.md").read_text().splitlines()) < 170
     assert (exported.folder / "bench/bench.html").is_file()

@@ -94,8 +94,3 @@ def with_backend(pipeline: Pipeline, backend: Backend) -> Pipeline:
     if pipeline.tokenizer is not None:
         result.prompts = PromptEncoder(pipeline.tokenizer, backend, max_batch=pipeline.max_batch)
     return result
-
-
-def records(backend: Backend) -> bool:
-    """Return whether a backend records loops and repeats them: then it has no calls to be timed."""
-    return type(backend).play is not Backend.play

@@ -26,7 +26,7 @@ def generate(job: Mapping[str, Any], moments: dict[str, int]) -> dict[str, Any]:
     import importlib
 
     from nsp.backends.available import backend_record
-    from nsp.benchmarks.contest.clocked import StageCall, TimedBackend, records, with_backend
+    from nsp.benchmarks.contest.clocked import StageCall, TimedBackend, with_backend
     from nsp.benchmarks.contest.contenders import Source
     from nsp.errors import ConfigError
     from nsp.pipeline.results import to_uint8
@@ -43,7 +43,7 @@ def generate(job: Mapping[str, Any], moments: dict[str, int]) -> dict[str, Any]:
     def on_call(call: StageCall) -> None:
         first_calls.setdefault(call.stage, (call.ms, resident_mib("VmRSS")))
 
-    if not records(pipeline.backend):
+    if not pipeline.backend.records:
         pipeline = with_backend(pipeline, TimedBackend(pipeline.backend, on_call))
     steps = pipeline.stream(**job["request"])
     step = next(steps)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nsp.benchmarks.ceilings.clock import Clock
-from nsp.benchmarks.contest.clocked import StageCall, TimedBackend, records, with_backend
+from nsp.benchmarks.contest.clocked import StageCall, TimedBackend, with_backend
 from nsp.benchmarks.contest.steps import Played, group_steps
 from nsp.benchmarks.record.times import Observation
 from nsp.family.order import Order
@@ -36,7 +36,7 @@ class Runner:
         self._timed = TimedBackend(pipeline.backend, self._calls.append)
         self._watched = with_backend(pipeline, self._timed)
         # A clock on every call would undo a recording, and would make a GPU wait after each stage.
-        unwatched = records(pipeline.backend) or device != "cpu"
+        unwatched = pipeline.backend.records or device != "cpu"
         self._pipeline = pipeline if unwatched else self._watched
 
     def observe(self, request: Mapping[str, Any], *, number: int, place: int) -> Observation:

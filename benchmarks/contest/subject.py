@@ -123,6 +123,10 @@ class Subject:
             image_size_px=config.image_size_px,
             sampling=pipeline.sampling.to_dict(),
             weights_mib=dict(self.weights_mib),
+            read_mib={
+                stage: costs.read_bytes(pipeline.precision) / 2**20
+                for stage, costs in self.costs.items()
+            },
         )
 
 

@@ -86,6 +86,7 @@ class RecordedTorchBackend(TorchBackend):
     """
 
     name: ClassVar[str] = "torch_recorded"
+    records: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)

@@ -1,7 +1,8 @@
 """What a benchmark found, as records: the content of bench.json. Nothing here runs a model."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -210,6 +211,18 @@ class BatchResult(Config):
         )
         return work + ceilings.launch_ms(num_layers * len(steps))
 
+    def token_mib(self, model: "Model") -> float | None:
+        """Return the weights that every token reads; None for a model of several tokens a step.
+
+        They are those of the stage that is called for each token but the first, which may follow
+        from a prefix.
+        """
+        calls: Counter[str] = Counter()
+        for part in (each for each in self.parts if each.unit):
+            calls.update({stage: stop - start for stage, (start, stop) in part.calls.items()})
+        each_token = [n for n, count in calls.items() if count >= max(2, model.num_tokens - 1)]
+        return max((model.read_mib.get(name, 0) for name in each_token), default=0) or None
+
 
 def loop_ms(parts: tuple[Part, ...], observation: Observation) -> float:
     """Return the time of all steps of an observation; 0 if the calls are unknown."""
@@ -235,6 +248,8 @@ class Model(Config):
     image_size_px: int
     sampling: dict[str, Any]
     weights_mib: dict[str, float]  # on disk, per contender
+    # Weights that a call of a stage reads in the engines' precision; empty: not recorded.
+    read_mib: dict[str, float] = field(default_factory=dict)
 
     @property
     def schedule_words(self) -> str:

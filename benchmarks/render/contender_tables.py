@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from nsp.benchmarks.ceilings.product import GEMM, product_gflop
-from nsp.benchmarks.record.result import BatchResult, BenchResult, Entry
+from nsp.benchmarks.record.result import BatchResult, BenchResult, Cost, Entry
 from nsp.benchmarks.record.times import median_ratio
 from nsp.benchmarks.render.section import NONE, Section, db, ms, percent
 
@@ -107,6 +107,37 @@ def steps_section(result: BenchResult) -> Section:
         header=("", "ms", "GFLOP/s", "of GEMM peak", "of GEMM beside it", *floor, *ratios),
         rows=tuple(rows),
         notes=(*notes, *_ceiling_notes(result)),
+        topic="steps",
+    )
+
+
+def tokens_section(result: BenchResult) -> Section | None:
+    """Return everybody's time per token beside the bytes that one reads; None if steps have many.
+
+    Every token reads all weights of its stage, whatever the batch is: no token can be faster.
+    """
+    rows, read_mib = [], None
+    for batch in result.batches:
+        read_mib = batch.token_mib(result.model)
+        if read_mib is None or result.ceilings is None:
+            return None
+        floor = Cost(gflop=0, mib=read_mib).memory_ms(result.ceilings)
+        for name in result.contenders:
+            if any(times := _loop_times(batch, name)):
+                each = statistics.median(times) / result.model.num_tokens
+                cells = (ms(each), ms(floor), f"{each / floor:.2f}")
+                rows.append((f"{name}, batch {batch.batch}", *cells))
+    if read_mib is None or result.ceilings is None:
+        return None
+    return Section(
+        title="Time per token",
+        header=("", "ms per token", "floor ms", "x floor"),
+        rows=tuple(rows),
+        notes=(
+            f"All steps over {result.model.num_tokens} tokens. Floor: the {read_mib:.4g} MiB of "
+            f"weights that a token reads in {result.model.precision}, at the "
+            f"{result.ceilings.bandwidth_gb_s:.0f} GB/s of a copy; caches can be faster.",
+        ),
         topic="steps",
     )
 

@@ -10,6 +10,7 @@ from nsp.benchmarks.render.contender_tables import (
     guidance_section,
     steps_section,
     sweep_section,
+    tokens_section,
 )
 from nsp.benchmarks.render.memory_tables import cold_section, first_calls_section, footprint_section
 from nsp.benchmarks.render.section import NONE, Section, db, ms, percent
@@ -28,6 +29,8 @@ def sections(result: BenchResult) -> Iterator[Section]:
         yield contenders_section(result)
     if any(batch.loop for batch in result.batches):
         yield steps_section(result)
+        if (tokens := tokens_section(result)) is not None:
+            yield tokens
     if result.sweep:
         yield sweep_section(result)
     if result.guidance:

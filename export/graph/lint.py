@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from nsp.errors import ExportError
+from nsp.export.graph import in_place_operator, quantize
 from nsp.export.plan import PlannedBuild
 from nsp.stage.backend import TENSORRT_RANKS
 from nsp.stage.io import Axes
@@ -27,6 +28,7 @@ _DTYPES = {
     "int64": TensorProto.INT64,
     "bool": TensorProto.BOOL,
 }
+_OF_ONNXRUNTIME = tuple((of.DOMAIN, of.OPERATOR) for of in (in_place_operator, quantize))
 _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 # Inputs of Attention beyond q, k, v and the mask, and the attributes TensorRT does not know.
 _ATTENTION_INPUTS = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
@@ -168,12 +170,14 @@ def _random(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
 
 
 def _operators(graph: Graph, build: PlannedBuild) -> Iterator[Finding]:
-    """Only standard operators of the planned opset are allowed."""
+    """Only standard operators of the planned opset are allowed, and two of ONNX Runtime's own."""
     for opset in graph.model.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version != build.opset:
             message = f"opset is {opset.version}, but {build.opset} is planned"
             yield Finding("operators", "graph", message)
     for node in graph.graph.node:
+        if not build.profiles and (node.domain, node.op_type) in _OF_ONNXRUNTIME:
+            continue
         if node.domain not in ("", "ai.onnx"):
             yield Finding("operators", node.name, f"{node.domain}.{node.op_type} is not standard")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsp.errors import ExportError
+from nsp.export.graph.in_place_operator import translations
 from nsp.stage.io import Axes, Sizes, StageIO, sample_arrays
 
 MODEL_NAME = "model.onnx"
@@ -68,6 +69,7 @@ def export_stage(
                 input_names=list(io.inputs),
                 output_names=list(io.outputs),
                 dynamic_shapes=(axes,),
+                custom_translation_table=translations(),
                 verbose=False,
             )
     except Exception as error:  # torch.export and the exporter share no base class

@@ -87,6 +87,8 @@ class _Cache:
         found = self._backend.download(array)
         if is_cached(name) and self._backend.kv_layout == "present":  # (G, H, P + L, K)
             return found[:, :, -call.num_new :].transpose(2, 0, 1, 3)
+        if is_cached(name) and self._backend.kv_layout == "in_place":  # (G, H, S, K)
+            return found[:, :, self._next(call)].transpose(2, 0, 1, 3)
         return found
 
     def advance(self, call: Call) -> None:
@@ -107,6 +109,11 @@ class _Cache:
         if call.rows and call.rows < self.arena.shape.rows:
             self.arena.keep_rows(call.rows)
 
+    def _next(self, call: Call) -> slice:
+        """Return the place of a call's new tokens in the whole cache."""
+        assert self.arena is not None
+        return slice(self.arena.length, self.arena.length + call.num_new)
+
     def _force(self, recorded: Mapping[str, NDArray[Any]], call: Call) -> None:
         """Write recorded keys and values (L, G, H, K) as the next part of the cache."""
         assert self.arena is not None
@@ -116,6 +123,10 @@ class _Cache:
             if self._backend.kv_layout == "present":
                 before = self._backend.download(past[name.replace("new_", "past_", 1)])
                 new = np.concatenate([before, new.transpose(1, 2, 0, 3)], axis=2)
+            if self._backend.kv_layout == "in_place":
+                whole = self._backend.download(place)
+                whole[:, :, self._next(call)] = new.transpose(1, 2, 0, 3)
+                new = whole
             self._backend.copy_rows(uploaded(self._backend, new, self._spec), place)
 
 

@@ -201,11 +201,11 @@ def is_checkpoint(folder: Path) -> bool:
     return sniff(folder / CONFIG_NAME).kind not in ("missing", "folder", "special", "link loop")
 
 
-def check_folder_to_write(folder: Path) -> None:
-    """Raise ConfigError for an --output-dir that is a file, or holds something of the user's."""
+def check_new_checkpoint(folder: Path) -> None:
+    """Raise ConfigError where a new checkpoint would replace anything but another one."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose another --output-dir")
-    if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint(folder):
+    if folder.is_dir() and any(folder.iterdir()) and describe(folder).kind != "checkpoint":
         raise ConfigError(
             f"{folder} is not empty and not a checkpoint; choose another --output-dir"
         )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nsp.artifacts.weight_kinds import WeightCounts
 from nsp.config import Config
 from nsp.errors import ConfigError
-from nsp.stage.arena import ARENAS, Array, HostArrays, KVShape
+from nsp.stage.arena import ARENAS, Array, HostArrays, KVShape, is_cached
 from nsp.stage.io import Shape, Sizes, StageIO, array_bytes
 
 if TYPE_CHECKING:
@@ -144,10 +144,31 @@ class _Allocated(HostArrays):
 
 
 def call_cost(costs: StageCosts, io: StageIO, sizes: Sizes, precision: str) -> CallCost | None:
-    """Return the cost of one call of a stage; None for sizes that were not counted."""
-    flop = costs.flop(sizes)
+    """Return the cost of one call of a stage; None for sizes that were not counted.
+
+    In layout "in_place" the past's length is no size of a call: it counts with half of the cache,
+    so that the sum over a picture is right.
+    """
+    halves = {
+        name: counted[len(counted) // 2]
+        for span in costs.spans
+        for name, counted in span.axes.items()
+        if name not in io.free_axes
+    }
+    flop = costs.flop({**halves, **sizes})
     if flop is None:
         return None
-    tensors = (*io.inputs.values(), *io.outputs.values())
-    moved = sum(array_bytes(spec.shape(sizes), spec.dtype) for spec in tensors)
+    moved = 0
+    for name, spec in (*io.inputs.items(), *io.outputs.items()):
+        num_bytes = array_bytes(spec.shape(sizes), spec.dtype)
+        if is_cached(name) and _is_in_place(io, name):
+            num_bytes = num_bytes // 2 if name in io.inputs else 0
+        moved += num_bytes
     return CallCost(flop, costs.read_bytes(precision), moved)
+
+
+def _is_in_place(io: StageIO, name: str) -> bool:
+    """Return whether a tensor of the cache is the whole cache, read and written in place."""
+    _, _, rest = name.partition("_")
+    past, new = io.inputs.get(f"past_{rest}"), io.outputs.get(f"new_{rest}")
+    return past is not None and past == new

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # class-conditional models need no tokenizer
 
 logger = logging.getLogger(__name__)
 
+TEXT_ENCODER = "text_encoder"  # the stage
 _MAX_READS = 3  # attempts to read the manifest when its files are replaced meanwhile
 
 
@@ -53,6 +54,8 @@ def open_engine_dir(
     stage. `precision`: "fp32", "fp16", "bf16" or "int8"; None is the best one for the device.
     `device`: "cpu" or "cuda"; None is the GPU if one can be used. `num_threads`: None is every
     physical core that this process may use. `verify=False` skips all digests.
+
+    Without the folder of the text encoder, a model that draws without a prompt does only that.
 
     Raises EngineError for a folder that is missing, damaged, incomplete or for another machine,
     BackendError for a backend that does not work here, ConfigError for an unknown one.
@@ -95,19 +98,23 @@ def _open(
     chosen, where = choose_backend(folder, manifest, backend, device)
     variants = choose_variants(folder, manifest, chosen, device=where, precision=precision)
     logger.info("%s: %s stages in %s", folder, chosen.name, variants.precision)
-    digests = dict(manifest.files)
-    for variant in variants.stages.values():
+    stages, digests = dict(variants.stages), dict(manifest.files)
+    if _draws_without_text(folder, manifest):
+        logger.warning("%s has no text encoder: it draws only pictures without a prompt", folder)
+        stages.pop(TEXT_ENCODER)
+        digests = {}
+    for variant in stages.values():
         digests |= variant.files
-    stages_io = {stage: variant.stage_io for stage, variant in variants.stages.items()}
+    stages_io = {stage: variant.stage_io for stage, variant in stages.items()}
     try:
         held = HeldFiles(folder, digests)
         if verify:
             held.verify()
         tokenizer = _load_tokenizer(folder, manifest, stages_io)
-        if planned := plan_memory(folder, variants.stages):
+        if planned := plan_memory(folder, stages):
             logger.info("%s: %s", folder, planned)
         loaded = chosen.load()(
-            {stage: folder / next(iter(v.files)) for stage, v in variants.stages.items()},
+            {stage: folder / next(iter(v.files)) for stage, v in stages.items()},
             stages_io,
             kv_layout=variants.kv_layout,
             device=where,
@@ -118,7 +125,7 @@ def _open(
         raise
     except EngineError as error:
         raise type(error)(f"{error}; {repair(folder, manifest)}") from error
-    batches = [v.max_batch for v in variants.stages.values() if v.max_batch is not None]
+    batches = [v.max_batch for v in stages.values() if v.max_batch is not None]
     return Engines(
         manifest=manifest,
         family=manifest.family_record,
@@ -129,11 +136,17 @@ def _open(
     )
 
 
+def _draws_without_text(folder: Path, manifest: Manifest) -> bool:
+    """Return whether the whole text encoder was removed from a folder that can do without it."""
+    needs_it = TEXT_ENCODER not in manifest.stages or (folder / TEXT_ENCODER).exists()
+    return manifest.family_record.draws_without_prompt and not needs_it
+
+
 def _load_tokenizer(
     folder: Path, manifest: Manifest, stages_io: Mapping[str, StageIO]
 ) -> "PromptTokenizer | None":
     """Return the tokenizer of a model with a text encoder; EngineError if it does not fit."""
-    if "text_encoder" not in stages_io:
+    if TEXT_ENCODER not in stages_io:
         return None
     from nsp.text.tokenizer import PromptTokenizer
 
@@ -145,7 +158,7 @@ def _load_tokenizer(
         tokenizer = PromptTokenizer.load(place, listed=listed)
     except CheckpointError as error:
         raise EngineError(str(error)) from error
-    length = int(stages_io["text_encoder"].inputs["token_ids"].words[1])
+    length = int(stages_io[TEXT_ENCODER].inputs["token_ids"].words[1])
     if tokenizer.max_tokens != length:
         raise EngineError(
             f"{place} makes prompts of {tokenizer.max_tokens} tokens, but the text encoder takes "

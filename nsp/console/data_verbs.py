@@ -166,9 +166,8 @@ def stats(*, source: str, output_dir: Path, seed: int, as_json: bool) -> None:
     "--crop-range",
     nargs=2,
     type=float,
-    default=(1.1, 1.05),
-    show_default=True,
-    help="Sides of the two squares that ten crops are cut of, over the side of a crop.",
+    help="Sides of the two squares that ten crops are cut of, over the side of a crop.  "
+    "[default: 1.1 1.05]",
 )
 @click.option("--flip", is_flag=True, help="The picture and its mirror image, as files of codes.")
 @click.option("--image-size", type=COUNT, help="Side of a crop in px.  [default: the model's]")
@@ -181,7 +180,7 @@ def cache(
     checkpoint: Path,
     output: Path,
     ten_crop: bool,
-    crop_range: tuple[float, float],
+    crop_range: tuple[float, float] | None,
     flip: bool,
     image_size: int | None,
     shard: str | None,
@@ -196,17 +195,19 @@ def cache(
     from nsp.data.dataset import ImageDataset
     from nsp.data.sources import open_source
 
+    if crop_range is not None and not ten_crop:
+        raise ConfigError("--crop-range is for --ten-crop; omit it, or add that")
     record = read_checkpoint(checkpoint)
     system = record.load()
     found = open_source(source, skip_bad_files=skip_bad_files)
     if ten_crop or flip:
-        from nsp.data.ten_crop import Extraction
+        from nsp.data.ten_crop import CROP_RANGES, Extraction
 
         part, num_parts = _share(shard)
         settings = Extraction(
             image_size_px=image_size or system.config.image_size_px,
             ten_crop=ten_crop,
-            crop_ranges=crop_range,
+            crop_ranges=crop_range or CROP_RANGES,
             flip=flip,
             part=part,
             num_parts=num_parts,

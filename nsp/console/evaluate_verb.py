@@ -69,7 +69,7 @@ def evaluate(
     from nsp.evaluation.features import load_features
     from nsp.files import file_sha256, write_file
 
-    chosen = _device(device)
+    chosen = chosen_device(device)
     with progress_bar() as show, torch_threads(threads):
         features = load_features(inception, chosen)
         found = compute(
@@ -90,7 +90,7 @@ def evaluate(
         click.echo(f"data: {json_file}")
 
 
-def _device(wanted: str | None) -> "torch.device":
+def chosen_device(wanted: str | None) -> "torch.device":
     """Return where to compute: the wanted device, or a GPU if there is one."""
     import torch
 
@@ -118,7 +118,7 @@ def _table(found: "Evaluation") -> "Table":
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("better")
-    missing = "none: this Inception has no spatial features"
+    missing = "needs the ADM evaluator's graph, and mu_s and sigma_s in a reference with mu"
     rows = (
         ("FID", found.fid, ".3f", "lower", ""),
         ("sFID", found.sfid, ".3f", "lower", missing),

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from nsp.data.bounds import MAX_PICTURE_BYTES, read_regular
 from nsp.data.image_files import Format, metadata_in, slug, write_image, write_picture
-from nsp.data.sheet import contact_sheet
+from nsp.data.sheet import CONTACT_SHEET_NAME, contact_sheet
 from nsp.distribution import version
 from nsp.errors import ConfigError, DataError
 from nsp.family.order import Order, Sampling, Unit
@@ -37,7 +37,6 @@ from nsp.pipeline.results import StreamStep, to_uint8
 
 logger = logging.getLogger(__name__)
 
-CONTACT_SHEET_NAME = "contact_sheet.png"
 ARCHIVE_NAME = "images.npz"
 _UNITS: Mapping[Unit, str] = {
     "scale": "scales",

@@ -202,7 +202,12 @@ def _type(parameter: Parameter) -> "click.ParamType[Any] | type":
     if limits == Range():
         return parameter.kind
     if parameter.kind is float:
-        return click.FloatRange(limits.least, limits.most)
+        return click.FloatRange(
+            limits.least,
+            limits.most,
+            min_open=limits.is_open and limits.least is not None,
+            max_open=limits.is_open and limits.most is not None,
+        )
     if parameter.kind is int:
         least, most = (None if each is None else int(each) for each in (limits.least, limits.most))
         return click.IntRange(least, most)

@@ -2,6 +2,7 @@
 
     FOLDER/NAME_codes/0.npy    (1, crops, N) codes of picture 0: 10 with ten crops, 2 if mirrored
     FOLDER/NAME_labels/0.npy   (1,) its class
+    FOLDER/NAME_labels.npz     all classes, kept by the first run for later ones
     FOLDER/codes.json          how they were made; folders of other programs lack it
     FOLDER_105/...             the same pictures in closer crops: half of the draws are from here
 
@@ -9,9 +10,13 @@ This is the layout of github.com/FoundationVision/LlamaGen. A training draws one
 and epoch.
 """
 
+import hashlib
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,22 +24,31 @@ from numpy.typing import NDArray
 
 from nsp.data.dataset import ImageDataset, ImageItem
 from nsp.data.identity import digest_of
-from nsp.data.samples import Sample
+from nsp.data.samples import MAX_CLASSES, Sample
 from nsp.data.sources import ImageSource
+from nsp.data.ten_crop import centre_of
 from nsp.errors import DataError
-from nsp.files import read_json
+from nsp.files import read_json, write_file
 
+logger = logging.getLogger(__name__)
 ABOUT_NAME = "codes.json"
 CODES, LABELS, CLOSER = "_codes", "_labels", "_105"
+_NPY = ".npy"
 _GREY = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CodeFile:
     """The files of one picture, one for every set; a PictureFile without a picture."""
 
-    path: Path
-    closer: Path | None
+    name: str
+    folder: Path
+    closer_folder: Path | None  # with the closer crops
+
+    @property
+    def path(self) -> Path:
+        """The file of the first set."""
+        return self.folder / self.name
 
     def size(self) -> int:
         """Return the number of bytes."""
@@ -59,18 +73,32 @@ class CodeSource(ImageSource):
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}); extract the codes again") from error
 
-    def codes(self, index: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the codes (N,) of one crop of a picture, chosen by two numbers in [0, 1)."""
+    def codes(
+        self, index: int, uniforms: NDArray[np.float64] | None
+    ) -> tuple[NDArray[np.int64], Path]:
+        """Return the codes (N,) of one crop of a picture, and their file.
+
+        Two numbers in [0, 1) choose the set and the crop; None is the centre crop of the wider set.
+        """
         file = self.files[index]
         assert isinstance(file, CodeFile)
-        path = file.path if file.closer is None or uniforms[0] < 0.5 else file.closer
+        is_wide = uniforms is None or uniforms[0] < 0.5 or file.closer_folder is None
+        path = file.path if is_wide else Path(file.closer_folder or "") / file.name
         found = read_npy(path)
-        if found.ndim != 3 or found.shape[0] != 1 or found.dtype.kind not in "iu":
+        if (
+            found.ndim != 3
+            or found.shape[0] != 1
+            or 0 in found.shape
+            or found.dtype.kind not in "iu"
+        ):
             raise DataError(
-                f"{path} has {found.dtype} {found.shape}; codes are integers (1, crops, N)"
+                f"{path} has {found.dtype} {found.shape}; codes are integers (1, crops, N), with "
+                "at least one crop"
             )
-        chosen: NDArray[np.int64] = found[0, int(uniforms[1] * found.shape[1])].astype(np.int64)
-        return chosen
+        num_crops = found.shape[1]
+        crop = int(uniforms[1] * num_crops) if uniforms is not None else centre_of(num_crops)
+        chosen: NDArray[np.int64] = found[0, crop].astype(np.int64)
+        return chosen, path
 
 
 def read_npy(path: Path) -> NDArray[np.generic]:
@@ -105,27 +133,69 @@ def open_codes(place: str) -> CodeSource:
     root = Path(place)
     several = _codes_dirs(root)
     if len(several) != 1:
-        names = ", ".join(each.name for each in several)
-        raise DataError(f"{root} has several sets of codes ({names}); keep one, or move the others")
+        found = ", ".join(each.name for each in several)
+        raise DataError(f"{root} has several sets of codes ({found}); keep one, or move the others")
     codes = several[0]
     beside = root.with_name(root.name + CLOSER) / codes.name
-    files, samples = [], []
-    for path in sorted(codes.glob("*.npy"), key=lambda path: (len(path.stem), path.stem)):
-        label = read_npy(_labels_of(codes) / path.name)
-        if label.size != 1 or label.dtype.kind not in "iu":
-            raise DataError(f"{_labels_of(codes) / path.name} is not the number of one class")
-        files.append(CodeFile(path, beside / path.name if beside.is_dir() else None))
-        samples.append(Sample(path.stem, (), int(label.reshape(())[()])))
-    if not files:
+    closer = beside if beside.is_dir() else None
+    names = [each for each in os.listdir(codes) if each.endswith(_NPY)]
+    names.sort(key=lambda name: (len(name), name))
+    if not names:
         raise DataError(f"{codes} has no .npy files; extract codes with nsp data cache --ten-crop")
-    count = max(sample.class_id or 0 for sample in samples) + 1
+    classes = _classes(_labels_of(codes), names)
+    samples = tuple(
+        Sample(name.removesuffix(_NPY), (), int(number))
+        for name, number in zip(names, classes, strict=True)
+    )
     return CodeSource(
-        samples=tuple(samples),
-        class_names=tuple(map(str, range(count))),
-        files=tuple(files),
+        samples=samples,
+        class_names=tuple(map(str, range(int(classes.max()) + 1))),
+        files=tuple(CodeFile(name, codes, closer) for name in names),
         digests=tuple(digest_of(f"{each.name} {each.class_id}".encode()) for each in samples),
         folder=root,
     )
+
+
+def _classes(folder: Path, names: Sequence[str]) -> NDArray[np.int64]:
+    """Return the class of every picture, from the one file that an earlier run kept if it fits.
+
+    Otherwise the labels are read one by one, and kept: opening 1.28 million files takes minutes.
+    """
+    kept, key = folder.with_name(folder.name + ".npz"), _key(folder, names)
+    try:
+        with np.load(kept, allow_pickle=False) as found:
+            if str(found["key"]) == key:
+                classes: NDArray[np.int64] = found["classes"]
+                return classes
+    except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile):
+        pass  # it is made again
+    read = np.fromiter((_class_in(folder / name) for name in names), np.int64, len(names))
+    try:
+        with write_file(kept) as partial, partial.open("wb") as file:
+            np.savez(file, key=np.array(key), classes=read)
+    except OSError as error:
+        logger.warning("labels are read again at every start: %s cannot be kept (%s)", kept, error)
+    return read
+
+
+def _class_in(path: Path) -> int:
+    """Return the class in a file; DataError if it is none."""
+    label = read_npy(path)
+    if label.size != 1 or label.dtype.kind not in "iu" or not 0 <= int(label.item()) < MAX_CLASSES:
+        raise DataError(f"{path} is not the number of one class")
+    return int(label.item())
+
+
+def _key(folder: Path, names: Sequence[str]) -> str:
+    """Return a digest of the names, sizes and times of the labels; DataError for a missing one."""
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            found = os.stat(folder / name)
+        except OSError as error:
+            raise DataError(f"{folder / name} is missing; extract the codes again") from error
+        digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode(errors="replace"))
+    return digest.hexdigest()
 
 
 class CodeDataset(ImageDataset):
@@ -144,9 +214,14 @@ class CodeDataset(ImageDataset):
             "index": index,
         }
 
-    def drawn_codes(self, index: int) -> NDArray[np.int64]:
-        """Return the codes (N,) of the crop of this epoch, from (seed, epoch, index) alone."""
+    def drawn_codes(self, index: int) -> tuple[NDArray[np.int64], Path]:
+        """Return the codes (N,) of the crop of this epoch, and their file.
+
+        They follow from (seed, epoch, index) alone; unless training, from the index.
+        """
+        if not self.train:
+            return self.source.codes(index, None)
         key = np.array([self.seed, self._epoch_now()], np.uint64)
         counter = np.array([0, 0, 0, index], np.uint64)
         uniforms = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(2)
-        return self.source.codes(index, uniforms if self.train else np.zeros(2))
+        return self.source.codes(index, uniforms)

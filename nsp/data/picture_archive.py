@@ -21,6 +21,7 @@ from nsp.sniff import explain, sniff
 
 PICTURES = "arr_0"  # the name that np.savez(file, pictures) gives them
 MAX_SIDE_PX = 8192
+MAX_PICTURES = 2_000_000  # ImageNet has 1.28 million; a small compressed file can have any number
 _MAX_BLOCK = 256 << 20  # bytes of pictures in memory at once
 _MAX_TEXT = 1 << 20  # bytes of a text beside the pictures
 # What zipfile, zlib and NumPy raise for damaged, encrypted or otherwise packed parts.
@@ -94,6 +95,8 @@ def open_pictures(path: Path) -> PictureArchive:
         raise DataError(f"{where}; there is no picture")
     if math.prod(shape) != rest:
         raise DataError(f"{where}, but the file has {rest:,} bytes of it: it is damaged")
+    if shape[0] > MAX_PICTURES:
+        raise DataError(f"{where}; an archive has at most {MAX_PICTURES:,} pictures: split it")
     return PictureArchive(path, (shape[0], shape[1], shape[2], 3))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+CONTACT_SHEET_NAME = "contact_sheet.png"  # beside the pictures
 _MARGIN_PX = 8
 _LINE_PX = 12
 _MIN_CELL_PX = 96

@@ -14,6 +14,8 @@ from PIL import Image
 from nsp.errors import ConfigError
 
 Pixels = NDArray[np.uint8]
+CROP_RANGES = (1.1, 1.05)  # of the public code's two sets
+CLOSER = "_105"  # ending of the folder of closer crops, in which the public code has 1.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class Extraction:
 
     image_size_px: int
     ten_crop: bool = False
-    crop_ranges: tuple[float, ...] = (1.1, 1.05)  # widths of the squares that ten crops are cut of
+    crop_ranges: tuple[float, ...] = CROP_RANGES  # widths of the squares that ten crops are cut of
     flip: bool = False  # also the mirrored picture; ten crops have it anyway
     part: int = 0
     num_parts: int = 1
@@ -34,16 +36,22 @@ class Extraction:
                 f"--shard {self.part}/{self.num_parts}: the first number is at least 0 and below "
                 "the second"
             )
+        if not 1 <= len(self.crop_ranges) <= 2:
+            raise ConfigError(
+                f"--crop-range {self.crop_ranges}: one or two numbers, as training mixes two sets"
+            )
         if not all(1 <= each <= 4 for each in self.crop_ranges):
             raise ConfigError(f"--crop-range {self.crop_ranges}: each must be from 1 to 4")
 
     def sets(self, folder: Path) -> dict[Path, float]:
-        """Return the folder of every set of crops and its range; the widest is `folder` itself."""
+        """Return the folder of every set of crops and its range; the wider is `folder` itself.
+
+        The other has the name by which training finds it, whatever its range is.
+        """
         if not self.ten_crop:
             return {folder: 1.0}
         wide, *closer = sorted(set(self.crop_ranges), reverse=True)
-        names = {each: f"{folder.name}_{round(each * 100)}" for each in closer}
-        return {folder: wide, **{folder.with_name(names[each]): each for each in closer}}
+        return {folder: wide, **{folder.with_name(folder.name + CLOSER): each for each in closer}}
 
 
 def centre_crop(picture: Image.Image, side_px: int) -> Pixels:
@@ -73,6 +81,11 @@ def crops_of(
         wide = centre_crop(picture, int(side_px * crop_range))
         found = [*_five(wide, side_px), *_five(wide[:, ::-1], side_px)]
     return np.stack(found).transpose(0, 3, 1, 2)
+
+
+def centre_of(num_crops: int) -> int:
+    """Return which of the crops of a file is the centre of the picture, not mirrored."""
+    return 4 if num_crops == 10 else 0
 
 
 def _five(pixels: Pixels, side: int) -> list[Pixels]:

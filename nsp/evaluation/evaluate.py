@@ -27,11 +27,13 @@ from nsp.errors import DataError
 from nsp.evaluation.features import Features
 from nsp.evaluation.metrics import (
     IS_CHUNK,
+    NEIGHBOURS,
     Moments,
     Statistics,
     check_count,
     frechet_distance,
     inception_score,
+    is_covariance,
     precision_recall,
 )
 
@@ -43,7 +45,7 @@ class Evaluation:
     """The figures of one set of pictures, and what they were computed from."""
 
     fid: float
-    sfid: float | None  # None: the Inception has no spatial features
+    sfid: float | None  # None: the Inception has no spatial features, or the reference no mu_s
     inception_score: float
     precision: float | None  # None: the reference has statistics only
     recall: float | None
@@ -90,26 +92,25 @@ def evaluate(
 
     Both are .npz archives of uint8 pictures (`arr_0`). The reference may also have, or only have,
     the statistics mu, sigma, mu_s and sigma_s, as ADM's reference archives do: they are used.
-    Raises DataError in one line for an archive that cannot be used or has too few pictures.
+    Raises DataError in one line for an archive that cannot be used or has too few pictures, before
+    the features of all pictures, which take hours.
     """
     started = time.perf_counter()
     show = on_progress or (lambda activity, done, total: None)
     how = _Measure(features, batch_size, device or torch.device("cpu"), show)
     pictures, references, names = _open(reference, sample)
-    precomputed = "mu" in names
     # TF32 in convolutions would change the figures in the second digit after the point.
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with torch.inference_mode(), exact:
+        widths = _widths(pictures, how)
+        _check_counts(pictures, references, widths, of_references="mu" not in names)
+        precomputed = _read_statistics(reference, names, widths) if "mu" in names else None
         made = _measure(pictures, how, "samples", with_statistics=True)
         known = None
         if references is not None:
-            known = _measure(references, how, "references", with_statistics=not precomputed)
-        assert made.statistics is not None
-        pool, spatial = made.statistics
-        if known is not None and known.statistics is not None:
-            expected, expected_spatial = known.statistics
-        else:
-            expected, expected_spatial = _read_statistics(reference, names, pool, spatial)
+            known = _measure(references, how, "references", with_statistics=precomputed is None)
+        expected, expected_spatial = precomputed or _statistics(known)
+        pool, spatial = _statistics(made)
         show("figures", 0, 3)
         fid = frechet_distance(expected, pool)
         sfid = None
@@ -130,7 +131,7 @@ def evaluate(
         recall=both[1],
         num_samples=pictures.shape[0],
         num_references=0 if references is None else references.shape[0],
-        statistics="precomputed" if precomputed else "of its pictures",
+        statistics="of its pictures" if precomputed is None else "precomputed",
         features=features.name,
         is_comparable=features.is_comparable,
         seconds=time.perf_counter() - started,
@@ -160,7 +161,7 @@ def _open(
 def _measure(
     archive: PictureArchive, how: _Measure, activity: str, *, with_statistics: bool
 ) -> _Measured:
-    """Return the features of all pictures; DataError naming the archive if they are too few."""
+    """Return the features of all pictures; DataError naming the archive if one is not finite."""
     moments, spatial_moments = Moments(), Moments()
     kept: Tensor | None = None
     spatial: Tensor | None = None
@@ -170,10 +171,7 @@ def _measure(
         if not bool(found.isfinite().all()):
             raise DataError(f"{how.features.name}: a feature of {archive.path} is not finite")
         if kept is None:
-            widths = [each.shape[1] for each in (found, spatial) if each is not None]
-            if with_statistics:
-                _check_count(archive, max(widths))
-            kept = torch.empty(count, widths[0], device=how.device)
+            kept = torch.empty(count, found.shape[1], device=how.device)
         kept[done : done + len(block)] = found
         if with_statistics:
             moments.add(found.cpu().numpy())
@@ -188,28 +186,62 @@ def _measure(
     return _Measured(kept, (moments.statistics(), spatial_statistics))
 
 
-def _check_count(archive: PictureArchive, num_features: int) -> None:
-    try:
-        check_count(archive.shape[0], num_features)
-    except DataError as error:
-        raise DataError(f"{archive.path}: {error}") from None
+def _statistics(measured: _Measured | None) -> tuple[Statistics, Statistics | None]:
+    assert measured is not None
+    assert measured.statistics is not None
+    return measured.statistics
+
+
+def _widths(archive: PictureArchive, how: _Measure) -> tuple[int, int | None]:
+    """Return the number of features of a picture, and of spatial ones if there are any."""
+    first = next(archive.blocks(1))
+    found, spatial = how.features.activations(torch.from_numpy(first).to(how.device))
+    return found.shape[1], None if spatial is None else spatial.shape[1]
+
+
+def _check_counts(
+    samples: PictureArchive,
+    references: PictureArchive | None,
+    widths: tuple[int, int | None],
+    *,
+    of_references: bool,
+) -> None:
+    """Raise DataError naming an archive with too few pictures for what is computed from them."""
+    covered = [samples]
+    if references is not None:
+        if references.shape[0] <= NEIGHBOURS:
+            raise DataError(
+                f"{references.path}: {references.shape[0]} pictures are too few for precision and "
+                f"recall; at least {NEIGHBOURS + 1} are needed"
+            )
+        covered += [references] * of_references
+    for archive in covered:
+        try:
+            check_count(archive.shape[0], max(width or 0 for width in widths))
+        except DataError as error:
+            raise DataError(f"{archive.path}: {error}") from None
 
 
 def _read_statistics(
-    path: Path, names: frozenset[str], pool: Statistics, spatial: Statistics | None
+    path: Path, names: frozenset[str], widths: tuple[int, int | None]
 ) -> tuple[Statistics, Statistics | None]:
     """Return the statistics in a reference archive; of the spatial features, if it has them."""
 
-    def read(mean: str, covariance: str, own: Statistics) -> Statistics:
-        width = len(own.mean_D)
-        return Statistics(
+    def read(mean: str, covariance: str, width: int) -> Statistics:
+        found = Statistics(
             read_floats(path, mean, shape=(width,)),
             read_floats(path, covariance, shape=(width, width)),
         )
+        if not is_covariance(found.covariance_DD):
+            raise DataError(
+                f"{path}: {covariance} is not a covariance: it is not symmetric, or has an "
+                "eigenvalue below 0"
+            )
+        return found
 
-    if spatial is None or "mu_s" not in names:
-        return read("mu", "sigma", pool), None
-    return read("mu", "sigma", pool), read("mu_s", "sigma_s", spatial)
+    if widths[1] is None or "mu_s" not in names:
+        return read("mu", "sigma", widths[0]), None
+    return read("mu", "sigma", widths[0]), read("mu_s", "sigma_s", widths[1])
 
 
 def _probabilities(features_ND: Tensor, how: _Measure) -> Iterator[NDArray[np.float32]]:

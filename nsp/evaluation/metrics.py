@@ -20,6 +20,7 @@ from nsp.errors import DataError
 
 NEIGHBOURS = 3  # k of precision and recall
 IS_CHUNK = 5000  # pictures of one inception score; the result is the mean of all chunks
+_ROUNDING = 1e-5  # of a covariance, relative to its largest value
 _SUMMED = 1024  # pictures whose products are added up at once
 _BLOCK = 4096  # pictures on each side of a block of distances: 64 MiB in float32
 
@@ -81,6 +82,18 @@ def check_count(num_images: int, num_features: int) -> None:
             f"{num_images} pictures are too few for the covariance of {num_features} features; "
             f"at least {num_features + 1} are needed, and published figures use 50,000"
         )
+
+
+def is_covariance(array_DD: NDArray[np.float64]) -> bool:
+    """Return whether an array is symmetric without eigenvalues below 0, up to float32's rounding.
+
+    The product of N pictures' features in float32 has errors of about 1e-7 of its largest value.
+    """
+    scale = float(np.abs(array_DD).max())
+    if not np.allclose(array_DD, array_DD.T, rtol=0, atol=_ROUNDING * scale):
+        return False
+    lowest = float(np.linalg.eigvalsh(array_DD)[0])
+    return lowest >= -_ROUNDING * scale * len(array_DD)
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:

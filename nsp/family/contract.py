@@ -229,9 +229,17 @@ class Family(ABC, Generic[C, S, Y]):
         stages = self.stages(config, kv_layout=kv_layout, dtype=dtype)
         return {name: stage.io for name, stage in stages.items()}
 
-    def layout(self, wanted: Sequence[str]) -> str:
-        """Return the first of the cache layouts that the family has, or else the family's best."""
-        return next((each for each in wanted if each in self.kv_layouts), self.kv_layouts[0])
+    def layouts(self, config: C) -> tuple[str, ...]:
+        """Return the cache layouts that a model of this configuration can have, best first."""
+        return self.kv_layouts
+
+    def layout(self, wanted: Sequence[str], config: C | None = None) -> str:
+        """Return the first of the cache layouts that the family has, or else the family's best.
+
+        With a configuration, only those count that its model can have.
+        """
+        known = self.kv_layouts if config is None else self.layouts(config)
+        return next((each for each in wanted if each in known), known[0])
 
     def given(self, config: C) -> Mapping[str, Given]:
         """Return the arrays that an order may have in addition to its condition."""

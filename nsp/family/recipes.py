@@ -62,7 +62,11 @@ def check_options(owner: str, known: tuple[Parameter, ...], options: Mapping[str
         if isinstance(value, int | float) and limits != signature.Range():
             least = -float("inf") if limits.least is None else limits.least
             most = float("inf") if limits.most is None else limits.most
-            real(_option(name), value, least=least, most=most)
+            found = real(_option(name), value, least=least, most=most)
+            if limits.is_open and found in (least, most):
+                raise ConfigError(
+                    f"{_option(name)} must be a number between {least:g} and {most:g}, not {value}"
+                )
 
 
 def _option(name: str) -> str:

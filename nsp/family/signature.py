@@ -26,10 +26,14 @@ _KINDS: tuple[Kind, ...] = (bool, int, float, str, Path)
 
 @dataclass(frozen=True)
 class Range:
-    """The smallest and the largest value of a number; None: no limit."""
+    """The smallest and the largest value of a number; None: no limit.
+
+    Of an open range the limits themselves are no values.
+    """
 
     least: float | None = None
     most: float | None = None
+    is_open: bool = False
 
 
 @dataclass(frozen=True)

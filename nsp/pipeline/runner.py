@@ -156,6 +156,12 @@ class OrderRunner:
     def check_order(self, order: Order[Sampling]) -> Hashable:
         """Return an order's batch key; ConfigError for an order that this model does not accept."""
         check_condition(self.family, self.config, order)
+        texts = (order.condition, self.family.null_prompt(self.config, order))
+        if self.prompts is None and any(isinstance(each, str) for each in texts):
+            raise ConfigError(
+                "this model was loaded without its text encoder and draws only pictures without a "
+                "prompt; omit prompts, or export the engines again"
+            )
         declared = self.family.given(self.config)
         for name, array in order.given.items():
             if name not in declared:

@@ -185,6 +185,8 @@ def make_samples(
     not made again. Raises ConfigError naming one that was made with other settings.
     """
     shard = shard or Shard()
+    if shard.count > 1:
+        _warn_of_other_shards(wanted)
     if _is_finished(wanted):
         logger.info("%s is there already", wanted.archive)
         return wanted.archive
@@ -199,6 +201,33 @@ def make_samples(
             if on_progress is not None:
                 on_progress(f"images of shard {shard.index}/{shard.count}", done, total)
     return _pack(wanted)
+
+
+def _warn_of_other_shards(wanted: SampleSet) -> None:
+    """Warn of parts of the same pictures under another name: other shards of this set, perhaps.
+
+    The name has the model's folder, so engines and their checkpoint, or two precisions of engines,
+    give two sets, and neither would ever be complete.
+    """
+    own = wanted.settings()
+    loose = ("backend", "precision")
+    for folder in sorted(wanted.folder.glob("*.parts")):
+        part = next((each for each in sorted(folder.glob("[0-9]*.npz"))), None)
+        if part is None or folder == wanted.part(0).parent:
+            continue
+        try:
+            found = json.loads(read_text(part, _SETTINGS))
+        except (DataError, ValueError, OSError):
+            continue  # not a part, or gone: its set is complete
+        if all(found.get(name) == value for name, value in own.items() if name not in loose):
+            logger.warning(
+                "%s has parts of the same pictures, made by %s %s; this process makes another set, "
+                "%s, by %s %s: run all shards of one set from the same folder",
+                folder,
+                *(found.get(name) for name in loose),
+                wanted.name,
+                *(own[name] for name in loose),
+            )
 
 
 def _make_part(wanted: SampleSet, number: int, batch_size: int | None) -> Iterator[int]:

@@ -43,6 +43,23 @@ def draw(
     return tokens, taken[:, 0].index_select(0, rows_G), torch.where(here_N, taken, codes_BN), guided
 
 
+def filter_where_asked(x_BLV: Tensor, top_p_B: Tensor, top_k_B: Tensor, ranks_R: Tensor) -> Tensor:
+    """Return the same as `filter_by_rank`; a graph skips it if no row has top-k or top-p.
+
+    TensorRT's engines would have two branches to build for every size.
+    """
+    if not torch.compiler.is_exporting():  # torch would compile both branches before the first run
+        return filter_by_rank(x_BLV, top_p_B, top_k_B, ranks_R)
+    is_asked = ((top_k_B > 0) | (top_p_B < 1)).any()
+    settings = (x_BLV, top_p_B, top_k_B, ranks_R)
+    filtered: Tensor = torch.cond(is_asked, filter_by_rank, _unfiltered, settings)
+    return filtered
+
+
+def _unfiltered(x_BLV: Tensor, *_: Tensor) -> Tensor:
+    return x_BLV.clone()
+
+
 class NucleusStage(nn.Module):
     """Logits -> the code drawn by top-p without sorting."""
 

@@ -17,7 +17,7 @@ def examples(
     """Return batches of orders: two guided images, one whose guidance ends, one without.
 
     One more draws by top-p alone where TensorRT has a stage of its own for that. Conditions are
-    classes, prompts, or nothing.
+    classes, prompts, or nothing; a model of prompts also draws without one.
     """
     conditions: list[str | int | None] = [None, None]
     if num_classes is not None:
@@ -31,7 +31,9 @@ def examples(
     ]
     if grid.num_codes > TENSORRT_RANKS:
         alone.append(replace(guided, top_k=0, top_p=0.9))
-    return [
+    made = [
         [Order(each, seed, guided) for seed, each in enumerate(conditions)],
         *([Order(conditions[0], seed, each)] for seed, each in enumerate(alone)),
     ]
+    has_prompts = isinstance(conditions[0], str)
+    return [*made, [Order(None, len(made), sampling)]] if has_prompts else made

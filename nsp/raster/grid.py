@@ -16,6 +16,13 @@ class RasterGrid:
     num_kv_heads: int
     head_width: int
 
+    def layouts(self, known: tuple[str, ...]) -> tuple[str, ...]:
+        """Return which of the cache layouts this model can have.
+
+        ONNX Runtime's operator for "in_place" takes heads of a multiple of 8 channels.
+        """
+        return tuple(each for each in known if each != "in_place" or self.head_width % 8 == 0)
+
     @property
     def length(self) -> int:
         """N, the codes of a picture."""

@@ -5,13 +5,14 @@ every row of codes, so the caller owns progress, previews and early stop.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsp.family.code_sampling import draw_inputs, draw_uniforms
-from nsp.family.order import Given, Order, Step, stacked
+from nsp.family.order import Encoded, Given, Order, Step, stacked
 from nsp.raster.grid import RasterGrid
 from nsp.raster.sampling import RasterSampling
 from nsp.raster.stages import SETTINGS
@@ -35,9 +36,21 @@ def given(grid: RasterGrid) -> Mapping[str, Given]:
 
 
 def batch_key(grid: RasterGrid, order: Order[RasterSampling]) -> Hashable:
-    """Return the number of guided codes and of sorted logits."""
-    sampling = order.sampling
+    """Return the number of guided codes and of sorted logits.
+
+    Raises ConfigError for an interval outside the sequence, also where nothing is guided.
+    """
+    order.sampling.num_guided(grid.length)
+    sampling = _guided_if_possible(order).sampling
     return sampling.num_guided(grid.length), sampling.num_ranks(grid.num_codes)
+
+
+def _guided_if_possible(order: Order[RasterSampling]) -> Order[RasterSampling]:
+    """Return the order without guidance if both of its branches would be the same."""
+    if order.condition is not None or order.negative is not None:
+        return order
+    unguided = replace(order.sampling, guidance_scale=1.0, cfg_interval=-1)
+    return replace(order, sampling=unguided)
 
 
 def loop_inputs(grid: RasterGrid, orders: Orders) -> dict[str, NDArray[Any]]:
@@ -45,6 +58,7 @@ def loop_inputs(grid: RasterGrid, orders: Orders) -> dict[str, NDArray[Any]]:
 
     `guidance` (n, B) is of the guided codes only, so its shape says when guidance ends.
     """
+    orders = [_guided_if_possible(order) for order in orders]
     batch, length = len(orders), grid.length
     num_guided = orders[0].sampling.num_guided(length)
     free = np.full(length, -1, np.int64)
@@ -61,6 +75,25 @@ def loop_inputs(grid: RasterGrid, orders: Orders) -> dict[str, NDArray[Any]]:
         "rows": np.tile(np.arange(batch), 2 if num_guided else 1),
         **draw_inputs(orders, grid.num_codes),
     }
+
+
+def prompt_inputs(
+    orders: Orders, text: Encoded | None, *, num_rows: int, num_tokens: int, width: int
+) -> dict[str, NDArray[Any]]:
+    """Return encoded prompts `text_states` (N, T, width), and `prompts` (G,), the one of each row.
+
+    Prompt N is the stored null condition. Orders without a prompt have it, so that they need no
+    text encoder.
+    """
+    batch = len(orders)
+    if text is None:
+        states = np.zeros((batch, num_tokens, width), np.float32)
+        found, null = {"text_states": states}, np.full(batch, batch)
+    else:
+        found, null = dict(text.states), text.null_rows()
+    has_prompt = np.array([order.condition is not None for order in orders])
+    prompts = np.where(has_prompt, np.arange(batch), len(found["text_states"]))
+    return {**found, "prompts": np.concatenate([prompts, null])[:num_rows]}
 
 
 def draw_codes(

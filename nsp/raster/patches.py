@@ -32,10 +32,3 @@ def patch_loss(logits_BMV: Tensor, codes_BN: Tensor, side: int, patch_side: int)
     targets_BMp = patched(codes_BN, side, patch_side)
     log_shares = F.log_softmax(logits_BMV.float(), -1)
     return -torch.gather(log_shares, 2, targets_BMp).mean(2)
-
-
-def mean_of_valid(losses_BM: Tensor, valid_B: Tensor) -> Tensor:
-    """Return the mean loss of the samples that count; 0 if none does."""
-    weights_B1 = valid_B.to(losses_BM)[:, None]
-    count = weights_B1.sum() * losses_BM.shape[1]
-    return (losses_BM * weights_B1).sum() / count.clamp_min(1)

@@ -21,7 +21,7 @@ from nsp.data.dataset import to_model_range
 from nsp.data.stream import ShardStream
 from nsp.errors import ConfigError
 from nsp.family.objective import Batch, Objective, TrainingData
-from nsp.raster.patches import mean_of_valid, patch_loss
+from nsp.raster.patches import patch_loss
 from nsp.raster.raster_system import RasterSystem
 from nsp.training.code_sets import CodeTokens
 from nsp.training.data_order import sample_uniforms
@@ -79,10 +79,10 @@ class PredictorObjective(Objective):
         listed = 0 if isinstance(data.pictures, ShardStream) else len(data.pictures)
         self._epoch = max(listed // data.batch_size, 1)
         widest = 2 ** (settings.patch_level - 1)
-        if system.grid.side % widest:
+        if system.config.grid_side % widest:
             raise ConfigError(
                 f"patch_level={settings.patch_level} needs patches {widest} codes wide, which do "
-                f"not fill a grid of {system.grid.side}"
+                f"not fill a grid of {system.config.grid_side}"
             )
         self.needs_captions = not isinstance(system.conditions, int)
         self.system = system.requires_grad_(False)
@@ -93,7 +93,7 @@ class PredictorObjective(Objective):
 
     def dataset(self) -> Dataset[Mapping[str, object]]:
         """Return conditions with codes, or the pictures of a stream."""
-        pictures, grid = self.data.pictures, self.system.grid
+        pictures, grid = self.data.pictures, self.system.config.grid
         if isinstance(pictures, CodeDataset):
             if not isinstance(self.system.conditions, int):
                 raise ConfigError(
@@ -136,15 +136,14 @@ class PredictorObjective(Objective):
         """Return the loss, in nats per code; of codes also the perplexity and accuracy in %."""
         system, side = self.system, self._patch_side if self.training else 1
         condition_B = batch["condition"] if "condition" in batch else self._conditions(batch)
-        rate = system.cond_drop_rate if self.training else 0.0
+        rate = system.config.gpt.cond_drop_rate if self.training else 0.0
         dropped_B = sample_uniforms(batch["key"], 1)[:, 0].to(condition_B.device) < rate
         if "tokens" in batch:
             codes_BN = batch["tokens"].long()
         else:
             codes_BN = system.vq.tokenize(to_model_range(batch["image"]))
         logits_BMV = system.logits(condition_B, dropped_B, codes_BN, side).float()
-        losses_BM = patch_loss(logits_BMV, codes_BN, system.grid.side, side)
-        loss = mean_of_valid(losses_BM, batch["valid"]) if "valid" in batch else losses_BM.mean()
+        loss = patch_loss(logits_BMV, codes_BN, system.config.grid_side, side).mean()
         if side > 1:
             return {"loss": loss}
         with torch.no_grad():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from nsp.family.system import System
-from nsp.raster.grid import RasterGrid
+from nsp.raster.raster_config import RasterConfig
 from nsp.raster.vq import VqTokenizer
 from nsp.training.tokens import Conditions, Tokenizing
 
@@ -14,18 +14,9 @@ from nsp.training.tokens import Conditions, Tokenizing
 class RasterSystem(System):
     """An image tokenizer and the transformer that draws its codes."""
 
+    config: RasterConfig
     vq: VqTokenizer
     gpt: nn.Module
-
-    @property
-    @abstractmethod
-    def grid(self) -> RasterGrid:
-        """The grid of codes."""
-
-    @property
-    @abstractmethod
-    def cond_drop_rate(self) -> float:
-        """Share of the conditions that the null one replaces in training."""
 
     @property
     @abstractmethod

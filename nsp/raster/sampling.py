@@ -21,8 +21,17 @@ class RasterSampling(CodeSampling):
         metadata={"help": "Codes 0 to this number plus one are guided, the others not; -1: all."},
     )
 
+    # 0 is greedy, as programs of such models have it. It becomes top_k=1 once, here: no stage
+    # divides by 0, and records of pictures have one name for it.
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits; lower is less random, 0 is greedy."}
+    )
+
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges; temperature 0 becomes top_k=1."""
+        if self.temperature == 0:
+            object.__setattr__(self, "temperature", 1.0)
+            object.__setattr__(self, "top_k", 1)
         super().__post_init__()
         if not 0 <= self.guidance_scale <= LARGE:
             raise ConfigError(

@@ -1,7 +1,8 @@
 """The tensors of the stages that draw codes in raster order; without torch.
 
 Free axes: B images, G transformer rows (B, or 2B with the null rows behind), P cached tokens, R
-logits that are sorted for top-k and top-p. Fixed: N codes of a picture, V of the codebook.
+logits that are sorted for top-k and top-p. Fixed: N codes of a picture, V of the codebook, S tokens
+of the whole cache, which layout "in_place" hands over in every call.
 
 `decode` is one token of the transformer and the draw of the next code in one engine run: a loop of
 hundreds of short steps has no time for a second one. It also returns its logits. Where a backend
@@ -77,22 +78,23 @@ def decode_stage(
     `carried` are the family's further inputs, the same for all tokens, with rows as first axis.
     """
     logits = Axes(f"G 1 {grid.num_codes}")
-    cache, heads = _cache_names(grid), f"{grid.num_kv_heads} {grid.head_width}"
     inputs = {
         "token": Axes("G", "int64"),
         **drawing_inputs(grid),
         **carried,
-        **{f"past_{name}": Axes(f"P G {heads}", dtype) for name in cache},
+        **_cached("past", "P", grid, kv_layout, dtype),
     }
     outputs = {
         "logits": logits,
         **drawing_outputs(grid),
-        **{f"new_{name}": Axes(f"1 G {heads}", dtype) for name in cache},
+        **_cached("new", "1", grid, kv_layout, dtype),
     }
     ends = past_spans(grid.cache(1, dtype).num_tokens)
     spans: tuple[Span, ...] = ({"P": (0, ends[-1])},)
     if kv_layout == "fixed":  # each a profile of its own
         spans = tuple({"P": end} for end in ends)
+    if kv_layout == "in_place":
+        spans = ({},)
     return Stage(
         io=StageIO(inputs, outputs),
         half=half,
@@ -107,14 +109,14 @@ def decode_stage(
 def prefill_stage(
     grid: RasterGrid,
     *,
+    kv_layout: str,
     dtype: str,
     prefix: Mapping[str, Axes],
     half: tuple[str, ...],
     full: tuple[str, ...],
 ) -> Stage:
     """Return `prefill`: the tokens of a prefix -> logits, the first code, the prefix's cache."""
-    heads = f"{grid.num_kv_heads} {grid.head_width}"
-    new = {f"new_{n}": Axes(f"{grid.num_prefix} G {heads}", dtype) for n in _cache_names(grid)}
+    new = _cached("new", str(grid.num_prefix), grid, kv_layout, dtype)
     io = StageIO(
         {**prefix, **drawing_inputs(grid)},
         {"logits": Axes(f"G 1 {grid.num_codes}"), **drawing_outputs(grid), **new},
@@ -145,5 +147,13 @@ def decoder_stage(grid: RasterGrid, vq: VqConfig) -> Stage:
     )
 
 
-def _cache_names(grid: RasterGrid) -> list[str]:
-    return [f"{kind}_{i}" for i in range(grid.depth) for kind in ("k", "v")]
+def _cached(
+    prefix: str, tokens: str, grid: RasterGrid, kv_layout: str, dtype: str
+) -> dict[str, Axes]:
+    """Return keys and values of so many tokens, or of the whole cache where it is not divided."""
+    axes = f"{tokens} G {grid.num_kv_heads} {grid.head_width}"
+    if kv_layout == "in_place":
+        num_tokens = grid.cache(1, dtype).num_tokens
+        axes = f"G {grid.num_kv_heads} {num_tokens} {grid.head_width}"
+    names = (f"{prefix}_{kind}_{i}" for i in range(grid.depth) for kind in ("k", "v"))
+    return {name: Axes(axes, dtype) for name in names}

@@ -46,3 +46,34 @@ class VqConfig(Config):
     def downsampling(self) -> int:
         """Pixels per cell of the grid along one axis."""
         return int(self.patch_size * 2 ** (len(self.channel_multipliers) - 1))
+
+
+# 64 px to 8x8 codes. Four by four pixels are folded into channels first: on a CPU the levels of
+# full and half resolution would cost twice all others together.
+EMOJI_VQ = VqConfig(
+    codebook_size=1024,
+    codebook_width=16,
+    latent_channels=64,
+    base_channels=64,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    patch_size=4,
+    norm_groups=8,
+)
+# 256 px to 16x16 codes, with a decoder for CPUs.
+SMALL_VQ = VqConfig(
+    latent_channels=64,
+    base_channels=64,
+    channel_multipliers=(1, 2, 4),
+    num_res_blocks=1,
+    patch_size=4,
+)
+# For tests: 8 px to 4x4 codes.
+TINY_VQ = VqConfig(
+    codebook_size=64,
+    latent_channels=8,
+    base_channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    norm_groups=4,
+)

@@ -223,8 +223,40 @@ class PresentArena(KVArena):
         return dict(zip(self._names(prefix), views, strict=True))
 
 
+class InPlaceArena(KVArena):
+    """Head-major (G, H, S, K) buffers of all tokens, which a stage reads and writes in one call.
+
+    `past` and `new` are the same arrays. A stage knows from an input how many tokens are cached.
+    What lies behind them is finite: zeros, or what an earlier batch left.
+    """
+
+    def __init__(self, shape: KVShape, memory: Memory) -> None:
+        super().__init__(shape)
+        whole = (shape.rows, shape.num_heads, shape.num_tokens, shape.head_width)
+        self._buffers = [memory.allocate(whole, shape.dtype) for _ in range(2 * shape.num_layers)]
+        for buffer in self._buffers:
+            memory.fill_with_zeros(buffer)
+
+    def keep_rows(self, rows: int) -> None:
+        """Keep only the first `rows` rows, which are the first part of every buffer."""
+        self.shape = replace(self.shape, rows=rows)
+
+    def past(self) -> dict[str, Array]:
+        """Return the buffers (G, H, S, K) of the rows that are kept."""
+        return self._views("past")
+
+    def new(self, num_tokens: int) -> dict[str, Array]:
+        """Return the same as `past`."""
+        return self._views("new")
+
+    def _views(self, prefix: str) -> dict[str, Array]:
+        views = (buffer[: self.shape.rows] for buffer in self._buffers)
+        return dict(zip(self._names(prefix), views, strict=True))
+
+
 ARENAS: dict[str, Callable[[KVShape, Memory], KVArena]] = {
     "delta": DeltaArena,
     "fixed": FixedArena,
+    "in_place": InPlaceArena,
     "present": PresentArena,
 }

@@ -26,6 +26,8 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    # Whether `play` repeats recorded work, so that the calls of stages cannot be timed.
+    records: ClassVar[bool] = False
     kv_layout: str
     max_ranks: int | None = None  # how many of the largest numbers it can sort; None: no limit
     # Numbers of images that batches are padded to, in ascending order; empty: batches are not

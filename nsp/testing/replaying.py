@@ -33,6 +33,7 @@ class ReplayingBackend(TorchBackend):
     """The torch backend on a CPU, repeating what it has recorded."""
 
     name: ClassVar[str] = "replaying"
+    records: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)

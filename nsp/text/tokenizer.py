@@ -18,8 +18,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
+from tokenizers.normalizers import Normalizer
 from tokenizers.trainers import BpeTrainer
 
 from nsp.errors import ConfigError, DataError
@@ -103,6 +104,21 @@ class PromptTokenizer:
             max_tokens=self._max_tokens,
             special_tokens=self._special,
             padding_side="left",
+        )
+
+    def after(self, rules: Sequence[Normalizer]) -> "PromptTokenizer":
+        """Return a tokenizer that changes prompts by these rules before its own ones.
+
+        They are stored with the tokenizer, so that engines follow them, too.
+        """
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        own = tokenizer.normalizer
+        tokenizer.normalizer = normalizers.Sequence([*rules, *([] if own is None else [own])])
+        return PromptTokenizer(
+            tokenizer,
+            max_tokens=self._max_tokens,
+            special_tokens=self._special,
+            padding_side=self._padding_side,
         )
 
     @property

@@ -1,5 +1,6 @@
 """Codes of pictures as training data, and their extraction into a folder of files."""
 
+import dataclasses
 import json
 import logging
 import time
@@ -12,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from nsp.data.codes import ABOUT_NAME, CODES, LABELS, CodeDataset
+from nsp.data.codes import ABOUT_NAME, CLOSER, CODES, LABELS, CodeDataset
 from nsp.data.dataset import to_model_range
+from nsp.data.identity import digest_of
 from nsp.data.sources import ImageSource
 from nsp.data.ten_crop import Extraction, crops_of
 from nsp.errors import ConfigError, DataError
@@ -41,18 +43,15 @@ class CodeTokens(Dataset[Mapping[str, object]]):
         classes = [sample.class_id or 0 for sample in data.source.samples]
         self._classes = torch.tensor(classes)
         check_classes(self._classes, num_classes)
-        place, about = data.source.folder, data.source.about()
-        if about and about.get("tokenizer") != tokenizing.digest():
-            raise ConfigError(
-                f"{place} has codes of another tokenizer (codes.json); extract them again with "
-                "this model's, nsp data cache --checkpoint"
-            )
-        found = len(data.drawn_codes(0))
-        if found != length:
-            raise ConfigError(
-                f"{place} has {found} codes per picture, but the model's pictures have {length}; "
-                "extract codes at the size of the training (--image-size)"
-            )
+        place = data.source.folder
+        for each in (place, place.with_name(place.name + CLOSER)):
+            about = dataclasses.replace(data.source, folder=each).about()
+            if about and about.get("tokenizer") != tokenizing.digest():
+                raise ConfigError(
+                    f"{each} has codes of another tokenizer (codes.json); extract them again with "
+                    "this model's, nsp data cache --checkpoint"
+                )
+        self._length = length
         self[0]
 
     def set_epoch(self, epoch: int) -> None:
@@ -65,11 +64,16 @@ class CodeTokens(Dataset[Mapping[str, object]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `condition` and `tokens` (N,)."""
-        codes = self._data.drawn_codes(index)
+        codes, file = self._data.drawn_codes(index)
+        if len(codes) != self._length:
+            picture = self._data.source.samples[index].name
+            raise ConfigError(
+                f"{file} has {len(codes)} codes for picture {picture}, but the model's pictures "
+                f"have {self._length}; extract codes at the size of the training (--image-size)"
+            )
         if codes.min() < 0 or codes.max() >= self._num_codes:
-            name = self._data.source.files[index].path
             raise DataError(
-                f"{name} has codes from {codes.min()} to {codes.max()}, but the tokenizer has "
+                f"{file} has codes from {codes.min()} to {codes.max()}, but the tokenizer has "
                 f"{self._num_codes}; they are of another one"
             )
         return {"condition": self._classes[index], "tokens": torch.from_numpy(codes)}
@@ -86,17 +90,17 @@ def write_codes(
     without a class.
     """
     name, device = f"imagenet{settings.image_size_px}", next(tokenizing.module.parameters()).device
+    if without := [each.name for each in source.samples if each.class_id is None]:
+        raise ConfigError(
+            f"{without[0]} has no class; codes are kept with classes, so put the pictures into "
+            "class folders"
+        )
     sets, made, reported = settings.sets(folder), 0, time.monotonic()
     for place, crop_range in sets.items():
-        _settle_about(place, tokenizing, settings, crop_range)
+        _settle_about(place, source, tokenizing, settings, crop_range)
     mine = range(settings.part, len(source), settings.num_parts)
     for index in mine:
         label = source.samples[index].class_id
-        if label is None:
-            raise ConfigError(
-                f"{source.samples[index].name} has no class; codes are kept with classes, so put "
-                "the pictures into class folders"
-            )
         missing = {
             place: crop_range
             for place, crop_range in sets.items()
@@ -125,7 +129,11 @@ def write_codes(
 
 
 def _settle_about(
-    place: Path, tokenizing: Tokenizing, settings: Extraction, crop_range: float
+    place: Path,
+    source: ImageSource,
+    tokenizing: Tokenizing,
+    settings: Extraction,
+    crop_range: float,
 ) -> None:
     """Write codes.json, or check that an earlier process wrote the same one."""
     about = {
@@ -134,18 +142,27 @@ def _settle_about(
         "ten_crop": settings.ten_crop,
         "flip": settings.flip or settings.ten_crop,
         "crop_range": crop_range,
+        "pictures": _digest_of_names(source),
     }
     file = place / ABOUT_NAME
     if file.exists():
         if read_json(file) != about:
             raise ConfigError(
-                f"{place} has codes of another tokenizer or of other crops; choose another --output"
+                f"{place} has codes of another tokenizer, of other crops or of other pictures; "
+                "choose another --output"
             )
         return
-    if place.exists() and any(place.iterdir()):
+    # What a process beside this one, or a killed one, is writing is no content.
+    if place.exists() and any(not each.name.endswith(".partial") for each in place.iterdir()):
         raise ConfigError(f"{place} is not empty, and has no codes of nsp; choose another --output")
     with write_file(file) as partial:
         partial.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _digest_of_names(source: ImageSource) -> str:
+    """Return what changes with the pictures' order, names or classes: files are numbered by it."""
+    listed = [[each.name, each.class_id] for each in source.samples]
+    return digest_of(json.dumps(listed).encode()).hex()
 
 
 def _write_npy(path: Path, array: NDArray[np.generic]) -> None:

@@ -120,13 +120,23 @@ def _begin_again(folder: Path, config: RunConfig, accelerator: Accelerator, data
 def _new_system(config: RunConfig, data: Pictures) -> Any:
     """Return the model before the first step: new, or that of another checkpoint.
 
-    A new model has the classes of the pictures.
+    A new model has the classes of the pictures. Raises ConfigError for the folder of a text encoder
+    that no part of the model would come from.
     """
+    settings = TextEncoderSettings.from_dict(config.text_encoder)
     if config.start_from is None:
         owner = family(config.family)
         model = owner.with_classes(owner.config.from_dict(config.model), data.train.class_names)
-        settings = TextEncoderSettings.from_dict(config.text_encoder)
+        if settings.folder is not None and owner.condition(model) != "prompt":
+            raise ConfigError(
+                f"text encoder {settings.folder}: this model reads no prompts; omit --text-encoder"
+            )
         return owner.learner.new_system(model, settings, data.source)
+    if settings.folder is not None:
+        raise ConfigError(
+            f"the text encoder would come from {settings.folder} and from {config.start_from}; "
+            "give only one of --text-encoder and --start-from"
+        )
     record = read_checkpoint(Path(config.start_from))
     if record.family.name != config.family:
         raise ConfigError(

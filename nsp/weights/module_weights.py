@@ -122,6 +122,25 @@ def compare_shapes(
             raise CheckpointError(f"{source}: {problem} tensor {names[0]}{more}{holds}")
 
 
+def joined(state: Mapping[str, Tensor], names: Sequence[str], source: str) -> Tensor:
+    """Return tensors as one, along the first axis.
+
+    Raises CheckpointError naming one that is missing, has another shape or type, or no axis.
+    """
+    first = None
+    for name in names:
+        if name not in state:
+            raise CheckpointError(f"{source}: missing tensor {name}")
+        found = (tuple(state[name].shape), str(state[name].dtype).removeprefix("torch."))
+        first = found if first is None else first
+        if found != first or not found[0]:
+            raise CheckpointError(
+                f"{source}: tensor {name} is {found[1]} {found[0]}, but {names[0]} is {first[1]} "
+                f"{first[0]}; they are parts of one"
+            )
+    return torch.cat([state[name] for name in names])
+
+
 def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of `module` that are computed from its configuration.
 

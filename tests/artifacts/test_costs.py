@@ -28,7 +28,7 @@ from nsp.family.classes import ClassCondition
 from nsp.family.contract import Stage
 from nsp.family.registry import family
 from nsp.family.system import System
-from nsp.stage.io import Sizes, sample_arrays
+from nsp.stage.io import Axes, Sizes, StageIO, sample_arrays
 from tests.artifacts.engine_folders import CLASSES, write_engines
 from tests.artifacts.hand_counts import TextEncoderSize, Work, var_work
 from tests.families.next_scale.models import new_tiny_system
@@ -216,3 +216,14 @@ def test_counting_changes_no_weight(text_model: VarSystem) -> None:
     }
     count_costs(family("var"), text_model)
     assert all(torch.equal(before[n], t) for n, t in text_model.state_dict().items())
+
+
+def test_a_cache_that_is_handed_over_whole_counts_with_half_of_it() -> None:
+    span = SpanCosts(axes={"P": (0, 5, 10)}, flop={"G": (1, 6, 11)})
+    costs = StageCosts(weights=WeightCounts(), tables=WeightCounts(), spans=(span,))
+    whole = {"past_k_0": Axes("G 2 10 4")}
+    io = StageIO({"x": Axes("G"), **whole}, {"new_k_0": whole["past_k_0"]})
+    cost = call_cost(costs, io, {"G": 3}, "fp32")
+    assert cost is not None
+    assert cost.flop == 3 * 6
+    assert cost.io_bytes == 4 * (3 + 3 * 2 * 10 * 4 // 2)

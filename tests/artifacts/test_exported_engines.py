@@ -73,6 +73,7 @@ def on_a_device(engines: Pipeline) -> Pipeline:
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_engines_on_a_device_sample_the_tokens_of_engines_on_the_host(
     engines: Pipeline, settings: dict[str, Any]

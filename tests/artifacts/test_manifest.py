@@ -128,7 +128,7 @@ def test_engines_of_the_first_schema_are_refused_with_the_command_that_rebuilds_
         ({"io": {"inputs": {"x": ["\0", "bool"]}, "outputs": {}}}, "axis"),
         ({"max_batch": 0}, "max_batch must be at least 1"),
         ({"max_batch": "4"}, "max_batch: '4' is not allowed; expected an integer"),
-        ({"kv_layout": "sideways"}, "'sideways' is not one of delta, fixed, present"),
+        ({"kv_layout": "sideways"}, "'sideways' is not one of delta, fixed, in_place, present"),
         ({"precision": "fp8"}, "precision: 'fp8' is not allowed; expected one of fp32, fp16, bf16"),
         ({"files": None}, r"stages\.step\[0\]: Variant\.files"),
         ({"profiles": [3]}, r"profiles\[0\]"),

@@ -17,14 +17,21 @@ class Machine:
     """A machine with the stand-ins, and plans of one model's stages."""
 
     def __init__(
-        self, system: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *, name: str = "var"
+        self,
+        system: Any,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        name: str = "var",
+        kv_layout: str = "delta",
     ) -> None:
+        self.kv_layout = kv_layout
         self.family, self.folder, self.system = family(name), folder / "engines", system
         self.user_cache = folder / "cache"
         monkeypatch.setenv("XDG_CACHE_HOME", str(self.user_cache))
         self.config = self.system.config
-        self.stages_io = self.family.stages_io(self.config, kv_layout="delta", dtype="float32")
-        self.modules = self.family.learner.modules(self.system, "delta")
+        self.stages_io = self.family.stages_io(self.config, kv_layout=kv_layout, dtype="float32")
+        self.modules = self.family.learner.modules(self.system, kv_layout)
         self.cuda = CudaStandIn()
         self.trt = {
             name: TensorRTStandIn(name, self.cuda, self.modules, self.stages_io)
@@ -37,7 +44,7 @@ class Machine:
     def write_plans(
         self, *, max_batch: int, scratch: int = 1000, static_batch: bool = False
     ) -> None:
-        declared = self.family.stages(self.config, kv_layout="delta", dtype="float32")
+        declared = self.family.stages(self.config, kv_layout=self.kv_layout, dtype="float32")
         self.files = {}
         for number, (stage, each) in enumerate(declared.items()):
             spans = each.profiles(
@@ -49,7 +56,7 @@ class Machine:
 
     def load(self, flavour: str = "tensorrt") -> Pipeline:
         loader = {"tensorrt": load_tensorrt, "tensorrt_rtx": load_tensorrt_rtx}[flavour]
-        backend = loader(self.files, self.stages_io, kv_layout="delta", device="cuda")
+        backend = loader(self.files, self.stages_io, kv_layout=self.kv_layout, device="cuda")
         return Pipeline(self.family, self.config, backend, tokenizer=self.system.prompt_tokenizer)
 
     def reference(self) -> Pipeline:

@@ -11,9 +11,13 @@ from nsp.backends.nvidia import find_gpu
 from nsp.benchmarks.ceilings.clock import Clock
 from nsp.benchmarks.ceilings.gpu import measure_gpu_ceilings
 from nsp.benchmarks.gpu_suite import SuiteOptions, main, run
+from nsp.benchmarks.random_model import find_size, random_system
+from nsp.benchmarks.record.result import BenchResult
+from nsp.benchmarks.render.contender_tables import tokens_section
 from nsp.errors import ConfigError
 
 
+@pytest.mark.slow
 def test_the_whole_suite_runs_on_a_cpu(tmp_path: Path) -> None:
     options = SuiteOptions(
         output_dir=tmp_path / "found",
@@ -31,6 +35,7 @@ def test_the_whole_suite_runs_on_a_cpu(tmp_path: Path) -> None:
     assert (result.contender, result.baseline) == ("onnxruntime", "torch")
     (batch,) = result.batches
     assert batch.rounds == 5
+    assert tokens_section(result) is None  # its steps draw many tokens
     entries = {entry.name: entry for entry in result.others}
     assert "onnxruntime graphs" in entries
     assert "only on a GPU" in (entries["onnxruntime graphs"].missing or "")
@@ -39,6 +44,46 @@ def test_the_whole_suite_runs_on_a_cpu(tmp_path: Path) -> None:
     assert result.parity is not None
     assert result.parity.token_agreement == 1
     assert str(tmp_path) not in json.dumps(json.loads(report.json_path.read_text()))
+
+
+@pytest.mark.parametrize("family", ["next_patch", "latent_gpt"])
+def test_models_that_draw_code_by_code_have_their_time_per_code_beside_its_bytes(
+    family: str, tmp_path: Path
+) -> None:
+    options = SuiteOptions(
+        output_dir=tmp_path / "found",
+        sizes=(f"{family}/tiny",),
+        batches=(1,),
+        quick=True,
+        precision="fp32",
+        device="cpu",
+        only=("onnxruntime",),
+        fresh_processes=False,
+    )
+    (report,) = run(options)
+    assert report.json_path == tmp_path / f"found/{family}-tiny-batch1/bench.json"
+    result = BenchResult.from_dict(json.loads(report.json_path.read_text()))
+    assert result.model.family == family
+    (batch,) = result.batches
+    read_mib = batch.token_mib(result.model)
+    assert read_mib == result.model.read_mib["decode"]
+    # All weights of the transformer but what is looked up or computed before the loop.
+    system = random_system(*find_size("tiny", family))
+    tables = (
+        "tok_embeddings",
+        "token_embedding",
+        "position_embedding",
+        "cls_embedding",
+        "cross.kv",
+    )
+    weights = system.gpt.named_parameters()
+    counted = sum(w.nbytes for name, w in weights if not any(t in name for t in tables))
+    assert read_mib == pytest.approx(counted / 2**20, rel=0.02)
+    section = tokens_section(result)
+    assert section is not None
+    assert [row[0] for row in section.rows] == ["onnxruntime, batch 1", "torch, batch 1"]
+    assert all(float(cell) > 0 for row in section.rows for cell in row[1:])
+    assert "## Time per token" in report.markdown_path.read_text()
 
 
 def test_work_left_on_another_stream_is_timed_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

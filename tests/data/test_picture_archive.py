@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from nsp.data import picture_archive
 from nsp.data.picture_archive import (
     open_pictures,
     part_names,
@@ -68,6 +69,18 @@ def test_memory_is_that_of_one_block(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_a_small_file_of_very_many_pictures_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture_archive, "MAX_PICTURES", 1000)
+    for count in (1000, 1001):
+        np.savez_compressed(tmp_path / f"{count}.npz", np.zeros((count, 1, 1, 3), np.uint8))
+    assert open_pictures(tmp_path / "1000.npz").shape[0] == 1000
+    with pytest.raises(DataError, match="an archive has at most 1,000 pictures") as caught:
+        open_pictures(tmp_path / "1001.npz")
+    assert "\n" not in str(caught.value)
 
 
 def test_statistics_are_read_with_their_shape(tmp_path: Path) -> None:

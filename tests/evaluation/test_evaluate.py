@@ -120,6 +120,40 @@ def test_precomputed_statistics_replace_those_of_the_reference_pictures(
         evaluate(saved(tmp_path / "half.npz", mu=whole["mu"]), archives[1], features)
 
 
+@pytest.mark.parametrize("change", ["negative", "not symmetric"])
+def test_statistics_that_nothing_has_are_refused(
+    change: str, archives: tuple[Path, Path], features: Features, tmp_path: Path
+) -> None:
+    sigma = np.eye(6)
+    sigma[0, 1 if change == "not symmetric" else 0] = -1
+    wrong = saved(tmp_path / "wrong.npz", mu=np.zeros(6), sigma=sigma)
+    with pytest.raises(DataError, match=r"wrong.npz: sigma is not a covariance"):
+        evaluate(wrong, archives[1], features)
+
+
+@pytest.mark.parametrize("damage", ["mu of another size", "no sigma_s", "few references", "few"])
+def test_a_bad_reference_is_refused_before_the_features_of_all_pictures(
+    damage: str, archives: tuple[Path, Path], features: Features, tmp_path: Path
+) -> None:
+    arrays: dict[str, NDArray[np.generic]] = {"mu": np.zeros(6), "sigma": np.eye(6)}
+    if damage == "mu of another size":
+        arrays["mu"] = np.zeros(5)
+    elif damage == "no sigma_s":
+        arrays["mu_s"] = np.zeros(WIDE)
+    else:
+        arrays = {} if damage == "few" else arrays
+        arrays["arr_0"] = pictures(0, 3)
+    shown: list[str] = []
+    with pytest.raises(DataError, match=r"bad\.npz"):
+        evaluate(
+            saved(tmp_path / "bad.npz", **arrays),
+            archives[1],
+            features,
+            on_progress=lambda activity, done, total: shown.append(activity),
+        )
+    assert not shown
+
+
 def test_archives_that_do_not_fit_are_refused_before_any_work(
     archives: tuple[Path, Path], features: Features, tmp_path: Path
 ) -> None:

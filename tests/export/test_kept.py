@@ -70,21 +70,27 @@ def step_stage(layout: str, wrong_from: int = 1000):
                 "new_k_0": np.concatenate([past, new], 2),
                 "new_v_0": np.concatenate([feeds["past_v_0"], -new], 2),
             }
+        if layout == "in_place":
+            both = {"new_k_0": past.copy(), "new_v_0": feeds["past_v_0"].copy()}
+            for sign, whole in zip((1, -1), both.values(), strict=True):
+                whole[:, :, int(feeds["x"][0])] = sign * new[0]  # x counts what is cached
+            return {"y": feeds["x"] + total, **both}
         return {"y": feeds["x"] + total, "new_k_0": new, "new_v_0": -new}
 
     return run
 
 
 def io(layout: str) -> StageIO:
-    past = "P 1 1 2" if layout == "delta" else "1 1 P 2"
-    new = "1 1 1 2" if layout == "delta" else "1 1 P+1 2"
+    whole = f"1 1 {KV.num_tokens} 2"
+    past = {"delta": "P 1 1 2", "present": "1 1 P 2", "in_place": whole}[layout]
+    new = {"delta": "1 1 1 2", "present": "1 1 P+1 2", "in_place": whole}[layout]
     return StageIO(
         inputs={"x": Axes("1"), "past_k_0": Axes(past), "past_v_0": Axes(past)},
         outputs={"y": Axes("1"), "new_k_0": Axes(new), "new_v_0": Axes(new)},
     )
 
 
-@pytest.mark.parametrize("layout", ["delta", "present"])
+@pytest.mark.parametrize("layout", ["delta", "present", "in_place"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_of_many_equal_calls_the_first_and_the_last_find_their_whole_past(layout, shared):
     stages = ("even", "odd") if shared else ("even",)

@@ -4,13 +4,17 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
+from onnx import helper, numpy_helper
 
 from nsp.artifacts.manifest import Manifest, Variant
 from nsp.benchmarks.contest.field import asked_for, make_ready, other_precisions
 from nsp.benchmarks.contest.subject import load_subject
 from nsp.errors import ConfigError
+from nsp.export.graph.quantize import in_blocks, quantize_blocks
 from nsp.export.options import ExportOptions
 from nsp.export.proof.verify import verify
 from nsp.export.run import export
@@ -106,3 +110,24 @@ def test_targets_without_it_say_so(small_checkpoint, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"tensorrt-rtx has only .*, not int8"):
         export(options)
+
+
+def test_blocks_of_weights_are_within_half_a_step_and_the_operator_reads_them(tmp_path):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((200, 24)).astype(np.float32)  # a block and a part of one
+    weight[:, 3] = 0
+    codes, scales = in_blocks(weight)
+    steps = np.repeat(scales, 128, axis=1)[:, :200].T
+    read = (codes.reshape(24, -1)[:, :200].T.astype(np.float32) - 128) * steps
+    assert (np.abs(read - weight) <= 0.5001 * steps).all()
+    path = tmp_path / "model.onnx"
+    product = helper.make_node("MatMul", ["x", "w"], ["y"])
+    ends = [helper.make_tensor_value_info(n, 1, ["rows", w]) for n, w in (("x", 200), ("y", 24))]
+    weights = [numpy_helper.from_array(weight, "w")]
+    graph = helper.make_graph([product], "product", ends[:1], ends[1:], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
+    quantize_blocks(path)
+    assert {tensor.data_type for tensor in onnx.load(path).graph.initializer} == {1, 2}
+    x = rng.standard_normal((2, 200)).astype(np.float32)
+    (found,) = ort.InferenceSession(path).run(None, {"x": x})
+    assert np.abs(found - x @ weight).max() < 0.02 * np.abs(x @ weight).max()

@@ -73,6 +73,30 @@ def test_one_process_makes_the_exact_number_and_removes_the_parts(
     assert described == {**made.settings(), "num_images": 7}
 
 
+def test_a_shard_beside_those_of_other_engines_says_so(
+    pipeline: Pipeline,
+    tiny_class_checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    link = tmp_path / "engines"
+    link.symlink_to(tiny_class_checkpoint)
+    other, out = load_pipeline(link, device="cpu"), tmp_path / "samples"
+    other.precision = "fp16"
+    for number in range(2):  # the same set goes on without a word
+        assert make_samples(wanted(pipeline, out), shard=Shard(number, 3)) is None
+    assert not caplog.records
+    assert make_samples(wanted(other, out), shard=Shard(2, 3)) is None
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert f"{wanted(pipeline, out).name}.parts has parts of the same pictures" in said
+    assert "made by torch fp32" in said
+    assert f"another set, {wanted(other, out).name}, by torch fp16" in said
+    caplog.clear()
+    make_samples(wanted(other, out, seed=1), shard=Shard(0, 3))  # other pictures
+    assert not caplog.records
+
+
 def test_what_a_killed_packing_left_is_removed(pipeline: Pipeline, tmp_path: Path) -> None:
     made = wanted(pipeline, tmp_path)
     (tmp_path / f".{made.name}.npz.0123abcd.partial").write_bytes(b"half")

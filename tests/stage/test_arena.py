@@ -11,6 +11,7 @@ from nsp.stage.arena import (
     DeltaArena,
     FixedArena,
     HostArrays,
+    InPlaceArena,
     KVArena,
     KVShape,
     PresentArena,
@@ -63,13 +64,16 @@ def grow(arena: KVArena, length: int) -> None:
         if isinstance(arena, PresentArena):
             joined = np.concatenate([past[f"past_{name}"], values.transpose(1, 2, 0, 3)], axis=2)
             new[f"new_{name}"][:] = joined
+        elif isinstance(arena, InPlaceArena):
+            place = slice(arena.length, arena.length + length)
+            new[f"new_{name}"][:, :, place] = values.transpose(1, 2, 0, 3)
         else:
             new[f"new_{name}"][:] = values
     arena.advance(length)
 
 
 def token_major(arena: KVArena) -> dict[str, NDArray[np.float32]]:
-    swap = isinstance(arena, PresentArena)
+    swap = isinstance(arena, PresentArena | InPlaceArena)
     found = {n: a.transpose(2, 0, 1, 3) if swap else a for n, a in arena.past().items()}
     return {name: array[: arena.length] for name, array in found.items()}
 
@@ -172,3 +176,15 @@ def test_the_fixed_layout_pads_the_past_to_its_span_with_finite_numbers() -> Non
     assert sizes == [32] * 33 + [64] * 32 + [96] * 5
     arena.keep_rows(1)
     assert np.isfinite(arena.past()["past_k_0"]).all()
+
+
+def test_in_place_a_stage_reads_and_writes_the_same_finite_arrays() -> None:
+    arena = InPlaceArena(shape_for([1, 4], rows=4), Host())
+    arena.keep_rows(2)
+    grow(arena, 1)
+    past, new = arena.past(), arena.new(4)
+    for old, fresh in zip(past.values(), new.values(), strict=True):
+        assert old.shape == fresh.shape == (2, 3, 5, 4)
+        assert old.ctypes.data == fresh.ctypes.data
+        assert old.flags.c_contiguous
+        assert np.isfinite(old).all()

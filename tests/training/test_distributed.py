@@ -19,6 +19,7 @@ from nsp.family.recipes import preset
 from tests.training.pictures import write_pictures
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 def run(

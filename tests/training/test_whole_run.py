@@ -21,6 +21,7 @@ from nsp.data.sources import open_source
 from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.family.recipe import RunConfig
 from nsp.family.recipes import preset, recipe, recipes
+from nsp.family.registry import family
 from nsp.pipeline.pipeline import load_pipeline
 from nsp.training.whole_run import train
 
@@ -171,3 +172,18 @@ def test_a_run_that_never_started_leaves_its_folder_free(config: RunConfig, tmp_
     with pytest.raises(DataError, match="nowhere"):
         train(dataclasses.replace(config, data=data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("other", ["start", "no prompts"])
+def test_a_text_encoder_that_no_model_would_have_is_refused(
+    other: str, config: RunConfig, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    run = dataclasses.replace(config, text_encoder={"folder": str(tiny_checkpoint)})
+    if other == "start":
+        run = dataclasses.replace(run, start_from=str(tiny_checkpoint))
+    else:
+        model = family("latent_gpt").sizes["tiny"]
+        words = {"family": "latent_gpt", "model": {**model.to_dict(), "text": None}}
+        run = dataclasses.replace(run, **words)
+    with pytest.raises(ConfigError, match=r"text.encoder .*(from|omit --text-encoder)"):
+        train(run, tmp_path / "run", device="cpu")

@@ -159,6 +159,7 @@ class TensorRTBackend(StageRunner):
     """Engines of TensorRT; loops are recorded as CUDA graphs and replayed."""
 
     name: ClassVar[str] = "tensorrt"
+    records: ClassVar[bool] = True
 
     def __init__(
         self,

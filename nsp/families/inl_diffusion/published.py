@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsp.artifacts.checkpoint import check_folder_to_write
+from nsp.artifacts.checkpoint import check_new_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.diffusion.noise import Noise
 from nsp.errors import CheckpointError, ConfigError
@@ -113,7 +113,7 @@ def convert(
     misshapen or non-finite tensor; ConfigError for an argument that is unknown or contradicts the
     tensors.
     """
-    check_folder_to_write(output_dir)
+    check_new_checkpoint(output_dir)
     vae, dit = read_vae(files["tokenizer"]), read_dit(files["predictor"])
     system = assembled(vae, dit, files.get("text-encoder"), config or {})
     names = {name: path.name for name, path in files.items()}

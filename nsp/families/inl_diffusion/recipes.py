@@ -23,6 +23,7 @@ from nsp.family.recipe import (
     TrackingConfig,
 )
 from nsp.family.signature import Env, OutputDir, PlannedAs, Range
+from nsp.family.small_runs import RECONSTRUCTION, TEXT_ENCODER, smoke_run
 
 _VAE, _DIT = "vae", "dit"
 _CIFAR10 = "hf:uoft-cs/cifar10"
@@ -104,14 +105,7 @@ def emoji() -> RunConfig:
         name=_VAE,
         steps=2000,
         batch_size=16,
-        optimizer=OptimizerConfig(
-            lr=1e-3,
-            weight_decay=0.0,
-            schedule="cos",
-            warmup_steps=100,
-            final_ratio=0.02,
-            grad_clip=1.0,
-        ),
+        optimizer=RECONSTRUCTION,
         sample_every=500,
     )
     dit = PhaseConfig(
@@ -128,7 +122,7 @@ def emoji() -> RunConfig:
     return RunConfig(
         family="inl_diffusion",
         model=SIZES["emoji"].to_dict(),
-        text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
+        text_encoder=dict(TEXT_ENCODER),
         phases=(vae, dit),
         sampling={"num_inference_steps": 20, "sampler": "dpmpp_2m", "guidance_scale": 3.0},
     )
@@ -136,27 +130,7 @@ def emoji() -> RunConfig:
 
 def smoke() -> RunConfig:
     """Return a run of seconds, for tests: the tiny model, two phases of four steps."""
-    run = emoji()
-    phases = tuple(
-        dataclasses.replace(
-            phase,
-            steps=4,
-            batch_size=8,
-            optimizer=dataclasses.replace(phase.optimizer, warmup_steps=1),
-            checkpoint_every=2,
-            sample_every=2,
-            validate_every=2,
-            log_every=1,
-        )
-        for phase in run.phases
-    )
-    return dataclasses.replace(
-        run,
-        model=SIZES["tiny"].to_dict(),
-        text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
-        phases=phases,
-        anyway=True,  # four steps teach nothing
-    )
+    return smoke_run(emoji(), SIZES["tiny"])
 
 
 def vae(

@@ -4,7 +4,7 @@ Source: github.com/ShlomiRex/final_project; what it leaves open or gets wrong is
 docs/latent_gpt.md.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,55 +13,38 @@ import numpy as np
 
 from nsp.families.latent_gpt.config import SIZES, LatentGptConfig
 from nsp.families.latent_gpt.stages import stages
-from nsp.family.contract import Family, Kind, Learner, Stage
-from nsp.family.order import Encoded, Given, Order, Step
+from nsp.family.contract import Kind, Learner, Stage
+from nsp.family.order import Encoded, Order, Step
 from nsp.raster import loop
 from nsp.raster.examples import examples
 from nsp.raster.sampling import RasterSampling
+from nsp.raster.shared_family import RasterFamily
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nsp.families.latent_gpt.system import LatentGptSystem
     from nsp.family.recipe import RunConfig
-    from nsp.stage.arena import Array, KVShape
+    from nsp.stage.arena import Array
     from nsp.stage.backend import Backend
 
 
-class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
+class LatentGpt(RasterFamily[LatentGptConfig, "LatentGptSystem"]):
     """GPT-2 over VQGAN codes, with prompts or without."""
 
     name: ClassVar[str] = "latent_gpt"
-    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed")
     published: ClassVar[Mapping[str, str]] = {
         "tokenizer": "Weights of the image tokenizer.",
     }
-    draws_without_prompt: ClassVar[bool] = True
-    config, sampling, sizes = LatentGptConfig, RasterSampling, SIZES
+    config, sizes = LatentGptConfig, SIZES
 
     def condition(self, config: LatentGptConfig) -> Kind:
         """Return the kind of condition for a picture."""
         return "none" if config.text is None else "prompt"
 
-    def grids(self, config: LatentGptConfig) -> Sequence[tuple[int, int]]:
-        """Return the one grid of codes."""
-        return [(config.grid_side, config.grid_side)]
-
-    def cache(self, config: LatentGptConfig, rows: int, dtype: str) -> "KVShape":
-        """Return the size of the key/value cache of one batch."""
-        return config.grid.cache(rows, dtype)
-
     def stages(self, config: LatentGptConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""
         return stages(config, kv_layout, dtype)
-
-    def given(self, config: LatentGptConfig) -> Mapping[str, Given]:
-        """Return what an order may carry: random numbers and codes."""
-        return loop.given(config.grid)
-
-    def batch_key(self, config: LatentGptConfig, order: Order[RasterSampling]) -> Hashable:
-        """Return what decides shapes and control flow."""
-        return loop.batch_key(config.grid, _guided_if_possible(config, order))
 
     def inputs(
         self,
@@ -71,23 +54,20 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
     ) -> "dict[str, NDArray[Any]]":
         """Return all that the loop takes from the host.
 
-        Images without a prompt look at the stored null prompt, which needs no text encoder.
+        Images without a prompt read the stored null prompt, which needs no text encoder.
         """
-        found = loop.loop_inputs(config.grid, [_guided_if_possible(config, o) for o in orders])
-        num_rows, batch = len(found["rows"]), len(orders)
+        found = loop.loop_inputs(config.grid, orders)
+        num_rows = len(found["rows"])
         found["token"] = np.full(num_rows, config.bos)
         if config.text is None:
             return found
-        if text is None:
-            shape = (batch, config.text.max_tokens, config.text.text_width)
-            states, null = {"text_states": np.zeros(shape, np.float32)}, np.full(batch, batch)
-        else:
-            states, null = dict(text.states), text.null_rows()
-        stored = len(states["text_states"])
-        has_prompt = np.array([order.condition is not None for order in orders])
-        prompts = np.where(has_prompt, np.arange(batch), stored)
-        rows = prompts if num_rows == batch else np.concatenate([prompts, null])
-        return {**found, **states, "prompts": rows}
+        return found | loop.prompt_inputs(
+            orders,
+            text,
+            num_rows=num_rows,
+            num_tokens=config.text.max_tokens,
+            width=config.text.text_width,
+        )
 
     def loop(
         self, backend: "Backend", config: LatentGptConfig, inputs: "Mapping[str, Array]"
@@ -104,8 +84,7 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
     ) -> Sequence[Sequence[Order[RasterSampling]]]:
         """Return batches of orders that together call every stage; one of them has no prompt."""
         has_text = config.text is not None
-        made = examples(config.grid, sampling, num_classes=None, prompts=has_text)
-        return [*made, [Order(None, len(made), sampling)]] if has_text else made
+        return examples(config.grid, sampling, num_classes=None, prompts=has_text)
 
     @property
     def recipes(self) -> "Mapping[str, Callable[..., RunConfig]]":
@@ -135,8 +114,10 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
         self, files: Mapping[str, Path], config: Mapping[str, object] | None, output_dir: Path
     ) -> None:
         """Write a checkpoint folder with a published tokenizer and a new transformer."""
+        from nsp.artifacts.checkpoint import check_new_checkpoint
         from nsp.families.latent_gpt.learn import convert
 
+        check_new_checkpoint(output_dir)
         convert(files["tokenizer"], config or {}, output_dir)
 
     @property
@@ -145,14 +126,3 @@ class LatentGpt(Family[LatentGptConfig, RasterSampling, "LatentGptSystem"]):
         from nsp.families.latent_gpt.learn import LatentGptLearner
 
         return LatentGptLearner()
-
-
-def _guided_if_possible(
-    config: LatentGptConfig, order: Order[RasterSampling]
-) -> Order[RasterSampling]:
-    """Return the order without guidance if both of its branches would be the same."""
-    same = order.condition is None and order.negative is None
-    if config.text is not None and not same:
-        return order
-    unguided = replace(order.sampling, guidance_scale=1.0, cfg_interval=-1)
-    return replace(order, sampling=unguided)

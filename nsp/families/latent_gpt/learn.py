@@ -1,48 +1,51 @@
 """The side of the family `latent_gpt` that needs torch."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nsp.artifacts.systems import save_checkpoint
-from nsp.data.sources import ImageSource, Sample
+from nsp.data.sources import ImageSource
 from nsp.errors import ConfigError
 from nsp.families.latent_gpt.config import SIZES, LatentGptConfig
 from nsp.families.latent_gpt.model import initialize
 from nsp.families.latent_gpt.modules import build_stages
 from nsp.families.latent_gpt.published import read_vq
 from nsp.families.latent_gpt.system import LatentGptSystem
-from nsp.family.contract import Learner
-from nsp.family.objective import Batch, Objective, TrainingData
-from nsp.family.order import Order
-from nsp.raster.predictor_phase import PredictorObjective, PredictorSettings
-from nsp.raster.sampling import RasterSampling
-from nsp.raster.tokenizer_phase import TokenizerObjective, TokenizerSettings
+from nsp.family.objective import Batch
+from nsp.raster.predictor_phase import PredictorObjective
+from nsp.raster.raster_learner import SHARP_STD, RasterLearner, untrained_source
 from nsp.text.parts import TextEncoderSettings, text_parts
 from nsp.text.tokenizer import PromptTokenizer
-from nsp.training.reconstruction import reconstructed
-from nsp.training.tokens import write_tokens
 from nsp.values import choice
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
-    from nsp.data.dataset import ImageDataset
 
-_SHARP_STD = 1.0  # of untrained output weights: of thousands of codes a few are likely
-_UNTRAINED_CAPTIONS = ("red apple", "two-hump camel", "smiling cat with heart-eyes")
+class LatentGptObjective(PredictorObjective):
+    """The predictor phase, whose validation also tells how well pictures follow from no prompt."""
+
+    system: LatentGptSystem
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss, in nats per code, and its parts by the reference's names."""
+        found = super().forward(batch)
+        found["ce_loss"] = found["loss"].detach()
+        if not self.training and self.system.config.text is not None:
+            device, count = next(self.trained.parameters()).device, len(batch["key"])
+            empty_BT = self.system.encode_prompts([""]).to(device).expand(count, -1)
+            found["null_ce_loss"] = super().forward({**batch, "condition": empty_BT})["loss"]
+        return found
 
 
-class LatentGptLearner(Learner[LatentGptConfig, RasterSampling, LatentGptSystem]):
+class LatentGptLearner(RasterLearner[LatentGptConfig, LatentGptSystem]):
     """The torch side of the family `latent_gpt`."""
 
-    parts: ClassVar[tuple[str, ...]] = ("gpt", "vq")
+    predictor: ClassVar[type[PredictorObjective]] = LatentGptObjective
 
     def build(
         self,
@@ -88,74 +91,15 @@ class LatentGptLearner(Learner[LatentGptConfig, RasterSampling, LatentGptSystem]
 
     def untrained(self, config: LatentGptConfig) -> LatentGptSystem:
         """Return a system of random weights in which all of them matter, with a new encoder."""
-        samples = tuple(Sample(name=c, captions=(c,), class_id=None) for c in _UNTRAINED_CAPTIONS)
         encoder = TextEncoderSettings(vocab_size=560, depth=12, num_heads=2)
-        system = self.new_system(config, encoder, ImageSource(samples, (), ()))
-        nn.init.normal_(system.gpt.head.weight, std=_SHARP_STD)
+        system = self.new_system(config, encoder, untrained_source())
+        nn.init.normal_(system.gpt.head.weight, std=SHARP_STD)
         nn.init.normal_(system.vq.quantize.embedding.weight)
         return system
 
     def modules(self, system: LatentGptSystem, kv_layout: str) -> Mapping[str, nn.Module]:
         """Return a module for every stage."""
         return build_stages(system, kv_layout)
-
-    @torch.no_grad()
-    def without_cache(
-        self,
-        system: LatentGptSystem,
-        orders: Sequence[Order[RasterSampling]],
-        tokens: Sequence[NDArray[np.int64]],
-        latents: Sequence[NDArray[np.float32]],
-    ) -> Sequence[NDArray[np.float32]]:
-        """Return the logits of every row of codes from one pass, as in training."""
-        codes = torch.from_numpy(np.concatenate(tokens, 1))
-        ids = torch.zeros(len(orders))
-        if system.config.text is not None:
-            ids = system.encode_prompts([str(order.condition or "") for order in orders])
-        logits = system.logits(ids, torch.zeros(len(orders), dtype=torch.bool), codes)
-        return [each.numpy() for each in logits.split(system.config.grid_side, 1)]
-
-    def objective(
-        self,
-        phase: str,
-        settings: Mapping[str, object],
-        system: LatentGptSystem,
-        data: TrainingData,
-    ) -> Objective:
-        """Return the objective of a phase; raise ConfigError for an unknown one."""
-        if phase == "tokenizer":
-            return TokenizerObjective(system.vq, data, TokenizerSettings.from_dict(settings))
-        if phase == "predictor":
-            return LatentGptObjective(system, data, PredictorSettings.from_dict(settings))
-        raise ConfigError(
-            f"unknown phase {phase!r} of family latent_gpt; known: tokenizer, predictor"
-        )
-
-    def reconstruct(
-        self, system: LatentGptSystem, pictures_BHW3: NDArray[np.uint8]
-    ) -> NDArray[np.uint8]:
-        """Return pictures as their codes keep them."""
-        return reconstructed(system.vq, system.vq.rebuilt, pictures_BHW3)
-
-    def write_cache(self, system: LatentGptSystem, data: "ImageDataset", file: Path) -> None:
-        """Write the codes of all pictures to `file`, for `data.token_cache` of later runs."""
-        write_tokens(system.tokenizing(), data, file)
-
-
-class LatentGptObjective(PredictorObjective):
-    """The predictor phase, whose validation also tells how well pictures follow from no prompt."""
-
-    system: LatentGptSystem
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss, in nats per code, and its parts by the reference's names."""
-        found = super().forward(batch)
-        found["ce_loss"] = found["loss"].detach()
-        if not self.training and self.system.config.text is not None:
-            device, count = next(self.trained.parameters()).device, len(batch["key"])
-            empty_BT = self.system.encode_prompts([""]).to(device).expand(count, -1)
-            found["null_ce_loss"] = super().forward({**batch, "condition": empty_BT})["loss"]
-        return found
 
 
 def convert(tokenizer: Path, config: Mapping[str, object], output_dir: Path) -> None:

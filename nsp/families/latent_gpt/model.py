@@ -17,8 +17,8 @@ from nsp.families.latent_gpt.config import GptConfig, LatentGptConfig
 from nsp.layers.attention import KeyValue
 from nsp.raster.patches import averaged
 
-# Queries, keys and values (G,L,H,K) -> mixed values (G,L,H,K).
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+# A layer, its queries, keys and values in one tensor (G,L,3 D) -> mixed values (G,L,D).
+Attend: TypeAlias = "Callable[[Attention, Tensor], Tensor]"
 
 _INIT_STD = 0.02
 
@@ -40,8 +40,12 @@ class Attention(nn.Module):
 
     def forward(self, x_GLD: Tensor, attend: Attend) -> Tensor:
         """Return (G, L, D)."""
-        q, k, v = _applied(self.qkv, x_GLD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return _applied(self.proj, attend(q, k, v).flatten(2)).float()
+        return _applied(self.proj, attend(self, _applied(self.qkv, x_GLD))).float()
+
+    def heads(self, packed_GLM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (G, L, H, K) of one projection."""
+        q, k, v = packed_GLM.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return q, k, v
 
 
 class CrossAttention(nn.Module):
@@ -160,10 +164,10 @@ class Gpt(nn.Module):
         return self.transformed(x_BMD, [attend_before] * len(self.blocks), texts)
 
 
-def attend_before(q_GLHK: Tensor, k_GLHK: Tensor, v_GLHK: Tensor) -> Tensor:
+def attend_before(layer: Attention, packed_GLM: Tensor) -> Tensor:
     """Return attention of every position over itself and those before, as in training."""
-    q, k, v = (each.transpose(1, 2) for each in (q_GLHK, k_GLHK, v_GLHK))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    q, k, v = (each.transpose(1, 2) for each in layer.heads(packed_GLM))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
 def initialize(gpt: Gpt) -> None:

@@ -1,14 +1,16 @@
 """The stages of the family `latent_gpt` as torch modules; axes as in stages.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from nsp.families.latent_gpt.model import Attend
+from nsp.families.latent_gpt.model import Attend, Attention
 from nsp.families.latent_gpt.system import LatentGptSystem
 from nsp.layers.attention import KeyValue, attend_past
-from nsp.raster.drawing import NUM_DRAW, DecoderStage, NucleusStage, draw
+from nsp.layers.in_place import attend_in_place
+from nsp.layers.logits import filter_by_rank
+from nsp.raster.drawing import NUM_DRAW, DecoderStage, NucleusStage, draw, filter_where_asked
 from nsp.raster.stages import needs_nucleus_stage
 from nsp.text.encoder import TextEncoderStage
 
@@ -19,7 +21,7 @@ def build_stages(system: LatentGptSystem, kv_layout: str) -> Mapping[str, nn.Mod
     if system.text_encoder is not None:
         found["text_encoder"] = StatesStage(system)
         found["condition"] = ConditionStage(system)
-    found["decode"] = DecodeStage(system)
+    found["decode"] = DecodeStage(system, kv_layout)
     if needs_nucleus_stage(grid, kv_layout):
         found["nucleus"] = NucleusStage()
     found["decoder"] = DecoderStage(system.vq)
@@ -55,9 +57,11 @@ class ConditionStage(nn.Module):
 class DecodeStage(nn.Module):
     """One token -> logits, the next code, its keys and values."""
 
-    def __init__(self, system: LatentGptSystem) -> None:
+    def __init__(self, system: LatentGptSystem, kv_layout: str) -> None:
         super().__init__()
         self.gpt, self.has_text = system.gpt, system.config.text is not None
+        self.is_in_place = kv_layout == "in_place"
+        self.keep = filter_where_asked if self.is_in_place else filter_by_rank
 
     def forward(self, token_G: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return logits, tokens, next, new_codes, guided, then new keys and values."""
@@ -66,12 +70,16 @@ class DecodeStage(nn.Module):
         texts: list[KeyValue | None] = [*_pairs(rest[:num_text])] or [None] * len(gpt.blocks)
         past, new = rest[num_text:], list[Tensor]()
         # The beginning is at position 0, so the number of the next code is that of its token.
-        at = torch.arange(past[0].shape[0], device=position.device)
-        mask = torch.where(at < position, 0.0, -torch.inf)
-        attends = [_attend_step(pair, mask, new) for pair in _pairs(past)]
+        if self.is_in_place:
+            at_G = position.expand(token_G.shape[0])
+            attends = [_attend_in_place(pair, at_G, new) for pair in _pairs(past)]
+        else:
+            at = torch.arange(past[0].shape[0], device=position.device)
+            mask = torch.where(at < position, 0.0, -torch.inf)
+            attends = [_attend_step(pair, mask, new) for pair in _pairs(past)]
         embedded = gpt.token_embedding(token_G) + gpt.position_embedding(position)
         logits = gpt.transformed(embedded[:, None], attends, texts)
-        return logits, *draw(logits, *drawn), *new
+        return logits, *draw(logits, *drawn, keep=self.keep), *new
 
 
 def _pairs(tensors: tuple[Tensor, ...]) -> list[KeyValue]:
@@ -81,8 +89,21 @@ def _pairs(tensors: tuple[Tensor, ...]) -> list[KeyValue]:
 def _attend_step(past: KeyValue, mask: Tensor, new: list[Tensor]) -> Attend:
     """Return attention of one token over its past and itself; adds its key and value to `new`."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: Attention, packed_G1M: Tensor) -> Tensor:
+        q, k, v = layer.heads(packed_G1M)
         new.extend([k.transpose(0, 1), v.transpose(0, 1)])
-        return attend_past(q, k, v, past, mask, scale=q.shape[-1] ** -0.5)
+        return attend_past(q, k, v, past, mask, scale=q.shape[-1] ** -0.5).flatten(2)
+
+    return attend
+
+
+def _attend_in_place(past: KeyValue, at_G: Tensor, new: list[Tensor]) -> Attend:
+    """Return attention that stores the token itself; adds the whole cache to `new`."""
+
+    def attend(layer: Attention, packed_G1M: Tensor) -> Tensor:
+        scale = past[0].shape[-1] ** -0.5
+        made: Sequence[Tensor] = attend_in_place(packed_G1M, *past, at_G, None, None, scale)
+        new.extend(made[1:])
+        return made[0]
 
     return attend

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from nsp.artifacts.checkpoint import read_checkpoint
-from nsp.errors import CheckpointError
+from nsp.errors import CheckpointError, ConfigError
 from nsp.families.latent_gpt.system import LatentGptSystem
 from nsp.raster.vq import VqTokenizer
 from nsp.raster.vq_config import VqConfig
-from nsp.weights.module_weights import bounded, load_state
+from nsp.weights.module_weights import bounded, joined, load_state
 from nsp.weights.state_names import find_state, what_it_is
 from nsp.weights.weight_files import read_tensor_file
 
@@ -39,7 +39,7 @@ def read_vq(path: Path) -> VqTokenizer:
                 f"{path} is a checkpoint of family {record.family.name}; give one of latent_gpt"
             )
         return system.vq
-    state = our_names(find_state(read_tensor_file(path), path))
+    state = our_names(find_state(read_tensor_file(path), path), str(path))
     config = _sizes(state, path)
     with bounded([tensor.shape for tensor in state.values()], str(path)):
         vq = VqTokenizer(config)
@@ -48,8 +48,11 @@ def read_vq(path: Path) -> VqTokenizer:
     return vq.eval()
 
 
-def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by our names: queries, keys and values of an attention in one."""
+def our_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the tensors by our names: queries, keys and values of an attention in one.
+
+    Raises CheckpointError naming the file and a tensor if these three do not fit together.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith(_UNUSED):
@@ -60,9 +63,7 @@ def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         block, kind = match.groups()
         names = [f"{block}{each}.{kind}" for each in _PROJECTIONS]
-        if missing := [each for each in names if each not in state]:
-            raise CheckpointError(f"missing tensor {missing[0]}")
-        found[f"{block}qkv.{kind}"] = torch.cat([state[each] for each in names])
+        found[f"{block}qkv.{kind}"] = joined(state, names, source)
     return found
 
 
@@ -80,16 +81,20 @@ def _sizes(state: Mapping[str, Tensor], path: Path) -> VqConfig:
 
     codes, width = shape("quantize.embedding.weight", 2)
     base, colours = shape("encoder.conv_in.weight", 4)[:2]
+    shape("encoder.down.0.block.0.conv1.weight", 4)
     levels = {int(m[1]) for n in state if (m := re.match(r"encoder\.down\.(\d{1,2})\.", n))}
     widths = [shape(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(len(levels))]
     blocks = {m[1] for n in state if (m := re.match(r"encoder\.down\.0\.block\.(\d{1,2})\.", n))}
-    return VqConfig(
-        codebook_size=codes,
-        codebook_width=width,
-        is_normalised=False,
-        latent_channels=shape("encoder.conv_out.weight", 4)[0],
-        base_channels=base,
-        channel_multipliers=tuple(each // base for each in widths),
-        num_res_blocks=len(blocks),
-        patch_size=round((colours / 3) ** 0.5),
-    )
+    try:
+        return VqConfig(
+            codebook_size=codes,
+            codebook_width=width,
+            is_normalised=False,
+            latent_channels=shape("encoder.conv_out.weight", 4)[0],
+            base_channels=base,
+            channel_multipliers=tuple(each // base for each in widths),
+            num_res_blocks=len(blocks),
+            patch_size=round((colours / 3) ** 0.5),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{path} has impossible sizes: {error}") from error

@@ -19,6 +19,7 @@ from nsp.family.recipe import (
     TrackingConfig,
 )
 from nsp.family.signature import PlannedAs, Range
+from nsp.family.small_runs import RECONSTRUCTION, TEXT_ENCODER, smoke_run
 from nsp.values import choice
 
 _TOKENIZER, _PREDICTOR = "tokenizer", "predictor"
@@ -45,14 +46,7 @@ def emoji(**options: Unpack[LatentGptOptions]) -> RunConfig:
         name=_TOKENIZER,
         steps=3600,
         batch_size=32,
-        optimizer=OptimizerConfig(
-            lr=1e-3,
-            weight_decay=0.0,
-            schedule="cos",
-            warmup_steps=100,
-            final_ratio=0.02,
-            grad_clip=1.0,
-        ),
+        optimizer=RECONSTRUCTION,
         sample_every=1200,
     )
     predictor = PhaseConfig(
@@ -69,7 +63,7 @@ def emoji(**options: Unpack[LatentGptOptions]) -> RunConfig:
     run = RunConfig(
         family="latent_gpt",
         model=SIZES["emoji"].to_dict(),
-        text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
+        text_encoder=dict(TEXT_ENCODER),
         phases=(tokenizer, predictor),
         sampling={"guidance_scale": 2.0, "top_k": 100},
     )
@@ -120,28 +114,7 @@ def custom(*, data: Data, **options: Unpack[LatentGptOptions]) -> Run:
 
 def smoke(**options: Unpack[LatentGptOptions]) -> RunConfig:
     """Return a run of seconds, for tests: the tiny model, two phases of four steps."""
-    run = emoji()
-    phases = tuple(
-        dataclasses.replace(
-            phase,
-            steps=4,
-            batch_size=8,
-            optimizer=dataclasses.replace(phase.optimizer, warmup_steps=1),
-            checkpoint_every=2,
-            sample_every=2,
-            validate_every=2,
-            log_every=1,
-        )
-        for phase in run.phases
-    )
-    run = dataclasses.replace(
-        run,
-        model=SIZES["tiny"].to_dict(),
-        text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
-        phases=phases,
-        anyway=True,  # four steps teach nothing
-    )
-    return adapted(run, **options)
+    return adapted(smoke_run(emoji(), SIZES["tiny"]), **options)
 
 
 def _transformer(

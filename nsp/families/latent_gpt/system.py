@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from nsp.errors import ConfigError
 from nsp.families.latent_gpt.config import LatentGptConfig
 from nsp.families.latent_gpt.model import Gpt
-from nsp.raster.grid import RasterGrid
 from nsp.raster.raster_system import RasterSystem
 from nsp.raster.vq import VqTokenizer
 from nsp.text.encoder import TextEncoderStage, check_text_parts
@@ -49,16 +48,6 @@ class LatentGptSystem(RasterSystem):
                 text_width=config.text.text_width,
                 max_tokens=config.text.max_tokens,
             )
-
-    @property
-    def grid(self) -> RasterGrid:
-        """The grid of codes."""
-        return self.config.grid
-
-    @property
-    def cond_drop_rate(self) -> float:
-        """Share of the prompts that the null one replaces in training."""
-        return self.config.gpt.cond_drop_rate
 
     @property
     def conditions(self) -> Conditions:

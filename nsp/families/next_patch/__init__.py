@@ -5,37 +5,37 @@ arXiv:2412.15321), which changes the training alone.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from nsp.families.next_patch.config import SIZES, NextPatchConfig, with_classes
+from nsp.families.next_patch.config import GPT_SIZES, SIZES, NextPatchConfig, with_classes
 from nsp.families.next_patch.peers import PUBLIC_LLAMAGEN
 from nsp.families.next_patch.stages import stages
 from nsp.family.classes import ClassCondition
-from nsp.family.contract import Family, Kind, Learner, Stage
-from nsp.family.order import Encoded, Given, Order, Step
+from nsp.family.contract import Kind, Learner, Stage
+from nsp.family.order import Encoded, Order, Step
 from nsp.family.peer import Peer
 from nsp.raster import loop
 from nsp.raster.examples import examples
 from nsp.raster.sampling import RasterSampling
+from nsp.raster.shared_family import RasterFamily
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nsp.families.next_patch.system import NextPatchSystem
     from nsp.family.recipe import RunConfig
-    from nsp.stage.arena import Array, KVShape
+    from nsp.stage.arena import Array
     from nsp.stage.backend import Backend
 
 
-class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
+class NextPatch(RasterFamily[NextPatchConfig, "NextPatchSystem"]):
     """LlamaGen and models trained by next-patch prediction, with classes or captions."""
 
     name: ClassVar[str] = "next_patch"
-    kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "fixed")
     published: ClassVar[Mapping[str, str]] = {
         "tokenizer": "Weights of the image tokenizer.",
         "predictor": "Weights of the transformer.",
@@ -44,31 +44,15 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
         "text-encoder": "T5 folder, for models of captions.",
     }
     peers: ClassVar[Sequence[Peer]] = (PUBLIC_LLAMAGEN,)
-    config, sampling, sizes = NextPatchConfig, RasterSampling, SIZES
+    config, sizes = NextPatchConfig, SIZES
 
     def condition(self, config: NextPatchConfig) -> Kind:
         """Return the kind of condition for a picture."""
         return "class" if config.caption is None else "prompt"
 
-    def grids(self, config: NextPatchConfig) -> Sequence[tuple[int, int]]:
-        """Return the one grid of codes."""
-        return [(config.grid_side, config.grid_side)]
-
-    def cache(self, config: NextPatchConfig, rows: int, dtype: str) -> "KVShape":
-        """Return the size of the key/value cache of one batch."""
-        return config.grid.cache(rows, dtype)
-
     def stages(self, config: NextPatchConfig, *, kv_layout: str, dtype: str) -> Mapping[str, Stage]:
         """Return every stage, in data-path order."""
         return stages(config, kv_layout, dtype)
-
-    def given(self, config: NextPatchConfig) -> Mapping[str, Given]:
-        """Return what an order may carry: random numbers and codes."""
-        return loop.given(config.grid)
-
-    def batch_key(self, config: NextPatchConfig, order: Order[RasterSampling]) -> Hashable:
-        """Return what decides shapes and control flow."""
-        return loop.batch_key(config.grid, order)
 
     def inputs(
         self,
@@ -76,22 +60,30 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
         orders: Sequence[Order[RasterSampling]],
         text: Encoded | None,
     ) -> "dict[str, NDArray[Any]]":
-        """Return all that the loop takes from the host."""
+        """Return all that the loop takes from the host.
+
+        The learned null condition has the padding of its image's prompt; without one it has none,
+        and needs no text encoder.
+        """
         found = loop.loop_inputs(config.grid, orders)
-        guided = len(found["rows"]) > len(orders)
-        if text is None:
+        rows, batch = found["rows"], len(orders)
+        if config.caption is None:
             ids = np.array([order.condition for order in orders], np.int64)
-            null = np.full_like(ids, config.num_classes)
-            classes = np.concatenate([ids, null]) if guided else ids
+            classes = np.concatenate([ids, np.full_like(ids, config.num_classes)])[: len(rows)]
             return {**found, "token": config.vq.codebook_size + classes}
-        prompts = np.arange(len(orders), dtype=np.int64)
-        padding = (text.mask == 0).sum(1)  # on the left
-        first = padding[: len(orders)]
-        if guided:  # the learned null condition has the padding of its image's prompt
-            null = text.null_rows()
-            own = np.where(text.has_null, padding[np.minimum(null, len(padding) - 1)], first)
-            prompts, first = np.concatenate([prompts, null]), np.concatenate([first, own])
-        return {**found, **text.states, "prompts": prompts, "first": first}
+        found |= loop.prompt_inputs(
+            orders,
+            text,
+            num_rows=len(rows),
+            num_tokens=config.caption.max_tokens,
+            width=config.caption.text_width,
+        )
+        padding = np.zeros(batch, np.int64) if text is None else (text.mask == 0).sum(1)
+        has_prompt = np.array([order.condition is not None for order in orders])
+        of_image = np.where(has_prompt, padding[:batch], 0)[rows]
+        prompts, num_prompts = found["prompts"], len(padding)
+        of_prompt = padding[np.minimum(prompts, num_prompts - 1)]
+        return {**found, "first": np.where(prompts < num_prompts, of_prompt, of_image)}
 
     def loop(
         self, backend: "Backend", config: NextPatchConfig, inputs: "Mapping[str, Array]"
@@ -125,6 +117,31 @@ class NextPatch(Family[NextPatchConfig, RasterSampling, "NextPatchSystem"]):
         """Return the names of a model's classes by their numbers; empty if it has none."""
         condition = config.condition
         return condition.id2label if isinstance(condition, ClassCondition) else ()
+
+    def sample_name(
+        self,
+        config: NextPatchConfig,
+        sampling: RasterSampling,
+        *,
+        model: str,
+        size_px: int,
+        size_eval_px: int,
+        seed: int,
+    ) -> str:
+        """Return the name that the public code gives to an archive of pictures.
+
+        An interval of guidance, which it leaves out, is added. Source: LlamaGen,
+        autoregressive/sample/sample_c2i_ddp.py.
+        """
+        gpt, chosen = config.gpt, sampling
+        sizes = {size: name for name, size in GPT_SIZES.items()}
+        size = sizes.get((gpt.depth, gpt.width, gpt.num_heads), f"{gpt.depth}x{gpt.width}")
+        interval = "" if chosen.cfg_interval < 0 else f"interval-{chosen.cfg_interval}-"
+        return (
+            f"GPT-{size}-{model}-size-{size_px}-size-{size_eval_px}-VQ-{config.vq.downsampling}-"
+            f"topk-{chosen.top_k}-topp-{chosen.top_p}-temperature-{chosen.temperature}-"
+            f"cfg-{chosen.guidance_scale}-{interval}seed-{seed}"
+        )
 
     def convert(
         self, files: Mapping[str, Path], config: Mapping[str, Any] | None, output_dir: Path

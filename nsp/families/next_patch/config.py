@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nsp.config import Config, ModelConfig
+from nsp.config import Config
 from nsp.errors import ConfigError
 from nsp.family.classes import ClassCondition, classes_of
-from nsp.raster.grid import RasterGrid
-from nsp.raster.vq_config import VqConfig
+from nsp.raster.raster_config import RasterConfig, TransformerConfig
+from nsp.raster.vq_config import EMOJI_VQ, SMALL_VQ, TINY_VQ, VqConfig
 
 _LARGE = 1e6
-_MAX_SIDE = 128  # of the grid: 16,384 codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,49 +32,38 @@ class CaptionCondition(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptConfig(Config):
+class GptConfig(TransformerConfig):
     """The transformer; see model.py."""
 
-    depth: int
-    width: int  # D
-    num_heads: int  # H
     num_kv_heads: int | None = None  # J; None: as many as heads
     multiple_of: int = 256  # the hidden width of the feed-forward is rounded up to it
     ffn_dim_multiplier: float | None = None
-    norm_eps: float = 1e-5
     rope_base: float = 10_000.0
     token_dropout: float = 0.1  # after the embedding
     resid_dropout: float = 0.1  # after attention
     ffn_dropout: float = 0.1
     drop_path_rate: float = 0.0
-    cond_drop_rate: float = 0.1  # share of the conditions replaced by the null one in training
 
     def __post_init__(self) -> None:
         """Check the values."""
-        self.check_counts("gpt", "depth", "width", "num_heads", "multiple_of")
+        super().__post_init__()
+        self.check_counts("gpt", "multiple_of")
         self.check_fractions("gpt", "token_dropout", "resid_dropout", "ffn_dropout")
-        self.check_fractions("gpt", "drop_path_rate", "cond_drop_rate")
-        self.check_reals("gpt", "norm_eps", least=1e-12, most=0.1)
+        self.check_fractions("gpt", "drop_path_rate")
         self.check_reals("gpt", "rope_base", least=1, most=_LARGE)
         if self.num_kv_heads is not None:
             self.check_counts("gpt", "num_kv_heads")
         if self.ffn_dim_multiplier is not None:
             self.check_reals("gpt", "ffn_dim_multiplier", least=1e-3, most=1e3)
-        if self.width % self.num_heads or self.head_width % 4:
+        if self.head_width % 4:
             raise ConfigError(
-                f"gpt: width={self.width} must be a multiple of num_heads={self.num_heads}, and "
-                "their ratio of 4"
+                f"gpt: width={self.width} over num_heads={self.num_heads} must be a multiple of 4"
             )
         if self.num_heads % self.kv_heads:
             raise ConfigError(
                 f"gpt: num_heads={self.num_heads} must be a multiple of "
                 f"num_kv_heads={self.num_kv_heads}"
             )
-
-    @property
-    def head_width(self) -> int:
-        """K, channels per attention head."""
-        return self.width // self.num_heads
 
     @property
     def kv_heads(self) -> int:
@@ -92,11 +80,9 @@ class GptConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NextPatchConfig(ModelConfig):
+class NextPatchConfig(RasterConfig):
     """One complete model."""
 
-    grid_side: int = 16  # codes along one side of a picture
-    vq: VqConfig = field(default_factory=VqConfig)
     gpt: GptConfig
     condition: ClassCondition | CaptionCondition = field(
         default_factory=lambda: ClassCondition(num_classes=1000)
@@ -104,10 +90,6 @@ class NextPatchConfig(ModelConfig):
     # A published file or a checkpoint folder, whose weights a new model begins with.
     pretrained_vq: str | None = None
     pretrained_gpt: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the grid."""
-        self.check_counts("model", "grid_side", least=2, most=_MAX_SIDE)
 
     @property
     def caption(self) -> CaptionCondition | None:
@@ -125,23 +107,6 @@ class NextPatchConfig(ModelConfig):
     def num_prefix(self) -> int:
         """T, tokens of the condition before the first code."""
         return 1 if self.caption is None else self.caption.max_tokens
-
-    @property
-    def image_size_px(self) -> int:
-        """Side of the square image."""
-        return self.grid_side * self.vq.downsampling
-
-    @property
-    def grid(self) -> RasterGrid:
-        """What the raster loop needs to know."""
-        return RasterGrid(
-            side=self.grid_side,
-            num_codes=self.vq.codebook_size,
-            num_prefix=self.num_prefix,
-            depth=self.gpt.depth,
-            num_kv_heads=self.gpt.kv_heads,
-            head_width=self.gpt.head_width,
-        )
 
 
 VQ_8 = VqConfig(channel_multipliers=(1, 2, 2, 4))
@@ -167,27 +132,6 @@ def published(name: str, *, grid_side: int = 16) -> NextPatchConfig:
     return NextPatchConfig(grid_side=grid_side, gpt=gpt)
 
 
-# 64 px to 8x8 codes. Four by four pixels are folded into channels first: on a CPU the levels of
-# full and half resolution would cost twice all others together.
-EMOJI_VQ = VqConfig(
-    codebook_size=1024,
-    codebook_width=16,
-    latent_channels=64,
-    base_channels=64,
-    channel_multipliers=(1, 2),
-    num_res_blocks=1,
-    patch_size=4,
-    norm_groups=8,
-)
-# 256 px to 16x16 codes, with a decoder for CPUs.
-SMALL_VQ = VqConfig(
-    latent_channels=64,
-    base_channels=64,
-    channel_multipliers=(1, 2, 4),
-    num_res_blocks=1,
-    patch_size=4,
-)
-
 SIZES: Mapping[str, NextPatchConfig] = {
     **{name: published(name) for name in GPT_SIZES},
     # The CPU's case: the published grid and codebook in a width that two cores run in seconds.
@@ -200,14 +144,7 @@ SIZES: Mapping[str, NextPatchConfig] = {
     ),
     "tiny": NextPatchConfig(
         grid_side=4,
-        vq=VqConfig(
-            codebook_size=64,
-            latent_channels=8,
-            base_channels=8,
-            channel_multipliers=(1, 2),
-            num_res_blocks=1,
-            norm_groups=4,
-        ),
+        vq=TINY_VQ,
         gpt=GptConfig(depth=2, width=32, num_heads=4, num_kv_heads=2, multiple_of=16),
         condition=CaptionCondition(text_width=16, max_tokens=16),
     ),

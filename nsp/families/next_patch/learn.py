@@ -1,13 +1,10 @@
 """The side of the family `next_patch` that needs torch."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from nsp.data.ten_crop import Extraction
@@ -17,34 +14,20 @@ from nsp.families.next_patch.model import initialize
 from nsp.families.next_patch.modules import build_stages
 from nsp.families.next_patch.published import load_pretrained
 from nsp.families.next_patch.system import NextPatchSystem
-from nsp.family.classes import ClassCondition
-from nsp.family.contract import Learner
-from nsp.family.objective import Objective, TrainingData
-from nsp.family.order import Order
-from nsp.raster.predictor_phase import PredictorObjective, PredictorSettings
-from nsp.raster.sampling import RasterSampling
-from nsp.raster.tokenizer_phase import TokenizerObjective, TokenizerSettings
+from nsp.raster.raster_learner import SHARP_STD, RasterLearner, untrained_source
 from nsp.text.parts import TextEncoderSettings
 from nsp.text.t5 import t5_parts
 from nsp.text.tokenizer import PromptTokenizer
 from nsp.training.code_sets import write_codes
-from nsp.training.reconstruction import reconstructed
-from nsp.training.tokens import write_tokens
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
-    from nsp.data.dataset import ImageDataset
     from nsp.data.sources import ImageSource
 
-_UNTRAINED_CLASSES = 10
-_SHARP_STD = 1.0  # of untrained output weights: of thousands of codes a few are likely
 
-
-class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]):
+class NextPatchLearner(RasterLearner[NextPatchConfig, NextPatchSystem]):
     """The torch side of the family `next_patch`."""
-
-    parts: ClassVar[tuple[str, ...]] = ("gpt", "vq")
 
     def build(
         self,
@@ -83,65 +66,28 @@ class NextPatchLearner(Learner[NextPatchConfig, RasterSampling, NextPatchSystem]
         return system
 
     def untrained(self, config: NextPatchConfig) -> NextPatchSystem:
-        """Return a system of random weights in which all of them matter, always with classes."""
-        if config.caption is not None:
-            classes = ClassCondition(num_classes=_UNTRAINED_CLASSES)
-            config = dataclasses.replace(config, condition=classes)
-        system = self.new_system(config, TextEncoderSettings(), None)
-        nn.init.normal_(system.gpt.output.weight, std=_SHARP_STD)
+        """Return a system of random weights in which all matter; with captions, a new T5 too."""
+        encoder = TextEncoderSettings(vocab_size=560, depth=2, num_heads=2)
+        system = self.new_system(config, encoder, untrained_source())
+        nn.init.normal_(system.gpt.output.weight, std=SHARP_STD)
         return system
 
     def modules(self, system: NextPatchSystem, kv_layout: str) -> Mapping[str, nn.Module]:
         """Return a module for every stage."""
         return build_stages(system, kv_layout)
 
-    @torch.no_grad()
-    def without_cache(
-        self,
-        system: NextPatchSystem,
-        orders: Sequence[Order[RasterSampling]],
-        tokens: Sequence[NDArray[np.int64]],
-        latents: Sequence[NDArray[np.float32]],
-    ) -> Sequence[NDArray[np.float32]]:
-        """Return the logits of every row of codes from one pass, as in training."""
-        codes = torch.from_numpy(np.concatenate(tokens, 1))
-        conditions = [order.condition for order in orders]
-        ids = (
-            torch.tensor(conditions)
-            if system.config.caption is None
-            else system.encode_prompts([str(each) for each in conditions])
-        )
-        logits = system.logits(ids, torch.zeros(len(orders), dtype=torch.bool), codes)
-        return [each.numpy() for each in logits.split(system.config.grid_side, 1)]
-
-    def objective(
-        self,
-        phase: str,
-        settings: Mapping[str, object],
-        system: NextPatchSystem,
-        data: TrainingData,
-    ) -> Objective:
-        """Return the objective of a phase; raise ConfigError for an unknown one."""
-        if phase == "tokenizer":
-            return TokenizerObjective(system.vq, data, TokenizerSettings.from_dict(settings))
-        if phase == "predictor":
-            return PredictorObjective(system, data, PredictorSettings.from_dict(settings))
-        raise ConfigError(
-            f"unknown phase {phase!r} of family next_patch; known: tokenizer, predictor"
-        )
-
-    def reconstruct(
-        self, system: NextPatchSystem, pictures_BHW3: NDArray[np.uint8]
-    ) -> NDArray[np.uint8]:
-        """Return pictures as their codes keep them."""
-        return reconstructed(system.vq, system.vq.rebuilt, pictures_BHW3)
-
-    def write_cache(self, system: NextPatchSystem, data: "ImageDataset", file: Path) -> None:
-        """Write the codes of all pictures to `file`, for `data.token_cache` of later runs."""
-        write_tokens(system.tokenizing(), data, file)
-
     def write_codes(
         self, system: NextPatchSystem, source: "ImageSource", folder: Path, settings: Extraction
     ) -> int:
-        """Write codes of crops of pictures to a folder; return of how many they were missing."""
+        """Write codes of crops of pictures to a folder; return of how many they were missing.
+
+        Raises ConfigError for crops that are not a whole number of codes wide.
+        """
+        per_code_px, side_px = system.config.vq.downsampling, settings.image_size_px
+        if side_px % per_code_px:
+            fitting_px = -(-side_px // per_code_px) * per_code_px
+            raise ConfigError(
+                f"--image-size {side_px}: a code of this tokenizer is {per_code_px} px wide, so "
+                f"give a multiple of {per_code_px}, such as {fitting_px}"
+            )
         return write_codes(system.tokenizing(), source, folder, settings)

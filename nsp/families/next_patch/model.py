@@ -17,8 +17,8 @@ from nsp.families.next_patch.config import CaptionCondition, GptConfig, NextPatc
 from nsp.layers.rotary import grid_rotary, rotate_pairs
 from nsp.raster.patches import averaged
 
-# Queries (G,L,H,K), keys and values (G,L,J,K) -> mixed values (G,L,H,K).
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+# A layer, its queries, keys and values in one tensor (G,L,(H+2J)K), rotations -> (G,L,H K).
+Attend: TypeAlias = "Callable[[Attention, Tensor, Tensor], Tensor]"
 
 _INIT_STD = 0.02
 
@@ -56,13 +56,17 @@ class Attention(nn.Module):
 
     def forward(self, x_GLD: Tensor, table_LK2: Tensor, attend: Attend) -> Tensor:
         """Return (G, L, D)."""
-        heads = _applied(self.wqkv, x_GLD).unflatten(-1, (-1, self.head_width))
+        mixed = attend(self, _applied(self.wqkv, x_GLD), table_LK2)
+        return F.dropout(_applied(self.wo, mixed).float(), self.dropout, self.training)
+
+    def rotated(self, packed_GLM: Tensor, table_LK2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (G, L, H, K), keys and values (G, L, J, K) of one projection."""
+        heads = packed_GLM.unflatten(-1, (-1, self.head_width))
         num_queries, num_keys, num_values = self.heads
         turned, v = heads.split((num_queries + num_keys, num_values), dim=2)
         # At once: an engine run of one token is long enough for its weights alone.
         q, k = rotate_pairs(turned, table_LK2).split((num_queries, num_keys), dim=2)
-        mixed = attend(q, k, v)
-        return F.dropout(_applied(self.wo, mixed.flatten(2)).float(), self.dropout, self.training)
+        return q, k, v
 
 
 class FeedForward(nn.Module):
@@ -219,15 +223,21 @@ class Gpt(nn.Module):
         return self.logits(x_BLD[:, prefix_BTD.shape[1] - 1 :])
 
 
-def attend_all(mask: Tensor | None) -> Attend:
-    """Return attention over all positions at once, as in training and for a prefix."""
+def attend_all(mask: Tensor | None, new: list[Tensor] | None = None) -> Attend:
+    """Return attention over all positions at once, as in training and for a prefix.
 
-    def attend(q_GLHK: Tensor, k_GLJK: Tensor, v_GLJK: Tensor) -> Tensor:
+    Keys and values, (L, G, J, K) each, are added to `new`.
+    """
+
+    def attend(layer: Attention, packed_GLM: Tensor, table_LK2: Tensor) -> Tensor:
+        q_GLHK, k_GLJK, v_GLJK = layer.rotated(packed_GLM, table_LK2)
+        if new is not None:
+            new.extend([k_GLJK.transpose(0, 1), v_GLJK.transpose(0, 1)])
         shared = q_GLHK.shape[2] // k_GLJK.shape[2]
         k, v = (each.repeat_interleave(shared, 2).transpose(1, 2) for each in (k_GLJK, v_GLJK))
         q = q_GLHK.transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return mixed.transpose(1, 2)
+        return mixed.transpose(1, 2).flatten(2)
 
     return attend
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Regex, normalizers
+from tokenizers.normalizers import Normalizer
 from torch import Tensor
 
-from nsp.artifacts.checkpoint import check_folder_to_write, is_checkpoint
+from nsp.artifacts.checkpoint import check_new_checkpoint, is_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.next_patch.config import GPT_SIZES, CaptionCondition, NextPatchConfig
@@ -26,7 +28,7 @@ from nsp.raster.vq import VqTokenizer
 from nsp.text.t5 import pretrained_t5
 from nsp.values import integer
 from nsp.weights.arguments import arguments_of, check_parts, contradiction, naming, renamed
-from nsp.weights.module_weights import bounded, compare_shapes, load_state, load_weights
+from nsp.weights.module_weights import bounded, compare_shapes, joined, load_state, load_weights
 from nsp.weights.state_names import count_of, find_state, shape_of, what_it_is
 from nsp.weights.weight_files import read_tensor_file
 
@@ -89,7 +91,7 @@ def convert(
     naming a file that holds something else, or a missing, extra, misshapen or non-finite tensor;
     ConfigError for an argument that is unknown or contradicts the tensors.
     """
-    check_folder_to_write(output_dir)
+    check_new_checkpoint(output_dir)
     vq_state = _read(tokenizer, "tokenizer", _TOKENIZER)
     gpt_state = _read(predictor, "predictor", _PREDICTOR)
     model = infer_config(vq_state, gpt_state, config or {}, tokenizer, predictor)
@@ -102,6 +104,7 @@ def convert(
                 "(the published ones read Flan-T5-XL)"
             )
         prompts, encoder = pretrained_t5(text_encoder, model.caption.max_tokens)
+        prompts = prompts.after(_cleaning())
     elif text_encoder is not None:
         raise ConfigError(f"{predictor} is a model of classes; omit --text-encoder")
     shapes = [tensor.shape for state in (vq_state, gpt_state) for tensor in state.values()]
@@ -113,6 +116,26 @@ def convert(
     sampling = {} if model.caption is None else _CAPTION_SAMPLING
     save_checkpoint(output_dir, system, notes={"converted_from": files}, sampling=sampling)
     return model
+
+
+def _cleaning() -> list[Normalizer]:
+    """Return rules by which captions become like those that the published models learnt from.
+
+    The public program cleans prompts as its training did (language/t5.py): these are its rules that
+    change common captions. Those about HTML, file names and article numbers are left out.
+    """
+    return [
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"(https?://|www\.)\S+"), ""),
+        normalizers.Replace(Regex(r"\p{Pd}+"), "-"),
+        normalizers.Replace(Regex("[\u2018\u2019]"), "'"),
+        normalizers.Replace(Regex("[`\u00b4\u00ab\u00bb\u201c\u201d]"), '"'),
+        normalizers.Replace(
+            Regex(r"[#&@~()\[\]{}|\\/*\u00a1-\u00bf]+|\.{2,}|[\u2022\u2122]+"), " "
+        ),
+        normalizers.Replace(Regex(r"\s+"), " "),
+        normalizers.Strip(),
+    ]
 
 
 def load_pretrained(system: NextPatchSystem, config: NextPatchConfig) -> None:
@@ -303,7 +326,7 @@ def with_our_names(
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     compare_shapes(wanted, shapes, source, optional=(_USED,))
-    found = {name: torch.cat([state[their] for their in names]) for name, names in theirs.items()}
+    found = {name: joined(state, names, source) for name, names in theirs.items()}
     return {**found, "quantize.usage_V": torch.zeros(module.config.codebook_size)}
 
 

@@ -11,11 +11,14 @@ from nsp.families.next_patch.config import SIZES, VQ_8, VQ_16, published
 from nsp.family.classes import ClassCondition
 from nsp.family.recipe import DataConfig, Epochs, OptimizerConfig, PhaseConfig, RunConfig
 from nsp.family.signature import Range
+from nsp.family.small_runs import RECONSTRUCTION, TEXT_ENCODER, smoke_run
 from nsp.raster.vq_config import VqConfig
 
 Size = Literal["GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-XXXL", "GPT-1B", "GPT-3B", "GPT-7B"]
 PatchLevel = Annotated[int, "Levels of patches; the first is 2^(L-1) codes wide.", Range(1, 8)]
-EpochRate = Annotated[float, "End of every level over that of the next one.", Range(0, 1)]
+EpochRate = Annotated[
+    float, "End of every level over that of the next one.", Range(0, 1, is_open=True)
+]
 
 
 def imagenet(
@@ -41,6 +44,11 @@ def imagenet(
 
     Without a trained tokenizer the run begins with that phase, which needs pictures.
     """
+    if code_path is not None and data_path is not None:
+        raise ConfigError(
+            f"--code-path {code_path} and --data-path {data_path}: a run learns from one of them; "
+            "omit --data-path to learn from codes"
+        )
     if image_size % downsample_size or downsample_size not in (8, 16):
         raise ConfigError(
             f"--image-size {image_size} and --downsample-size {downsample_size}: the latter is 8 "
@@ -115,14 +123,7 @@ def emoji(*, patch_level: PatchLevel = 2, epoch_rate: EpochRate = 0.5) -> RunCon
         name="tokenizer",
         steps=1000,
         batch_size=32,
-        optimizer=OptimizerConfig(
-            lr=1e-3,
-            weight_decay=0.0,
-            schedule="cos",
-            warmup_steps=100,
-            final_ratio=0.02,
-            grad_clip=1.0,
-        ),
+        optimizer=RECONSTRUCTION,
         sample_every=500,
     )
     predictor = PhaseConfig(
@@ -145,7 +146,7 @@ def emoji(*, patch_level: PatchLevel = 2, epoch_rate: EpochRate = 0.5) -> RunCon
     return RunConfig(
         family="next_patch",
         model=SIZES["emoji"].to_dict(),
-        text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
+        text_encoder=dict(TEXT_ENCODER),
         phases=(tokenizer, predictor),
         sampling={"guidance_scale": 2.0, "top_k": 1},
     )
@@ -153,26 +154,7 @@ def emoji(*, patch_level: PatchLevel = 2, epoch_rate: EpochRate = 0.5) -> RunCon
 
 def smoke() -> RunConfig:
     """Return a run of seconds, for tests: the tiny model, two phases of four steps."""
-    optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1)
-    phases = tuple(
-        PhaseConfig(
-            name=name,
-            steps=4,
-            batch_size=8,
-            optimizer=optimizer,
-            checkpoint_every=2,
-            sample_every=2,
-            log_every=1,
-        )
-        for name in ("tokenizer", "predictor")
-    )
-    return RunConfig(
-        family="next_patch",
-        model=SIZES["tiny"].to_dict(),
-        text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
-        phases=phases,
-        anyway=True,  # four steps teach nothing
-    )
+    return smoke_run(emoji(patch_level=1), SIZES["tiny"])
 
 
 RECIPES: Mapping[str, Callable[..., RunConfig]] = {

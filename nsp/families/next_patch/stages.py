@@ -39,6 +39,7 @@ def stages(config: NextPatchConfig, kv_layout: str, dtype: str) -> Mapping[str, 
         found["text_encoder"] = _text_encoder(caption)
         found["prefill"] = prefill_stage(
             grid,
+            kv_layout=kv_layout,
             dtype=dtype,
             prefix=_prefix(caption),
             half=(*_HALF, "gpt.cls_embedding.cap_proj.*"),

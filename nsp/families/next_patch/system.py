@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from nsp.errors import ConfigError
 from nsp.families.next_patch.config import NextPatchConfig
 from nsp.families.next_patch.model import Gpt, prefix_mask
-from nsp.raster.grid import RasterGrid
 from nsp.raster.raster_system import RasterSystem
 from nsp.raster.vq import VqTokenizer
 from nsp.text.t5 import T5Stage, check_t5_parts, first_tokens
@@ -48,16 +47,6 @@ class NextPatchSystem(RasterSystem):
                 max_tokens=config.caption.max_tokens,
             )
         self.vq, self.gpt = VqTokenizer(config.vq), Gpt(config)
-
-    @property
-    def grid(self) -> RasterGrid:
-        """The grid of codes."""
-        return self.config.grid
-
-    @property
-    def cond_drop_rate(self) -> float:
-        """Share of the conditions that the null one replaces in training."""
-        return self.config.gpt.cond_drop_rate
 
     @property
     def conditions(self) -> Conditions:

@@ -15,6 +15,7 @@ from nsp.family.recipe import (
     TrackingConfig,
 )
 from nsp.family.signature import OutputDir, PlannedAs, Range
+from nsp.family.small_runs import RECONSTRUCTION, TEXT_ENCODER, smoke_run
 from nsp.values import choice
 
 _VAE, _SCALES, _SCALE = "vae", "scales", "scale_"
@@ -47,14 +48,7 @@ def emoji(**options: Unpack[ScaleOptions]) -> RunConfig:
         name=_VAE,
         steps=2000,
         batch_size=16,
-        optimizer=OptimizerConfig(
-            lr=1.5e-3,
-            weight_decay=0.0,
-            schedule="cos",
-            warmup_steps=100,
-            final_ratio=0.02,
-            grad_clip=1.0,
-        ),
+        optimizer=dataclasses.replace(RECONSTRUCTION, lr=1.5e-3),
         sample_every=400,
     )
     base = PhaseConfig(
@@ -79,7 +73,7 @@ def emoji(**options: Unpack[ScaleOptions]) -> RunConfig:
     run = RunConfig(
         family="next_scale",
         model=SIZES["emoji"].to_dict(),
-        text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
+        text_encoder=dict(TEXT_ENCODER),
         phases=(vae, base, scales),
         sampling={"guidance_scale": 2.0},
     )
@@ -129,28 +123,7 @@ def sdxl(
 
 def smoke(**options: Unpack[ScaleOptions]) -> RunConfig:
     """Return a run of seconds, for tests: the tiny model at 16 px, four steps a phase."""
-    run = emoji()
-    phases = tuple(
-        dataclasses.replace(
-            phase,
-            steps=4,
-            batch_size=8,
-            optimizer=dataclasses.replace(phase.optimizer, warmup_steps=1),
-            checkpoint_every=2,
-            sample_every=2,
-            validate_every=2,
-            log_every=1,
-        )
-        for phase in run.phases
-    )
-    run = dataclasses.replace(
-        run,
-        model=SIZES["tiny"].to_dict(),
-        text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
-        phases=phases,
-        anyway=True,  # four steps teach nothing
-    )
-    return adapted(run, **options)
+    return adapted(smoke_run(emoji(), SIZES["tiny"]), **options)
 
 
 def adapted(run: RunConfig, **options: Unpack[ScaleOptions]) -> RunConfig:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsp.artifacts.checkpoint import check_folder_to_write
+from nsp.artifacts.checkpoint import check_new_checkpoint
 from nsp.artifacts.systems import save_checkpoint
 from nsp.errors import CheckpointError, ConfigError
 from nsp.families.var.config import SCHEDULES, VarConfig
@@ -82,7 +82,7 @@ def convert(
     file that holds something else, or a missing, extra, misshapen, mistyped or non-finite tensor;
     ConfigError for an argument that is unknown, out of range or contradicted by the tensors.
     """
-    check_folder_to_write(output_dir)
+    check_new_checkpoint(output_dir)
     given = _arguments(config or {})
     vae_state = read_state(tokenizer, part="vae_local")
     var_state = read_state(predictor, part="var_wo_ddp")

@@ -11,6 +11,7 @@ from nsp.errors import ConfigError
 from nsp.families.var.config import SIZES
 from nsp.family.recipe import OptimizerConfig, PhaseConfig, RunConfig
 from nsp.family.signature import PlannedAs
+from nsp.family.small_runs import RECONSTRUCTION, TEXT_ENCODER, shortened, smoke_run
 
 FINETUNE_STEPS = 400  # of the transformer: with the decoder four minutes of one CPU core
 
@@ -21,14 +22,7 @@ def emoji() -> RunConfig:
         name="tokenizer",
         steps=3600,
         batch_size=32,
-        optimizer=OptimizerConfig(
-            lr=1e-3,
-            weight_decay=0.0,
-            schedule="cos",
-            warmup_steps=100,
-            final_ratio=0.02,
-            grad_clip=1.0,
-        ),
+        optimizer=RECONSTRUCTION,
         objective={"prefix_share": 0.5},
         sample_every=1200,
     )
@@ -56,21 +50,14 @@ def emoji() -> RunConfig:
         name="decoder",
         steps=1500,
         batch_size=32,
-        optimizer=OptimizerConfig(
-            lr=5e-4,
-            weight_decay=0.0,
-            schedule="cos",
-            warmup_steps=50,
-            final_ratio=0.02,
-            grad_clip=1.0,
-        ),
+        optimizer=dataclasses.replace(RECONSTRUCTION, lr=5e-4, warmup_steps=50),
         objective={"prefix_share": 0.15},
         sample_every=500,
     )
     return RunConfig(
         family="var",
         model=SIZES["emoji"].to_dict(),
-        text_encoder={"vocab_size": 2048, "depth": 2, "num_heads": 4},
+        text_encoder=dict(TEXT_ENCODER),
         phases=(tokenizer, predictor, decoder),
         sampling={"guidance_scale": 2.0, "top_k": 1},
     )
@@ -78,27 +65,17 @@ def emoji() -> RunConfig:
 
 def quick() -> RunConfig:
     """Return a run of a few minutes on two CPU cores: every part works, pictures are rough."""
-    run = _shortened(emoji(), {"tokenizer": 100, "predictor": 300, "decoder": 30})
+    run = shortened(emoji(), {"tokenizer": 100, "predictor": 300, "decoder": 30})
     # After 100 steps the tokenizer is 2 dB better than a plain colour, which shows rough pictures.
     return dataclasses.replace(run, anyway=True)
 
 
 def smoke() -> RunConfig:
     """Return a run of seconds, for tests: the tiny model at 16 px, two phases of four steps."""
-    run = _shortened(emoji(), {"tokenizer": 4, "predictor": 4})
-    phases = tuple(
-        dataclasses.replace(
-            phase, batch_size=8, objective={}, checkpoint_every=2, sample_every=2, log_every=1
-        )
-        for phase in run.phases
-    )
-    return dataclasses.replace(
-        run,
-        model=SIZES["tiny"].to_dict(),
-        text_encoder={"vocab_size": 600, "depth": 1, "num_heads": 2},
-        phases=phases,
-        anyway=True,  # four steps teach nothing
-    )
+    run = emoji()
+    # The tiny model has fewer scales than the objectives name.
+    phases = tuple(dataclasses.replace(phase, objective={}) for phase in run.phases[:2])
+    return smoke_run(dataclasses.replace(run, phases=phases), SIZES["tiny"])
 
 
 def finetune(
@@ -115,10 +92,9 @@ def finetune(
             f"--preset finetune is for models of family var, but {start_from} is of family "
             f"{record.family.name}; give --config with the run that made it"
         )
-    shortened = _shortened(emoji(), {"predictor": FINETUNE_STEPS, "decoder": FINETUNE_STEPS // 5})
+    run = shortened(emoji(), {"predictor": FINETUNE_STEPS, "decoder": FINETUNE_STEPS // 5})
     predictor, decoder = (
-        dataclasses.replace(each, batch_size=16, sample_every=each.steps)
-        for each in shortened.phases
+        dataclasses.replace(each, batch_size=16, sample_every=each.steps) for each in run.phases
     )
     return RunConfig(
         family="var",
@@ -127,30 +103,6 @@ def finetune(
         sampling=dict(record.sampling),
         start_from=start_from,
     )
-
-
-def _shortened(run: RunConfig, steps: Mapping[str, int]) -> RunConfig:
-    """Return the run with the phases named in `steps`; warm-up, average, samples in proportion."""
-    phases = []
-    for phase in run.phases:
-        if phase.name not in steps:
-            continue
-        count = steps[phase.name]
-        optimizer = dataclasses.replace(phase.optimizer, warmup_steps=max(count // 20, 1))
-        every = max(count // 3, 1)
-        phases.append(
-            dataclasses.replace(
-                phase,
-                steps=count,
-                optimizer=optimizer,
-                ema_decay=min(
-                    phase.ema_decay, count / (count + 10)
-                ),  # otherwise mostly first weights
-                sample_every=every,
-                checkpoint_every=every,
-            )
-        )
-    return dataclasses.replace(run, phases=tuple(phases))
 
 
 RECIPES: Mapping[str, Callable[..., RunConfig]] = {

@@ -1,7 +1,9 @@
 """Weights of a VQGAN under taming-transformers' names become our image tokenizer."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from nsp.families.latent_gpt.learn import convert
 from nsp.families.latent_gpt.published import read_vq
 from nsp.raster.vq import VqTokenizer
 from nsp.raster.vq_config import VqConfig
+
+Change: TypeAlias = Callable[[Tensor], Tensor]
 
 CONFIG = VqConfig(
     codebook_size=32,
@@ -96,3 +100,41 @@ def test_what_does_not_fit_is_named(vq: VqTokenizer, tmp_path: Path) -> None:
         torch.save(state, tmp_path / "last.ckpt")
         with pytest.raises(CheckpointError, match=message):
             read_vq(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t[0, 0, 0, 0], lambda t: t[..., None], lambda t: t[:, 1:], lambda t: t.long()],
+    ids=["no axis", "five axes", "narrow", "integers"],
+)
+def test_a_projection_unlike_its_neighbours_is_named(
+    change: Change, vq: VqTokenizer, tmp_path: Path
+) -> None:
+    state = their_state(vq)
+    state["encoder.mid.attn_1.k.weight"] = change(state["encoder.mid.attn_1.k.weight"])
+    torch.save(state, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: tensor encoder\.mid\.attn_1\.k\.w"):
+        read_vq(tmp_path / "last.ckpt")
+
+
+def test_sizes_that_no_tokenizer_has_name_the_file(vq: VqTokenizer, tmp_path: Path) -> None:
+    state = their_state(vq)
+    state["encoder.conv_in.weight"] = torch.zeros(9, 3, 3, 3)
+    torch.save(state, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt has impossible sizes: vq: base_chann"):
+        read_vq(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "config.json"])
+def test_a_folder_of_other_things_is_not_replaced(
+    content: str, vq: VqTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(their_state(vq), tmp_path / "last.ckpt")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / content).write_text('{"model_type": "t5"}')
+    monkeypatch.chdir(tmp_path)
+    words = ("--family", "latent_gpt", "--tokenizer", "last.ckpt", "--output-dir", "mine")
+    result = CliRunner().invoke(main, ["convert", *words])
+    assert result.exit_code == 2
+    assert "mine is not empty and not a checkpoint" in result.output
+    assert (tmp_path / "mine" / content).exists()

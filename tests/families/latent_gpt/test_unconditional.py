@@ -62,3 +62,11 @@ def test_the_command_line_asks_which_is_meant(checkpoint: Path, tmp_path: Path) 
     assert "omit either" in generate("--unconditional", "--prompt", "red apple")
     assert "000" in generate("--unconditional", "--num-images", "2", "--seed", "7")
     assert len(list((tmp_path / "out").glob("*.png"))) == 3  # with the sheet
+
+
+def test_an_interval_outside_the_sequence_is_refused_without_a_prompt_too(
+    pipeline: Pipeline,
+) -> None:
+    for prompts in (["red apple"], None):
+        with pytest.raises(ConfigError, match="cfg_interval=99 is outside the sequence"):
+            pipeline.generate(prompts=prompts, seed=1, cfg_interval=99)

@@ -7,17 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from nsp.artifacts.checkpoint import read_checkpoint
+from nsp.artifacts.systems import save_checkpoint
+from nsp.cli import main
 from nsp.errors import ConfigError
+from nsp.families.next_patch.model import prefix_mask
 from nsp.families.next_patch.published import convert
 from nsp.families.next_patch.system import NextPatchSystem
 from nsp.family.order import Encoded, Order
 from nsp.family.registry import family
 from nsp.pipeline.encoding import PromptEncoder
-from nsp.pipeline.pipeline import torch_pipeline
-from nsp.raster.patches import mean_of_valid, patch_loss
+from nsp.pipeline.pipeline import load_pipeline, torch_pipeline
+from nsp.raster.patches import patch_loss
 from nsp.raster.sampling import RasterSampling
+from nsp.testing import UnderTest
 from nsp.text.encoder import save_text_encoder
 from nsp.text.t5 import build_t5
 from nsp.text.tokenizer import train_tokenizer
@@ -47,15 +52,16 @@ def golden() -> NextPatchSystem:
 @torch.no_grad()
 def test_training_matches() -> None:
     system, caption = golden(), IO["t2i.caption"]
+    mask = prefix_mask(FIRST, caption.shape[1], IO["t2i.attn_mask"].shape[-1])
+    assert torch.equal(mask, IO["t2i.attn_mask"].bool())
     found = system.gpt.cls_embedding(caption)
     torch.testing.assert_close(found, IO["t2i.cond_embeddings"], atol=1e-4, rtol=0)
     logits = system.caption_logits(caption, FIRST, FREE, IO["t2i.codes"])
     torch.testing.assert_close(logits, IO["t2i.train.logits"], atol=1e-4, rtol=0)
     losses = patch_loss(logits, IO["t2i.codes"], SIDE, 1)
-    valid = mean_of_valid(losses, IO["t2i.valid"])
+    valid = losses[IO["t2i.valid"].bool()].mean()
     torch.testing.assert_close(valid, IO["t2i.train.loss_valid"], atol=1e-5, rtol=0)
     torch.testing.assert_close(losses.mean(), IO["t2i.train.loss_all"], atol=1e-5, rtol=0)
-    assert mean_of_valid(losses, torch.zeros(3)) == 0
     plain = system.gpt(found[:1], IO["t2i.codes"][:1])
     torch.testing.assert_close(plain, IO["t2i.train.logits_nomask"], atol=1e-4, rtol=0)
 
@@ -114,3 +120,43 @@ def test_a_model_of_captions_needs_its_t5_and_one_of_classes_none(tmp_path: Path
         given = arguments(name)
         with pytest.raises(ConfigError, match=message):
             convert(**files, text_encoder=t5, config=given, output_dir=tmp_path / "out")
+
+
+def test_prompts_of_a_converted_model_are_cleaned_as_its_captions_were() -> None:
+    prompts = golden().prompt_tokenizer  # as read from the checkpoint
+    assert prompts is not None
+    same = ["a cat", " A   Cat ", "A (cat)", "a *** #cat...", "a http://a.b/c?d=1 cat"]
+    ids = prompts.encode(same)
+    assert (ids == ids[0]).all()
+    quoted = prompts.encode(["'a'", "\u2018a\u2019", "a-a", "a\u2014a"])
+    assert (quoted[0] == quoted[1]).all()
+    assert (quoted[2] == quoted[3]).all()
+
+
+def test_engines_of_captions_draw_what_pytorch_draws(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", golden(), notes={})
+    folders = (
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+        "--engine-dir",
+        str(tmp_path / "engines"),
+    )
+    result = CliRunner().invoke(main, ["export", "--fp32", *folders])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "engines/manifest.json").read_text().count('"prefill"')
+    found = []
+    for name in ("checkpoint", "engines"):
+        pipeline = load_pipeline(tmp_path / name, device="cpu")
+        made = pipeline.generate(
+            prompts=["a cat", "a"], negative_prompt="a cat", seed=3, guidance_scale=3.0, trace=True
+        )
+        assert made.trace is not None
+        found.append(np.concatenate(made.trace.tokens, 1))
+    assert np.array_equal(*found)
+
+
+def test_the_conformance_suite_tries_the_prefix_and_the_t5_of_captions(tmp_path: Path) -> None:
+    made = UnderTest(family("next_patch"), tmp_path)
+    assert [*made.declared] == ["text_encoder", "prefill", "decode", "decoder"]
+    assert made.system.text_encoder.config.model_type == "t5"
+    assert all(isinstance(order.condition, str) for order in made.orders)

@@ -1,6 +1,8 @@
 """Codes of crops are extracted as the public code does it, and read from its folders."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from PIL import Image
 
 from nsp.artifacts.systems import save_checkpoint
 from nsp.cli import main
-from nsp.data.codes import CodeDataset, open_codes
+from nsp.data.codes import CodeDataset, CodeFile, open_codes, read_npy
 from nsp.data.ten_crop import centre_crop, crops_of
 from nsp.errors import ConfigError, DataError
 from nsp.families.next_patch.system import NextPatchSystem
@@ -98,13 +100,32 @@ def test_crops_are_drawn_by_seed_and_epoch_from_both_sets(place: Path) -> None:
     drawn = []
     for epoch in range(60):
         data.set_epoch(epoch)
-        drawn.append(data.drawn_codes(0).tolist())
+        drawn.append(data.drawn_codes(0)[0].tolist())
     closer = sum(codes in sets[1] for codes in drawn)
     assert all(codes in sets[0] or codes in sets[1] for codes in drawn)
     assert 15 < closer < 45
     assert len({tuple(codes) for codes in drawn}) > 12  # of at most 20 crops
     data.set_epoch(7)
-    assert data.drawn_codes(0).tolist() == drawn[7]
+    assert data.drawn_codes(0)[0].tolist() == drawn[7]
+
+
+def test_codes_are_those_of_the_centre_unless_training(place: Path) -> None:
+    opened = open_codes(str(place / NAME))
+    data = CodeDataset(opened, SIZE, train=False, crop=False, seed=3)
+    found, file = data.drawn_codes(0)
+    assert file == place / NAME / CODES / "0.npy"
+    crops = IO["tencrop.1_1.crops"].numpy()
+    wide = centre_crop(source(), int(SIZE * 1.1)).transpose(2, 0, 1)
+    edge = round((wide.shape[1] - SIZE) / 2)
+    assert np.array_equal(crops[4], wide[:, edge : edge + SIZE, edge : edge + SIZE])
+    assert np.array_equal(found, np.load(file)[0, 4])
+
+
+def test_the_centre_of_a_mirrored_pair_is_its_first_picture(tmp_path: Path) -> None:
+    codes = np.stack([np.zeros(64, int), np.ones(64, int)])[None]
+    opened = open_codes(str(foreign(tmp_path / "codes", codes)))
+    data = CodeDataset(opened, SIZE, train=False, crop=False)
+    assert data.drawn_codes(0)[0].tolist() == [0] * 64
 
 
 def run_of(place: Path, name: str = NAME, **model: Any) -> RunConfig:
@@ -142,16 +163,113 @@ def foreign(folder: Path, codes: Any, label: Any = 0) -> Path:
     return folder
 
 
+def test_every_picture_has_the_codes_of_the_model(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "codes", np.zeros((1, 10, 64), int))
+    np.save(folder / CODES / "1.npy", np.zeros((1, 10, 16), int))
+    np.save(folder / LABELS / "1.npy", np.array([0]))
+    with pytest.raises(ConfigError, match=r"has 16 codes for picture 1, .* have 64"):
+        objective(folder, golden()).dataset()[1]
+
+
+def test_codes_out_of_range_name_the_file_they_came_from(place: Path, tmp_path: Path) -> None:
+    for name in (NAME, f"{NAME}_105"):
+        shutil.copytree(place / name, tmp_path / name)
+    wrong = tmp_path / f"{NAME}_105" / CODES / "0.npy"
+    np.save(wrong, np.full((1, 10, 64), 64))
+    data = objective(tmp_path / NAME, golden()).dataset()
+
+    def epochs() -> None:
+        for epoch in range(40):
+            data.set_epoch(epoch)
+            data[0]
+
+    with pytest.raises(DataError, match="codes from 64 to 64") as caught:
+        epochs()
+    assert str(caught.value).startswith(str(wrong))
+
+
+def test_crops_are_a_whole_number_of_codes_wide(place: Path) -> None:
+    result = CliRunner().invoke(main, command(place, "--image-size", "9"))
+    assert result.exit_code == 2
+    downsampling = golden().config.vq.downsampling
+    expected = f"--image-size 9: a code of this tokenizer is {downsampling} px wide"
+    assert expected in result.output
+
+
+def test_closer_crops_are_of_the_same_tokenizer(place: Path, tmp_path: Path) -> None:
+    for name in (NAME, f"{NAME}_105"):
+        shutil.copytree(place / name, tmp_path / name)
+    about = tmp_path / f"{NAME}_105" / "codes.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "tokenizer": "another"}))
+    with pytest.raises(ConfigError, match=r"_105 has codes of another tokenizer"):
+        objective(tmp_path / NAME, golden()).dataset()
+
+
+def test_training_finds_the_closer_crops_of_any_range(place: Path) -> None:
+    extract(place, "--output", str(place / "other"), "--crop-range", "1.2", "1.1")
+    found = open_codes(str(place / "other"))
+    assert isinstance(found.files[0], CodeFile)
+    assert found.files[0].closer_folder == place / "other_105" / CODES
+
+
+def test_a_crop_range_without_ten_crops_is_refused(place: Path) -> None:
+    words = [word for word in command(place, "--flip") if word != "--ten-crop"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert "--crop-range is for --ten-crop" in result.output
+
+
+def test_a_process_may_begin_while_another_writes(place: Path) -> None:
+    (place / "begun").mkdir()
+    (place / "begun" / ".codes.json.0123.partial").touch()
+    assert "4 of 4 pictures" in extract(place, "--output", str(place / "begun"))
+
+
+def test_codes_of_other_pictures_are_not_continued(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "pictures", tmp_path / "pictures")
+    next((tmp_path / "pictures").rglob("*.png")).unlink()
+    words = command(place)
+    words[2] = str(tmp_path / "pictures")
+    result = CliRunner().invoke(main, words)
+    assert "or of other pictures; choose another --output" in result.output
+
+
+def test_labels_are_read_once_and_again_after_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = foreign(tmp_path / "codes", np.zeros((1, 10, 64), int), 3)
+    opened: list[str] = []
+
+    def counted(path: Path) -> Any:
+        opened.append(path.name)
+        return read_npy(path)
+
+    monkeypatch.setattr("nsp.data.codes.read_npy", counted)
+    first = open_codes(str(folder))
+    assert opened == ["0.npy"]
+    assert open_codes(str(folder)).samples == first.samples
+    assert opened == ["0.npy"]
+    np.save(folder / LABELS / "0.npy", np.array([5], np.int16))
+    assert [each.class_id for each in open_codes(str(folder)).samples] == [5]
+    (folder / f"{LABELS}.npz").write_bytes(b"damaged")
+    assert [each.class_id for each in open_codes(str(folder)).samples] == [5]
+    (folder / LABELS / "0.npy").unlink()
+    with pytest.raises(DataError, match=r"0\.npy is missing; extract the codes again"):
+        open_codes(str(folder))
+
+
 @pytest.mark.parametrize(
     ("codes", "label", "message"),
     [
         (np.zeros((1, 10, 64), int), 0, None),
-        (np.zeros((1, 10, 16), int), 0, "has 16 codes per picture, .* have 64"),
+        (np.zeros((1, 10, 16), int), 0, "has 16 codes for picture 0, .* have 64"),
         (np.full((1, 10, 64), 64), 0, "codes from 64 to 64, but the tokenizer has 64"),
         (np.zeros((1, 10, 64), int), 10, "classes 10 to 10"),
         (np.zeros((10, 64), int), 0, "codes are integers"),
+        (np.zeros((1, 0, 64), int), 0, "at least one crop"),
         (np.zeros((1, 10, 64)), 0, "codes are integers"),
         (np.zeros((1, 10, 64), int), "cat", "number of one class"),
+        (np.zeros((1, 10, 64), int), 10**15, "number of one class"),
     ],
 )
 def test_codes_that_do_not_fit_are_one_line(
@@ -172,4 +290,4 @@ def test_codes_of_another_tokenizer_are_refused(place: Path) -> None:
     with pytest.raises(ConfigError, match="codes of another tokenizer"):
         objective(place / NAME, golden(l2_norm=False)).dataset()
     result = CliRunner().invoke(main, command(place, "--image-size", "64"))
-    assert "other crops; choose another --output" in result.output
+    assert "of other crops or of other pictures; choose another" in result.output

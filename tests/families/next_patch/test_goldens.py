@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nsp.families.next_patch.config import GPT_SIZES, VQ_8, published
+from nsp.families.next_patch.model import attend_all
 from nsp.families.next_patch.system import NextPatchSystem
 from nsp.family.order import Order
 from nsp.family.registry import family
@@ -73,6 +74,22 @@ def test_hidden_states_match_block_by_block() -> None:
         hook.remove()
     close(found[0][:1], "c2i.train.p1.block0_out")
     close(found[-1][:1], "c2i.train.p1.block_last_out")
+
+
+@torch.no_grad()
+def test_keys_and_values_match_after_rotation() -> None:
+    gpt, layers = golden().gpt, range(len(golden().gpt.layers))
+    kept: list[list[Tensor]] = [[] for _ in layers]
+    classes = torch.tensor([int(IO["c2i.sample.labels"][0]), golden().config.num_classes])
+    codes = IO["c2i.sample.cfg.tokens"][:1].expand(2, -1)
+    x = gpt.embed(gpt.cls_embedding(classes), codes)
+    gpt.transformed(x, gpt.table[: x.shape[1]], [attend_all(None, kept[each]) for each in layers])
+    for layer in (0, 3):
+        for kind, found_LGJK in zip("kv", kept[layer], strict=True):
+            close(found_LGJK.permute(1, 2, 0, 3), f"c2i.sample.cfg.{kind}_cache.layer{layer}")
+    key_LGJK, value_LGJK = kept[0]
+    assert not key_LGJK[0].any()  # the condition's key is zero, its value is not
+    assert value_LGJK[0].all()
 
 
 def pipeline(gpt: str, layout: str) -> Pipeline:

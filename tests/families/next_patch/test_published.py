@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nsp.errors import CheckpointError, ConfigError
-from nsp.families.next_patch.config import CaptionCondition
+from nsp.families.next_patch import NextPatch
+from nsp.families.next_patch.config import CaptionCondition, published
 from nsp.families.next_patch.model import Gpt
 from nsp.families.next_patch.published import convert, infer_config
+from nsp.raster.sampling import RasterSampling
 from tests.families.next_patch.models import golden
 from tests.goldens.llamagen_tiny.fixtures import arguments, config, tensors, weights
 
@@ -140,3 +142,15 @@ def test_drop_path_grows_with_depth() -> None:
     changed = dataclasses.replace(gpt, drop_path_rate=0.3)
     model = Gpt(dataclasses.replace(golden().config, gpt=changed))
     assert [layer.drop_path_rate for layer in model.layers] == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_an_archive_has_the_name_that_the_public_code_gives_it() -> None:
+    given: Any = {"model": "c2i_B_384", "size_eval_px": 256, "seed": 0}
+    family = NextPatch()
+    chosen = RasterSampling(guidance_scale=2.0)
+    name = family.sample_name(published("B", grid_side=24), chosen, size_px=384, **given)
+    same = "GPT-B-c2i_B_384-size-384-size-256-VQ-16-topk-0-topp-1.0-temperature-1.0-cfg-2.0-"
+    assert name == f"{same}seed-0"
+    chosen = RasterSampling(guidance_scale=2.0, cfg_interval=25)
+    other = family.sample_name(published("B", grid_side=24), chosen, size_px=384, **given)
+    assert other == f"{same}interval-25-seed-0"

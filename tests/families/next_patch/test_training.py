@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from PIL import Image
 
 from nsp.data.dataset import ImageDataset
@@ -16,7 +17,9 @@ from nsp.families.next_patch.recipes import imagenet
 from nsp.families.next_patch.system import NextPatchSystem
 from nsp.family.objective import TrainingData
 from nsp.family.recipe import OptimizerConfig, PhaseConfig, counted
+from nsp.family.recipes import recipes
 from nsp.raster.predictor_phase import PredictorObjective, PredictorSettings
+from nsp.train import main
 from nsp.training.checkpoints import CheckpointStore
 from nsp.training.optimizer import new_optimizer, set_rates
 from tests.families.next_patch.models import golden
@@ -83,6 +86,7 @@ def test_twenty_four_steps_end_where_the_public_trainer_does(tmp_path: Path) -> 
         first, length = objective.span(step, steps)
         rates.append(set_rates(optimizer, optimizing, step - first, length))
         objective.before_step(step, steps)
+        assert objective.settings.level_at(step, steps, 4).side == int(IO["train.p_per_step"][step])
         place = step % about["steps_per_epoch"]
         loss = objective(
             {
@@ -109,10 +113,6 @@ def test_twenty_four_steps_end_where_the_public_trainer_does(tmp_path: Path) -> 
 
 
 def test_options_have_the_public_names(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from nsp.train import main
-
     line = "--preset next_patch --data-path d --vq-ckpt vq.pt --gpt-ckpt gpt.pt --gpt-model GPT-L"
     line += " --image-size 384 --patch-level 4 --epoch-rate 0.67 --epochs 30 --scheduler"
     line += " --cloud-save-path far --no-compile --print-config"
@@ -124,6 +124,17 @@ def test_options_have_the_public_names(tmp_path: Path) -> None:
     (made,) = run["phases"]
     assert made["objective"] == {"patch_level": 4, "epoch_rate": 0.67, "rates_per_level": True}
     assert (made["epochs"], made["optimizer"]["warmup_steps"]) == (30, {"epochs": 1})
+
+
+@pytest.mark.parametrize("rate", ["0", "1"])
+def test_an_epoch_rate_that_leaves_a_level_without_epochs_is_refused(rate: str) -> None:
+    line = ["--preset", "next_patch_emoji", "--epoch-rate", rate, "--print-config"]
+    result = CliRunner().invoke(main, line)
+    assert result.exit_code == 2
+    assert "is not in the range 0<x<1" in result.output
+    made = recipes()["next_patch_emoji"]
+    with pytest.raises(ConfigError, match="--epoch-rate must be a number between 0 and 1, not"):
+        made.run(epoch_rate=float(rate))
 
 
 def test_a_second_copy_of_every_saved_step_is_kept(
@@ -148,6 +159,8 @@ def test_a_run_without_a_trained_tokenizer_begins_with_one() -> None:
     assert [each.name for each in imagenet().phases] == ["tokenizer", "predictor"]
     assert [each.name for each in imagenet(start_from="model").phases] == ["predictor"]
     assert imagenet(vq_ckpt=Path("vq.pt"), code_path="codes").data.source == "codes"
+    with pytest.raises(ConfigError, match="--code-path codes and --data-path pictures: a run"):
+        imagenet(code_path="codes", data_path="pictures")
     with pytest.raises(ConfigError, match="--image-size 250 and --downsample-size 16"):
         imagenet(vq_ckpt=Path("vq.pt"), image_size=250)
 
