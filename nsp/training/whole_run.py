@@ -30,7 +30,7 @@ from nsp.training.folder import (
     check_order,
     locked,
 )
-from nsp.training.leftovers import refuse_links, remove_leftovers
+from nsp.training.leftovers import refuse_links, remove_failed_start, remove_leftovers
 from nsp.training.other_trackers import OtherTrackers, check_trackers
 from nsp.training.parallel import on_main
 from nsp.training.run_phase import run_phase
@@ -81,7 +81,8 @@ def train(
     change the number of steps, the precision and the devices, and its data may have moved. Lengths
     in epochs become steps when the data are open.
     ConfigError is raised for other differences from the stored configuration, for changed data
-    unless `accept_changed_data` is set, and for a folder that has a run if `resume` is not given.
+    unless `accept_changed_data` is set, and for a folder that has a run if `resume` is not given; a
+    run without any saved step is replaced instead.
     `device` is "cpu" or "cuda"; None is a GPU if there is one. Every process of a distributed run
     calls this.
     """
@@ -132,6 +133,9 @@ def train(
         def begin() -> None:
             held.enter_context(locked(folder))
             refuse_links(folder, config)
+            if not resume:
+                check_folder(folder, config, resume=False)  # another process may have begun a run
+                remove_failed_start(folder)
             remove_leftovers(folder, config)
             phases = config.phases[: names.index(last_phase or names[-1]) + 1]
             prepare_folder(folder, config, phases, accelerator, data, record, resume=resume)
