@@ -23,7 +23,7 @@ from nsp.family.recipe import RunConfig
 from nsp.family.registry import family
 from nsp.paths import wrong_path
 from nsp.training.data_record import DataRecord
-from nsp.training.fitting import check_batches, check_place
+from nsp.training.fitting import check_batches, check_place, check_pretrained
 from nsp.training.folder import (
     CHECKPOINT_NAME,
     check_folder,
@@ -96,6 +96,8 @@ def train(
     start = Path(config.start_from) if config.start_from is not None and not resume else None
     if start is not None and not is_checkpoint(start):
         raise CheckpointError(wrong_path(start, "--start-from"))
+    if not resume:
+        check_pretrained(config)
     if config.tracking.log_with:
         check_trackers(config.tracking.log_with)
     # Set explicitly, because processes without a GPU would otherwise not find one another.

@@ -224,6 +224,11 @@ def test_a_file_that_is_no_run_is_refused_in_one_line(
         (["--log-with", "wandbb"], "'wandbb' is unknown, nearest is wandb"),
         (["--val-share", "0.1"], "has a validation split of its own"),
         (["--stream", "--data", "x.tar", "--epochs", "3"], "x.tar"),
+        (
+            ["--preset", "next_patch", "--vq-ckpt", "no.pt", "--data", "x", "--batch-size", "7"],
+            "error: --vq-ckpt no.pt does not exist",
+        ),
+        (["--preset", "latent_gpt", "--vqvae", "no.pt"], "error: --vqvae no.pt does not exist"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line_before_the_first_step(
