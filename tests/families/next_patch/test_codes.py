@@ -219,6 +219,13 @@ def test_a_crop_range_without_ten_crops_is_refused(place: Path) -> None:
     assert "--crop-range is for --ten-crop" in result.output
 
 
+def test_codes_of_crops_do_not_go_into_a_folder_with_the_name_of_a_file(place: Path) -> None:
+    result = CliRunner().invoke(main, command(place, "--output", str(place / "z.safetensors")))
+    assert result.exit_code == 2
+    assert "--ten-crop and --flip write a folder of codes" in result.stderr
+    assert not (place / "z.safetensors").exists()
+
+
 def test_a_process_may_begin_while_another_writes(place: Path) -> None:
     (place / "begun").mkdir()
     (place / "begun" / ".codes.json.0123.partial").touch()
