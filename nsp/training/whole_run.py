@@ -8,7 +8,7 @@ checkpoint/, or from start/ if that is the only one.
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -112,6 +112,8 @@ def train(
     )
     if not accelerator.is_main_process:
         speak_less()
+    if config.compile is None:
+        config = replace(config, compile=accelerator.device.type == "cuda")
     check_folder(folder, config, resume=resume)
     refuse_links(folder, config)
     set_seed(config.seed)
