@@ -101,7 +101,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(pictures: Path, tmp_path: Path) -> No
 
 
 def test_a_used_folder_is_not_overwritten(config: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tokenizer/checkpoints/step00000001").mkdir(parents=True)
     (tmp_path / "run/run.json").write_text(json.dumps(config.to_dict()))
     with pytest.raises(ConfigError, match="--resume"):
         train(config, tmp_path / "run")
