@@ -17,14 +17,15 @@ from typing import Literal, TypeAlias
 
 from nsp.sniff import sniff
 
-# What a command may want at a path.
+# What a command may want at a path; an option's name: the command has the other one as well.
 Wanted: TypeAlias = Literal[
-    "engines", "--engine-dir", "--checkpoint", "--start-from", "model", "data"
+    "engines", "--engine-dir", "checkpoint", "--checkpoint", "--start-from", "model", "data"
 ]
 
 _NEEDED = {
     "engines": "an engine folder (with manifest.json) is needed here",
     "--engine-dir": "an engine folder (with manifest.json) is needed here",
+    "checkpoint": "a checkpoint folder (with config.json) is needed here",
     "--checkpoint": "a checkpoint folder (with config.json) is needed here",
     "--start-from": "a checkpoint folder (with config.json) is needed here",
     "model": "an engine folder (manifest.json) or a checkpoint folder (config.json) is needed here",
@@ -233,7 +234,8 @@ def _for_model(found: Found, model: str, wanted: Wanted) -> str:
     """Return how to use the model folder that is at a path, inside it, or around it."""
     assert found.model is not None
     is_engines = _model_folder(found.model) == "engines"
-    taken = ("engines", "--engine-dir") if is_engines else ("--checkpoint", "--start-from")
+    of_checkpoints = ("checkpoint", "--checkpoint", "--start-from")
+    taken = ("engines", "--engine-dir") if is_engines else of_checkpoints
     if wanted in (*taken, "model"):
         return f"use: {model}"
     if is_engines:

@@ -119,6 +119,15 @@ def test_a_table_of_prompts_gives_every_image_its_seed(generate, tmp_path):
     assert made == [("first", 3), ("first", 4), *apples, ("cat", 3), ("cat", 4)]
 
 
+def test_a_repeated_seed_gives_each_image_its_own_or_is_refused(generate):
+    options = ("--prompt", "cat", "--prompt", "dog", "--seed", 7, "--seed", 3, "--json")
+    made = json.loads(generate(*options).stdout)["images"]
+    assert [(image["prompt"], image["seed"]) for image in made] == [("cat", 7), ("dog", 3)]
+    wrong = generate(*options, "--num-images", 2)
+    assert "error: seed has 2 numbers for 4 images; give one for each" in wrong.stderr
+    assert wrong.exit_code == 2
+
+
 def test_class_ids_make_images_of_a_class_model(tiny_class_checkpoint, tmp_path):
     options = ("--checkpoint", tiny_class_checkpoint, "--output-dir", tmp_path / "out")
     result = nsp("generate", *options, "--class-id", 3, "--class-id", 9, "--batch-size", 1)

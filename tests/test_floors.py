@@ -163,3 +163,10 @@ def test_a_circle_is_found_however_long() -> None:
     graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"b"}, "d": {"a"}, "e": set()}
     assert circles(graph) == ["b -> c -> b", "a -> b -> d -> a"]
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_map_has_every_package() -> None:
+    shown = (ROOT / "ARCHITECTURE.md").read_text()
+    packages = [path.parent.name for path in (ROOT / "nsp").glob("*/__init__.py")]
+    assert len(packages) > 10
+    assert [p for p in packages if f"nsp/{p}" not in shown and f"nsp.{p}" not in shown] == []

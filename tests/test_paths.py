@@ -126,9 +126,11 @@ COMMANDS = {
     "verify": ("verify",),
     "bench": ("bench", "--output-dir", "OUT", "--engine-dir"),
     "export": ("export", "--engine-dir", "OUT", "--checkpoint"),
+    "data cache": ("data", "cache", "emoji", "--output", "OUT", "--checkpoint"),
 }
 SAID = [
     ("generate --checkpoint", "engines", "is an engine folder; use: --engine-dir 'PLACE/engines'"),
+    ("data cache", "engines", "is an engine folder; a checkpoint folder (with config.json) is"),
     ("export", "engines", "has engines, the result of an export; give the checkpoint"),
     ("generate --checkpoint", "runs/mine", "training run; use: 'PLACE/runs/mine/checkpoint'"),
     ("generate --checkpoint", "runs/new", "that has no checkpoint yet; continue it with: python"),

@@ -27,7 +27,7 @@ MODEL = ROOT / "tests/past/before_orders/checkpoint"  # the smallest that has al
 # With raster families, which share them: how codes are drawn has a file apart from `var`, one more
 # on each road, and training has VQGAN's blocks and codes as data; a run looks for its recipe in
 # every family.
-LOADING, CALL, GENERATE, FIRST_STEP = 37, 22, 52, 91
+LOADING, CALL, GENERATE, FIRST_STEP = 37, 22, 52, 92
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def quantize_blocks(path: Path) -> None:
     """Do the same with one scale for every 128 weights of a column, for products of a few rows.
 
     The operator reads weights once and as they lie in memory: products of two rows take 0.7 times
-    as long as those of `quantize`, and their errors are smaller (docs/next_patch.md).
+    as long as those of `quantize`, and their errors are smaller.
     """
     model = onnx.load(path)
     metadata = {each.key: each.value for each in model.metadata_props}

@@ -219,7 +219,7 @@ def read_checkpoint(folder: Path, *, verify: bool = True) -> CheckpointRecord:
     """
     path = folder / CONFIG_NAME
     if not is_checkpoint(folder) or describe(folder).kind == "hub model":
-        raise CheckpointError(wrong_path(folder, "--checkpoint"))
+        raise CheckpointError(wrong_path(folder, "checkpoint"))
     values = _read_config(path)
     _check_names(folder, values.files)
     has_digests = values.files or values.digest  # if only one exists, the other was removed

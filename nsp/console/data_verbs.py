@@ -197,6 +197,10 @@ def cache(
 
     if crop_range is not None and not ten_crop:
         raise ConfigError("--crop-range is for --ten-crop; omit it, or add that")
+    if (ten_crop or flip) and (output.suffix == ".safetensors" or output.is_file()):
+        raise ConfigError(
+            f"--output {output}: --ten-crop and --flip write a folder of codes; give its name"
+        )
     record = read_checkpoint(checkpoint)
     system = record.load()
     found = open_source(source, skip_bad_files=skip_bad_files)

@@ -75,9 +75,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--seed",
+    "seeds",
     type=SEED,
-    help="The same seed and backend give the same image; image k of a prompt has seed SEED + k.  "
-    "[default: 0; 42 for next-scale]",
+    multiple=True,
+    help="The same seed and backend give the same image; image k of a prompt has seed SEED + k. "
+    "Repeatable: one for each image.  [default: 0; 42 for next-scale]",
 )
 @group("Speed")
 @click.option("--batch-size", type=COUNT, help="Images made at once; it does not change them.")
@@ -140,7 +142,7 @@ def generate(
     unconditional: bool,
     negative_prompt: str | None,
     num_images: int | None,
-    seed: int | None,
+    seeds: tuple[int, ...],
     batch_size: int | None,
     device: str | None,
     backend: str,
@@ -192,6 +194,7 @@ def generate(
             "--unconditional": unconditional,
             "--negative-prompt": negative_prompt,
             "--save-intermediates": save_intermediates,
+            "--seed more than once": len(seeds) > 1,
         }
         planned = planned_set(npz, labels, shard, one_by_one)
         device = device_of_process(device, checkpoint)
@@ -206,6 +209,7 @@ def generate(
         lora=lora,
     )
     family = pipeline.family
+    seed = seeds[0] if seeds else family.default_seed
     declared = family.given(pipeline.config)
     files = {name: given.pop(name) for name in declared if name in given}
     if planned is not None:
@@ -215,7 +219,7 @@ def generate(
                 sampling=pipeline.sampling.changed(given),
                 given=files,
                 num_images=num_images,
-                seed=family.default_seed if seed is None else seed,
+                seed=seed,
                 size_px=image_size_eval,
                 batch_size=batch_size or family.default_batch_size,
                 as_json=as_json,
@@ -230,7 +234,7 @@ def generate(
         listed,
         prompts=prompts,
         class_ids=class_ids,
-        seed=family.default_seed if seed is None else seed,
+        seed=seeds if len(seeds) > 1 else seed,
         num_images=num_images,
         negative=negative_prompt,
     )

@@ -261,31 +261,46 @@ def planned_orders(
     *,
     prompts: Sequence[str],
     class_ids: Sequence[int],
-    seed: int,
+    seed: int | Sequence[int],
     num_images: int,
     negative: str | None,
 ) -> "list[Order[S]]":
     """Return the orders of a command line: its own conditions, then those of a list.
 
     The k-th image of the same condition has `seed` + k, wherever it is in the list; a row of a list
-    may have its own seed, negative prompt and settings.
+    may have its own seed, negative prompt and settings. A list of seeds gives each image its own.
     """
-    from nsp.pipeline.orders import check_total, make_orders
+    from nsp.pipeline.orders import check_seeds, check_total, make_orders
 
     wanted: list[tuple[str | int | None, ListedImage | None]] = []
     wanted += [(prompt, None) for prompt in prompts]
     wanted += [(number, None) for number in class_ids]
     wanted += [(row.class_id if row.prompt is None else row.prompt, row) for row in listed]
     wanted = wanted or [(None, None)]
+    seeds = None if isinstance(seed, int) else list(seed)
+    if seeds is not None and num_images == 1 and wanted == [(None, None)]:
+        num_images = len(seeds)
     check_total(len(wanted) * values.count("num_images", num_images))
+    if seeds is not None:
+        check_seeds(seeds, len(wanted) * num_images)
     made: dict[str | int | None, int] = {}
     planned: list[Order[S]] = []
     for condition, row in wanted:
-        settings, null, first = sampling, negative, seed + made.get(condition, 0)
+        settings, null = sampling, negative
+        first: int | Sequence[int]
+        if isinstance(seed, int):
+            first = seed + made.get(condition, 0)
+        else:
+            first = seed[len(planned) : len(planned) + num_images]
         if row is not None:
             settings = _settings_of(row, sampling)
             null = negative if row.negative is None else row.negative
         if row is not None and row.seed is not None:
+            if seeds is not None:
+                raise ConfigError(
+                    f"{row.where} has a seed of its own, and --seed is given {len(seeds)} times; "
+                    "omit either"
+                )
             first = row.seed
         else:
             made[condition] = made.get(condition, 0) + num_images

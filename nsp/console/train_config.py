@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nsp.console.run_files import read_run
 from nsp.errors import ConfigError
-from nsp.family.recipe import Epochs, RunConfig
+from nsp.family.recipe import Epochs, PhaseConfig, RunConfig
 from nsp.family.recipes import Recipe, check_model, check_options, default_recipe, recipe
 from nsp.family.registry import family
 from nsp.family.run_values import with_texts, with_values
@@ -151,8 +151,24 @@ def _from_recipe(
         run = _of_size(run, own.get("size"))
     if stored is None:
         return run
-    run = _continued(run, stored)
-    return _adapted(run, own, common) if own else run
+    run = with_values(_continued(run, stored), _said(found, run, passed))
+    change = family(run.family).run_options
+    known = set() if change is None else {each.name for each in parameters(change, skip=1)}
+    again = {name: value for name, value in own.items() if name in known or name == "size"}
+    return _adapted(run, again, common) if again else run
+
+
+def _said(found: Recipe, run: RunConfig, passed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of what a recipe's own options change in fields of _KEPT."""
+    try:
+        plain = found.run(**passed)
+    except ConfigError:  # the recipe is not complete without them
+        return
+    from nsp.training.folder import differing_values
+
+    for name, _, value in differing_values(plain.to_dict(), run.to_dict()):
+        if name.partition(".")[0] in _KEPT:
+            yield name, value
 
 
 def _adapted(run: RunConfig, own: Mapping[str, Any], common: Mapping[str, Any]) -> RunConfig:
@@ -193,14 +209,23 @@ def _from_phase(run: RunConfig, name: str) -> RunConfig:
 
 def _continued(run: RunConfig, stored: RunConfig) -> RunConfig:
     """Return `run` with the fields that common options can change taken from `stored`."""
-    steps = {phase.name: phase.steps for phase in stored.phases}
+    before = {phase.name: phase for phase in stored.phases}
     folder = {name: value for name, value in stored.text_encoder.items() if name == "folder"}
     return dataclasses.replace(
         run,
         text_encoder={**run.text_encoder, **folder},
         **{name: getattr(stored, name) for name in _KEPT},
         phases=tuple(
-            dataclasses.replace(phase, steps=steps.get(phase.name, phase.steps))
+            _with_lengths(phase, before[phase.name]) if phase.name in before else phase
             for phase in run.phases
         ),
     )
+
+
+def _with_lengths(phase: PhaseConfig, stored: PhaseConfig) -> PhaseConfig:
+    """Return the phase with the stored number of steps, and the warm-up that epochs came to."""
+    optimizer = phase.optimizer
+    if isinstance(optimizer.warmup_steps, Epochs):
+        counted_up = stored.optimizer.warmup_steps
+        optimizer = dataclasses.replace(optimizer, warmup_steps=counted_up)
+    return dataclasses.replace(phase, steps=stored.steps, optimizer=optimizer)

@@ -71,6 +71,8 @@ class TrainCommand(Grouped, OneLineErrors):
 
     def _refuse_foreign(self, ctx: click.Context, args: Sequence[str]) -> None:
         """Raise ConfigError for an option that only other recipes have, and name these."""
+        from nsp.family.recipes import presets_with
+
         known = {
             word for each in self.get_params(ctx) for word in (*each.opts, *each.secondary_opts)
         }
@@ -79,7 +81,7 @@ class TrainCommand(Grouped, OneLineErrors):
             if not word.startswith("--") or word in {*known, "--"}:
                 continue
             name = word.removeprefix("--").removeprefix("no-").replace("-", "_")
-            if others := _presets_with(name):
+            if others := presets_with(name):
                 owner = ctx.meta[_OWN].owner
                 raise ConfigError(
                     f"{word} is not an option of {owner}; presets with it: {', '.join(others)}"
@@ -168,13 +170,6 @@ def _of_family(path: Path, params: Sequence[click.Parameter]) -> Own:
 def _without(found: Sequence[Parameter], common: set[str | None]) -> tuple[Parameter, ...]:
     """Return the parameters that are not options of every run."""
     return tuple(each for each in found if each.name not in common)
-
-
-def _presets_with(name: str) -> list[str]:
-    from nsp.family.recipes import recipes
-
-    found = recipes(built_in_only=True).values()
-    return [each.name for each in found if name in (own.name for own in each.parameters)]
 
 
 def option_of(parameter: Parameter) -> click.Option:

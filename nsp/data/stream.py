@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from nsp.data.crops import Crop
 from nsp.data.pictures import decode_rgb
+from nsp.data.reading_ahead import leave_signals_to_parent
 from nsp.data.samples import Problem, drawn_caption
 from nsp.data.shards import RawSample, ShardReader, ShardSet, find_shards, wrong_sizes
 from nsp.errors import ConfigError, DataError
@@ -142,6 +143,7 @@ class ShardStream(IterableDataset[StreamItem]):
             num_workers=num_workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # torch's global generator belongs to the training step
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def __iter__(self) -> Iterator[StreamItem]:

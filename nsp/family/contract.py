@@ -100,6 +100,15 @@ def trace_sizes(stages: Mapping[str, Stage]) -> Sizes:
     return {**_TRACED, **{axis: _FIRST_OWN + number for number, axis in enumerate(names)}}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """Weights of the user's that a new model begins with; their phase need not be trained."""
+
+    option: str  # of the family's recipes, such as "vq_ckpt"
+    field: str  # of the model's configuration: the path of a file or folder, or None
+    phase: str
+
+
 class Learner(ABC, Generic[C, S, Y]):
     """The side of a family that needs torch."""
 
@@ -191,6 +200,7 @@ class Family(ABC, Generic[C, S, Y]):
     kv_layouts: ClassVar[tuple[str, ...]] = ("delta", "present")  # its cache's layouts, best first
     published: ClassVar[Mapping[str, str]] = {}  # the files that `convert` takes, and their help
     published_folders: ClassVar[Mapping[str, str]] = {}  # the folders that some models need beside
+    pretrained: ClassVar[Sequence[Pretrained]] = ()
     peers: ClassVar[Sequence[Peer]] = ()  # public code that `nsp bench` can time beside it
     default_prompt: ClassVar[str | None] = None  # for `nsp generate`
     default_seed: ClassVar[int] = 0

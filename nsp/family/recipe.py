@@ -297,7 +297,7 @@ class RunConfig(Config):
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"  # how several processes share the work
-    compile: bool = False  # torch.compile for the repeated parts
+    compile: bool | None = False  # torch.compile for the repeated parts; None: on a GPU alone
     activation_checkpointing: bool = False  # recompute activations instead of keeping them
     anyway: bool = False  # go on although a phase's result is not good enough to build on
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

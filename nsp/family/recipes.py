@@ -53,23 +53,24 @@ def check_options(owner: str, known: tuple[Parameter, ...], options: Mapping[str
     """Raise ConfigError for an option that is unknown, missing or out of its range."""
     named = {each.name: each for each in known}
     if unknown := [name for name in options if name not in named]:
-        hint = nearest(_option(unknown[0]), map(_option, named)) if named else ""
-        raise ConfigError(f"{_option(unknown[0])} is not an option of {owner}{hint}")
+        hint = nearest(option(unknown[0]), map(option, named)) if named else ""
+        raise ConfigError(f"{option(unknown[0])} is not an option of {owner}{hint}")
     if missing := [each for each in known if each.is_required and each.name not in options]:
-        raise ConfigError(f"{owner} needs {_option(missing[0].name)}: {missing[0].help}")
+        raise ConfigError(f"{owner} needs {option(missing[0].name)}: {missing[0].help}")
     for name, value in options.items():
         limits = named[name].range
         if isinstance(value, int | float) and limits != signature.Range():
             least = -float("inf") if limits.least is None else limits.least
             most = float("inf") if limits.most is None else limits.most
-            found = real(_option(name), value, least=least, most=most)
+            found = real(option(name), value, least=least, most=most)
             if limits.is_open and found in (least, most):
                 raise ConfigError(
-                    f"{_option(name)} must be a number between {least:g} and {most:g}, not {value}"
+                    f"{option(name)} must be a number between {least:g} and {most:g}, not {value}"
                 )
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """Return the option of a keyword as it is typed."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -81,6 +82,16 @@ def recipes(*, built_in_only: bool = False) -> dict[str, Recipe]:
             if found.setdefault(name, Recipe(name, owner, make)).family != owner:
                 logger.warning("recipe %r of family %s is left out: the name is taken", name, owner)
     return found
+
+
+def presets_with(name: str, owner: str | None = None) -> list[str]:
+    """Return the names of the recipes that have the option, of one family or of all built in."""
+    found = recipes(built_in_only=owner is None)
+    return [
+        each.name
+        for each in found.values()
+        if owner in (None, each.family) and name in (own.name for own in each.parameters)
+    ]
 
 
 def _recipes_of(name: str) -> Mapping[str, Callable[..., RunConfig]]:

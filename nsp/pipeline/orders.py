@@ -77,6 +77,15 @@ def check_total(num_images: int) -> None:
         )
 
 
+def check_seeds(seeds: Sequence[int], num_images: int) -> None:
+    """Raise ConfigError for a list of seeds that has not one for each image."""
+    if len(seeds) != num_images:
+        raise ConfigError(
+            f"seed has {len(seeds)} numbers for {num_images} images; give one for each, or one "
+            "number for all"
+        )
+
+
 def _is_list(seed: int | Sequence[int]) -> TypeGuard[Sequence[int]]:
     """Return whether a seed is a list with one for each image."""
     if isinstance(seed, np.ndarray):
@@ -87,11 +96,7 @@ def _is_list(seed: int | Sequence[int]) -> TypeGuard[Sequence[int]]:
 def _seeds(seed: int | Sequence[int], conditions: Sequence[Hashable]) -> list[int]:
     """Return the seed of every image."""
     if _is_list(seed):
-        if len(seed) != len(conditions):
-            raise ConfigError(
-                f"seed has {len(seed)} numbers for {len(conditions)} images; give one for each, "
-                "or one number for all"
-            )
+        check_seeds(seed, len(conditions))
         return [values.seed(each) for each in seed]
     first, made = values.seed(seed), Counter[Hashable]()
     found = []

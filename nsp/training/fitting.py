@@ -7,6 +7,8 @@ from accelerate import Accelerator
 from nsp.errors import ConfigError
 from nsp.family.objective import Objective
 from nsp.family.recipe import PhaseConfig, RunConfig
+from nsp.family.recipes import option, presets_with
+from nsp.family.registry import family
 from nsp.training.data_order import StepSampler
 from nsp.training.run_pictures import Pictures
 from nsp.training.trainer import share_of
@@ -27,6 +29,32 @@ def check_place(folder: Path, config: RunConfig, *, resume: bool) -> None:
             f"{folder} is inside the data folder {source}, so the run's files would count as "
             "training data; choose another --output-dir"
         )
+
+
+def check_pretrained(config: RunConfig) -> None:
+    """Raise ConfigError for weights to begin with that do not exist."""
+    for each in family(config.family).pretrained:
+        place = config.model.get(each.field)
+        if isinstance(place, str) and not Path(place).exists():
+            raise ConfigError(
+                f"{option(each.option)} {place} does not exist (relative to {Path.cwd()}); give "
+                "the file or the checkpoint folder with the weights"
+            )
+
+
+def check_codes(config: RunConfig, phase: PhaseConfig, objective: Objective) -> None:
+    """Raise ConfigError when a phase needs pictures; the data are codes."""
+    if objective.takes_codes:
+        return
+    ways = ["give --data"]
+    for each in family(config.family).pretrained:
+        presets = presets_with(each.option, config.family)
+        if each.phase == phase.name and presets:
+            ways.append(f"give its weights with {option(each.option)} (of {', '.join(presets)})")
+    raise ConfigError(
+        f"phase {phase.name} needs pictures, but {config.data.source} is a folder of codes; "
+        f"{', '.join(ways)}, or skip the phase with --from-phase"
+    )
 
 
 def check_batches(config: RunConfig, accelerator: Accelerator, data: Pictures) -> None:

@@ -86,17 +86,22 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
-    """Raise when `folder` does (not) hold a run, or one that `config` does not continue."""
+    """Raise when `folder` does (not) hold a run, or one that `config` does not continue.
+
+    A run without any saved step counts as none: a new start replaces it.
+    """
     path = folder / RUN_NAME
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; choose another --output-dir")
-    if path.exists() and not resume:
+    failed = None if resume else failed_start(folder)
+    if path.exists() and not resume and failed is None:
         raise ConfigError(
             f"{folder} already has a run; continue it with --resume or choose another --output-dir"
         )
     if not resume:
+        replaced = () if failed is None else [phase.name for phase in failed.phases]
         for name in (CHECKPOINT_NAME, *(phase.name for phase in config.phases)):
-            if (folder / name).exists():
+            if (folder / name).exists() and name not in replaced:
                 raise ConfigError(
                     f"{folder} has {name}/ but no {RUN_NAME}; choose another --output-dir"
                 )
@@ -128,6 +133,25 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
                 f"{path} says {name} is {was!r}, not {given!r}; omit the option that changes it to "
                 "continue that run, or start another with --output-dir"
             )
+
+
+def failed_start(folder: Path) -> RunConfig | None:
+    """Return the run in `folder` if none of its steps is saved; a new start may replace it."""
+    if not (folder / RUN_NAME).is_file() or (folder / CHECKPOINT_NAME).exists():
+        return None
+    try:
+        run = stored_run(folder)
+    except CheckpointError:
+        return None
+    for phase in run.phases:
+        own = folder / phase.name
+        steps = steps_folder(run, own)
+        # Saved steps that lie elsewhere may be out of sight now.
+        if (steps.is_dir() and any(steps.iterdir())) or (
+            run.checkpoint_dir is not None and own.exists()
+        ):
+            return None
+    return run
 
 
 def check_order(folder: Path, config: RunConfig) -> None:

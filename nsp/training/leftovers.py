@@ -20,6 +20,7 @@ from nsp.training.folder import (
     RUN_NAME,
     START_NAME,
     TOKENS_NAME,
+    failed_start,
     steps_folder,
 )
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 # `CheckpointStore`.
 _FOLDER = re.compile(r"\.(?P<name>[^.].*)\.[a-z0-9_]{8}(?P<old>\.old)?|\.step\d+\.gone")
 _FILE = re.compile(r"\..+\.(?:[0-9a-f]{8}|\d+)\.partial")
+MLFLOW_NAME = "mlflow.json"
 _OURS = (CHECKPOINT_NAME, START_NAME, RUN_NAME, DATA_NAME, TOKENS_NAME, LOCK_NAME)
 
 
@@ -37,12 +39,7 @@ def refuse_links(folder: Path, config: RunConfig) -> None:
 
     The path of the run folder itself may contain links, and so may that of --checkpoint-dir.
     """
-    names = [
-        *_OURS,
-        "mlflow.json",
-        config.tracking.log_name,
-        *(phase.name for phase in config.phases),
-    ]
+    names = [*_OURS, MLFLOW_NAME, config.tracking.log_name, *(p.name for p in config.phases)]
     found = [folder / name for name in names]
     for phase in config.phases:
         found += _entries(folder / phase.name)
@@ -52,6 +49,19 @@ def refuse_links(folder: Path, config: RunConfig) -> None:
                 f"{path} is a link, and a run does not write through links in its folder; put the "
                 "file or folder itself there (saved steps may be elsewhere: --checkpoint-dir)"
             )
+
+
+def remove_failed_start(folder: Path) -> None:
+    """Remove a run without any saved step, so that a new one begins; other runs stay."""
+    run = failed_start(folder)
+    if run is None:
+        return
+    logger.info("%s: its run has no saved step; a new one replaces it", folder)
+    for name in (START_NAME, *(phase.name for phase in run.phases)):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+    for name in (DATA_NAME, TOKENS_NAME, MLFLOW_NAME, RUN_NAME):  # the last makes it a run
+        (folder / name).unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, config: RunConfig) -> None:

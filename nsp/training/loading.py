@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nsp.data.reading_ahead import leave_signals_to_parent
 from nsp.data.stream import ShardStream
 from nsp.training.data_order import Share, StepSampler
 
@@ -46,6 +47,7 @@ def training_loader(
     # A separate generator: the loader draws a seed for its workers when it starts. Drawn from
     # torch's generator, it would change the random numbers of the first step after a resumption.
     settings["generator"] = torch.Generator()
+    settings["worker_init_fn"] = leave_signals_to_parent
     return DataLoader(_AtEpoch(data), batch_sampler=sampler, **settings)
 
 

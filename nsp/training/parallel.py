@@ -4,6 +4,7 @@ All of these work on the objective's `units`, its repeated parts (transformer bl
 """
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from nsp.errors import ConfigError, NspError, TrainingError
 from nsp.family.objective import Objective
 from nsp.family.recipe import RunConfig
 
+logger = logging.getLogger(__name__)
+
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -32,6 +35,8 @@ def prepare(objective: Objective, config: RunConfig, accelerator: Accelerator) -
     `fully_shard` (FSDP2) called directly, because accelerate offers it on accelerators only and
     the same path must run on processors, where it is tested.
     """
+    if config.compile:
+        logger.info("torch.compile: the first steps are slow, for the model is compiled in them")
     for unit in objective.units():
         if config.activation_checkpointing:
             _checkpoint_activations(unit)

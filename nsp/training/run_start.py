@@ -15,7 +15,7 @@ from nsp.family.registry import family
 from nsp.files import write_file
 from nsp.text.parts import TextEncoderSettings
 from nsp.training.data_record import DataRecord
-from nsp.training.fitting import check_captions
+from nsp.training.fitting import check_captions, check_codes
 from nsp.training.folder import (
     CHECKPOINT_NAME,
     RUN_NAME,
@@ -59,11 +59,8 @@ def prepare_folder(
         for phase in config.phases:  # report mistakes of later phases now, not when they begin
             objective = phase_objective(phase, config, folder, accelerator, data, system)
             objectives.append(objective)
-            if data.are_codes and not objective.takes_codes:
-                raise ConfigError(
-                    f"phase {phase.name} needs pictures, but {config.data.source} is a folder of "
-                    "codes; give --data, or skip the phase with --from-phase"
-                )
+            if data.are_codes:
+                check_codes(config, phase, objective)
             saved += saved_bytes(objective, phase) if phase in phases else 0
             if phase in phases:
                 check_captions(config, phase, objective, data)

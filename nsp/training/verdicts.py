@@ -7,6 +7,7 @@ one of the run is one of that caption or class.
 
 import json
 import logging
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _MOST_COMPARED = 2000  # pictures of the run among which the nearest one is sear
 _LEAST_COMPARED, _MOST_BYTES = 200, 2**29  # and fewer large ones
 _SHOWN = 16  # pictures on the sheet
 _BATCH = 16
+_DOUBT = 0.025  # that hits are by chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +136,22 @@ def judge_generator(
         f"{recall} the nearest of {len(pictures.pixels)} pictures is its own, "
         f"{recall.share / chance:.1f} times chance"
     )
-    is_better = recall.low > chance
+    is_better = by_chance(round(recall.share * recall.count), recall.count, chance) < _DOUBT
     return Verdict(
         says=says if is_better else f"{says}; chance may do as well: train longer (--steps)",
         numbers={"recall_at_1": recall.share, "chance": chance},
     )
+
+
+def by_chance(hits: int, count: int, chance: float) -> float:
+    """Return the probability of at least `hits` among `count` at a probability of `chance` each.
+
+    Below 2.5 % the lower end of the exact 95 % interval (Clopper & Pearson 1934) is above chance.
+    Wilson's interval, which `Recall` shows, is too narrow for this where one hit is already more
+    than chance gives.
+    """
+    fewer = (math.comb(count, k) * chance**k * (1 - chance) ** (count - k) for k in range(hits))
+    return 1 - math.fsum(fewer)
 
 
 def _drawn(

@@ -8,7 +8,7 @@ checkpoint/, or from start/ if that is the only one.
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,14 +23,14 @@ from nsp.family.recipe import RunConfig
 from nsp.family.registry import family
 from nsp.paths import wrong_path
 from nsp.training.data_record import DataRecord
-from nsp.training.fitting import check_batches, check_place
+from nsp.training.fitting import check_batches, check_place, check_pretrained
 from nsp.training.folder import (
     CHECKPOINT_NAME,
     check_folder,
     check_order,
     locked,
 )
-from nsp.training.leftovers import refuse_links, remove_leftovers
+from nsp.training.leftovers import refuse_links, remove_failed_start, remove_leftovers
 from nsp.training.other_trackers import OtherTrackers, check_trackers
 from nsp.training.parallel import on_main
 from nsp.training.run_phase import run_phase
@@ -81,7 +81,8 @@ def train(
     change the number of steps, the precision and the devices, and its data may have moved. Lengths
     in epochs become steps when the data are open.
     ConfigError is raised for other differences from the stored configuration, for changed data
-    unless `accept_changed_data` is set, and for a folder that has a run if `resume` is not given.
+    unless `accept_changed_data` is set, and for a folder that has a run if `resume` is not given; a
+    run without any saved step is replaced instead.
     `device` is "cpu" or "cuda"; None is a GPU if there is one. Every process of a distributed run
     calls this.
     """
@@ -95,6 +96,8 @@ def train(
     start = Path(config.start_from) if config.start_from is not None and not resume else None
     if start is not None and not is_checkpoint(start):
         raise CheckpointError(wrong_path(start, "--start-from"))
+    if not resume:
+        check_pretrained(config)
     if config.tracking.log_with:
         check_trackers(config.tracking.log_with)
     # Set explicitly, because processes without a GPU would otherwise not find one another.
@@ -109,6 +112,8 @@ def train(
     )
     if not accelerator.is_main_process:
         speak_less()
+    if config.compile is None:
+        config = replace(config, compile=accelerator.device.type == "cuda")
     check_folder(folder, config, resume=resume)
     refuse_links(folder, config)
     set_seed(config.seed)
@@ -132,6 +137,9 @@ def train(
         def begin() -> None:
             held.enter_context(locked(folder))
             refuse_links(folder, config)
+            if not resume:
+                check_folder(folder, config, resume=False)  # another process may have begun a run
+                remove_failed_start(folder)
             remove_leftovers(folder, config)
             phases = config.phases[: names.index(last_phase or names[-1]) + 1]
             prepare_folder(folder, config, phases, accelerator, data, record, resume=resume)

@@ -46,6 +46,7 @@ def test_the_whole_suite_runs_on_a_cpu(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(json.loads(report.json_path.read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["next_patch", "latent_gpt"])
 def test_models_that_draw_code_by_code_have_their_time_per_code_beside_its_bytes(
     family: str, tmp_path: Path

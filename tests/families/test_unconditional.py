@@ -32,7 +32,7 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     source = ImageSource(tuple(Sample(c, (c,), None) for c in CAPTIONS), (), ())
     text_encoder = TextEncoderSettings(vocab_size=560, depth=1, num_heads=2)
     system = owner.learner.new_system(owner.sizes["tiny"], text_encoder, source).eval()
-    for parameter in system.gpt.parameters():
+    for parameter in system.get_submodule(owner.learner.parts[0]).parameters():
         nn.init.normal_(parameter, std=0.2)
     save_checkpoint(place / "model", system, notes={"made_by": "tests"})
     run_export(

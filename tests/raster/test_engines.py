@@ -26,6 +26,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return found
 
 
+@pytest.mark.slow
 @rtx
 def test_tensorrt_rtx_builds_an_engine_of_every_stage_without_a_gpu(
     name: str, tmp_path: Path

@@ -14,8 +14,9 @@ from PIL import Image
 
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.console.train_config import configure
-from nsp.errors import CheckpointError, ConfigError
+from nsp.errors import CheckpointError, ConfigError, DataError
 from nsp.family.recipe import RunConfig
+from nsp.training import trainer
 from nsp.training.checkpoints import CheckpointStore
 from nsp.training.data_record import DataRecord
 from nsp.training.folder import check_folder, locked, without_places
@@ -282,3 +283,42 @@ def test_data_that_is_not_where_it_was_is_asked_for(place: Path, tmp_path: Path)
     run = configure(None, place / "run", data=str(tmp_path / "moved"))
     with pytest.raises(ConfigError, match=r"does not exist .*; if it moved, give .* with --data"):
         train(run, place / "run", resume=True)
+
+
+def test_a_run_without_a_saved_step_is_replaced_by_a_new_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = write_pictures(tmp_path / "data"), tmp_path / "run"
+
+    def begin(steps: int) -> None:
+        train(configure("smoke", None, data=str(data), steps=steps), folder, last_phase="tokenizer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Phase, "_train_step", _fails)
+        with pytest.raises(DataError):
+            begin(2)
+    assert (folder / "run.json").is_file()
+    begin(1)
+    assert json.loads((folder / "run.json").read_text())["phases"][0]["steps"] == 1
+    kept = sorted(path for path in folder.rglob("*") if path.is_file())
+    with pytest.raises(ConfigError, match="already has a run"):
+        begin(2)
+    shutil.rmtree(folder / "checkpoint")  # its saved steps are enough
+    with pytest.raises(ConfigError, match="already has a run"):
+        begin(2)
+    assert [path for path in kept if not path.exists() and "checkpoint/" not in str(path)] == []
+
+
+def test_a_run_whose_saved_steps_are_out_of_sight_is_not_replaced(tmp_path: Path) -> None:
+    data, folder = write_pictures(tmp_path / "data"), tmp_path / "run"
+    elsewhere = tmp_path / "steps"
+    run = configure("smoke", None, data=str(data), steps=1, checkpoint_dir=str(elsewhere))
+    train(run, folder, last_phase="tokenizer")
+    shutil.rmtree(folder / "checkpoint")
+    shutil.move(elsewhere, tmp_path / "unmounted")
+    with pytest.raises(ConfigError, match="already has a run"):
+        check_folder(folder, run, resume=False)
+
+
+def _fails(*_: object) -> None:
+    raise DataError("the pictures cannot be read")

@@ -1,5 +1,6 @@
 """A run killed at any moment and resumed ends with the weights of an uninterrupted one."""
 
+import contextlib
 import json
 import os
 import random
@@ -22,7 +23,7 @@ def command(pictures: Path, folder: Path) -> list[str]:
     return [sys.executable, "train.py", "--preset", "smoke", *options]
 
 
-def start(words: list[str]) -> "subprocess.Popen[str]":
+def start(words: list[str], *, own_group: bool = False) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         words,
         cwd=ROOT,
@@ -30,6 +31,7 @@ def start(words: list[str]) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        process_group=0 if own_group else None,
     )
 
 
@@ -88,3 +90,26 @@ def _wait_for(log: Path, step: int, process: "subprocess.Popen[str]") -> None:
             return
         time.sleep(0.02)
     assert process.poll() == 0, "the run died or made no steps"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+def test_sigterm_to_the_group_of_a_run_with_workers_ends_and_saves_it(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """`timeout` and cluster schedulers signal the workers too."""
+    folder = tmp_path / "run"
+    words = [*command(pictures, folder), "--steps", "100000", "--num-workers", "2"]
+    process = start(words, own_group=True)
+    try:
+        _wait_for(folder / "tokenizer" / "log.jsonl", 3, process)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, output
+    assert "stopped; continue with" in output
+    assert "Traceback" not in output
+    saved = [path.name for path in (folder / "tokenizer" / "checkpoints").glob("step*")]
+    made = (folder / "tokenizer" / "log.jsonl").read_text().splitlines()
+    assert max(saved) == f"step{json.loads(made[-1])['step']:08d}"

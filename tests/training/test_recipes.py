@@ -27,6 +27,7 @@ from nsp.families.var import Var
 from nsp.family.recipe import DataConfig, Epochs, RunConfig
 from nsp.family.recipes import preset
 from nsp.family.signature import Env, Range
+from nsp.training.folder import check_folder
 from nsp.training.other_trackers import check_trackers
 from nsp.training.run_pictures import open_pictures
 from nsp.training.whole_run import train
@@ -223,6 +224,11 @@ def test_a_file_that_is_no_run_is_refused_in_one_line(
         (["--log-with", "wandbb"], "'wandbb' is unknown, nearest is wandb"),
         (["--val-share", "0.1"], "has a validation split of its own"),
         (["--stream", "--data", "x.tar", "--epochs", "3"], "x.tar"),
+        (
+            ["--preset", "next_patch", "--vq-ckpt", "no.pt", "--data", "x", "--batch-size", "7"],
+            "error: --vq-ckpt no.pt does not exist",
+        ),
+        (["--preset", "latent_gpt", "--vqvae", "no.pt"], "error: --vqvae no.pt does not exist"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line_before_the_first_step(
@@ -280,6 +286,33 @@ def test_a_stopped_run_is_lengthened_in_epochs(
     assert "is now None" not in caplog.text
     assert made.run.phases[0].steps == 3
     assert configure("smoke", tmp_path / "run") == made.run
+
+
+@pytest.mark.parametrize("place", ["code_path", "data_path"])
+def test_the_options_that_began_a_run_continue_it(place: str, tmp_path: Path) -> None:
+    """Own options of a recipe, beside --resume; no family has to know them a second time."""
+    tokenizer, folder = tmp_path / "vq.pt", tmp_path / "run"
+    tokenizer.write_bytes(b"")
+    options: dict[str, Any] = {
+        place: str(tmp_path / "data"),
+        "vq_ckpt": tokenizer,
+        "patch_level": 3,
+        "image_size": 128,
+        "scheduler": True,
+        "ema": True,
+        "cloud_save_path": tmp_path / "copies",
+    }
+    begun = configure("next_patch", None, **options, epochs=2).in_steps(1000)
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(begun.to_dict()))
+    continued = configure("next_patch", folder, **options)
+    check_folder(folder, continued, resume=True)
+    assert continued.in_steps(1000) == begun
+    moved = configure("next_patch", folder, **{**options, place: str(tmp_path / "moved")})
+    assert moved.data.source == str(tmp_path / "moved")
+    other = configure("next_patch", folder, **{**options, "patch_level": 1})
+    with pytest.raises(ConfigError, match=r"objective.patch_level is 3, not 1"):
+        check_folder(folder, other, resume=True)
 
 
 def test_a_share_is_held_out_by_the_names_of_pictures_alone(pictures: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from nsp.families.var.system import VarSystem
 from nsp.family.recipe import RunConfig
 from nsp.family.recipes import default_recipe, preset
 from nsp.training import run_phase
-from nsp.training.verdicts import judge_generator, judge_tokenizer, num_asked
+from nsp.training.verdicts import by_chance, judge_generator, judge_tokenizer, num_asked
 from nsp.training.whole_run import train
 from tests.models import new_tiny_checkpoint
 
@@ -102,6 +102,17 @@ def test_a_hit_is_any_picture_of_the_caption_and_chance_counts_them(
     assert verdict is not None
     assert verdict.numbers["recall_at_1"] == pytest.approx(2 / 3)
     assert verdict.numbers["chance"] == pytest.approx((3 + 1 + 2) / 3 / 6)
+
+
+@pytest.mark.parametrize(
+    ("hits", "chance", "praised"),
+    [(0, 1 / 2000, False), (1, 1 / 2000, False), (2, 1 / 2000, True), (9, 1 / 8, False)],
+)
+def test_only_hits_that_chance_does_not_explain_are_more_than_chance(
+    hits: int, chance: float, praised: bool
+) -> None:
+    """One hit of 64 at 1 in 2000 is 31 times chance, and yet 3 % of random models have it."""
+    assert (by_chance(hits, 64, chance) < 0.025) is praised
 
 
 def test_pictures_that_all_look_the_same_judge_nothing(

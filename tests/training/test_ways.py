@@ -57,7 +57,11 @@ def test_recomputed_activations_change_nothing(
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_predictor_has_the_losses_of_a_plain_one(
-    config: RunConfig, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig,
+    plain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     phases = tuple(phase for phase in config.phases if phase.name == "predictor")
     run = replace(config, phases=phases, start_from=str(plain / "start"))
@@ -67,12 +71,25 @@ def test_a_compiled_predictor_has_the_losses_of_a_plain_one(
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda unit: compile_unit(unit, backend="aot_eager")
     )
-    train(replace(run, compile=True), tmp_path / "run")
+    with caplog.at_level(logging.INFO):
+        train(replace(run, compile=True), tmp_path / "run")
+    assert "the first steps are slow, for the model is compiled in them" in caplog.text
     first, second = (
         [json.loads(line)["loss"] for line in log.read_text().splitlines()]
         for log in (tmp_path / name / "predictor/log.jsonl" for name in ("plain", "run"))
     )
     assert second == pytest.approx(first, rel=2e-5)
+
+
+def test_a_run_that_leaves_compiling_open_does_not_compile_on_a_processor(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(unit: torch.nn.Module) -> None:
+        raise AssertionError("a unit is compiled")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", refuse)
+    made = train(replace(config, compile=None), tmp_path / "run", device="cpu")
+    assert made.run.compile is False
 
 
 def test_bf16_trains_close_to_fp32(config: RunConfig, plain: Path, tmp_path: Path) -> None:

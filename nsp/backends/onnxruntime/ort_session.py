@@ -55,7 +55,7 @@ def _share_scratch(ort: Any) -> None:
 
 
 def own_memory() -> list[range]:
-    """Return the address ranges of this process that hold no file; empty on other systems."""
+    """Return the address ranges of this process without a file behind them; empty elsewhere."""
     if sys.platform != "linux":
         return []
     try:

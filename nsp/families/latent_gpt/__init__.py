@@ -13,7 +13,7 @@ import numpy as np
 
 from nsp.families.latent_gpt.config import SIZES, LatentGptConfig
 from nsp.families.latent_gpt.stages import stages
-from nsp.family.contract import Kind, Learner, Stage
+from nsp.family.contract import Kind, Learner, Pretrained, Stage
 from nsp.family.order import Encoded, Order, Step
 from nsp.raster import loop
 from nsp.raster.examples import examples
@@ -36,6 +36,9 @@ class LatentGpt(RasterFamily[LatentGptConfig, "LatentGptSystem"]):
     published: ClassVar[Mapping[str, str]] = {
         "tokenizer": "Weights of the image tokenizer.",
     }
+    pretrained: ClassVar[Sequence[Pretrained]] = (
+        Pretrained(option="vqvae", field="pretrained_vq", phase="tokenizer"),
+    )
     config, sizes = LatentGptConfig, SIZES
 
     def condition(self, config: LatentGptConfig) -> Kind:

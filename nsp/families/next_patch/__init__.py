@@ -15,7 +15,7 @@ from nsp.families.next_patch.config import GPT_SIZES, SIZES, NextPatchConfig, wi
 from nsp.families.next_patch.peers import PUBLIC_LLAMAGEN
 from nsp.families.next_patch.stages import stages
 from nsp.family.classes import ClassCondition
-from nsp.family.contract import Kind, Learner, Stage
+from nsp.family.contract import Kind, Learner, Pretrained, Stage
 from nsp.family.order import Encoded, Order, Step
 from nsp.family.peer import Peer
 from nsp.raster import loop
@@ -43,6 +43,10 @@ class NextPatch(RasterFamily[NextPatchConfig, "NextPatchSystem"]):
     published_folders: ClassVar[Mapping[str, str]] = {
         "text-encoder": "T5 folder, for models of captions.",
     }
+    pretrained: ClassVar[Sequence[Pretrained]] = (
+        Pretrained(option="vq_ckpt", field="pretrained_vq", phase="tokenizer"),
+        Pretrained(option="gpt_ckpt", field="pretrained_gpt", phase="predictor"),
+    )
     peers: ClassVar[Sequence[Peer]] = (PUBLIC_LLAMAGEN,)
     config, sizes = NextPatchConfig, SIZES
 

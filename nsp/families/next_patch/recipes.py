@@ -37,7 +37,7 @@ def imagenet(
     scheduler: Annotated[bool, "Warm up and decay the rate in every level."] = False,
     ema: Annotated[bool, "Publish a moving average of the weights."] = False,
     cloud_save_path: Annotated[Path | None, "Folder for a second copy of saved steps."] = None,
-    compile: Annotated[bool, "Use torch.compile."] = True,
+    compile: Annotated[bool | None, "Use torch.compile; by default on a GPU."] = None,
     start_from: Annotated[str | None, "Checkpoint folder with all weights."] = None,
 ) -> RunConfig:
     """Return the public trainer's run for class-conditional models; options have its names.

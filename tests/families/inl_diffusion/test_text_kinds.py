@@ -54,6 +54,7 @@ def test_a_checkpoint_keeps_its_text_encoder(kind: TextKind, tmp_path: Path) -> 
     assert (image[0] != image[1]).any()  # prompts matter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "clip_pair"])
 def test_engines_read_prompts_as_the_checkpoint_does(kind: TextKind, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model", _reading(kind), notes={})

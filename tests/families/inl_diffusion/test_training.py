@@ -74,6 +74,7 @@ def test_a_checkpoint_has_the_averaged_weights(pictures: Path, plain: Path, tmp_
     assert torch.equal(live["vae/encoder.conv_in.weight"], averaged["vae/encoder.conv_in.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_does(
     pictures: Path, plain: Path, tmp_path: Path, kind: str
@@ -91,6 +92,7 @@ def test_two_processes_train_as_one_does(
         torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_states_of_a_frozen_encoder(pictures: Path, tmp_path: Path) -> None:
     """Also with the prompt "" as null condition, whose learned one is then not trained."""
     run = new_run(pictures)
@@ -117,6 +119,7 @@ def test_every_published_size_is_planned_as_inl_dit_trains_it() -> None:
     assert _recipe(owner, owner.sizes["emoji"].to_dict(), "emoji")[0] == "inl_diffusion"
 
 
+@pytest.mark.slow
 def test_training_is_measured_by_size_with_latents_cached_or_not(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

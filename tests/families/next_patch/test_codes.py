@@ -146,7 +146,7 @@ def test_a_run_learns_from_codes_alone(place: Path, tmp_path: Path) -> None:
     assert result.finished
     run = run_of(place)
     tokenizer = dataclasses.replace(run.phases[0], name="tokenizer")
-    with pytest.raises(ConfigError, match="phase tokenizer needs pictures"):
+    with pytest.raises(ConfigError, match=r"phase tokenizer needs .* --vq-ckpt \(of next_patch\)"):
         train(dataclasses.replace(run, phases=(tokenizer,)), tmp_path / "other", device="cpu")
 
 
@@ -217,6 +217,13 @@ def test_a_crop_range_without_ten_crops_is_refused(place: Path) -> None:
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
     assert "--crop-range is for --ten-crop" in result.output
+
+
+def test_codes_of_crops_do_not_go_into_a_folder_with_the_name_of_a_file(place: Path) -> None:
+    result = CliRunner().invoke(main, command(place, "--output", str(place / "z.safetensors")))
+    assert result.exit_code == 2
+    assert "--ten-crop and --flip write a folder of codes" in result.stderr
+    assert not (place / "z.safetensors").exists()
 
 
 def test_a_process_may_begin_while_another_writes(place: Path) -> None:

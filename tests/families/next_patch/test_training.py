@@ -121,6 +121,10 @@ def test_options_have_the_public_names(tmp_path: Path) -> None:
     assert (run["model"]["grid_side"], run["model"]["gpt"]["depth"]) == (24, 24)
     assert (run["model"]["pretrained_vq"], run["model"]["pretrained_gpt"]) == ("vq.pt", "gpt.pt")
     assert (run["data"]["source"], run["copy_dir"], run["compile"]) == ("d", "far", False)
+    given = CliRunner().invoke(main, line.replace("--no-compile", "--compile").split())
+    usual = CliRunner().invoke(main, line.replace("--no-compile ", "").split())
+    found = [yaml.safe_load(each.stdout)["compile"] for each in (given, usual)]
+    assert found == [True, None]  # None: on a GPU alone
     (made,) = run["phases"]
     assert made["objective"] == {"patch_level": 4, "epoch_rate": 0.67, "rates_per_level": True}
     assert (made["epochs"], made["optimizer"]["warmup_steps"]) == (30, {"epochs": 1})
