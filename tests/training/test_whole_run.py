@@ -124,7 +124,7 @@ def test_presets_round_trip_and_never_see_held_out_captions(name: str) -> None:
     if "dataset" in {each.name for each in parameters}:  # without pictures of its own
         given = {"data": "photos"}
         if "vae_path" in {each.name for each in parameters}:
-            given["vae_path"] = "vae_final.pt"
+            given["start_from"] = "model"
     run = preset(name, **given)
     assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
     assert run.data.source == given.get("data", "emoji")
