@@ -12,8 +12,14 @@ from nsp.family.gate import Tokens
 from nsp.family.registry import BUILT_IN, family
 from nsp.testing import CHECKS, Check, UnderTest
 
+# Their conformance takes a minute each; `make slow` checks it, and so does continuous integration.
+_SLOW = ("latent_gpt", "inl_diffusion")
+_FAMILIES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in BUILT_IN
+]
 
-@pytest.fixture(scope="module", params=[*BUILT_IN])
+
+@pytest.fixture(scope="module", params=_FAMILIES)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> UnderTest:
     return UnderTest(family(request.param), tmp_path_factory.mktemp(request.param))
 

@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 
 from nsp.artifacts.checkpoint import read_checkpoint
 from nsp.errors import ConfigError
-from nsp.family import registry
 from nsp.family.recipe import LoraConfig, RunConfig
+from nsp.family.recipes import preset
 from nsp.pipeline.pipeline import load_pipeline
 from nsp.training.data_order import Share
 from nsp.training.state import TrainingState
@@ -37,8 +37,6 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from nsp.family.recipes import preset
-
     run = preset("smoke")
     run = replace(run, data=replace(run.data, source=str(pictures)))
     folder = tmp_path_factory.mktemp("plain") / "run"
@@ -180,13 +178,11 @@ def test_starting_from_another_kind_of_model_is_refused(
 
 
 def test_starting_from_a_checkpoint_of_another_family_is_refused(
-    config: RunConfig, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, plain: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        registry._PLUGINS, "built_in", {**registry.BUILT_IN, "other": registry.BUILT_IN["var"]}
-    )
-    run = replace(config, family="other", start_from=str(plain / "checkpoint"))
-    with pytest.raises(ConfigError, match="is of family var, but this run is of other"):
+    other = preset("next_scale_smoke")
+    run = replace(other, data=config.data, start_from=str(plain / "checkpoint"))
+    with pytest.raises(ConfigError, match="is of family var, but this run is of next_scale"):
         train(run, tmp_path / "run")
 
 
