@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -26,6 +27,7 @@ Sampler: TypeAlias = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_
 COLUMNS = ("a", "b", "c", "d", "e", "f0", "f1", "f2", "n", "input_scale")
 NO_CLIP = 1e30  # and not infinity: 0 times infinity is no number
 HISTORY = 2  # predictions of x_0 before the present one that a step can use
+_TABLES = 64  # kept: every order of a batch asks for its own, several times
 _LEAST_KEPT = 2.0**-24  # A of pure noise where a sampler divides by it, as in diffusers
 
 
@@ -91,6 +93,7 @@ class _Step:
     input_scale: float = 1.0
 
 
+@lru_cache(maxsize=_TABLES)
 def table(
     noise: Noise, sampler: Sampler, num_steps: int, *, eta: float = 0.0, strength: float = 1.0
 ) -> Table:

@@ -28,7 +28,9 @@ from nsp.layers.rotary import grid_rotary, rotate_pairs
 _EPS = 1e-6
 _OPEN_STD = 0.2
 # Parameters: AdaLN-Zero, and what was added to the public form, which begins without effect.
-_ZERO_AT_FIRST = re.compile(r"adaLN_modulation|^final_layer\.linear\.|^pooled_embed\.")
+_ZERO_AT_FIRST = re.compile(
+    r"adaLN_modulation|^final_layer\.linear\.|^pooled_embed\.|^control\.(patch_embed|outputs)\."
+)
 _FREQUENCY_BASE = 10_000.0
 
 
@@ -417,6 +419,8 @@ def initialize(dit: InlDit) -> None:
                 nn.init.xavier_uniform_(expert)
         if _ZERO_AT_FIRST.search(name):
             nn.init.zeros_(parameter)
+    if dit.config.control_depth:
+        dit.control.begin(dit)
 
 
 def open_gates(dit: InlDit) -> None:

@@ -21,6 +21,7 @@ from nsp.config import Config
 from nsp.data.dataset import ImageDataset, to_model_range
 from nsp.data.stream import ShardStream
 from nsp.diffusion.noise import Noise
+from nsp.errors import ConfigError
 from nsp.families.inl_diffusion.perceptual import VggDistance, read_vgg
 from nsp.families.inl_diffusion.system import InlSystem
 from nsp.families.inl_diffusion.vae import Vae
@@ -127,6 +128,11 @@ class DitObjective(Objective):
 
     def __init__(self, system: InlSystem, data: TrainingData, settings: DitSettings) -> None:
         super().__init__()
+        if system.config.control_depth:
+            raise ConfigError(
+                "a control cannot be trained yet: this phase has no control pictures; leave "
+                "control_depth at 0"
+            )
         self.settings, self.data = settings, data
         self._empty: Tensor | None = None
         self.system = system.requires_grad_(False)

@@ -9,12 +9,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from nsp.data.dataset import ImageDataset
+from nsp.data.sources import ImageSource, Sample
 from nsp.errors import ConfigError
+from nsp.families.inl_diffusion.learn import InlLearner
 from nsp.families.inl_diffusion.loop import CONTROL, INIT, MASK
 from nsp.families.inl_diffusion.sampling import InlSampling
+from nsp.family.objective import TrainingData
 from nsp.family.order import Order
 from nsp.family.registry import family
 from nsp.pipeline.pipeline import Pipeline, torch_pipeline
+from nsp.text.parts import TextEncoderSettings
 from tests.families.inl_diffusion.models import TINY, new_system, with_control
 
 _SIDE = 8
@@ -132,3 +137,20 @@ def test_every_step_tells_how_much_each_patch_is_refined(pipe: Pipeline) -> None
     assert maps.std() > 0
     with pytest.raises(ConfigError, match=r'has no tokens in this step; .* or result\("gate"\)'):
         _ = steps[0].tokens
+
+
+def test_a_new_control_has_no_effect_and_is_not_trained_without_pictures() -> None:
+    config = dataclasses.replace(TINY, control_depth=1)
+    samples = (Sample(name="pear", captions=("pear",), class_id=None),)
+    source = ImageSource(samples, (), ())
+    encoder = TextEncoderSettings(vocab_size=560, depth=1, num_heads=2)
+    system = InlLearner().new_system(config, encoder, source)
+    control = system.dit.control
+    assert not any(
+        each.any() for part in (control.outputs, control.patch_embed) for each in part.parameters()
+    )
+    own, trained = (part.blocks[0].state_dict() for part in (control, system.dit))
+    assert all(torch.equal(own[name], trained[name]) for name in trained)
+    data = TrainingData(ImageDataset(source, 8, train=True, crop=False))
+    with pytest.raises(ConfigError, match="a control cannot be trained yet"):
+        InlLearner().objective("dit", {}, system, data)
