@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nsp.backends.onnxruntime import ort_session
+from nsp.backends.onnxruntime.ort_backend import CPU, OnnxRuntimeBackend
 from nsp.backends.onnxruntime.ort_session import collapse, own_memory
 
 _MIB = 1 << 20
@@ -43,3 +44,15 @@ def test_a_system_without_the_list_of_memory_has_none(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ort_session, "_MAPS", Path("/does/not/exist"))
     assert own_memory() == []
     assert collapse([]) == 0
+
+
+def test_weights_get_large_pages_once_and_not_for_a_single_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr("nsp.backends.onnxruntime.ort_backend.own_memory", lambda: [range(9)])
+    monkeypatch.setattr("nsp.backends.onnxruntime.ort_backend.collapse", made.append)
+    backend = OnnxRuntimeBackend({}, {}, kv_layout="delta", providers=(CPU,))
+    for expected in (0, 1, 1):
+        assert list(backend.play("steps", {}, lambda *_: iter([1]))) == [1]
+        assert len(made) == expected

@@ -152,13 +152,15 @@ class OnnxRuntimeBackend(Backend):
     def play(self, name: str, inputs: Mapping[str, NDArray[Any]], loop: Loop[T]) -> Iterator[T]:
         """Yield the results of `loop`.
 
-        Before the second batch, the weights are put on large pages: this takes about 0.1 s, which
-        a process that makes one batch would not get back.
+        Before the second batch, or the first one after it with all stages loaded, the weights are
+        put on large pages: this takes about 0.1 s, which a process that makes one batch would not
+        get back.
         """
         self._plays += 1
-        if self._plays == _BATCH_OF_LARGE_PAGES and self._others_memory:
-            self.wait()
+        is_loaded = all(session.done() for session in self._sessions.values())
+        if self._others_memory and self._plays >= _BATCH_OF_LARGE_PAGES and is_loaded:
             collapse(self._others_memory)
+            self._others_memory = []
         return super().play(name, inputs, loop)
 
     def _result_arrays(
